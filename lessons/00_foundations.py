@@ -144,7 +144,7 @@ assert softmax(2 * z)[best[0]] > p[best[0]] > softmax(z / 2)[best[0]]
 #
 # Doubling makes the distribution sharper, and halving makes it flatter. To sample a text from a model, divide the
 # logits by a **temperature** first: the rows `2 z` and `z / 2` have the temperatures 0.5 and 2. Toward 0 only the
-# largest logit is left.
+# largest logit is left, and toward infinity all tokens become equally likely.
 #
 # ## 3 · Cross-entropy, nats, and what a loss of 3 means
 #
@@ -261,9 +261,9 @@ assert np.isclose(loss_of(0 * W, pairs), math.log(27))
 #
 # $$\frac{\partial L}{\partial z_i} = p_i - [\,i \text{ is what came}\,] ,$$
 #
-# what the model said minus what happened. The mean over all pairs of letters is the expected counts minus the counts,
-# divided by the number of pairs. Check it in two ways: raise one weight a little, and let the library compute it
-# (Lesson 1 shows how).
+# what the model said minus what happened, so its entries add up to zero. The mean over all pairs of letters is the
+# expected counts minus the counts, divided by the number of pairs. Check it in two ways: raise one weight a little, and
+# let the library compute it (Lesson 1 shows how).
 
 # %%
 def gradient_of(W, counts):
@@ -357,8 +357,9 @@ assert round(sum((-0.9) ** i for i in range(1000)), 2) == 0.53, "across"
 # $$m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2, \qquad
 #   w \leftarrow w - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} .$$
 #
-# $t$ counts the steps from 1. Both means start at zero, and are too small at first; the two divisions by $1 - \beta^t$
-# correct this. A small $\epsilon$ keeps a weight without gradient from a division by zero.
+# $t$ counts the steps from 1. Both means start at zero, and are too small at first: if all gradients were $g$, $m$
+# would be $(1 - \beta_1) (1 + \beta_1 + \dots + \beta_1^{t-1})\, g = (1 - \beta_1^t)\, g$. The two divisions by
+# $1 - \beta^t$ correct this. A small $\epsilon$ keeps a weight without gradient from a division by zero.
 
 # %%
 def adam(w, gradient, rates, beta1=0.9, beta2=0.999, eps=1e-8):
@@ -455,9 +456,10 @@ assert turned[adam][0] > 2 * needed[adam][0] and turned[momentum] == needed[mome
 # few samples drawn from it, the **batch**. Such a gradient is right on average, and its noise shrinks like $1/\sqrt n$
 # with the batch's size $n$. (Descent by batches is called *stochastic gradient descent*, SGD.)
 #
-# With a constant rate the noise keeps the weights moving about the best place. So the rate **decays** to zero. And
-# since Adam's first steps have full length while its means know only a batch or two, a **warm-up** lets the rate grow
-# from zero. The rate as a function of the step is the **schedule**; here it is a factor, and steps count from 0:
+# With a constant rate the noise keeps the weights moving about the best place. So the rate **decays** to zero, along a
+# line here, and along a cosine in Lesson 8. And since Adam's first steps have full length while its means know only a
+# batch or two, a **warm-up** lets the rate grow from zero. The rate as a function of the step is the **schedule**; here
+# it is a factor, and steps count from 0:
 
 # %%
 N, WARM = 400, 20
@@ -562,16 +564,19 @@ winner = right[..., 0].argmax(axis=1)
 valid, test = (right[np.arange(1000), winner, i] for i in (0, 1))
 print(f"\nthe best of 100 guessers, mean of 1,000 trials: {valid.mean():.1f} of 50 right; of 50 new ones: {test.mean():.1f}")
 assert valid.mean() > 32 and abs(test.mean() - 25) < 0.5
+assert abs((valid.mean() - 25) / math.sqrt(50 / 4) - 2.5) < 0.1 and abs(right.std() - math.sqrt(50 / 4)) < 0.1
 
 # %% [markdown]
-# More than 32 of the 50, by luck alone, and half of the new ones. A test set, too, is fresh only until somebody chooses
-# by it.
+# More than 32 of the 50, by luck alone, and half of the new ones. Of $n$ answers that are right with probability $p$,
+# the number right has a standard deviation of $\sqrt{n p (1 - p)}$, here 3.5, and the best of 100 lies 2.5 of these
+# above the mean. A test set, too, is fresh only until somebody chooses by it.
 #
 # ## 9 · What a seed is
 #
 # Chance enters these runs in two places: the weights at the start, and the batches. A computer's random numbers come
 # from a formula, and the number that it starts from is the **seed**. On one machine the same seed gives the same run,
-# to the last bit.
+# to the last bit. (On a GPU not always: where threads add to one number in no fixed order, the rounding differs. See
+# "Reproducibility" in PyTorch's documentation.)
 #
 # **Predict:** a single run of each of two schedules. By how much must the losses differ to show which is better?
 
@@ -660,6 +665,8 @@ with np.errstate(over="ignore", invalid="ignore"):  # which would warn
     broken = careless_softmax(np.array([1000.0, 999.0, 998.0]))
 print("\nsoftmax of 1000, 999, 998, careless:", broken, " careful:", softmax(np.array([1000.0, 999.0, 998.0])).round(3))
 assert np.isnan(broken).all(), "infinity divided by infinity"
+with np.errstate(over="ignore", under="ignore"):
+    assert [np.exp(np.float32(x)) for x in (89, -104)] == [np.inf, 0] and np.isfinite(np.exp(np.float32(88)))
 
 
 def uncorrected(w, gradient, rates, beta1=0.9, beta2=0.999, eps=1e-8):
@@ -679,9 +686,10 @@ assert np.isclose(lengths[1][0] / lengths[0][0], (1 - 0.9) / math.sqrt(1 - 0.999
 assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 
 # %% [markdown]
-# The careless softmax divides infinity by infinity, since $e^{1000}$ overflows. Adam's first step is longer, 3.16
-# times: $m$ is a tenth of the gradient, but $\sqrt v$ only $\sqrt{0.001} = 0.032$ of its size. This mistake raises no
-# error. Only a comparison with something known shows it.
+# The careless softmax divides infinity by infinity, since $e^{1000}$ overflows. (In float32 $e^{89}$ does, and
+# $e^{-104}$ is 0. So the logarithm of a softmax can be $-\infty$, and libraries compute it from the logits in one go,
+# as exercise 00.3 does.) Adam's first step is longer, 3.16 times: $m$ is a tenth of the gradient, but $\sqrt v$ only
+# $\sqrt{0.001} = 0.032$ of its size. This mistake raises no error. Only a comparison with something known shows it.
 #
 # ## Quiz
 #

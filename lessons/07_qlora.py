@@ -86,7 +86,7 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 # two here: E2M1 has two bits of exponent and one of fraction, and FP4 is bitsandbytes' variant of it with two other
 # points near zero. But trained matrices are close to normal. **NormalFloat** (NF4) puts its points at the quantiles of
 # the normal distribution $\Phi$: if a weight over its block's scale were normal with a known width, each code would be
-# used equally often,
+# used about equally often,
 #
 # $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ evenly spaced between } 1 - p \text{ and } p = 0.9677083 .$$
 #
@@ -144,10 +144,11 @@ assert widths > quantile(p)
 
 # %% [markdown]
 # NF4 has the least error. It does not use its codes equally often: the largest of 64 normal numbers is further out than
-# NF4's last quantile, so the weights crowd towards zero, and the outer points are seldom used. By the error of the
-# weights of this base, the order is NF4, E2M1, int4, FP4. The paper's Table 2 uses another measure, the mean perplexity
-# of models of 125 million to 13 billion parameters: there NF4 is first, two floats (E3M0, E2M1) follow, and int4 is
-# last.
+# NF4's last quantile, so the weights crowd towards zero, and the outer points are seldom used. How far out it is
+# depends on the size of the block, so no one code book can use its codes equally at all sizes (Yoshida 2023,
+# arXiv:2306.06965). By the error of the weights of this base, the order is NF4, E2M1, int4, FP4. The paper's Table 2
+# uses another measure, the mean perplexity of models of 125 million to 13 billion parameters: there NF4 is first, two
+# floats (E3M0, E2M1) follow, and int4 is last.
 #
 # ## 3 · Smaller blocks cost bits
 #
@@ -165,7 +166,8 @@ assert by_size == sorted(by_size)
 # ## 4 · Double quantization: the scales are numbers too
 #
 # The scales take half a bit of 4.5, a ninth. **Double quantization** quantizes them, too: 256 scales at a time, to
-# eight bits each. They are all positive, so their mean is subtracted first.
+# eight bits each. They are all positive, and the codes of eight bits have a sign, half of which would be unused; so the
+# mean is subtracted first.
 #
 # $$4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.127 \text{ bits, which saves } 0.373 .$$
 
@@ -183,9 +185,9 @@ assert abs(double - single) < 0.01 * single, "almost free"
 # ## 5 · 65 billion parameters on one GPU
 #
 # The paper's abstract says: fine-tuning LLaMA-65B takes more than 780 GB in 16 bits, and less than 48 GB with QLoRA.
-# Both are sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2 (gradient) + 8
-# (moments) = 12 bytes. In four bits a frozen weight takes 4.127 / 8 bytes, and only the adapter has gradients and
-# moments:
+# Both come out as sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2
+# (gradient) + 8 (moments) = 12 bytes. In four bits a frozen weight takes 4.127 / 8 bytes, and only the adapter has
+# gradients and moments:
 #
 # - 4 + 4 + 8 = 16 bytes where the adapter is in float32, as PEFT has it by default;
 # - 2 + 2 + 8 = 12 where it is in bfloat16;
@@ -218,8 +220,9 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 
 # %% [markdown]
 # A training loop needs more than this sum. The last column is Lesson 12's ledger of a PyTorch loop with one sequence of
-# 512 tokens: activations, dequantized weights, the optimizer's temporary arrays, CUDA's own memory, and 5 % for
-# fragments. With them, an adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do.
+# 512 tokens: activations (with gradient checkpointing, which keeps the input of each block and computes the rest
+# again), dequantized weights, the optimizer's temporary arrays, CUDA's own memory, and 5 % for fragments. With them, an
+# adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do.
 
 # %% [markdown]
 # > `qlora-3` models of 65B and more on one GPU: **holds if**. 65B takes 53 GB with a PyTorch loop's usual settings and
@@ -250,8 +253,9 @@ for rate in (1e-3, 3e-3):
     assert moved < 0.01
 
 # %% [markdown]
-# None: half a gap is wider than the step, so rounding undoes it. Training through rounding needs a float32 copy of
-# every weight that adds the steps up, and this copy is the memory that QLoRA saves. So QLoRA trains the adapter alone.
+# None, and less than one in a hundred by one of 0.003, the rate used below: half a gap is wider than the step, so
+# rounding undoes it. Training through rounding needs a float32 copy of every weight that adds the steps up, and this
+# copy is the memory that QLoRA saves. So QLoRA trains the adapter alone.
 #
 # LoRA is put on a `Linear4bit` as on any linear layer. It starts at zero ($B = 0$), so the model starts with the error
 # of four bits. **LoftQ** (Li et al. 2023, arXiv:2310.08659) starts it as a correction: with the update $U = 0$ at
@@ -338,9 +342,11 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 # %% [markdown]
 # Yes, and by no less than before. Four bits cost QLoRA 1 to 3 % of what LoRA learned: the adapter learned the task, and
 # did not give back the error of four bits. LoftQ starts better, although rank 8 holds less than a quarter of the
-# squared error, and ends no better here. These differences are of one seed: their intervals speak of other verses, not
-# of other seeds. (Lesson 19 has five seeds of 40 steps.) The paper finds no loss against 16 bits on its benchmarks,
-# with LoRA on all linear layers (section 4); with LoRA on query and value alone it did not reach full fine-tuning.
+# squared error, and ends worse here. (Li et al. find that it helps most where fewer bits are used: two, or two and four
+# mixed.) These differences are of one seed: their intervals speak of other verses, not of other seeds. (Lesson 19 has
+# five seeds of 40 steps.) The paper finds no loss against 16 bits on its benchmarks, with LoRA on all linear layers,
+# whatever its rank (section 4, appendix A); with FP4 it lost about one percentage point on MMLU, a test of knowledge.
+# With LoRA on query and value alone it did not reach full fine-tuning.
 #
 # The embedding is not packed, and in a model this small it is most of what is left. LLaMA-65B's is less than one
 # percent.
@@ -388,8 +394,10 @@ assert damage[32] < 32 and damage[64] < 64 and damage[4096] > 2000
 
 # %% [markdown]
 # Most of the others in its block, and none outside it: all of them now lie near zero, where the gaps are too wide for
-# them. Now break it yourself: which matrix of the base has the largest ratio of largest weight to standard deviation,
-# and is its error under NF4 the largest, too?
+# them. In large transformers it is the *activations* that have outliers like this, in a few columns. QLoRA keeps
+# activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which quantizes them to eight, multiplies
+# those columns in 16. Now break it yourself: which matrix of the base has the largest ratio of largest weight to
+# standard deviation, and is its error under NF4 the largest, too?
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")

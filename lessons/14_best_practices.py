@@ -63,7 +63,8 @@ print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; the base, before
 # $$\bar L \pm t \, \frac{s}{\sqrt 3}, \qquad s^2 = \frac12 \sum_{i=1}^{3} (L_i - \bar L)^2, \qquad t = 4.30 .$$
 #
 # Student's $t$ is such that, if losses are normally distributed, the interval holds the mean over *all* seeds nineteen
-# times out of twenty. (The 96 verses are always the same: what others would say is not in it.)
+# times out of twenty. More seeds help twice, as $t$ falls too: the half width is $2.5\,s$ for three, $1.2\,s$ for five
+# and $0.7\,s$ for ten. (The 96 verses are always the same: what others would say is not in it.)
 #
 # Two settings are compared seed by seed, and the three differences have an interval of their own: what both runs of a
 # seed have in common, such as their verses, drops out of their difference. The run that one compares with is the
@@ -82,6 +83,7 @@ chance = np.random.default_rng(0).normal(size=(100_000, 3))
 passed = np.abs(chance.mean(axis=1)) > 4.303 * chance.std(axis=1, ddof=1) / np.sqrt(3)
 print(f"the interval of three differences that are only chance excludes 0 in {passed.mean():.1%} of cases")
 assert abs(passed.mean() - 0.05) < 0.005
+assert [round(t / n**0.5, 1) for n, t in ((3, 4.303), (5, 2.776), (10, 2.262))] == [2.5, 1.2, 0.7]
 
 # %% [markdown]
 # Once in four: $2 \cdot 2^{-3}$. So that all three agree is not enough. A difference is called **clear** where its
@@ -140,8 +142,10 @@ print(f"first step of LoRA: W moves by {moved:.2f} times the rate (root mean squ
 assert abs(moved - 16 / 8 * np.sqrt(8 / (3 * 128))) < 0.03
 
 # %% [markdown]
-# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, near to what this matrix shows, and 20 times it in a
-# model of width 4096. The estimate is of the first step alone, since later $A$ moves too. Now the runs.
+# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, near to what this matrix shows, and 20 times it in
+# a model of width 4096. The estimate is of the first step alone, since later $A$ moves too. It falls like $1/\sqrt r$
+# at one $\alpha$. But it measures mostly the terms' scatter; their mean does not depend on $r$, and Schulman et al.
+# find the best rate about independent of the rank. Now the runs.
 #
 # **Predict:** each method runs at several rates. What does the loss look like over the rate, and for which of the two
 # does it turn up again first?
@@ -191,10 +195,11 @@ assert below(general["lora"][3e-3], general["lora"][1e-2])
 # A batch's gradient is a mean over $B$ examples, so its noise falls like $\operatorname{Var} g_B = \sigma^2 / B$: four
 # times the batch, half the standard deviation, and a larger step can be trusted. *Advice: a larger batch wants a larger
 # rate*, in proportion to $B$ with SGD (Goyal et al. 2017, arXiv:1706.02677), to $\sqrt B$ with Adam (Malladi et al.
-# 2022, arXiv:2205.10287). But with the same 640 examples a larger batch also means fewer steps. And if the batch does
-# not fit, add the gradients of its parts: *accumulation is the same as the whole batch*, for less memory. The same it
-# is only where each part counts by its tokens: of parts with 2 and 8 tokens the mean over all ten weighs the second
-# four times as much.
+# 2022, arXiv:2205.10287), up to a size where noise no longer matters (McCandlish et al. 2018, arXiv:1812.06162). But
+# with the same 640 examples a larger batch also means fewer steps. And if the batch does not fit, add the gradients of
+# its parts: *accumulation is the same as the whole batch*, for less memory. The same it is only where each part counts
+# by its tokens: of parts with 2 and 8 tokens the mean over all ten weighs the second four times as much. (Transformers'
+# `Trainer` took the mean of the parts' means until October 2024, huggingface.co/blog/gradient_accumulation.)
 #
 # **Predict:** 16 examples at once, and 4 times 4: by how much do the final losses differ?
 
@@ -254,7 +259,9 @@ assert below(full[1], full[2]) and sum(interval(lora[2] - lora[3])) < (lora[15] 
 # The held-out loss turns; the training loss falls on ("Break it"). With full fine-tuning it turns sooner, within the
 # epochs advised. LoRA turns later, but to stop it after three would cost little, beside what sixteen epochs cost. After
 # sixteen full fine-tuning has lost more than LoRA. (Each at a usual rate of its own, 1e-3 and 3e-3, and within one run,
-# whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.)
+# whose rate falls to 0 over sixteen epochs: a run of two would let it fall in two.) And a loss is not yet an answer:
+# Ouyang et al. (2022, arXiv:2203.02155, section 3.5) trained for sixteen epochs, for although the validation loss rose
+# after one, people preferred the answers after more.
 #
 # ## 5 · Warm-up
 #
@@ -277,8 +284,8 @@ print(f"with 10% of warm-up a run at 1e-2 ends at the base's loss {left:+.3f} ±
 assert below(warmed, without) and left - half_width > -learned / 5, "it helps, and yet little was learned, if anything"
 
 # %% [markdown]
-# At the high rate. At the usual one warm-up changes next to nothing. At ten times that rate it helps, and yet saves
-# little: with it, too, the run ends about where the base began, or above.
+# At the high rate (of full fine-tuning; LoRA is not measured). At the usual one warm-up changes next to nothing. At ten
+# times that rate it helps, and yet saves little: with it, too, the run ends about where the base began, or above.
 #
 # ## 6 · Few clean examples, or many with mistakes?
 #
