@@ -53,9 +53,9 @@ if REDUCED:
 # %% [markdown]
 # *Reinforcement learning from human feedback* (Ouyang et al. 2022, arXiv:2203.02155) has three stages: fine-tuning on
 # demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the **policy**, which
-# is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a **value model**, here
-# a linear layer on the policy (section 5). In the figure, those that a stage holds in memory are filled, in bytes of
-# the shipped base without activations.
+# is trained; the **reference**, a frozen copy of its start (with LoRA, TRL takes the policy with its adapters off); the
+# **reward model**, or judge; and a **value model**, here a linear layer on the policy (section 5). In the figure, those
+# that a stage holds in memory are filled, in bytes of the shipped base without activations.
 
 # %%
 diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
@@ -246,8 +246,9 @@ assert abs(first[0.0].mean() - 0.5) < 0.05 and abs(first[1.0].mean()) < 0.15 and
 assert abs(first[0.95].std() / first[1.0].std() - 2 / 3) < 0.02
 
 # %% [markdown]
-# With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. The
-# usual 0.95 keeps $1 - \lambda$ of the error and here two thirds of the noise.
+# With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. As
+# $\delta_1$ contains $V_2$ and $\lambda\delta_2$ contains $-\lambda V_2$, the usual 0.95 keeps $1 - \lambda$ of the
+# error, and here two thirds of the noise.
 #
 # Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation.
 # The test values below have results that were computed without this library.
@@ -287,16 +288,17 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # %% [markdown]
 # ## 6 · The loss: no incentive beyond twenty percent
 #
-# Answers are expensive, so each is used for several steps. After the first the policy has moved away from the
-# $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, as
-# $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is
-# $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an
-# approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too. The exact ratio is the product over them
-# all, whose variance grows with the length.
+# Answers are expensive: drawn token by token, they take 80 % of RLHF's time (README of OpenRLHF). So a batch serves for
+# several steps: InstructGPT's 512 answers in eight minibatches, once (appendix C.4); section 7's 32 in two, twice.
+# After the first step the policy has moved away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t =
+# \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}}
+# \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy
+# gradient of section 1. Deep in an answer it is an approximation, since the tokens before were drawn by
+# $\pi_{\text{old}}$, too. The exact ratio is the product over them all, whose variance grows with the length.
 #
 # So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
-# move a token further than $\varepsilon = 0.2$ on the strength of old answers; where a curve of the figure is flat, the
-# token is not pushed:
+# move a token further than $\varepsilon = 0.2$, InstructGPT's, too, on the strength of old answers; where a curve of
+# the figure is flat, the token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
 #
@@ -333,8 +335,10 @@ assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "go
 # clip never holds a token that has gone the wrong way. Nor does it bound the ratio: other tokens move the shared
 # weights.
 #
-# The value head is clipped in the same way, around its old guess; this is in OpenAI's code and not in the paper (Huang
-# et al. 2024, arXiv:2403.17031). The whole loss is the mean of the policy loss over all tokens, with $A$ whitened, plus
+# The value head is clipped in the same way, lest a batch move the baseline far; that is in OpenAI's code, as is the
+# weight 0.1, and not in the paper (Huang et al. 2024, arXiv:2403.17031). In robot control clipping the values made
+# things worse (Andrychowicz et al. 2020, arXiv:2006.05990). The whole loss is the mean of the policy loss over all
+# tokens, with $A$ whitened, plus
 #
 # $$0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
 
@@ -361,9 +365,9 @@ assert abs(pg.item() - 0.0144655480) < 1e-9 and new.grad[0, 2] == 0 and abs(new.
 diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 
 # %% [markdown]
-# That is one update. The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of
-# sentences by Jane Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before
-# the first step, every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
+# The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
+# Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
+# every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
 # of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
@@ -397,9 +401,9 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before, other word salad after. Fewer answers end, since nothing in the reward asks for an end. The score
-# that a poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that
-# asks for what one sees.
+# Word salad before, other word salad after. Fewer answers end; nothing in the reward asks for an end. The score that a
+# poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that asks for
+# what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -408,9 +412,9 @@ for name, model in (("before", base), ("after", policy)):
 # Basic English. The gold, from 0 to 1, asks for what a person would: *the answer ends its sentence, in English, without
 # repeating itself, kindly*. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of *this* model
 # to each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it. PPO, 32 updates of
-# 32 answers, starts from the SFT model, its reference. Two things need no PPO: SFT on the answers that the rater
-# preferred, and the best of 16 answers by the same judge, whose KL is at most $\log n - (n-1)/n$. Five seeds, 256
-# held-out prompts.
+# 32 answers, starts from the SFT model, its reference; an answer without an end loses 1 of its score. Two things need
+# no PPO: SFT on the answers that the rater preferred, and the best of 16 answers by the same judge, whose KL is at most
+# $\log n - (n-1)/n$ (Beirami et al. 2024, arXiv:2401.01879). Five seeds, 256 held-out prompts.
 #
 # **Predict:** which has the most gold: PPO, or the best of 16?
 
@@ -456,8 +460,8 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # %% [markdown]
 # ## 9 · Without a value function: RLOO and GRPO
 #
-# PPO's value head is a second thing that can be wrong. Two methods take the baseline from other answers to the same
-# prompt, a **group** of $k$. With the scores $r$ of a group, their mean $\bar r$ and standard deviation $s$:
+# Two methods take the baseline from other answers to the same prompt, a **group** of $k$. With the scores $r$ of a
+# group, their mean $\bar r$ and standard deviation $s$:
 #
 # | | advantage of an answer | ratio | KL |
 # |---|---|---|---|
@@ -465,9 +469,11 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # | **GRPO** (Shao et al. 2024, arXiv:2402.03300) | $(r - \bar r)/(s + 10^{-4})$, the same for all its tokens | tokens | $k_3$, in the loss |
 #
 # RLOO leaves the answer out of its own baseline (section 2). GRPO does not, but $r - \bar r$ is $(k-1)/k$ of RLOO's
-# advantage: a shorter step, no more. Divided by $s$, groups whose answers hardly differ count as much as others. And
-# GRPO's mean over an answer's tokens lets a token of a long answer count less, of a wrong one, too. Dr. GRPO (Liu et
-# al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper takes one step a batch, without ratio; the ratio is TRL's.
+# advantage: a shorter step, no more. Where all scores of a group are equal, only the price of KL is left to learn from;
+# DAPO (Yu et al. 2025, arXiv:2503.14476) draws others instead. Divided by $s$, groups whose answers hardly differ count
+# as much as others. And under GRPO's mean over an answer's tokens, each token of a long answer counts less, so a long
+# wrong answer is punished less per token. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper
+# takes one step a batch, without ratio; the ratio is TRL's.
 #
 # A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
 # the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss
@@ -482,6 +488,7 @@ print("\nscores 1 2 6:  RLOO", rlhf.rloo_advantages(group, 3), " GRPO", rlhf.grp
 assert np.allclose(rlhf.rloo_advantages(group, 3), [1 - 4, 2 - 3.5, 6 - 1.5])
 assert np.allclose((group - group.mean()) * 3 / 2, rlhf.rloo_advantages(group, 3))
 assert np.allclose(rlhf.grpo_advantages(group, 3), (group - 3) / (group.std(ddof=1) + 1e-4))
+assert not rlhf.rloo_advantages(np.ones(3), 3).any() and not rlhf.grpo_advantages(np.ones(3), 3).any()
 
 now = np.array([0.7, 0.2, 0.1])
 
