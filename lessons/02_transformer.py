@@ -48,7 +48,8 @@ if REDUCED:
 #
 # A **norm** keeps the numbers of a position at one size. *RMS norm* (Zhang & Sennrich 2019, arXiv:1910.07467) divides
 # by the root of the mean square and multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the
-# mean and adds a bias.
+# mean and adds a bias. To both, $x$ and $10x$ are the same but for the small $\epsilon$; that invariance suffices,
+# Zhang & Sennrich find, and RMS norm is faster.
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
@@ -81,6 +82,7 @@ wide = mlp(by_hand, *weights)
 print("MLP,  by hand against the library's:", np.abs(wide - block.mlp(mp.Tensor(by_hand)).numpy()).max())
 assert np.allclose(by_hand, block.input_layernorm(mp.Tensor(x)).numpy(), atol=1e-5)
 assert np.allclose(wide, block.mlp(mp.Tensor(by_hand)).numpy(), atol=1e-5)
+assert np.allclose(norm(10 * x, block.input_layernorm.weight.numpy(), base.config.rms_norm_eps), by_hand, atol=1e-3)
 other = by_hand.copy()
 other[2] += 1
 changed = np.abs(mlp(other, *weights) - wide).max(axis=1) > 1e-4
@@ -159,15 +161,17 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 # In $q_t \cdot k_s$ no position stands: swap two earlier tokens, and a single attention layer hands the last position
 # the same sum. (Several layers under a causal mask can recover order, as each position sees another set: Kazemnejad et
 # al. 2023, arXiv:2305.19466.) GPT-2 adds a trained vector for each position to the embedding. Llama rotates (Su et al.
-# 2021, arXiv:2104.09864): it reads the numbers $i$ and $i + D/2$ of $q$, and those of $k$, as real and imaginary part
-# of one complex number, and turns it by an angle proportional to the position,
+# 2021, arXiv:2104.09864): it reads two numbers of $q$, and the same two of $k$, as real and imaginary part of one
+# complex number, and turns it by an angle proportional to the position,
 #
 # $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
 #   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
 #   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
 #
 # so that of the positions only the distance $m - n$ enters the score. Pair $j$ has its own speed,
-# $\theta_j = 10000^{-2j/D}$.
+# $\theta_j = 10000^{-2j/D}$: from one radian a position, which tells neighbors apart, to about 1/10,000, which tells far
+# from near. Here, as in Hugging Face's Llama, a pair is $j$ and $j + D/2$. In the paper and in Meta's code it is $2j$ and
+# $2j + 1$, which is the same model with the rows of $W_q$ and $W_k$ in another order.
 #
 # **Predict:** with the query at 17 and the key at 10 the score is $s$. Move both 5,000 positions on. What is it now?
 
@@ -205,7 +209,8 @@ assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation 
 # Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, from the parts above. The norm stands on
 # the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each branch wrote, and
 # gradients pass along the additions from the last norm to the embedding unchanged. The first transformers had the norm
-# on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745).
+# on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745). Where those do train,
+# with six layers or fewer, they end better, as Takase et al. (2022, arXiv:2206.00330) report.
 
 # %%
 def llama_by_hand(model, ids):
@@ -276,7 +281,8 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 #
 # For each token, each number of a matrix takes one multiplication and one addition: $2N$ operations for $N$ numbers.
 # Attention at position $t$ takes $4LHDt$ more, half for the scores and half for the average of the values. Over a
-# sequence the weights' cost grows with $T$, and attention's with $T^2$.
+# sequence the weights' cost grows with $T$, and attention's with $T^2$. Training takes $6N$ a token: the backward pass
+# (Lesson 1) has two products for each one forward, for the gradients of the input and of the weights.
 #
 # **Predict:** its paper calls GPT-2 small "117M" (Radford et al. 2019, Table 2). By the formula, with $V = 50{,}257$,
 # $P = 1024$, $d = 768$, $L = 12$: how many millions are in the tables, and how many in all?
@@ -333,9 +339,8 @@ assert crossing > 6 * 4096
 assert round(tables / 1e6, 1) == 39.4 and round(gpt2_formula(gpt2_small) / 1e6, 1) == 124.4
 
 # %% [markdown]
-# 39.4 million are in the two tables, and 124.4 million in all, more than the paper says. GPT-3's shape gives 174.6
-# billion, which its paper gives as 175.0B. Within the 4,096 positions of Llama 2 7B the weights dominate the
-# operations.
+# 39.4 million are in the two tables, and 124.4 million in all, more than the paper says. Within the 4,096 positions of
+# Llama 2 7B the weights dominate the operations.
 #
 # ## 5 · Watch one learn
 #
@@ -454,15 +459,25 @@ if not REDUCED:
     many = (looks_back > 0.8).sum(axis=1)
     print(f"of the heads of layer 0 (the first), {many[0]} look back; of layer 1, {many[1]}")
     assert looks_back[1].min() > 0.8 and looks_back[0].max() < 0.5
+late = []
+for layer in range(2):
+    silenced = model.copy()
+    silenced.model.layers[layer].self_attn.o_proj.weight.data[:] = 0  # this layer's attention writes nothing
+    late.append(loss_by_position(silenced)[15:].mean())
+if not REDUCED:
+    print(f"loss of the second half without the attention of layer 0: {late[0]:.2f}; without that of layer 1: {late[1]:.2f}")
+    assert late[1] > BASELINE - 0.1 and 0.5 < late[0] < late[1]
 
 # %% [markdown]
-# All four of the last layer, and none of the first.
+# All four of the last layer, and none of the first. Silence the last layer's attention and the loss is back at chance;
+# but silencing the first's costs, too. Where a head looks does not tell all that it does.
 #
 # ## 6 · Writing, and the cache
 #
 # To write, the model predicts a token, appends it, and predicts again. Done naively, each token costs a forward pass
 # over all positions. But under the causal mask earlier positions never learn of later ones: their keys and values do
-# not change. So keep them, in the **KV cache**, and compute only the new position; its query reads the kept keys.
+# not change. So keep them (the keys as rotated), in the **KV cache**, and compute only the new position; its query
+# reads the kept keys, and no later position needs it.
 # Reading the prompt (*prefill*) still takes all its positions in one pass; each later token (*decode*) takes one. A
 # decode step reads all weights and the whole cache for the arithmetic of one position, so memory bandwidth often bounds
 # it and not arithmetic (Pope et al. 2022, arXiv:2211.05102).
@@ -481,7 +496,7 @@ for row in written:
 copied = (written[:, PERIOD:] == written[:, :PERIOD]).mean()
 print(f"letters copied rightly: {copied:.0%}; cached equals uncached, token for token: {(written == without).all()}")
 assert np.array_equal(written, without)
-options = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 3}  # drawn from the likeliest 90 %
+options = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.9, "seed": 3}  # from the likeliest letters, 0.9 together
 assert np.array_equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
 if not REDUCED:
     assert copied > 0.95

@@ -6,7 +6,7 @@
 # choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth, and
 # labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 20 minutes (200 words or 25
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 21 minutes (200 words or 25
 # lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
 # open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
 # `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) first computes those that are missing
@@ -70,10 +70,13 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 
 # %% [markdown]
 # The second: the gradient is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order (halved here,
-# by the mean over two pairs). It moves the two rewards apart and says nothing of their sum.
+# by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so
+# each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one number stands for
+# a text, people who prefer A to B, B to C and C to A cannot be modeled.
 #
-# Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2); **centering**
-# adds $c\,(r_w + r_l)^2$, which pins the zero down. The numbers below are the reference implementation's.
+# Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et
+# al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
+# both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -83,12 +86,14 @@ assert abs(full.item() - 0.7371471) < 5e-8
 # %% [markdown]
 # ## 2 · A rater
 #
-# We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the
-# happier text is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare
-# the reward model with. In practice nobody has it. The texts are the base model's own: it continues openings of sentences
-# by Jane Austen, four times each. And the rater is human enough to be noisy: it adds noise to each score and sorts. With noise of Gumbel's
-# distribution, $-T \log(-\log u)$ for a uniform $u$, every pair is Bradley-Terry with $r = \text{score} / T$ (the difference
-# of two such noises has the distribution function $\sigma$); with probability `flip` it holds the scale upside down.
+# We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment:
+# the happier text is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can
+# compare the reward model with. In practice nobody has it. The texts are the base model's own: it continues openings
+# of sentences by Jane Austen, four times each. And the rater is human enough to be noisy: it adds noise to each score
+# and sorts. With noise of Gumbel's distribution, $-T \log(-\log u)$ for a uniform $u$, every pair is Bradley-Terry
+# with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$). The whole
+# order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers, the second by the
+# softmax over the rest, and so on. With probability `flip` the rater holds the scale upside down.
 
 # %%
 @cache
@@ -114,6 +119,9 @@ scores = np.tile([0.3, 0.2], (20000, 1))
 wins = (rlhf.rank(scores, np.random.default_rng(1), temperature=0.1)[:, 0] == 0).mean()
 print(f"0.3 against 0.2 at T = 0.1: preferred in {wins:.3f}, sigma(1) = {1 / (1 + np.exp(-1)):.3f}")
 assert abs(wins - 1 / (1 + np.exp(-1))) < 0.01
+four = np.array([0.3, 0.2, 0.1, 0.25])
+first = np.bincount(rlhf.rank(np.tile(four, (20000, 1)), np.random.default_rng(2), temperature=0.1)[:, 0], minlength=4) / 20000
+assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=0.01), "Plackett and Luce"
 
 # %% [markdown]
 # > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
@@ -158,9 +166,12 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %% [markdown]
 # ## 5 · Train, and what labels are worth
 #
-# One pass: InstructGPT's reward model overfitted in a second. A fresh head's scores have any scale, so we first give them mean 0 and
-# standard deviation 1, and at the end again: a *calibrated* reward means the same for every model. (Lesson 10 trains a
-# policy to earn this reward and charges it for moving away from the base; that price is set in units of this reward.)
+# One pass: InstructGPT's reward model, of 6 billion parameters, overfitted in more; to start it from GPT-3 or from the
+# SFT model made little difference (appendix C.2). A fresh head's scores have any scale, so we first give them mean 0 and
+# standard deviation 1, and at the end again: *calibrated* rewards of two models have one zero and one scale. (Lesson 10
+# trains a policy to earn this reward and charges it for moving away from the base; that price is set in units of this
+# reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so section 7
+# takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -243,7 +254,9 @@ for run in live:
 # %% [markdown]
 # The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned one
 # pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise. If
-# learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones.
+# learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones. Nor can any model
+# agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, and rewards differ
+# by $\ln\frac{1-f}{f}$ at most. (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -327,6 +340,7 @@ print("agrees with the gold, by form: " + ", ".join(f"{name} {np.mean(of['agreem
 found = {key: interval([np.mean(row[key]) for row in labels]) for key in ("first", "one order", "agreement")}
 print(f"{constitution.FORM}, {len(labels)} seeds: " + ", ".join("{} {:.3f} ± {:.3f}".format(key, *x) for key, x in found.items()))
 assert found["first"][0] > 0.95 and abs(found["one order"][0] - 0.5) < 0.02 and found["agreement"][0] - found["agreement"][1] > 0.5
+assert np.mean(forms[constitution.FORM]["agreement"]) > sum(found["agreement"]), "the best of four looks better than it is"
 
 print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each; the SFT model has {np.mean([row['sft'] for row in labels]):.3f}")
 for arm in constitution.ARMS:
@@ -334,12 +348,14 @@ for arm in constitution.ARMS:
     print("{:6s} best of 16: {:.3f} ± {:.3f}, PPO: {:.3f} ± {:.3f}".format(arm, *interval(ways["best"]), *interval(ways["ppo"])))
 
 # %% [markdown]
-# It takes the first in nearly all pairs, whatever stands there. Asked once it therefore agrees with the gold in half of them:
+# It takes the first in nearly all pairs, whatever stands there. (The form, the best of four, had more on the 100 pairs
+# that chose it than over the seeds: so does any winner.) Asked once it therefore agrees with the gold in half of them:
 # of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
 # reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these intervals can
 # say, and better than one of a coin's. But 200 labels of anyone are few: with the rater's, too, the chosen answers are hardly
 # better than the SFT model's, and those of PPO are worse. So this says how weak the judge is; it does not say that such
-# feedback is as good as people's.
+# feedback is as good as people's. With a large judge Lee et al. find it about as good: people prefer the summaries of
+# either policy to the SFT model's in some 70 %.
 #
 # The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to write a
 # better one, and the SFT model is trained on these **revisions**:
@@ -446,7 +462,9 @@ if not REDUCED:
 # %% [markdown]
 # Nonsense as such does not please this judge: fewer of these texts pass the bar than real answers do. But whoever looks for
 # the best of them has one that beats nine in ten real answers, and nothing in the reward tells the two apart. A policy that
-# is trained on a judge searches in just this way: that is Lesson 11. Now break it yourself: train with `flip=0.5`, and with
+# is trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
+# disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
+# arXiv:2403.13787). Now break it yourself: train with `flip=0.5`, and with
 # `flip=1`. Which is the worse judge, and which is the more useful one?
 
 # %%

@@ -7,7 +7,7 @@
 # It asks which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in Ovadia et al.
 # 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 17 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once, and reads
 # the table that decides, of three measurements and three seeds, from `lessons/results/16_which_method.jsonl`. `python
@@ -32,7 +32,7 @@ from experiments import decision, forgetting
 from experiments.decision import TITLES, Costs
 
 import minipeft as mp
-from minipeft.accounting import count_parameters
+from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger
 from minipeft.experiments import shipped
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, interval, over_seeds, spread
@@ -71,9 +71,12 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 # | RLHF (PPO) | every weight, after full | its own answers, and a score for each |
 #
 # The first six are the same job done with different parameters. Instruction tuning is another job: one model that does
-# what it is asked. RLHF is a third: it needs no right answers, only a judge. Here the judge is a rule, the share of
-# words that an answer has in common with the reference; Lesson 9 learns one from comparisons. Where there are pairs of
-# a better and a worse answer, DPO trains on them without a reward model (Lesson 20).
+# what it is asked. RLHF is a third: it needs no right answers, only a judge. (Both train every weight here, but can
+# train LoRA as well.) Here the judge is a rule, the share of words that an answer has in common with the reference;
+# Lesson 9 learns one from comparisons. Where there are pairs of a better and a worse answer, DPO trains on them
+# without a reward model (Lesson 20): it holds two models, the policy and its start, for PPO's four (Lesson 10). And
+# there are smaller sets of weights than these: (IA)$^3$ trains three vectors a layer; with a few dozen examples it
+# beat examples in the prompt (Liu et al. 2022, arXiv:2205.05638).
 #
 # In the first verdict of the register (Lesson 3) below, `ln_tuning` trains layer norms alone, `adalora` is LoRA with
 # ranks that change, and *surgery* is the code that puts a method's layers into a model. In the second, `rewrite` and
@@ -119,10 +122,11 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
     assert (counts.stored < counts.trainable) == (method == "prefix")
 
 # %% [markdown]
-# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients and
-# Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so the activations
-# stay. The ledger of Lesson 12 predicts each peak to within a tenth. (An update of PPO samples, scores and goes over
-# its samples twice, so it is no step like the others.)
+# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients
+# and Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so the
+# activations stay. For the same reason a frozen base saves no more than a third of a step's operations, $4N$ a token
+# for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth. (An update of PPO samples, scores
+# and goes over its samples twice, so it is no step like the others.)
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. A merged QLoRA is no longer in
 # four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged. Merging serves one task: a server
@@ -131,13 +135,19 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 #
 # ## 3 · The table
 #
-# All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone is
-# judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its loss
-# starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs, over
-# three measurements on one machine. (Where the ± of a time is large, other programs were running there.) The table
-# holds for 640 examples, 40 steps and this model. Prompts, for example, learn less than full fine-tuning here, but
-# matched it in T5 models of billions of parameters (Lester et al. 2021, arXiv:2104.08691). Where a verdict below the
-# table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained.
+# All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone
+# is judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its
+# loss starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs,
+# over three measurements on one machine. (Where the ± of a time is large, other programs were running there.) The
+# table holds for 640 examples, 40 steps and this model. Prompts, for example, learn less than full fine-tuning here,
+# but matched it in T5 models of billions of parameters (Lester et al. 2021, arXiv:2104.08691). And LoRA, which learns
+# about what full fine-tuning does here, fell behind it on 20 billion tokens of code (Biderman et al. 2024,
+# arXiv:2405.09673; Lesson 18). "Merged" is the time of a token after merging, and "forgotten" by how much the loss on
+# general text rose.
+#
+# Where a verdict below the table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained. It counts in
+# bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
+# frozen one 2, or in four bits a little over a half.
 
 # %%
 def learned(method):
@@ -167,6 +177,9 @@ for m in TITLES:
     assert abs(T[m]["memory_measured"].mean() / T[m]["memory_predicted"].mean() - 1) < 0.1
     assert mean[m]["learned"] > 0, "each learned something"
 assert below(TABLE["prompt"]["learned"], TABLE["full"]["learned"]), "prompts learn less here"
+size, rank_64 = architecture("llama-7b").size, mp.LoraConfig(r=64, target_modules="all-linear")
+frozen = [pytorch_ledger("llama-7b", rank_64, 1, 512, Loop(quantization=q)).held["frozen weights"] / size for q in (None, "nf4")]
+assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 and np.allclose(frozen, [2, 0.57], atol=0.01)
 
 # %% [markdown]
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: a
