@@ -7,7 +7,7 @@
 # wrong one.
 #
 # You need Lesson 0 (loss, gradient, weight, softmax) and, from school, the derivative and the chain rule. Reading takes
-# about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
+# about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
 # (under a minute), or open it as a notebook. Where a line begins with **Predict**, stop and write down your answer; the
 # next cell computes it.
 #
@@ -126,7 +126,8 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 # The function $g \mapsto J^\top g$ is the **pullback** of $f$ at $x$: it pulls a sensitivity back through one step. $J$
 # itself is never built. If every step knows its pullbacks, one for each input, the gradient of the whole is a walk from
 # $L$ back to the weights. This is *reverse mode* (Linnainmaa 1970; Baydin et al. 2018, arXiv:1502.05767, is a survey).
-# *Forward mode* passes $J\,dx$ on instead, and needs one pass for each weight.
+# *Forward mode* passes $J\,dx$ on instead, and needs one pass for each weight. Reverse mode pays in memory: each step
+# must keep what its pullback needs until the walk comes back (section 4).
 #
 # ## 2 · An engine in 25 lines
 
@@ -197,9 +198,11 @@ assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 
 # %% [markdown]
 # The library's engine (`minipeft/autograd/tensor.py`) is this one, with what practice demands. It sorts the graph
-# without recursion, so that a deep graph does not exceed Python's limit; where NumPy broadcast an input, it sums the
-# gradient over the copies; it frees each step as soon as its pullbacks have run; and it drops pullbacks that nobody
-# needs (section 4).
+# without recursion, so that a deep graph does not exceed Python's limit; it frees each step as soon as its pullbacks
+# have run; it drops pullbacks that nobody needs (section 4); it records nothing inside `mp.no_grad()`; and it refuses a
+# graph whose weights an optimizer has changed since. A copy is a use: where NumPy broadcast an input, such as a bias
+# that is added to every row, its gradient is the sum over the copies, and a row of weights that `F.embedding` picked
+# twice (Lesson 0) gets the sum of both. (`d[ids] += g` would keep one of them; `np.add.at` adds both.)
 #
 # What does the gradient cost? The simplest way to one is to **nudge**: change one weight a little, compute $L$ again.
 #
@@ -212,6 +215,11 @@ for _ in range(3 * sys.getrecursionlimit()):
     deep = deep * 1.0
 deep.backward()
 assert start.grad == 1.0, "three times as deep as Python lets a function call itself"
+
+d, lost = np.zeros((2, 3))  # the gradient of three rows, of which row 1 was picked twice
+np.add.at(d, [1, 1], 1.0)
+lost[[1, 1]] += 1.0
+assert d[1] == 2 and lost[1] == 1
 
 multiplications = 0
 
@@ -266,12 +274,18 @@ print("softmax:    pullback against the whole Jacobian:", np.abs(jacobian.T @ g 
 print("            pullback of a constant g:           ", np.abs(pullback(np.ones(6))).max())
 assert np.allclose(jacobian.T @ g, pullback(g), atol=1e-15)
 assert np.allclose(pullback(np.ones(6)), 0, atol=1e-15)
+onehot = np.eye(6)[2]
+assert np.allclose(pullback(-onehot / y), y - onehot, atol=1e-15), "cross-entropy of target 2"
 assert np.allclose(F.softmax.definition(z + 5)[0], y, atol=1e-15) and np.allclose(jacobian @ np.ones(6), 0, atol=1e-15)
 
 # %% [markdown]
 # Zero (up to rounding). Equal $g_i$ ask for the derivative of a multiple of $\sum_i y_i$, and that sum is always 1:
 # $J^\top \mathbf 1 = 0$. This will fool a careless test in section 6. (That raising all $x$ together moves no $y$, as
 # in Lesson 0, is $J \mathbf 1 = 0$.)
+#
+# Lesson 0's loss is $-\log y_t$ of the target $t$. Its gradient $g$ is $-1 / y_t$ at $t$ and 0 elsewhere, and the
+# pullback makes of it $y_j - \delta_{jt}$: the probabilities, less 1 at the target. `F.cross_entropy` is one operation
+# that returns this difference at once, because the two steps divide by a $y_t$ that can round to zero.
 #
 # *Layer norm* shifts and scales each row $x$ of $d$ numbers to mean 0 and variance 1, and then multiplies by trained
 # weights $w$ and adds trained biases $b$ (Ba et al. 2016, arXiv:1607.06450): $y = \hat x \cdot w + b$ with
@@ -433,9 +447,17 @@ assert curves[np.float64][[36, 24, 12, 0]].argmin() == 1, "of 1e-2, 1e-5, 1e-8, 
 # Of the four, $10^{-5}$. Hence the rules of `mp.gradcheck`: float64 always, a random direction and a random cotangent,
 # and central differences (two of them, at $h$ and $2h$, combined so that the $h^2$ term cancels, Richardson's trick;
 # below it comes closer than the best single difference). In float32 even a perfect derivative agrees to only four or
-# five digits, which is where a wrong one can hide.
+# five digits, which is where a wrong one can hide. PyTorch's `torch.autograd.gradcheck` asks for float64 as well, with
+# $h = 10^{-6}$; by default it compares every element of $J$, and with `fast_mode=True` a random combination
+# of them (gradcheck mechanics, docs.pytorch.org).
+#
+# Draw $x$ away from kinks. ReLU, $\max(x, 0)$, has no derivative at 0; the library returns 0 there, as PyTorch does, and
+# the central difference says $\frac12$.
 
 # %%
+kink = mp.Tensor(np.zeros(1), requires_grad=True)
+F.relu(kink).backward()
+assert kink.grad[0] == 0
 print()
 for fn, inputs in ((f, [rng.standard_normal((4, 16))]), (F.layer_norm, [x, weight, bias])):
     agreement = mp.gradcheck(fn, *inputs)  # raises GradcheckError if not

@@ -5,7 +5,9 @@
 # learned that a question wants an answer, and an end. Teaching it that is the first of the three stages that made GPT-3
 # into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*, SFT, on pairs of an instruction and
 # a good answer. SFT imitates. Which of two answers is better the later stages learn, a reward model and reinforcement
-# learning from human feedback, RLHF (Lessons 9 and 10).
+# learning from human feedback, RLHF (Lessons 9 and 10). InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
+# validation loss rose after the first, and yet more epochs gave answers that people preferred (their sections 3.2 and
+# 3.5): the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, so that the model learns to follow instructions and not a single task. Three things can be new to a tuned
@@ -94,9 +96,10 @@ assert not asked_in_training & {way for task in TASKS.values() for way in task.h
 #
 # $$L = -\frac{1}{|A|} \sum_{t \in A} \log p(x_t \mid x_{<t}), \qquad A = \text{the answer's tokens and the end.}$$
 #
-# All other labels are $-100$. The sum runs over the answers of a whole *batch*, with all its micro-batches where
-# gradients are accumulated (Lesson 3), and $|A|$ counts their tokens: a mean of means would give a token of a short
-# answer more weight than one of a long answer.
+# All other labels are $-100$. (TRL does so by default where the data are pairs of `prompt` and `completion`; of chats
+# it learns every token unless `assistant_only_loss=True`.) The sum runs over the answers of a whole *batch*, with all
+# its micro-batches where gradients are accumulated (Lesson 3), and $|A|$ counts their tokens: a mean of means would
+# give a token of a short answer more weight than one of a long answer.
 
 # %%
 record = instructions(["synonym"], "validation", cap=5, phrasings=1)[0]
@@ -118,7 +121,7 @@ print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 # A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`, single tokens that no
 # text of a user can spell. All of the assistant's turns are learned, each with its end; the user's and the system's are
 # not. Tokens that the base has never met need trained embeddings. LoRA leaves them frozen unless `modules_to_save`
-# names them (last exercise).
+# names the matrix (last exercise), or `trainable_token_indices` the rows.
 
 # %%
 messages = [
@@ -168,7 +171,8 @@ def encode(records, template=TEMPLATE):
 
 some = instructions(TRAINED, "train", cap=40)
 lengths = {name: [len(e.input_ids) for e in encode(some, t)] for name, t in (("Alpaca", alpaca), ("ours", TEMPLATE))}
-print("tokens a record:", ", ".join(f"{name} {np.mean(n):.0f}" for name, n in lengths.items()))
+learned = np.mean([(e.labels != -100).sum() for e in encode(some)])
+print("tokens a record:", ", ".join(f"{name} {np.mean(n):.0f}" for name, n in lengths.items()), f"(of ours {learned:.0f} learned)")
 assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 
 # %% [markdown]
@@ -236,7 +240,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 #
 # Fast attention kernels take the boundaries of records in place of a mask. Hugging Face's `transformers` can infer them
 # from the positions, and then wrong positions mix records in a Llama, too
-# (huggingface.co/docs/transformers/padding_free).
+# (huggingface.co/docs/transformers/padding_free). TRL's packing is of this kind by default and needs
+# FlashAttention; its `packing_strategy="wrapped"` cuts records anywhere.
 #
 # ## 4 · Train: one task, three, seven
 #
@@ -349,7 +354,9 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
 
 # %% [markdown]
 # It answers, briefly. How often does it stop, and how often is it right? Count. A loss is the mean over tasks, of each
-# 32 test records. A program can check the answers to four of the seven trained tasks and to two of the three new ones.
+# 32 test records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the
+# model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers
+# to four of the seven trained tasks and to two of the three new ones.
 
 
 # %%
@@ -407,7 +414,9 @@ if not REDUCED:
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
 # *shuffled* instructions: each has that of another record.
 #
-# Does tuning teach *facts*, or only to give those that the base knows (Zhou et al. 2023, LIMA, arXiv:2305.11206)? A
+# Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
+# hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA, of 65 billion parameters, was tuned on 1,000 chosen
+# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. A
 # fact is what a word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or
 # beginnings, the right one makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an
 # instruction, or *in the base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told*
@@ -479,7 +488,8 @@ if not REDUCED:
 # hardly mattered beside more data sets (appendix B.1).
 #
 # **Learning the prompt too** is clearly worse on the trained tasks. At the new ones it is undecided. (Shi et al. 2024,
-# arXiv:2405.14394, report gains from it where prompts are long and answers short.)
+# arXiv:2405.14394, report gains from it where prompts are long beside their answers, or records few. Ours are longer
+# than their answers, too: section 2.)
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -646,8 +656,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# Each task that is trained has a higher loss the more tasks share the budget; the mean loss on the tasks that nobody
-# trained falls.
+# The one that trained `rewrite` alone has the lower loss on it, since all records were its own; the one that trained
+# seven has the lower mean loss on the tasks that nobody trained.
 #
 # </details>
 #

@@ -8,7 +8,7 @@
 # **Pareto frontier**: the runs that no other run beats at both.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# control). Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
 # or open it as a notebook. It computes a few runs now, and reads the others, with three seeds each, from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
@@ -147,6 +147,30 @@ if not REDUCED:
 # learns more and forgets more than half of the way at 1e-3, another point of the same trade. The question is whether
 # something does better than a shorter way.
 #
+# Must what is lost be learned anew? Go on with the tuned model for ten steps on the base's own training text. The
+# control is the base after the same steps.
+#
+# **Predict:** how much of what was forgotten comes back, and what does the control gain?
+
+# %%
+old = shipped.data(replace(settings, replay=1.0)).replay  # blocks of the base's training text
+arguments = mp.TrainingArguments(learning_rate=3e-4, max_steps=2 if REDUCED else 10, per_device_train_batch_size=16, progress=False)
+reminded, control = tuned.copy(), base.copy()
+for model in (reminded, control):
+    mp.Trainer(model, old, args=arguments).train()
+(task_loss, general_loss), after = evaluate(reminded, data), evaluate(control, data)
+print(f"\nreminded: learned {start[0] - task_loss:.3f}, forgotten {general_loss - start[1]:.3f};", end=" ")
+print(f"the base after the same steps: general loss {after[1] - start[1]:+.3f}")
+if not REDUCED:
+    assert general_loss - start[1] < 0.6 * forgotten[-1] and abs(after[1] - start[1]) < 0.05
+    assert start[0] - task_loss > 0.9 * learned[-1] and after[1] > start[1], "and the base gains nothing"
+    assert abs(learned[2] - (start[0] - task_loss)) < 0.05 and forgotten[2] < general_loss - start[1], "half of the way is cheaper"
+
+# %% [markdown]
+# More than two fifths come back, and more than nine tenths of what was learned stay. The base gains nothing from these
+# steps, so they teach no more than it knew. Half of the way back leaves about as much learned, forgets less, and needs
+# no old text.
+#
 # ## 3 · Methods and rates
 #
 # Each method runs at several rates, with three seeds each. Full fine-tuning, LoRA and adapters start as the base
@@ -185,10 +209,12 @@ print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for 
 # ### Does LoRA forget less?
 #
 # Biderman et al. tuned Llama-2-7B on code and mathematics, with about 100 thousand pairs or up to 20 billion tokens.
-# LoRA forgot less than full fine-tuning, and less than weight decay and dropout. They found that the changes of full
-# fine-tuning have 10 to 100 times the rank of usual LoRAs, "possibly explaining" the gaps. But a lower rate forgets
-# less, too. So put LoRA's rates beside those of full fine-tuning that learn about as much, and look at both
-# differences.
+# Learned was the score in HumanEval (code) or GSM8K (mathematics), forgotten the loss of accuracy in HellaSwag,
+# ARC-Challenge and WinoGrande. LoRA of the ranks 16, 64 and 256 forgot less than full fine-tuning, and less than weight
+# decay and dropout. They found that the changes of full fine-tuning have 10 to 100 times the rank of usual LoRAs,
+# "possibly explaining" the gaps. But a lower rate forgets less, too, and their first version says (section 4.3) that
+# both "seem to occupy the same Pareto curve". So put LoRA's rates beside those of full fine-tuning that learn about as
+# much, and look at both differences.
 #
 # **Predict:** at equal learning, does LoRA forget less than full fine-tuning?
 
@@ -204,7 +230,7 @@ for lora, full in ((1e-3, 1e-4), (3e-3, 3e-4), (3e-3, 1e-3), (1e-2, 1e-3)):
     print(f"{lora:<10g}{full:<16g}{spread(loss):18s}{spread(cost)}")
     if full < 1e-3:
         assert below(loss, zero) and below(zero, cost), "beside a lower rate of full's LoRA learns more and forgets more"
-assert below(loss, zero) is None and not below(cost, zero), "at 1e-2 it forgets no less than full at 1e-3"
+assert below(loss, zero) is None and below(zero, cost), "at 1e-2 it forgets more than full at 1e-3"
 share = over_seeds(rows, LORA, "forgotten") / over_seeds(rows, FULL, "forgotten")
 print(f"LoRA at 3e-3 forgets {spread(share, 2)} of what full at 1e-3 forgets")
 assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "half, for nearly the same task loss"
@@ -212,8 +238,8 @@ assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "ha
 # %% [markdown]
 # That depends on the rates. Beside full fine-tuning at a low rate (the first two lines) LoRA learns a little more *and*
 # forgets a little more; which is cheaper at the very same loss these rows do not say. LoRA at 3e-3 forgets about half
-# as much as full fine-tuning at 1e-3, for about the same task loss. At 1e-2 who learns more is undecided, and LoRA does
-# not clearly forget less. So it is the rate as much as LoRA, in a model of 1.4 million parameters after 40 steps.
+# as much as full fine-tuning at 1e-3, for about the same task loss. At 1e-2 who learns more is undecided, and LoRA
+# forgets more. So it is the rate as much as LoRA, in a model of 1.4 million parameters after 40 steps.
 #
 # ## 4 · The remedies
 #
@@ -275,8 +301,10 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 # %% [markdown]
 # - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. Beside no
 #   remedy it forgets less than half, and its task loss is no higher. In section 2's parabola it puts $\alpha$ for $H$:
-#   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) puts the
-#   diagonal of the Fisher information there, the mean square of each weight's gradient on old text.
+#   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the
+#   posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and
+#   puts the diagonal of the Fisher information for $H$: the mean, over single examples of old text, of the square of
+#   each weight's gradient.
 # - **LoRA with replay** forgets less than the lower rate, and its task loss is about the same.
 # - **LoRA** alone learns more than the lower rate and forgets more. **Replay** of a block a verse forgets less and
 #   learns no more. These are other points of the same trade.
@@ -294,6 +322,9 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 # excludes 0 one time in twenty (Lesson 14), and here are dozens. Not run here is a penalty on *outputs* instead of
 # weights: Learning without Forgetting (Li and Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask
 # that the model answer as it did.
+# At equal accuracy on a new task, reinforcement learning from the model's own answers (Lesson 10) forgot less than
+# supervised fine-tuning, and what foretold forgetting was the KL divergence from the base on the *new* task (Shenfeld
+# et al. 2025, arXiv:2509.04259).
 
 # %%
 points_of = {**names, **{point(rows, s): f"{name} ({strength(s)})" for name, several in REMEDIES.items() for s in several if strength(s) != "-"}}
