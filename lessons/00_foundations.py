@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 0 · Foundations: what every later lesson takes for granted
 #
-# A language model reads a text and says what may come next. Training makes it say so better. This lesson explains the
+# A language model reads a text and says what may come next. This lesson explains the
 # words that all later lessons use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up,
 # validation, seed. The code is plain NumPy, held against the library's functions.
 #
@@ -94,9 +94,8 @@ assert tokenizer.decode(tokenizer.encode("🙂")) == "🙂" and len("🙂".encod
 assert len(tokenizer.encode(" λόγος")) == 11
 
 # %% [markdown]
-# Two, and one: to the model, `Lord` and ` Lord` have no id in common. The smiling face is four tokens, one for each of
-# its bytes, since no join reaches it. So every text can be encoded, but ` word` is one token in English and eleven in
-# Greek.
+# Two, and one: to the model, `Lord` and ` Lord` have no id in common. The smiling face is one token for each of its four
+# bytes. So every text can be encoded, but ` word` is one token in English and eleven in Greek.
 #
 # ## 2 · Logits, and softmax
 #
@@ -114,8 +113,7 @@ print("the largest:", ", ".join(f"{tokenizer.decode([i])!r} {z[i]:.2f}" for i in
 assert logits.shape == (*ids.shape, 2048) and z.min() < 0, "a logit is no probability"
 
 # %% [markdown]
-# **Softmax** turns logits into probabilities: numbers above zero that add up to 1. It takes the exponential of each and
-# divides by the sum:
+# **Softmax** turns logits into probabilities, numbers above zero that add up to 1:
 #
 # $$p_i = \frac{e^{z_i}}{\sum_k e^{z_k}} .$$
 #
@@ -575,8 +573,7 @@ assert abs((valid.mean() - 25) / math.sqrt(50 / 4) - 2.5) < 0.1 and abs(right.st
 #
 # Chance enters these runs in two places: the weights at the start, and the batches. A computer's random numbers come
 # from a formula, and the number that it starts from is the **seed**. On one machine the same seed gives the same run,
-# to the last bit. (On a GPU not always: where threads add to one number in no fixed order, the rounding differs. See
-# "Reproducibility" in PyTorch's documentation.)
+# to the last bit. (On a GPU not always: where threads add to one number in no fixed order, the rounding differs.)
 #
 # **Predict:** a single run of each of two schedules. By how much must the losses differ to show which is better?
 
@@ -609,9 +606,8 @@ assert warm[0] > warm[1] > 0 and warm[0] < spread["constant"], "small, and yet c
 # too short, as five values give only a rough standard deviation.) If the interval of a difference contains zero, the
 # runs do not show which is better.
 #
-# Here both intervals lie above zero: decay lowers the loss, and warm-up *costs* a little, less than the standard
-# deviation of the constant rate. The interval shows it nevertheless, since each difference is taken within a seed,
-# where both runs began alike and drew the same batches.
+# Here both intervals lie above zero: decay lowers the loss, and warm-up *costs* a little. The interval shows so small a
+# cost because each difference is taken within a seed, where both runs began alike and drew the same batches.
 #
 # ## The picture
 #
@@ -689,7 +685,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 # The careless softmax divides infinity by infinity, since $e^{1000}$ overflows. (In float32 $e^{89}$ does, and
 # $e^{-104}$ is 0. So the logarithm of a softmax can be $-\infty$, and libraries compute it from the logits in one go,
 # as exercise 00.3 does.) Adam's first step is longer, 3.16 times: $m$ is a tenth of the gradient, but $\sqrt v$ only
-# $\sqrt{0.001} = 0.032$ of its size. This mistake raises no error. Only a comparison with something known shows it.
+# $\sqrt{0.001} = 0.032$ of its size. This mistake raises no error.
 #
 # ## Quiz
 #

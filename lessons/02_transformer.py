@@ -48,8 +48,7 @@ if REDUCED:
 #
 # A **norm** keeps the numbers of a position at one size. *RMS norm* (Zhang & Sennrich 2019, arXiv:1910.07467) divides
 # by the root of the mean square and multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the
-# mean and adds a bias. To both, $x$ and $10x$ are the same but for the small $\epsilon$; that invariance suffices,
-# Zhang & Sennrich find, and RMS norm is faster.
+# mean and adds a bias. To both, $x$ and $10x$ are the same but for the small $\epsilon$.
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
@@ -209,8 +208,7 @@ assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation 
 # Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, from the parts above. The norm stands on
 # the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each branch wrote, and
 # gradients pass along the additions from the last norm to the embedding unchanged. The first transformers had the norm
-# on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745). Where those do train,
-# with six layers or fewer, they end better, as Takase et al. (2022, arXiv:2206.00330) report.
+# on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745).
 
 # %%
 def llama_by_hand(model, ids):
@@ -301,12 +299,8 @@ def llama_formula(c):
 
 
 gpt2, llama = mp.TransformerConfig.gpt2, mp.TransformerConfig.llama
-gpt2_small = gpt2(
-    vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=1024
-)
-gpt3 = gpt2(
-    vocab_size=50257, hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, max_position_embeddings=2048
-)
+gpt2_small = gpt2(vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=1024)
+gpt3 = gpt2(vocab_size=50257, hidden_size=12288, num_hidden_layers=96, num_attention_heads=96, max_position_embeddings=2048)
 smollm2 = llama(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192,

@@ -6,7 +6,7 @@
 # the base in four bits, as one of sixteen values. This lesson chooses the sixteen values, counts the bits, trains a
 # LoRA on top, and measures what is lost.
 #
-# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 18 minutes (200 words or 25 lines of code a
+# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 19 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/07_qlora.py` (a minute on two cores), or open it as a notebook.
 # Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #

@@ -5,7 +5,7 @@
 # method's options. This lesson recomputes famous ones, finds three slips in the literature, derives what a training
 # step keeps in memory, and compares its predictions with measurements, its own and others'.
 #
-# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 24 minutes (200 words or 25 lines of code a
+# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
 # as a notebook. At the terminal: `minipeft count`, `memory` and `audit`. *This engine* is the package's own, of Lessons
 # 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.

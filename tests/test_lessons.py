@@ -81,7 +81,7 @@ def test_lesson_asserts_what_it_claims(path):
 
 @lesson
 def test_lesson_says_how_long_it_takes_to_read(path):
-    """200 words or 25 lines of code a minute, up to the quiz; rounded either way."""
+    """200 words or 25 lines of code a minute, up to the quiz."""
     words = lines = 0
     for kind, body in cells(path):
         body, quiz, _ = body.partition("## Quiz\n")
@@ -91,5 +91,5 @@ def test_lesson_says_how_long_it_takes_to_read(path):
             break
     assert quiz, "it has a quiz"
     stated = int(re.search(r"Reading\s+takes\s+about\s+(\d+)\s+minutes", cells(path)[0][1])[1])
-    assert abs(stated - (words / 200 + lines / 25)) < 1, f"{words} words and {lines} lines of code, said to be {stated} minutes"
+    assert stated == round(words / 200 + lines / 25), f"{words} words and {lines} lines of code, said to be {stated} minutes"
     assert stated <= 25, "what can be read at one sitting"
