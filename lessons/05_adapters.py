@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 15 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. Where a line
 # begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -93,8 +93,14 @@ assert difference < 1e-4
 # Three places have names. **Houlsby**: after attention and after the MLP. (Houlsby et al. train the layer norms and the
 # task's output layer, too.) **Pfeiffer** (arXiv:2005.00247): after the MLP alone, for half the parameters. **Parallel**
 # (He et al. 2021, arXiv:2110.04366): *beside* the MLP, reading its input rather than its output, and scaled; the paper
-# finds it better than adapters behind a sublayer (section 4.3). With $f$ the identity, and no biases, it would be LoRA
-# beside the whole MLP rather than beside one matrix.
+# finds it better than adapters behind a sublayer (section 4.3), and the MLP the better place than attention once there
+# are more than 0.1 percent of parameters to spend (sections 4.4, 4.6). With $f$ the identity, and no biases, it would
+# be LoRA beside the whole MLP rather than beside one matrix. Pfeiffer et al. train one adapter for each of many tasks,
+# and then, in a second stage, an attention that mixes their outputs (AdapterFusion).
+#
+# PEFT has no bottleneck adapters. The `adapters` library (AdapterHub) has these three, named `double_seq_bn`, `seq_bn`
+# and `par_bn`; an option left out here takes its value there: $m = d/16$ with SiLU, $d/16$ with ReLU, and $d/2$ with
+# ReLU, scaled by 4.
 #
 # Below, statements from textbooks meet measurements. For the second, a **unit** is one of an adapter's $m$ numbers, and
 # a **direction** one of LoRA's $r$ numbers $Ax$. It is *read* by its mean over a sentence, which should tell the
@@ -163,7 +169,8 @@ adapted.print_trainable_parameters()
 # ## 3 · Starting as nothing
 #
 # Large random numbers added after each sublayer would destroy what the base computes (section 7). So $W_{up}$ and
-# $b_{up}$ start at zero: the adapter adds exactly nothing, and training starts from the base's own loss.
+# $b_{up}$ start at zero: the adapter adds exactly nothing, and training starts from the base's own loss. That needs the
+# residual connection of section 1: without it, zero would take the place of $h$.
 #
 # **Predict:** an adapter trains $W_{down}$, $b_{down}$, $W_{up}$ and $b_{up}$. Which of the four have a gradient in the
 # first step? And which if $W_{down}$ starts at zero, too?
@@ -228,15 +235,18 @@ for name, m in (("houlsby", 16), ("pfeiffer", 32), ("parallel", 32)):
     assert after < start
 assert all(np.array_equal(p.numpy(), before[path]) for path, p in model.named_parameters())
 
-full, ours = (memory_ledger(model.config, method, batch=12, seq_len=64).held for method in (None, houlsby))
+everywhere = mp.LoraConfig(r=8, target_modules="all-linear")
+full, ours, rank8 = (memory_ledger(model.config, method, batch=12, seq_len=64).held for method in (None, houlsby, everywhere))
 for what in ("gradients", "optimizer states", "activations"):
-    print(f"{what:16}  full fine-tuning {full[what] / 1e6:5.2f} MB, houlsby {ours[what] / 1e6:5.2f} MB")
+    print(f"{what:16}  full fine-tuning {full[what] / 1e6:5.2f} MB, houlsby {ours[what] / 1e6:5.2f}, LoRA on all {rank8[what] / 1e6:5.2f}")
 assert ours["gradients"] + ours["optimizer states"] < 0.05 * (full["gradients"] + full["optimizer states"])
-assert 0.75 < ours["activations"] / full["activations"] < 0.85
+assert 0.75 < ours["activations"] / full["activations"] < 0.85 and rank8["activations"] > full["activations"]
 
 # %% [markdown]
 # About a fifth. Gradients and optimizer states nearly vanish; activations do not. The gradient travels from the loss
 # back through every frozen sublayer to the lowest adapter, and what these need for it is kept (Lesson 4, section 6).
+# LoRA on all layers keeps more than full fine-tuning: its $A$ needs the input of each of the seven matrices, as a
+# trained $W$ does, and its $B$ needs $Ax$. Adapters leave the seven frozen, whose inputs need not be kept for them.
 # Adapters in the upper layers alone shorten that way; by Houlsby et al. (section 3.6) they matter most: trained
 # adapters of the lowest layers could be taken out with little loss.
 
@@ -248,7 +258,9 @@ assert 0.75 < ours["activations"] / full["activations"] < 0.85
 # ## 5 · The price: latency
 #
 # LoRA's product is linear in $x$, so it can be added into the matrix and disappears. $f$ is not linear: no matrix does
-# what $W_{up} f(W_{down} h)$ does, and the library refuses to merge it.
+# what $W_{up} f(W_{down} h)$ does, and the library refuses to merge it. (With $f$ the identity, an adapter behind a
+# sublayer could be merged into the sublayer's last matrix, exercise 05.3; one beside the MLP still could not, as the
+# MLP between its two ends is not linear.)
 
 # %%
 try:
@@ -286,7 +298,7 @@ def latency(m, repeats=20 if REDUCED else 100):
     return fastest["adapted"] / fastest["base"]
 
 
-lora = mp.get_peft_model(model, mp.LoraConfig(r=8, target_modules="all-linear"))
+lora = mp.get_peft_model(model, everywhere)
 with mp.no_grad():
     slower = {name: latency(adapted) for name, adapted in trained.items()}
     slower["LoRA, unmerged"] = latency(lora)

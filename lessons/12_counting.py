@@ -85,8 +85,8 @@ assert prompt == 100 * 1024 == 102_400
 # GPT-2's code, which is used here, makes query, key and value in one `c_attn`; `enable_lora` says which of the three
 # are adapted.
 #
-# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5, another family of models).
-# This package builds no T5; its numbers are counted from a table of shapes.
+# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5). This package builds no T5;
+# its numbers are counted from a table of shapes.
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many millions does LoRA train with $r = 1$ on query and value?
 
@@ -137,7 +137,7 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 #
 # The package ships published figures, with what is known of their options, and computes them again. Some prove little:
 # an option that nobody printed, such as a length, was solved for from the figure itself. The figures are no sample of
-# the field, as the list of sources shows. For three that do not follow, a second source tells what happened.
+# the field. For three that do not follow, a second source tells what happened.
 #
 # **Predict:** of some 300 figures, how many do not follow from what their source says?
 
@@ -184,9 +184,10 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 #
 # ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) has "more than 780 GB"
 # for 65B, which is 12. Why the copy, called *master*? In 16 bits an update much smaller than the weight is rounded
-# away, at every step; the copy collects such updates (Lesson 17 trains without and with one). Among $n$ GPUs, ZeRO
-# splits the 12 bytes of master and moments (stage 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage
-# 2: $2 + 14/n$), then the weights (stage 3, as PyTorch's FSDP does: $16/n$).
+# away, at every step; the copy collects such updates (Lesson 17 trains without and with one). PyTorch's `autocast`
+# comes to 16, too: it has all four in float32, and 16-bit casts besides. Among $n$ GPUs, ZeRO splits the 12 bytes of
+# master and moments (stage 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the
+# weights (stage 3, as PyTorch's FSDP does: $16/n$).
 #
 # A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
 # for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
@@ -215,7 +216,7 @@ assert states["QLoRA r=64"] < 48e9 < states["LoRA r=64"] and 130e9 < 2 * llama.s
 assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # ZeRO, section 3.1: 1.5 billion, 24 GB
 
 # %% [markdown]
-# QLoRA alone fits, before there is a batch. LoRA in 16 bits does not, for the frozen weights by themselves need 130 GB.
+# QLoRA alone fits, before there is a batch. LoRA in 16 bits does not, for the frozen weights alone need 130 GB.
 
 # %% [markdown]
 # > `full-9` high memory: gradients and optimizer states for all layers: **holds if**. The optimizer is one of adamw,
@@ -322,19 +323,24 @@ kept = [rows["LoRA q, v"][i] / rows["full"][i] for i in (0, 2)]
 share = count_parameters(mine, qv).share
 print(f"LoRA trains 1 number in {1 / share:.0f}, and keeps {kept[0]:.0%} here, {kept[1]:.0%} in PyTorch")
 assert REDUCED or (round(1 / share), *(round(100 * x) for x in kept)) == (222, 78, 74)
+print("on all linear layers in PyTorch:", end=" ")
+print(*(f"{in_pytorch(mine, linear_all, dropout=p) / rows['full'][2]:.0%} with dropout {p}" for p in (0, 0.1)), sep=", ")
+assert in_pytorch(mine, linear_all) < rows["full"][2] < in_pytorch(mine, linear_all, dropout=0.1)
 
 # %% [markdown]
 # A quarter less. Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs
 # of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep, and
-# attention's own output, does not depend on which weights are trained. So LoRA saves few activations. *Checkpointing*
-# (Chen et al. 2016, arXiv:1604.06174) saves most: each block keeps its input alone, $h$ numbers, and backward computes
-# one block at a time once more, which costs a second forward pass (section 7).
+# attention's own output, does not depend on which weights are trained. So LoRA saves few activations; with dropout
+# before $A$ each adapted layer keeps a copy of its input and a mask, on all layers more than full fine-tuning.
+# *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves most: each block keeps its input alone, $h$ numbers, and
+# backward computes one block at a time once more, which costs a second forward pass (section 7). (With every
+# $\sqrt{L}$-th input alone, memory grows as $\sqrt{L}$.)
 #
 # ## 5 · Two ledgers
 #
 # A *ledger* sums it all, at the moment of a step at which the sum is largest. `memory_ledger` is of **this engine**: it
-# runs the model's own code on arrays without content and notes which are alive when. Here it is checked on a model that
-# is small enough for this machine; Python's `tracemalloc` counts the bytes of real arrays. They agree within 2 %.
+# runs the model's own code on arrays without content and notes which are alive when. Here it is checked on a small
+# model; Python's `tracemalloc` counts the bytes of real arrays. They agree within 2 %.
 
 # %%
 text = np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH))
@@ -377,8 +383,9 @@ assert bars["QLoRA"][1]["peak"] < bars["LoRA"][1]["peak"] < bars["full"][1]["pea
 
 # %% [markdown]
 # `pytorch_ledger` is of a **standard PyTorch loop**, of Hugging Face's libraries transformers and PEFT on a GPU: the
-# terms of section 4, and what their code allocates beside them. Their loss takes three arrays of logits in float32 at
-# once: 12 bytes for each token and each entry ("word") of the vocabulary.
+# terms of section 4, and what their code allocates beside them. Their loss takes three arrays of the logits' size in
+# float32 at once (log-softmax, its gradient, and that of its input): 12 bytes for each token and each entry ("word") of
+# the vocabulary.
 #
 # **Predict:** Llama-3-70B in NF4, LoRA of rank 64 on all linear layers, 4 sequences of 4,096 tokens, checkpointing
 # and flash attention. The weights in four bits take 40 GB. What is the largest of the rest: the optimizer's states, the
@@ -413,8 +420,8 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 
 # %% [markdown]
 # The logits are the largest of the rest. None of the three fits on 80 GB: not with eager attention, which moves the
-# peak to backward, where one block, computed again, keeps its softmax; nor with a loss that makes the logits a piece at
-# a time ("never whole").
+# peak to backward, where one block, computed again, keeps its softmax; nor with logits that are "never whole" but made
+# piece by piece.
 #
 # LLaMA-65B takes other sums than in section 3: in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too (8 bytes
 # in all); its default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA,
@@ -512,8 +519,10 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # > what SFT does at 7B, in three stages for one, after 33,207 ranked prompts in InstructGPT.
 
 # %% [markdown]
-# Do the two ledgers hold as things grow? From one small shape, `lessons/experiments/growth.py` doubled one axis at a time
-# and measured a step (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the slope of the picture:
+# From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
+# doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
+# (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the picture's slope between the last two
+# points; the last column names a cost whose $n$ is over 0.15 above theory's:
 
 # %%
 grown = read_rows(HERE / "results" / "growth.jsonl")
@@ -524,7 +533,8 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 
 # %% [markdown]
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
-# weights, and width, by the model's. Time follows the FLOPs of products roughly; a small step takes longer than its share.
+# weights, and width, by the model's. Time follows the FLOPs of products roughly: small steps and long sequences take
+# longer (softmax is no product).
 
 # %% [markdown]
 # ## 8 · Break it
@@ -561,8 +571,7 @@ assert within["the batch"] < within["the logits"] < within["nothing"]
 assert REDUCED or within["the batch"] < len(some) / 5
 
 # %% [markdown]
-# Fewer without the logits; without the batch's memory, fewer than a fifth. Weights and optimizer states alone say
-# little.
+# Fewer without the logits; without the batch's memory, fewer than a fifth.
 #
 # ## The picture
 #

@@ -6,7 +6,7 @@
 # does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can
 # tell which comparisons decide nothing.
 #
-# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 16 minutes (200 words or 25 lines of code a
+# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 18 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -175,10 +175,12 @@ for group, part in parts.items():
 #
 # ## 2 · Which rank?
 #
-# If few directions suffice, a higher rank buys little, and it costs parameters in proportion. Dettmers et al. (2023,
-# arXiv:2305.14314, appendix A) see no effect of the rank once all layers are adapted. But a comparison of ranks at one
-# rate is easily one of rates. **rsLoRA** (Kalajdzievski 2023, arXiv:2312.03732) divides $\alpha$ by $\sqrt r$ in place
-# of $r$. Under each rule, how large is a rank's first step in $W$?
+# If few directions suffice, a higher rank buys little, and it costs parameters in proportion. On query and value of
+# GPT-3 Hu et al. (2021, section 7.2) find $r = 1$ about as good as 64, and that adapters of rank 8 and 64 have the
+# strongest direction of $A$ in common and hardly another; what $\Delta W$ amplifies is in $W$, but weak there (section
+# 7.3). Dettmers et al. (2023, arXiv:2305.14314, appendix A) see no effect of the rank once all layers are adapted. But
+# a comparison of ranks at one rate is easily one of rates. **rsLoRA** (Kalajdzievski 2023, arXiv:2312.03732) divides
+# $\alpha$ by $\sqrt r$ in place of $r$. Under each rule, how large is a rank's first step in $W$?
 
 # %%
 def moved(model):
@@ -249,39 +251,64 @@ print(so_far([*TARGETS, "lora-qv", "lora-qv-r43"]))
 # %% [markdown]
 # ## 4 · Which α, and which rate?
 #
-# $\alpha$ and the rate are two handles on nearly one thing. Under Adam, whose steps do not depend on the size of the
-# gradient, a larger $\alpha$ makes each step in $W$ larger, as a higher rate does: in the first step exactly in
-# proportion.
+# $\alpha$ and the rate do nearly the same. Under Adam, whose steps do not depend on the size of the gradient, a larger
+# $\alpha$ makes each step in $W$ larger, as a higher rate does: in the first step, where only $B$ moves, exactly in
+# proportion. Afterwards $A$ moves too, and $\alpha$ is a rate for $B$ alone: in $\frac{\alpha}{r} BA$ four times
+# $\alpha$ is four times $B$, and $B$ starts at zero. **LoRA+** (Hayou et al. 2024, arXiv:2402.12354) splits the rate
+# itself, with a higher one for $B$, as $A$ sums over the width of a layer and $B$ over $r$ numbers alone.
 #
-# **Predict:** is rsLoRA, with its $\alpha / \sqrt r$, another method than LoRA?
+# **Predict:** is LoRA+, with four times the rate for $B$, another method than LoRA with four times $\alpha$? Is rsLoRA,
+# with its $\alpha / \sqrt r$?
 
 # %%
 print("first step at r = 8, in units of the rate:", ", ".join(f"alpha = {a}: {moved(adapted(8, a)):.3f}" for a in (4, 16, 64)))
 ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (4, 32))
 rs = adapted(16, 16, use_rslora=True, init_lora_weights=False)
 plain = adapted(16, 64, init_lora_weights=False)  # the same random A and B
+
+
+def losses_of(alpha, rate, ratio):
+    """The first batch's loss before each of five steps of AdamW on it; B's rate is `ratio` times A's."""
+    model, losses = adapted(8, alpha), []
+    optimizer = mp.optim.AdamW(mp.optim.loraplus_groups(model, rate, ratio), weight_decay=0.0)
+    for _ in range(5):
+        losses.append(model.loss(**first_batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [loss.item() for loss in losses]
+
+
+trials = {"alpha = 64": (64, 3e-3, 1), "LoRA+, B's rate by 4": (16, 3e-3, 4), "both rates by 4": (16, 12e-3, 1)}
+paths = {name: losses_of(*how) for name, how in trials.items()}
+for name, path in paths.items():
+    print(f"{name:21s}", *(f"{loss:.4f}" for loss in path))
+assert np.allclose(paths["alpha = 64"], paths["LoRA+, B's rate by 4"], atol=1e-3)
+assert not np.allclose(paths["alpha = 64"], paths["both rates by 4"], atol=1e-2)
 print("rsLoRA, r = 16, alpha = 16, is LoRA with alpha = 64, bit for bit:", np.array_equal(rs(ids).numpy(), plain(ids).numpy()))
 assert np.array_equal(rs(ids).numpy(), plain(ids).numpy())
 
 # %% [markdown]
-# At one rank it is LoRA with another $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its
-# paper argues that with $1/r$ a high rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$
-# nearly the same at all ranks. Only runs with several ranks at one rate can decide this. The league tunes the rate:
+# LoRA+ is not another one, up to Adam's $\epsilon$: $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the
+# other. At one rank rsLoRA is LoRA with another $\alpha$. It is a rule for *carrying a rate over* from one rank to
+# another. Its paper argues that with $1/r$ a high rank learns too slowly; Schulman et al. (2025) find the best rate
+# under $1/r$ nearly the same at all ranks. Only runs with several ranks at one rate can decide this. The league tunes
+# the rate:
 
 # %%
 print(so_far(["lora", "rslora", *ALPHAS]))
 
 # %% [markdown]
 # In the column `rate` stands what the tuning chose: the larger $\alpha$, the lower it should be. The verdict `lora-13`
-# will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned for it. **LoRA+**
-# (Hayou et al. 2024, arXiv:2402.12354) splits the rate itself, with a higher one for $B$ than for $A$.
+# will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned for it.
 #
 # ## 5 · LoRA against full fine-tuning
 #
 # Hu et al. (2021, Table 4) find LoRA on GPT-3 as good as full fine-tuning or better. Biderman et al. (2024) find that
 # it learns less on code and mathematics, and forgets less. Schulman et al. (2025) find both alike on data as small as
-# post-training's, and LoRA behind where the data exceed what its parameters can hold. So the number of examples
-# matters, and so does the rate. At one rate for both, LoRA's first step is smaller:
+# post-training's, and LoRA behind where the data exceed what its parameters can hold, each at its best rate, which is
+# about 10 times higher for LoRA. So the number of examples matters, and so does the rate. At one rate for both, LoRA's
+# first step is smaller:
 
 # %%
 sizes = {"full": moved(base.copy()), "LoRA, r = 8, alpha = 16": moved(adapted())}
@@ -296,7 +323,10 @@ for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
 
 # %% [markdown]
-# Lesson 15 compares what each forgets (`forgets`, `cloze`) at equal quality of the task.
+# Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
+# LoRA's merged weights that full fine-tuning's do not have (*intruder dimensions*), and that these cause forgetting.
+# Nor is LoRA of full rank full fine-tuning: it can hold any $\Delta W$, but learns by steps of $A$ and $B$. Lesson 15
+# compares what each forgets (`forgets`, `cloze`) at equal quality of the task.
 #
 # ## 6 · Variants: another form, another start
 #
