@@ -154,8 +154,9 @@ for step in (1, 2):
 #            = -\eta\, \frac{\alpha}{r} \sum_{i=1}^{d} \sum_{j=1}^{r} \left| (G A^\top)_{ij} \right| .$$
 #
 # The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
-# step changes the loss about equally at every rank.* (It does not change $W$ equally: Lesson 18, section 2.) Measured
-# on a batch of Lesson 3's task, and beside it a popular rule, $\alpha = 2r$.
+# step changes the loss about equally at every rank.* (It moves each weight by less at a high rank, as $1/\sqrt r$;
+# rsLoRA divides $\alpha$ by $\sqrt r$ instead: Lesson 18, section 2.) Measured on a batch of Lesson 3's task, and beside
+# it a popular rule, $\alpha = 2r$.
 #
 # **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
@@ -183,8 +184,27 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
     assert (0.5 < one < 2 and 0.5 < most < 2) if label == "alpha = 16" else (0.06 < one < 0.25 and 5 < most < 12)
 
 # %% [markdown]
-# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). So $r$, $\alpha$
-# and the learning rate are not three separate questions.
+# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
+# tuning $\alpha$ is "roughly the same as tuning the learning rate if we scale the initialization appropriately" (the
+# paper, section 4.1). With $A$'s start left alone it is the rate of $B$ only: $\alpha$ doubled doubles what $B$ does, and
+# $B$'s gradient, whose size Adam cancels. Three steps each:
+
+# %%
+losses = []
+for alpha, *rates in ((32, 1e-2, 1e-2), (16, 1e-2, 2e-2), (16, 2e-2, 2e-2)):
+    tried = lora(alpha=alpha)
+    groups = [{"params": [p for n, p in tried.named_parameters() if f"lora_{m}" in n], "lr": lr} for m, lr in zip("AB", rates)]
+    optimizer = mp.optim.AdamW(groups, weight_decay=0.0)
+    for _ in range(3):
+        tried.loss(**first_batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses.append(tried.loss(**first_batch).item())
+print("loss: alpha doubled {:.3f}, the rate of B doubled {:.3f}, both rates doubled {:.3f}".format(*losses))
+assert abs(losses[0] - losses[1]) < 0.01 < abs(losses[0] - losses[2])
+
+# %% [markdown]
+# So $r$, $\alpha$ and the learning rate are not three separate questions.
 #
 # ## 4 · The layer as textbooks print it
 #
@@ -245,7 +265,8 @@ for targets in (["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], 
 
 # %% [markdown]
 # The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2's code has q, k and v in one
-# matrix, `c_attn`, as has the library's GPT-3; `enable_lora` adapts q and v of it.)
+# matrix, `c_attn`, as has the library's GPT-3; `enable_lora`, of the paper's own code, adapts q and v of it. PEFT puts
+# one $A$ and one $B$ of $3d$ rows there, so q, k and v share the $r$ numbers of $Ax$.)
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many are trained with $r = 1$?
 
@@ -260,8 +281,6 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):
     print(f"GPT-3, r = {r}: {counted:,} parameters; the paper's Table 15: {published}")
 
 # %% [markdown]
-# 4.7 million: $r$ times $d + k$, for two matrices in 96 layers.
-#
 # ## 6 · Where the saved memory comes from
 #
 # For $y = Wx$ there are two pullbacks, and each keeps what it needs until backward (Lesson 1, section 4). $\bar W$
@@ -380,7 +399,8 @@ assert abs(states / 350e9 - 1) < 0.01
 # %% [markdown]
 # About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
 # 1.2 TB are composed; 16 bytes a parameter are more. QLoRA (Lesson 7) stores the frozen weights in 4 bits. In the card,
-# 7B is a step of 512 tokens in 16 bits by the ledger, and "a step on the base" has 8 short texts.
+# 7B is a step of 512 tokens in bfloat16 by the ledger (gradient 2 bytes, moments 8, no float32 copy), and "a step on
+# the base" has 8 short texts.
 
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
@@ -447,8 +467,7 @@ assert abs(size / formula - 1) < 0.1 and size < 0.5
 # ## 8 · Merge: the detour disappears
 #
 # $W + \frac{\alpha}{r} BA$ is a matrix of $W$'s shape. Add it in, and what remains is a plain model with no extra
-# layer. `merge_and_unload` makes it, as a *new* model. Its logits are those of the adapted one, up to the rounding of
-# float32.
+# layer. `merge_and_unload` makes it, as a *new* model.
 
 # %%
 merged = adapted.merge_and_unload()
@@ -460,7 +479,7 @@ assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
 
 # %% [markdown]
-# And back. The paper (section 4.2) subtracts $BA$ again. In exact arithmetic that is the base.
+# And back. The paper (section 4.1) subtracts $BA$ again. In exact arithmetic that is the base.
 #
 # **Predict:** in float32, how many of the weights are then what they were: all, most, or few?
 
@@ -491,7 +510,6 @@ assert 0 < np.mean(subtracted != W) < 0.5 and np.abs(subtracted - W).max() < 1e-
 # ## 9 · One base, many tasks
 #
 # A second adapter on the same base learns the league's other task, `source`: from which of three books is a sentence?
-# Which adapter is used is a matter of a name.
 
 # %%
 adapted.add_adapter("source", mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=1)
@@ -581,8 +599,8 @@ print(so_far(["full", "head", "lora"]))
 # %% [markdown]
 # ## 11 · Break it
 #
-# **Both factors zero.** If $B = 0$ is a good start, why not $A = 0$ too? By section 2, $B$'s gradient contains $A$, and
-# $A$'s contains $B$. Both are zero, and stay zero. Nothing crashes, and nothing is learned.
+# **Both factors zero.** If $B = 0$ is a good start, why not $A = 0$ too? By section 2 both gradients are then zero, and
+# stay zero. Nothing crashes, and nothing is learned.
 
 # %%
 dead = lora()

@@ -8,7 +8,7 @@
 # itself, the **gold**, only watches. After it you can say when the two part, warn of it without any gold, and say what
 # each remedy costs.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 24 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
 # and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind
 # the curves that are missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
@@ -63,11 +63,14 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
 # pairs of a ranking at once (Lesson 9). Under each of three seeds a thousand rankings make a better judge than three
 # hundred. No judge is known well: it is asked about the pairs of 64 prompts, 384 at most, and that alone is an error of
-# 5 points or more. All rewards have one scale, so none of them shows that it is guessing, and any can be optimized.
+# 5 points or more. (Gao, Schulman and Hilton 2022, arXiv:2210.10760, section 3.3, find little better than chance below
+# about 2,000 comparisons; 300 rankings are 1,800 pairs.) All rewards have one scale, so none of them shows that it is
+# guessing, and any can be optimized.
 #
-# Two things can go wrong; Gao, Schulman and Hilton (2022, arXiv:2210.10760) call them regressional and extremal. Who
-# chooses the highest guess also chooses the errors that raise it, however honest the judge. And the policy comes to
-# write what the judge never saw compared, where its errors may have any size.
+# Two things can go wrong; Gao et al. (section 4.2) call them regressional and extremal. Who chooses the highest guess
+# also chooses the errors that raise it, however honest the judge. If gold and errors are normal and independent, the
+# gold still rises with the guess, only more slowly. And the policy comes to write what the judge never saw
+# compared, where its errors may have any size: this can make the gold fall.
 
 # %%
 def continued(split, n, rng, seed):
@@ -220,7 +223,8 @@ if not REDUCED:
 # $$R_{\text{RL}}(d) = R_0 + d\,(a - b \log d) , \qquad R_{\text{bo}n}(d) = R_0 + d\,(a - b\, d) .$$
 #
 # $R_0$ is what the base has; $a$ and $b$ are fitted (they write $\alpha$ and $\beta$). With $b > 0$ the slope of the
-# first, $a - b - b \log d$, falls with $d$, and is 0 at $d = e^{a/b - 1}$: there the gold turns. At $d = 0$ the slope
+# first, $a - b - b \log d$, falls with $d$, and is 0 at $d = e^{a/b - 1}$: there the gold turns; later with a larger
+# judge, whose $b$ is smaller (their section 3.2). At $d = 0$ the slope
 # is infinite, whatever the judge is worth, so the form means nothing there, and we fit it to $d > 0.3$. We fit each
 # free run ($\beta = 0$) for itself. "No turn" is a fit with $b < 0$, or with its top below 0.3.
 #
@@ -354,7 +358,7 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
 # that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.
 # PPO without a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the
-# same judge.
+# same judge, whose KL is at most $\log n - (n-1)/n$ (Lesson 10): 1.8 nats for 16.
 #
 # **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
 # better?
@@ -365,7 +369,7 @@ assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run
 JUDGES = (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000))
 figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True)
 print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)   best of 16 less the end")
-rises, moves, better = {}, {}, {}
+rises, moves, better, right = {}, {}, {}, {}
 before = items(those_of(chain, "sft"))
 for ax, (size, n) in zip(panels, JUDGES):
     runs = those_of(chain, "ppo", judge=size, comparisons=n, beta=0.0)
@@ -381,10 +385,11 @@ for ax, (size, n) in zip(panels, JUDGES):
     one, end = np.array([e["proxy"] for e in best_of["1"]]), items(runs, "proxy").mean(axis=1)
     rises[size, n], moves[size, n] = interval(end - one), crossed(items(runs) - before)
     better[size, n] = crossed(items(many) - items(runs))
-    right = np.mean([row["accuracy"][0] for row in many])
+    right[size, n] = np.mean([row["accuracy"][0] for row in many])
+    assert math.isclose(best_of["16"][0]["kl"], math.log(16) - 15 / 16, abs_tol=0.01)
     assert items(runs, "kl").mean() > best_of["16"][0]["kl"], "PPO goes farther than the best of 16"
     print(
-        f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
+        f"{size:5s} {n:5,} comparisons  {right[size, n]:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
         f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}   {shown(better[size, n])}"
     )
 panels[0].legend(frameon=False)
@@ -394,13 +399,15 @@ poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
 assert all(better[judge].low > 0 for judge in poor), "the best of 16 has clearly more"
+assert sum(right[judge] > GOOD for judge in poor) == 2, "good by section 3's measure"
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
 curves = [along(row, "gold")[1] for row in runs]  # of the last judge, means over five updates of training
 print("full 2,000, each seed's gold, highest and last:", ", ".join(f"{y.max():.2f} {y[-1]:.2f}" for y in curves))
 
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
-# that the output names it ends clearly below the SFT model's. With the best judge neither a gain nor a loss at the end
+# that the output names it ends clearly below the SFT model's. Two of the four agree with this gold in more than 60% of
+# pairs: it is another gold, and that share alone does not tell. With the best judge neither a gain nor a loss at the end
 # is clear; the last line shows from which height each seed came. And the best of 16 by the same judge has more gold
 # than the end of PPO without a price, at a smaller KL; clearly so with the four poor judges.
 #
@@ -512,11 +519,14 @@ assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_c
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold.
 # - The **early stop** ends at about the KL of the high price, in less than half of the updates. With both good judges
-#   it has less of the second gold there, but the interval of three seeds includes 0. Gao et al. found no difference at
-#   one KL.
+#   it has less of the second gold there, but the interval of three seeds includes 0. Gao et al. (section 3.6) find the
+#   same gold at the same KL with a price and without: in their setting a price acts like an early stop.
 #
-# None of them makes the judge any wiser. New comparisons of the policy's own answers do: Bai et al. 2022
-# (arXiv:2204.05862) train judge and policy again every week.
+# None of them makes the judge any wiser. At a price the best policy is $\pi_{\text{ref}}\, e^{\hat r / \beta}$, up to a
+# factor (Lesson 10): a higher $\beta$ trusts the whole guess less, right or wrong. New comparisons of the policy's own
+# answers do make it wiser: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again every week. If each of $k$
+# rounds goes $d/k$ along Gao et al.'s curve with the same $a$ and $b$, the gold has $b\, d \log k$ more than after one
+# round of $d$ (their section 4.3).
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge

@@ -76,9 +76,9 @@ def beside(what, how, than="float32"):
 # float32 has 8 exponent bits and 23 fraction bits. **bfloat16** has 8 and 7: the range of float32. **float16** has 5
 # and 10: eight times the resolution, but its largest number is 65,504 and its lowest exponent $-14$. Below the lowest
 # exponent the numbers of a format stay equally far apart, down to zero: they are called *subnormal*, and the smaller
-# they are, the fewer correct bits they have. (Two relatives: TF32 has 8 and 10, and the A100's tensor cores round
-# float32 inputs to it; FP8 has E4M3 and E5M2, whose range is so short that each tensor needs a scale: Micikevicius et
-# al. 2022, arXiv:2209.05433.)
+# they are, the fewer correct bits they have. (Two relatives: TF32 has 8 and 10, and the A100's tensor cores can round
+# float32 inputs to it, which PyTorch does for products only if `torch.backends.cuda.matmul.allow_tf32` is set; FP8 has
+# E4M3 and E5M2, whose range is so short that each tensor needs a scale: Micikevicius et al. 2022, arXiv:2209.05433.)
 #
 # bfloat16 is the first half of a float32. To round to it, add half of the last place that stays, and cut.
 #
@@ -121,7 +121,8 @@ assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] a
 # So not every operation is rounded. Inside `with mp.autocast("bfloat16"):` products round their inputs and their
 # result, and sum in float32 in between, as tensor cores do. Two kinds of operation stay in float32: sums of many
 # numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they leave float16's
-# range. The lists are PyTorch's for a GPU; its list for the CPU leaves far less in float32 (`device_type="cpu"`).
+# range. The lists are PyTorch's for a GPU, with minipeft's fused products among them (`to` is an explicit change of
+# dtype); its list for the CPU leaves far less in float32 (`device_type="cpu"`).
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -255,15 +256,16 @@ print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activa
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
-assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0
+assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0 and G.max() / G.min() > 2.0**40
 assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.finfo(np.float16).smallest_subnormal == 2.0**-24
 
 # %% [markdown]
-# About one in a hundred, and it costs less than a thousandth of a nat. But this step is small. The loss is a *mean*
-# over the tokens of a step, so the gradient of each activation carries a factor of one over their number. Here these
-# are some hundred tokens; in GPT-3's training they are 3.2 million (Brown et al. 2020, arXiv:2005.14165, Table 2.1).
-# Such a step is computed as many small batches whose gradients are added (*gradient accumulation*), and each batch's
-# loss is divided by the tokens of the whole step.
+# About one in a hundred, and it costs less than a thousandth of a nat. (No scale would hold them all: the largest is
+# more than $2^{40}$ times the smallest, and float16 reaches from $2^{-24}$ to $2^{16}$.) But this step is small. The
+# loss is a *mean* over the tokens of a step, so the gradient of each activation carries a factor of one over their
+# number. Here these are a few hundred tokens; in GPT-3's training they are 3.2 million (Brown et al. 2020,
+# arXiv:2005.14165, Table 2.1). Such a step is computed as many small batches whose gradients are added (*gradient
+# accumulation*), and each batch's loss is divided by the tokens of the whole step.
 #
 # We imitate one batch of 1024: its loss is multiplied by $S = 2^{-10}$. Before Adam uses them, the gradients of the
 # *weights* are divided by $S$ in float32, so in exact arithmetic this run equals the one with $S = 1$. What differs is
@@ -291,14 +293,16 @@ assert report.first_flush.op == "cross_entropy" and report.first_overflow is Non
 # first gradient was flushed. It is the gradient of the logits: most tokens are improbable, so most of its numbers are
 # tiny.
 #
-# The remedy is *loss scaling* (Micikevicius et al. 2018, arXiv:1710.03740). Gradients are linear in the loss, so train
+# The remedy is *loss scaling* (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2: one of their networks diverges
+# without it, and 8 suffices as its scale). Gradients are linear in the loss, so train
 # on
 #
 # $$S \cdot L, \qquad \frac{\partial (S L)}{\partial w} = S\, \frac{\partial L}{\partial w},$$
 #
 # and divide the weights' gradients by $S$ at the end, in float32. $S$ should be as large as possible, but nothing may
 # exceed 65,504. That limit is not known beforehand, so `mp.GradScaler` searches (*dynamic* loss scaling): it starts at
-# $2^{16}$, skips a step whose gradients overflow and halves $S$; after 2,000 good steps it doubles $S$. Here it starts
+# $2^{16}$, skips a step whose gradients overflow and halves $S$; after 2,000 good steps it doubles $S$. Here a skipped
+# step still counts for the schedule of the learning rate; Hugging Face's `Trainer` holds the schedule then. We start
 # too high on purpose:
 
 # %%
@@ -440,6 +444,8 @@ for name, config, options in (
     stored = sum(held.get(line, 0) for line in ("frozen weights", "trained weights", "adapters"))
     cells = (stored, held.get("master copies", 0), held["gradients"], held["optimizer states"], states[name])
     print(f"{name:26s}" + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8))) + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}")
+second = np.square(sample)  # stands for Adam's second moment; its gradient is now 0
+assert np.array_equal(to_bfloat16(0.999 * to_bfloat16(second)), to_bfloat16(second)), "none falls"
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
 assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
 
@@ -447,7 +453,9 @@ assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] /
 # None. It is sixteen bytes a parameter before (weight 4, gradient 4, moments 8) and after (2, 2, 8, and 4 for the
 # master copy). PyTorch's autocast keeps $4 + 4 + 8$ as they are, and casts weights for the pass. Mixed precision buys
 # the speed of tensor cores, and half of the activations. The run without a master copy has 12, and section 3 says what
-# that costs. QLoRA trains few parameters, so it has few to copy.
+# that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in a step ($\beta_2 = 0.999$),
+# which bfloat16 cannot store (section 3): it would never fall; and in float16 the square of a gradient below $2^{-13}$
+# is flushed. QLoRA trains few parameters, so it has few to copy.
 #
 # ## The picture
 #
