@@ -123,9 +123,11 @@ print("the base, given the prefix as a plain cache, continues as the adapted mod
 
 # %% [markdown]
 # Only rounding lies between them. So each prompt is also a prefix of as many positions; the reverse is not true, as the
-# keys and values of a layer are free here, and with a prompt follow from the layer below. And a prefix can be served by
-# code that knows caches and nothing of prefix tuning. Neither method has anything to merge: the vectors stay in the
-# sequence, so rows of one batch may carry those of different tasks (Lesson 4, section 9).
+# keys and values of a layer are free here, and with a prompt follow from the layer below. Trained keys are not turned
+# by a position: in a cache, keys lie as they are after the turn. The text begins at position $p$, behind a prefix as
+# behind a prompt. And a prefix can be served by code that knows caches and nothing of prefix tuning. Neither method has
+# anything to merge: the vectors stay in the sequence, so rows of one batch may carry those of different tasks (Lesson
+# 4, section 9).
 #
 # **Predict:** can a prefix make a token attend more to one word of the text, and less to another?
 
@@ -159,9 +161,9 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 # %% [markdown]
 # ## 3 · The count
 #
-# Prompt tuning trains $p\,d$ numbers. A model of width 1024 with 100 virtual tokens: 102,400, "102K". Prefix tuning has
-# keys and values in each of $L$ layers, $2\,L\,p\,d$. Where several query heads share a key head (Lesson 2), the keys
-# and values are narrower than $d$, and so is the prefix.
+# Prompt tuning trains $p\,d$ numbers. A model of width 1024 with 100 virtual tokens: 102,400. Prefix tuning has keys
+# and values in each of $L$ layers, $2\,L\,p\,d$. Where several query heads share a key head (Lesson 2), the keys and
+# values are narrower than $d$, and so is the prefix.
 #
 # **Predict:** GPT-2 medium has 24 layers. How many megabytes is a prefix of 100 tokens in float32?
 
@@ -185,10 +187,11 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
 # About 20 MB: the prefix has 48 times the numbers of the prompt, keys and values in 24 layers.
 #
 # Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while training
-# they compute it from a smaller matrix by an MLP (`prefix_projection=True`), and throw the MLP away afterwards: more is
-# trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385; `PromptEncoderConfig`) does the same for soft
-# tokens at the input. **P-tuning v2** (Liu et al. 2021, arXiv:2110.07602), in spite of its name, is prefix tuning for
-# classification and tagging. Section 6 compares both ways of training a prefix.
+# they compute it from a smaller matrix by an MLP (`prefix_projection=True`; the default, here as in PEFT, is `False`),
+# and throw the MLP away afterwards: more is trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385;
+# `PromptEncoderConfig`) does the same for soft tokens at the input. **P-tuning v2** (Liu et al. 2021,
+# arXiv:2110.07602), in spite of its name, is prefix tuning for classification and tagging. Section 6 compares both ways
+# of training a prefix.
 
 # %%
 through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
@@ -213,8 +216,9 @@ assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(nu
 # ## 4 · The start, and the rate
 #
 # Lester et al. (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for
-# small models. But look at the sizes first. A vector of standard normal numbers is far longer than any token's
-# embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0, section 6).
+# small models. But look at the sizes first. `RANDOM` draws standard normal numbers, as PEFT does (the start of a torch
+# embedding). Such a vector is far longer than any token's embedding; and AdamW moves each element by about the learning
+# rate a step, whatever its size (Lesson 0, section 6).
 
 # %%
 STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 2)
@@ -307,8 +311,8 @@ assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] >
 # %% [markdown]
 # The prompt, about twice as much. One of 100 tokens keeps more than full fine-tuning does. And note the first line. One
 # virtual token trains $d$ = 128 numbers, and training it still keeps three quarters of the activations of full
-# fine-tuning: the gradient must travel back through every layer to reach the input, and what is saved are the inputs of
-# frozen matrices (Lesson 4, section 6). Few trained parameters do not mean little memory.
+# fine-tuning: the gradient must travel back through every layer to reach the input. Only the inputs of frozen matrices
+# need not be kept (Lesson 4, section 6). Few trained parameters do not mean little memory.
 
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions; the
@@ -436,7 +440,7 @@ assert np.abs(right_way - alone).max() < 1e-3 < np.abs(wrong_way - alone).max()
 #
 # Further, without a checker:
 #
-# - **Still words?** Take the trained vectors of "text" and find the vocabulary's nearest embedding of each, by cosine.
+# - **Still words?** Take the trained vectors of "words" and find the vocabulary's nearest embedding of each, by cosine.
 #   Are they still words? Replace them by those words: how much of the gain is lost?
 # - **How many?** Train prompts of 1, 5, 20 and 100 tokens. Where does the gain end, and what does each token of it cost
 #   in context?

@@ -8,7 +8,7 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -103,10 +103,17 @@ assert np.abs(steps / steps.min() - np.round(steps / steps.min())).max() < 1e-3,
 #
 # Its 30 blocks are like those of the shipped base, only wider: 9 heads of queries share 3 of keys and values. The
 # picture `13_real_llm_block.png` shows one of them; in orange is what LoRA will train.
+#
+# Its tokens come from byte-level *byte-pair encoding* (BPE; Sennrich et al. 2015, arXiv:1508.07909): a pattern cuts the
+# text into words (each with the space before it), numbers and signs. A word begins as its bytes, and neighbors are
+# joined in the order of a list of merges, learned from text and read from the file. So every text has tokens, a rare
+# word several, and a word with a space before it has others than the word alone.
 
 # %%
 config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
+print([tokenizer.decode([token]) for token in tokenizer.encode("Lord, the Lord is unfathomable")])
+assert len(tokenizer.encode("Lord")) == len(tokenizer.encode(" Lord")) == 1 and tokenizer.encode("Lord") != tokenizer.encode(" Lord")
 
 # %% [markdown]
 # As a chat model it was trained on conversations in one form, its **chat template**: a small program that comes with
@@ -387,17 +394,20 @@ with tuned["LoRA"].disable_adapter():
 # %% [markdown]
 # ## 8 · Take it home
 #
-# The adapter is a directory in PEFT's format, a fiftieth of the model in float32 and a tenth of its file. In the
-# Hugging Face world it is loaded with
+# The adapter is a directory in PEFT's format (`adapter_config.json` with rank, $\alpha$ and targets, and the matrices
+# in `adapter_model.safetensors`), a fiftieth of the model in float32 and a tenth of its file. In the Hugging Face world
+# it is loaded with
 #
 #     from transformers import AutoModelForCausalLM
 #     from peft import PeftModel
 #     base = AutoModelForCausalLM.from_pretrained("DIRECTORY OF THE GGUF FILE", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 #     model = PeftModel.from_pretrained(base, "lessons/out/13_adapter")
 #
-# and gives the same logits (`tests/oracles/test_real_llm.py`). For llama.cpp, its script `convert_lora_to_gguf.py`
-# converts such a directory. Merging is no way to keep the file small: of a small update that is added to four-bit
-# weights and rounded again, most is lost (Lesson 19, for NF4). All of this lesson is also two commands:
+# and gives the same logits (`tests/oracles/test_real_llm.py`). It also fits the sixteen-bit weights that the authors
+# publish, but those are not the ones beside which it was trained: nothing is raised, and the logits differ. (Lesson 19,
+# section 8, measures such an exchange.) For llama.cpp, its script `convert_lora_to_gguf.py` converts such a directory.
+# Merging is no way to keep the file small: of a small update that is added to four-bit weights and rounded again, most
+# is lost (Lesson 19, for NF4). All of this lesson is also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat

@@ -64,7 +64,12 @@ print(f"{len(rows)} rows, seeds {SEEDS}")
 # $$\theta = \theta_0 + \lambda \sum_t \tau_t , \qquad \theta = \theta_0 - \lambda \tau_t .$$
 #
 # $\lambda$ is a scale, chosen on validation data. All $\tau_t$ must start from one $\theta_0$, so that the same weight
-# has the same role in each. The average of two fine-tuned models is $\lambda = \frac12$. For LoRA, $\tau$ of a matrix
+# has the same role in each. The average of two fine-tuned models is $\lambda = \frac12$. (*Model soups* are averages of
+# models fine-tuned on *one* task with different settings; Wortsman et al. 2022, arXiv:2203.05482.)
+#
+# Why may a sum work at all? The sum has each task if $\tau_t$ changes the outputs for inputs of task $t$, and hardly
+# those for the inputs of the others. Ortiz-Jimenez et al. (2023, arXiv:2305.12827) call this *weight disentanglement*
+# and find that pre-training brings it about. Nothing guarantees it, so section 5 measures. For LoRA, $\tau$ of a matrix
 # is $\frac{\alpha}{r} B A$, and a merge (Lesson 4, section 8) is the case of one adapter and $\lambda = 1$.
 #
 # Let a model have four weights, all 10. Two fine-tunes change them as the drawing says, in its first two rows.
@@ -96,7 +101,8 @@ assert np.array_equal(total - tau[1], theta_0 + tau[0]), "what was added can be 
 #
 # 1. **Trim**: of each task vector keep the largest numbers by magnitude, a share called the *density* (20 % in the
 #    paper); the others become 0. The paper trims a whole task vector; PEFT, and so this lesson, trims each matrix.
-# 2. **Elect a sign** for each weight: that of the sum of what is left.
+# 2. **Elect a sign** for each weight: that of the sum of what is left. (PEFT's `majority_sign_method="frequency"`
+#    counts signs instead.)
 # 3. **Disjoint mean**: average those numbers that have the elected sign, and leave out the others, zeros included.
 #
 # $$\tilde\tau_t = \text{trim}(\tau_t), \qquad \gamma = \text{sign}\Big(\sum_t \tilde\tau_t\Big), \qquad

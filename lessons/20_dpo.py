@@ -6,7 +6,7 @@
 # the term that nobody can compute cancels; compute a step of it by hand; say how the *chosen* answer can become less
 # probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 18 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 19 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
 # minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
@@ -155,6 +155,10 @@ assert np.isclose(implicit[2] - implicit[0], r[2] - r[0]) and across[0] < 0 < ac
 
 # %% [markdown]
 # Then $Z$ does not cancel, and even the order may be wrong: a policy only says which answer it wants *to this prompt*.
+# Within a prompt nothing is lost: a number added to the rewards of all its answers changes neither a comparison nor
+# $\pi^*$. So comparisons tell a reward only up to a function of the prompt. A ranking of several answers by Plackett
+# and Luce's model, a softmax of rewards for the best, then for the best of the rest, gives a loss in which $Z$ cancels,
+# too (Rafailov et al., appendix A.3).
 #
 # Now the loss of a batch and its gradient, beside NumPy. The derivative of $-\log \sigma(m)$ is $-\sigma(-m)$, so
 #
@@ -291,7 +295,9 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term holds the chosen up |
 # | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; $\gamma$ is the goal |
 #
-# All are in `minipeft/rlhf/preference_losses.py`, a few lines each.
+# All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
+# tokens, so its goal is in nats a token.) DPO's $\Delta$ is a sum over tokens, to which a longer answer can contribute
+# more. Park et al. (2024, arXiv:2403.19159) find that DPO exploits length, in summaries and in dialogue.
 #
 # **Predict:** a pair has $\Delta_w - \Delta_l = 20$ nats, with $\beta = 0.1$. In which direction does DPO push it, and
 # in which IPO?
@@ -319,12 +325,17 @@ assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] 
 # raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
 # $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$,
 # the further. With $q = 1$ it is infinite, whatever $\beta$. So $\beta$ holds the policy near the reference only where
-# comparisons contradict each other, or training stops early.
+# comparisons contradict each other, or training stops early. (Rafailov et al., appendix B, and TRL take 0.1.) *Label
+# smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the
+# opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and
+# the best difference is finite.
 #
 # ## 6 · Beside PPO
 #
 # PPO holds a policy with a value head, a reference and a reward model, and samples. A step of DPO is a forward and a
-# backward pass of the policy over both answers. The reference's log-probabilities are computed once, before training.
+# backward pass of the policy over both answers. The reference's log-probabilities are computed once, before training
+# (in TRL with `precompute_ref_log_probs=True`; by default it computes them at each step). With an adapter they need no
+# second model: where no reference is given, TRL takes the policy with its adapter disabled.
 #
 # The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. The table is no race:
 # PPO learned from all six pairs of each ranking, through a reward model, and then from 512 answers of its own.
@@ -348,6 +359,7 @@ assert x < -half and abs(g) < about and np.subtract(*interval(found["DPO"]["gold
 
 # %% [markdown]
 # DPO's gold rises clearly, at a smaller KL than PPO's. Whether PPO's gold is higher or lower, three seeds do not say.
+# With large models, from dialogue to code, Xu et al. (2024, arXiv:2404.10719) report PPO above DPO in all their cases.
 # The mechanisms differ in this. DPO is *offline*: once it has moved, its pairs are no longer answers of its own, so no
 # comparison corrects what section 3 shows. PPO is *online*: it samples what it would now say, and a judge scores it;
 # but it can exploit the judge (Lesson 11). Online DPO has pairs of fresh answers labeled at each step (Guo et al. 2024,
@@ -378,10 +390,12 @@ assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98 and other_way[1
 # It pushes more, nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a
 # hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly anything
 # is learned, and the loss is low. In your own runs the first loss tells. It is $\log 2$ where policy and reference are
-# one.
+# one. And where the pairs are another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers, and
+# take the result as start and as reference.
 #
 # Now break it yourself: swap chosen and rejected in a random half of the pairs of section 4. Then $q = \frac12$, and
-# the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` do?
+# the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` (the share of pairs with a margin
+# above 0) do?
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
