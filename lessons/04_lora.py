@@ -187,23 +187,7 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 # About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
 # tuning $\alpha$ is "roughly the same as tuning the learning rate if we scale the initialization appropriately" (the
 # paper, section 4.1). With $A$'s start left alone it is the rate of $B$ only: $\alpha$ doubled doubles what $B$ does, and
-# $B$'s gradient, whose size Adam cancels. Three steps each:
-
-# %%
-losses = []
-for alpha, *rates in ((32, 1e-2, 1e-2), (16, 1e-2, 2e-2), (16, 2e-2, 2e-2)):
-    tried = lora(alpha=alpha)
-    groups = [{"params": [p for n, p in tried.named_parameters() if f"lora_{m}" in n], "lr": lr} for m, lr in zip("AB", rates)]
-    optimizer = mp.optim.AdamW(groups, weight_decay=0.0)
-    for _ in range(3):
-        tried.loss(**first_batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    losses.append(tried.loss(**first_batch).item())
-print("loss: alpha doubled {:.3f}, the rate of B doubled {:.3f}, both rates doubled {:.3f}".format(*losses))
-assert abs(losses[0] - losses[1]) < 0.01 < abs(losses[0] - losses[2])
-
-# %% [markdown]
+# $B$'s gradient, whose size Adam cancels (run in Lesson 18, section 4).
 # So $r$, $\alpha$ and the learning rate are not three separate questions.
 #
 # ## 4 · The layer as textbooks print it

@@ -510,15 +510,6 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # people's rankings, in three stages; a card is a GPU.
 
 # %% [markdown]
-# > `full-11` expensive for models of billions of parameters: **holds if**. Expensive means memory at 7B and memory at
-# > 70B: 1,000 examples take at 7B 0.04 dollars of computation and 2 cards of 80 GB, at 70B 0.40 dollars of computation
-# > and 14 cards of 80 GB.
-#
-# > `rlhf-6` expensive: human labels and several stages: **holds if**. What is counted is FLOPs, full and FLOPs, LoRA:
-# > PPO takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9 times (memory, LoRA) and 5.3 times (FLOPs, LoRA)
-# > what SFT does at 7B, in three stages for one, after 33,207 ranked prompts in InstructGPT.
-
-# %% [markdown]
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
 # (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the picture's slope between the last two
@@ -535,6 +526,15 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
 # weights, and width, by the model's. Time follows the FLOPs of products roughly: small steps and long sequences take
 # longer (softmax is no product).
+
+# %% [markdown]
+# > `full-11` expensive for models of billions of parameters: **holds if**. Expensive means memory at 7B and memory at
+# > 70B: 1,000 examples take at 7B 0.04 dollars of computation and 2 cards of 80 GB, at 70B 0.40 dollars of computation
+# > and 14 cards of 80 GB.
+#
+# > `rlhf-6` expensive: human labels and several stages: **holds if**. What is counted is FLOPs, full and FLOPs, LoRA:
+# > PPO takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9 times (memory, LoRA) and 5.3 times (FLOPs, LoRA)
+# > what SFT does at 7B, in three stages for one, after 33,207 ranked prompts in InstructGPT.
 
 # %% [markdown]
 # ## 8 · Break it
