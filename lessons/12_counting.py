@@ -506,10 +506,6 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # The counts are above the rule, because adapters have products of their own and attention, which has no weights, costs
 # both the same. QLoRA has LoRA's products, and widens its weights from four bits besides.
 #
-# Below, SFT is supervised fine-tuning, and PPO (Lesson 10) trains with rewards of a second model that learned from
-# people's rankings, in three stages; a card is a GPU.
-
-# %% [markdown]
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
 # (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the picture's slope between the last two
@@ -524,8 +520,11 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 
 # %% [markdown]
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
-# weights, and width, by the model's. Time follows the FLOPs of products roughly: small steps and long sequences take
-# longer (softmax is no product).
+# weights, and width, by the model's. Time follows the FLOPs of products roughly, by how much the
+# table says; a small step takes longer than its share.
+#
+# Below, SFT is supervised fine-tuning, and PPO (Lesson 10) trains with rewards of a second model that learned from
+# people's rankings, in three stages; a card is a GPU.
 
 # %% [markdown]
 # > `full-11` expensive for models of billions of parameters: **holds if**. Expensive means memory at 7B and memory at
