@@ -5,9 +5,9 @@
 # words that all later lessons use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up,
 # validation, seed. The code is plain NumPy, held against the library's functions.
 #
-# You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
-# up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook. Where a line
-# begins with **Predict**, stop and write down your answer. The next cell computes it.
+# You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a
+# minute, up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook.
+# Where a line begins with **Predict**, stop and write down your answer. The next cell computes it.
 #
 # Environment: `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -94,8 +94,8 @@ assert tokenizer.decode(tokenizer.encode("🙂")) == "🙂" and len("🙂".encod
 assert len(tokenizer.encode(" λόγος")) == 11
 
 # %% [markdown]
-# Two, and one: to the model, `Lord` and ` Lord` have no id in common. The smiling face is one token for each of its four
-# bytes. So every text can be encoded, but ` word` is one token in English and eleven in Greek.
+# Two, and one: to the model, `Lord` and ` Lord` have no id in common. The smiling face is one token for each of its
+# four bytes. So every text can be encoded, but ` word` is one token in English and eleven in Greek.
 #
 # ## 2 · Logits, and softmax
 #
@@ -572,8 +572,9 @@ assert abs((valid.mean() - 25) / math.sqrt(50 / 4) - 2.5) < 0.1 and abs(right.st
 # ## 9 · What a seed is
 #
 # Chance enters these runs in two places: the weights at the start, and the batches. A computer's random numbers come
-# from a formula, and the number that it starts from is the **seed**. On one machine the same seed gives the same run,
-# to the last bit. (On a GPU not always: where threads add to one number in no fixed order, the rounding differs.)
+# from a formula, and the number that it starts from is the **seed**. With the same machine, library and number of
+# threads the same seed gives the same run, to the last bit. (On a GPU not always: where threads add to one number in no
+# fixed order, the rounding differs.)
 #
 # **Predict:** a single run of each of two schedules. By how much must the losses differ to show which is better?
 
@@ -643,7 +644,6 @@ e.set(xlabel="step", ylabel="loss (nats a letter)", title="500 letters, learned 
 e.legend(fontsize=10)
 
 fig.savefig(OUT / "00_foundations.png", dpi=130)
-print("picture:", OUT / "00_foundations.png")
 
 # %% [markdown]
 # ## Break it: two lines that look superfluous

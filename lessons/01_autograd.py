@@ -374,8 +374,9 @@ for name, (held, freed), predicted, what in cases:
 
 # %% [markdown]
 # About 3.5, 0 and 4. The first layer's input is the stack's own, which is there anyway. Freezing makes *linear* layers
-# hold nothing, but the pullback of a nonlinearity needs its own input (or its output, as tanh's) whether or not
-# anything around it is trained. A frozen weight also saves one of the two products backward. Lesson 12 counts both.
+# hold nothing, but the pullback of a nonlinearity needs its own input (or its output, as tanh's) wherever a gradient
+# passes through it, whether the weights beside it are trained or not. A frozen weight also saves one of the two
+# products backward. Lesson 12 counts both.
 #
 # After the backward pass nothing is left, with the garbage collector switched off: nodes never point back at the
 # tensors they made, so plain reference counting frees the graph.
@@ -451,8 +452,8 @@ assert curves[np.float64][[36, 24, 12, 0]].argmin() == 1, "of 1e-2, 1e-5, 1e-8, 
 # $h = 10^{-6}$; by default it compares every element of $J$, and with `fast_mode=True` a random combination
 # of them (gradcheck mechanics, docs.pytorch.org).
 #
-# Draw $x$ away from kinks. ReLU, $\max(x, 0)$, has no derivative at 0; the library returns 0 there, as PyTorch does, and
-# the central difference says $\frac12$.
+# Draw $x$ away from kinks. ReLU, $\max(x, 0)$, has no derivative at 0; the library returns 0 there, as PyTorch does,
+# and the central difference says $\frac12$.
 
 # %%
 kink = mp.Tensor(np.zeros(1), requires_grad=True)
@@ -591,7 +592,7 @@ assert verdicts["layer_norm_with_constant_statistics"] == (False, False, False)
 #
 # Nothing: the pullback towards $x$ needs $w$, which is there anyway, and the one towards $w$, which needs $x$, has been
 # dropped. With a GELU after each layer the inputs of the GELUs are held, since the pullback of a nonlinearity needs its
-# input whether or not anything around it is trained.
+# input wherever a gradient passes, whether the weights beside it are trained or not.
 #
 # </details>
 #

@@ -82,11 +82,11 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 # %% [markdown]
 # ## 2 · Which sixteen points?
 #
-# Evenly spaced ones (int4) are the obvious choice. A float of four bits has points that are dense near zero. There are
-# two here: E2M1 has two bits of exponent and one of fraction, and FP4 is bitsandbytes' variant of it with two other
-# points near zero. But trained matrices are close to normal. **NormalFloat** (NF4) puts its points at the quantiles of
-# the normal distribution $\Phi$: if a weight over its block's scale were normal with a known width, each code would be
-# used about equally often,
+# Evenly spaced ones (int4) are the obvious choice: the integers from -8 to 7, over 7, of which -8/7 is never the
+# nearest. A float of four bits has points that are dense near zero. There are two here: E2M1 has two bits of exponent
+# and one of fraction, and FP4 is bitsandbytes' variant of it with two other points near zero. But trained matrices are
+# close to normal. **NormalFloat** (NF4) puts its points at the quantiles of the normal distribution $\Phi$: if a weight
+# over its block's scale were normal with a known width, each code would be used about equally often,
 #
 # $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ evenly spaced between } 1 - p \text{ and } p = 0.9677083 .$$
 #
@@ -184,10 +184,10 @@ assert abs(double - single) < 0.01 * single, "almost free"
 # %% [markdown]
 # ## 5 · 65 billion parameters on one GPU
 #
-# The paper's abstract says: fine-tuning LLaMA-65B takes more than 780 GB in 16 bits, and less than 48 GB with QLoRA.
-# Both come out as sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2
-# (gradient) + 8 (moments) = 12 bytes. In four bits a frozen weight takes 4.127 / 8 bytes, and only the adapter has
-# gradients and moments:
+# The paper's introduction says: fine-tuning LLaMA-65B takes more than 780 GB in 16 bits, and less than 48 GB with
+# QLoRA. Both come out as sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2
+# (gradient) + 8 (moments, in float32) = 12 bytes. In four bits a frozen weight takes 4.127 / 8 bytes, and only the
+# adapter has gradients and moments:
 #
 # - 4 + 4 + 8 = 16 bytes where the adapter is in float32, as PEFT has it by default;
 # - 2 + 2 + 8 = 12 where it is in bfloat16;
@@ -365,11 +365,11 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 #
 # The update $U = \frac{\alpha}{r} BA$ can be merged into two bases. $\hat W + U$, into the dequantized weights, is
 # exactly what was trained. $W + U$, into the sixteen-bit weights that the base had before, is a base that the adapter
-# never saw. Either can be rounded to four bits again. One of these four loses most of a small update:
-# $\text{NF4}(\hat W + U)$. All of $\hat W$ is on points of the code book, so rounding undoes each change that is smaller
-# than half a gap, as in section 6. $W$ lies anywhere between the points, so in $\text{NF4}(W + U)$ some weights cross the
-# middle of a gap, and on average the update arrives. PEFT's `merge_and_unload` on a model in four bits makes
-# $\text{NF4}(\hat W + U)$. Lesson 19, section 8, measures all four.
+# never saw. Either can be rounded to four bits again. One of these four loses most of a small update: $\text{NF4}(\hat
+# W + U)$. All of $\hat W$ is on points of the code book, so rounding undoes each change that is smaller than half a
+# gap, as in section 6. $W$ lies anywhere between the points, so in $\text{NF4}(W + U)$ some weights cross the middle of
+# a gap, and on average the update arrives. PEFT's `merge_and_unload` on a model in four bits makes $\text{NF4}(\hat W +
+# U)$. Lesson 19, section 8, measures all four.
 
 # %% [markdown]
 # ## 8 · Break it: one outlier
@@ -393,11 +393,11 @@ for size in (32, 64, 4096):
 assert damage[32] < 32 and damage[64] < 64 and damage[4096] > 2000
 
 # %% [markdown]
-# Most of the others in its block, and none outside it: all of them now lie near zero, where the gaps are too wide for
-# them. In large transformers it is the *activations* that have outliers like this, in a few columns. QLoRA keeps
-# activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which quantizes them to eight, multiplies
-# those columns in 16. Now break it yourself: which matrix of the base has the largest ratio of largest weight to
-# standard deviation, and is its error under NF4 the largest, too?
+# Those of its block that were not zero before, and none outside it: all of the block's others now lie near zero, where
+# the gaps are too wide for them. In large transformers it is the *activations* that have outliers like this, in a few
+# columns. QLoRA keeps activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which quantizes them
+# to eight, multiplies those columns in 16. Now break it yourself: which matrix of the base has the largest ratio of
+# largest weight to standard deviation, and is its error under NF4 the largest, too?
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")

@@ -588,9 +588,9 @@ if not REDUCED:
     assert abs(mismatch["the template of the training"] - mismatch["a letter off ('answer:')"]) < 0.1
 
 # %% [markdown]
-# With a letter off, about as many of the 32 answers are right. With Alpaca's template, which the model has never seen,
-# fewer are. With ChatML, whose tokens the base has never met, hardly any is. That is why `minipeft sft` saves the
-# template beside the model.
+# With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
+# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. That is why `minipeft sft`
+# saves the template beside the model.
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.

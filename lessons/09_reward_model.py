@@ -3,12 +3,13 @@
 #
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
 # reward model turns such choices into a number. After this lesson you can derive its loss from a model of how people
-# choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth, and
-# labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which it fails.
+# choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth,
+# and labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which
+# it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 21 minutes (200 words or 25
-# lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
-# open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 21 minutes (200 words or
+# 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
+# cores), or open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
 # `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) first computes those that are missing
 # there, all of them in about ten minutes.
 #
@@ -46,14 +47,14 @@ LENGTH, K = 20, 4
 # %% [markdown]
 # ## 1 · How people choose
 #
-# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on the
-# difference alone,
+# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on
+# the difference alone,
 #
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
 #
 # with $y_w$ the winner, $y_l$ the loser, and $\sigma(z) = 1 / (1 + e^{-z})$, which makes a probability of any number.
-# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it: two pairs,
-# the first in the right order (1 against 0.3), the second in the wrong one (0.2 against 0.5).
+# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it: two
+# pairs, the first in the right order (1 against 0.3), the second in the wrong one (0.2 against 0.5).
 #
 # **Predict:** which pair has the larger gradient?
 
@@ -69,14 +70,14 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: the gradient is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order (halved here,
-# by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so
-# each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one number stands for
-# a text, people who prefer A to B, B to C and C to A cannot be modeled.
+# The second: the gradient is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order (halved
+# here, by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer one
+# prompt, so each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one
+# number stands for a text, people who prefer A to B, B to C and C to A cannot be modeled.
 #
 # Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et
-# al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
-# both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
+# al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer`
+# has both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -129,14 +130,14 @@ assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), 
 # > so is another question. (20000 test items)
 
 # %% [markdown]
-# Between tied answers the noise decides: those labels are coin flips, and the reward model learns from them, too. What we
-# report below is the accuracy on pairs that are not tied.
+# Between tied answers the noise decides: those labels are coin flips, and the reward model learns from them, too. What
+# we report below is the accuracy on pairs that are not tied.
 #
 # ## 3 · All pairs of a ranking, each text once
 #
-# A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$ texts
-# are computed once, and their scores are compared in every pair. It is cheaper, and comparisons that share a text do not
-# come back as if they were new, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+# A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$
+# texts are computed once, and their scores are compared in every pair. It is cheaper, and comparisons that share a text
+# do not come back as if they were new, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
 # %%
 diagrams.ranking(K).savefig(OUT / "09_reward_model_ranking.png")
@@ -149,9 +150,9 @@ assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 
 # %% [markdown]
 # ## 4 · Where the number is read
 #
-# The model is the base with a scalar head in place of the vocabulary's, and the score is that of the **last real token**,
-# which has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the end-of-text
-# token, and then the real one is skipped. We look at the length.
+# The model is the base with a scalar head in place of the vocabulary's, and the score is that of the **last real
+# token**, which has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
+# end-of-text token, and then the real one is skipped. We look at the length.
 
 # %%
 model = rlhf.RewardModel(base, seed=0)
@@ -167,11 +168,11 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # ## 5 · Train, and what labels are worth
 #
 # One pass: InstructGPT's reward model, of 6 billion parameters, overfitted in more; to start it from GPT-3 or from the
-# SFT model made little difference (appendix C.2). A fresh head's scores have any scale, so we first give them mean 0 and
-# standard deviation 1, and at the end again: *calibrated* rewards of two models have one zero and one scale. (Lesson 10
-# trains a policy to earn this reward and charges it for moving away from the base; that price is set in units of this
-# reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so section 7
-# takes the rewards from before.
+# SFT model made little difference (appendix C.2). A fresh head's scores have any scale, so we first give them mean 0
+# and standard deviation 1, and at the end again: *calibrated* rewards of two models have one zero and one scale.
+# (Lesson 10 trains a policy to earn this reward and charges it for moving away from the base; that price is set in
+# units of this reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has
+# taught, so section 7 takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -252,11 +253,11 @@ for run in live:
         assert abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of these settings says the same"
 
 # %% [markdown]
-# The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned one
-# pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise. If
-# learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones. Nor can any model
-# agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, and rewards differ
-# by $\ln\frac{1-f}{f}$ at most. (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
+# The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned
+# one pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise.
+# If learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones. Nor can any
+# model agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, and
+# rewards differ by $\ln\frac{1-f}{f}$ at most. (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -286,10 +287,10 @@ assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy
 assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
 
 # %% [markdown]
-# 500, by the rule. A hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin toss,
-# two thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach clearly less than six hundred
-# clean ones; how much less than the rule says, three seeds do not tell, since the noisy curve is flat within its noise. The
-# rule is no more than a first guess. Labels are expensive, and careless labels more so.
+# 500, by the rule. A hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin
+# toss, two thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach clearly less than six
+# hundred clean ones; how much less than the rule says, three seeds do not tell, since the noisy curve is flat within
+# its noise. The rule is no more than a first guess. Labels are expensive, and careless labels more so.
 #
 # The same question, on the one chain of Lesson 10: its judges learned from one comparison a prompt of the answers of a
 # fine-tuned model, and were asked about 16 answers to each of 256 held-out prompts. There we also know what it takes to
@@ -311,10 +312,10 @@ for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100
 # %% [markdown]
 # ## 6 · Labels from a model that follows principles
 #
-# People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label in their place: it reads written
-# **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is; with labels of this
-# kind it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, which no one would trust with this, and the
-# principles are the rater's own, in words:
+# People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label in their place: it reads
+# written **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is;
+# with labels of this kind it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, which no one
+# would trust with this, and the principles are the rater's own, in words:
 
 # %%
 print(constitution.PRINCIPLES)
@@ -323,15 +324,16 @@ for a, b, right_one in constitution.EXAMPLES:
 
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
-# answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks for the
-# first answer is $(d - d')/2$, from which the preference for a letter drops out (Lee et al. 2023, arXiv:2309.00267).
+# answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks
+# for the first answer is $(d - d')/2$, from which the preference for a letter drops out (Lee et al. 2023,
+# arXiv:2309.00267).
 #
-# How to ask was chosen among four forms, on 100 comparisons of a seed that reports nothing: one question, the same after the
-# two examples above, "is this a good sentence?" of each answer alone, and the probability of an answer when the principles
-# or their opposites are asked for (`minipeft/claims/constitution.py`).
+# How to ask was chosen among four forms, on 100 comparisons of a seed that reports nothing: one question, the same
+# after the two examples above, "is this a good sentence?" of each answer alone, and the probability of an answer when
+# the principles or their opposites are asked for (`minipeft/claims/constitution.py`).
 #
-# **Predict:** in how many of 100 pairs does so small a model take the answer that is shown first? And with the place averaged
-# out, can its labels teach a reward model anything?
+# **Predict:** in how many of 100 pairs does so small a model take the answer that is shown first? And with the place
+# averaged out, can its labels teach a reward model anything?
 
 # %%
 aided = CONSTITUTION.rows()
@@ -351,14 +353,14 @@ for arm in constitution.ARMS:
 # It takes the first in nearly all pairs, whatever stands there. (The form, the best of four, had more on the 100 pairs
 # that chose it than over the seeds: so does any winner.) Asked once it therefore agrees with the gold in half of them:
 # of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
-# reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these intervals can
-# say, and better than one of a coin's. But 200 labels of anyone are few: with the rater's, too, the chosen answers are hardly
-# better than the SFT model's, and those of PPO are worse. So this says how weak the judge is; it does not say that such
-# feedback is as good as people's. With a large judge Lee et al. find it about as good: people prefer the summaries of
-# either policy to the SFT model's in some 70 %.
+# reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these
+# intervals can say, and better than one of a coin's. But 200 labels of anyone are few: with the rater's, too, the
+# chosen answers are hardly better than the SFT model's, and those of PPO are worse. So this says how weak the judge is;
+# it does not say that such feedback is as good as people's. With a large judge Lee et al. find it about as good: people
+# prefer the summaries of either policy to the SFT model's in some 70 %.
 #
-# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to write a
-# better one, and the SFT model is trained on these **revisions**:
+# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
+# write a better one, and the SFT model is trained on these **revisions**:
 
 # %%
 for prompt, answer, revision in labels[0]["read"][:4]:
@@ -370,8 +372,8 @@ print(f"trained on revisions, less trained on its own answers as they were: {les
 assert less + half < 0
 
 # %% [markdown]
-# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse. A critic has to be
-# better than what it corrects.
+# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse. A critic has to
+# be better than what it corrects.
 
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds
@@ -423,13 +425,13 @@ careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) f
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
-# No: a judge that has learned next to nothing spreads its answers over the whole range, and is right in half of the pairs
-# wherever it is sure. With two thousand clean rankings it is honest on average, though not under every seed. And the judge
-# taught by two thousand rankings of a careless rater learned little, but honestly: it is never sure of anything. Accuracy
-# and honesty are two things.
+# No: a judge that has learned next to nothing spreads its answers over the whole range, and is right in half of the
+# pairs wherever it is sure. With two thousand clean rankings it is honest on average, though not under every seed. And
+# the judge taught by two thousand rankings of a careless rater learned little, but honestly: it is never sure of
+# anything. Accuracy and honesty are two things.
 #
-# Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and scale,
-# which makes rewards comparable:
+# Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and
+# scale, which makes rewards comparable:
 
 # %%
 texts = [np.array([*p, *a]) for p, own in zip(prompts[: run.rankings], answers) for a in own]
@@ -441,7 +443,8 @@ assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
 # ## 8 · Break it: texts that nobody ever compared
 #
 # The judge was taught on texts that the base writes. It has seen no others. So write ten times the same token after a
-# prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed again.)
+# prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed
+# again.)
 #
 # **Predict:** how many of the 2,048 beat nine in ten of the real answers?
 
@@ -460,12 +463,12 @@ if not REDUCED:
     assert judged[best[0]] > bar, "nonsense that beats nine in ten real answers is easily found"
 
 # %% [markdown]
-# Nonsense as such does not please this judge: fewer of these texts pass the bar than real answers do. But whoever looks for
-# the best of them has one that beats nine in ten real answers, and nothing in the reward tells the two apart. A policy that
-# is trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
-# disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
-# arXiv:2403.13787). Now break it yourself: train with `flip=0.5`, and with
-# `flip=1`. Which is the worse judge, and which is the more useful one?
+# Nonsense as such does not please this judge: fewer of these texts pass the bar than real answers do. But whoever looks
+# for the best of them has one that beats nine in ten real answers, and nothing in the reward tells the two apart. A
+# policy that is trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before:
+# several judges that disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench
+# (Lambert et al. 2024, arXiv:2403.13787). Now break it yourself: train with `flip=0.5`, and with `flip=1`. Which is the
+# worse judge, and which is the more useful one?
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))

@@ -464,9 +464,9 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 #
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
-# Seconds are FLOPs over what the GPU does a second: its peak times the *utilization*, the share reached (Chowdhery et al.
-# 2022, arXiv:2204.02311, appendix B; their MFU leaves recomputation out, which is counted here). The tokens a second
-# below assume 40 % of an A100's 312 TFLOPs a second.
+# Seconds are FLOPs over what the GPU does a second: its peak times the *utilization*, the share reached (Chowdhery et
+# al. 2022, arXiv:2204.02311, appendix B; their MFU leaves recomputation out, which is counted here). The tokens a
+# second below assume 40 % of an A100's 312 TFLOPs a second.
 #
 # **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
 # step?

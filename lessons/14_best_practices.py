@@ -144,8 +144,9 @@ assert abs(moved - 16 / 8 * np.sqrt(8 / (3 * 128))) < 0.03
 # %% [markdown]
 # By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, near to what this matrix shows, and 20 times it in
 # a model of width 4096. The estimate is of the first step alone, since later $A$ moves too. It falls like $1/\sqrt r$
-# at one $\alpha$. But it measures mostly the terms' scatter; their mean does not depend on $r$, and Schulman et al.
-# find the best rate about independent of the rank. Now the runs.
+# at one $\alpha$. But it measures mostly the terms' scatter. With $\alpha/r$ in front, what the $r$ terms have in
+# common is an average, which does not depend on $r$; and Schulman et al. find the best rate about independent of the
+# rank. Now the runs.
 #
 # **Predict:** each method runs at several rates. What does the loss look like over the rate, and for which of the two
 # does it turn up again first?
@@ -360,9 +361,9 @@ print("\n" + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
 assert sum(counts.values()) == len(findings)
 
 # %% [markdown]
-# These verdicts hold for a model of 1.4 million parameters, 40 steps, a base that has already read the task's texts,
-# and Adam. What carries over is the procedure: vary one thing, run several seeds, and look at the interval of the
-# differences.
+# These verdicts hold for a model of 1.4 million parameters, 40 steps, a base that has read the training split of the
+# texts, and Adam. What carries over is the procedure: vary one thing, run several seeds, and look at the interval of
+# the differences.
 #
 # ## The picture
 #

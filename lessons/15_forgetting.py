@@ -5,7 +5,7 @@
 # worse: *catastrophic forgetting*. Known remedies are a lower learning rate, replay of old text, weight decay, dropout,
 # a penalty on the distance from the base, and LoRA, which "learns less and forgets less" (Biderman et al. 2024,
 # arXiv:2405.09673). This lesson measures two numbers of each, what is learned and what is forgotten, and draws the
-# **Pareto frontier**: the runs that no other run beats at both.
+# **Pareto frontier**: the runs beside which no other is at least as good in both and better in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
 # control). Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
@@ -303,20 +303,21 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 #   remedy it forgets less than half, and its task loss is no higher. In section 2's parabola it puts $\alpha$ for $H$:
 #   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the
 #   posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and
-#   puts the diagonal of the Fisher information for $H$: the mean, over single examples of old text, of the square of
-#   each weight's gradient.
+#   puts for $H$ the diagonal of the Fisher information, the mean square of each weight's gradient over answers that the
+#   model draws itself. With the old text's own answers (the *empirical* Fisher) it is about the same where the model
+#   fits.
 # - **LoRA with replay** forgets less than the lower rate, and its task loss is about the same.
-# - **LoRA** alone learns more than the lower rate and forgets more. **Replay** of a block a verse forgets less and
-#   learns no more. These are other points of the same trade.
+# - **LoRA** alone learns more than the lower rate and forgets more. **Replay** of a block a verse forgets less;
+#   whether it learns less is undecided, and LoRA with replay has both means lower.
 # - **Replay** of a block for four verses forgets less than no remedy, but more than the lower rate, and learns no more.
 #   Count replay in tokens: an answer is short, so even these blocks are more than two fifths of the loss. Each step
 #   also computes 1.25 times as many rows, or twice as many with a block a verse. Where the base's data are not public,
 #   text that the model generates can stand in (Huang et al. 2024, arXiv:2403.01244).
 # - **Dropout** and **weight decay** learn less than the lower rate, and forget more than twice as much. Weight decay
 #   forgets even more than no remedy: it pulls toward zero, not toward the base. (Its strength is 10. The usual 0.1
-#   would shrink the weights by 0.2 % in these 40 steps. On a LoRA's $A$ and $B$ decay would pull $BA$ to zero, so the
-#   model toward the base.) L2-SP's gradient goes through Adam, which divides its sum with the task's gradient by the
-#   root of the second moment; decoupled decay does not.
+#   would shrink the weights by 0.2 % in these 40 steps, as the rate falls to zero. On a LoRA's $A$ and $B$ decay would
+#   pull $BA$ to zero, so the model toward the base.) L2-SP's gradient goes through Adam, which divides its sum with the
+#   task's gradient by the root of the second moment; decoupled decay does not.
 #
 # Each was tried in one strength or two; another one may do better. Where there is no difference, an interval still
 # excludes 0 one time in twenty (Lesson 14), and here are dozens. Not run here is a penalty on *outputs* instead of
@@ -440,7 +441,7 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# When no other run beats it at both: learns more and forgets less.
+# When no other run is at least as good in both numbers, and better in one.
 #
 # </details>
 #
