@@ -149,7 +149,7 @@ assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 # $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided, such scores
 # put most of the weight on one of 16 keys. There the derivatives of softmax are small, which is the reason that Vaswani
 # et al. give for $\sqrt D$ (section 3.2.1). In the figure a filled square says that the token of its row sees the token
-# of its column.
+# of its column. (Its prefix belongs to Lesson 6, its packing to Lesson 8.)
 
 # %%
 diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
@@ -167,10 +167,11 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 #   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
 #   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
 #
-# so that of the positions only the distance $m - n$ enters the score. Pair $j$ has its own speed,
-# $\theta_j = 10000^{-2j/D}$: from one radian a position, which tells neighbors apart, to about 1/10,000, which tells far
-# from near. Here, as in Hugging Face's Llama, a pair is $j$ and $j + D/2$. In the paper and in Meta's code it is $2j$ and
-# $2j + 1$, which is the same model with the rows of $W_q$ and $W_k$ in another order.
+# so that of the positions only the distance $m - n$ enters the score. Values are not turned: a position is to decide
+# who is looked at, not what is carried. Pair $j$ has its own speed, $\theta_j = 10000^{-2j/D}$: from one radian a
+# position, which tells neighbors apart, to almost 1/10,000, which tells far from near. Here, as in Hugging Face's
+# Llama, a pair is $j$ and $j + D/2$. In the paper and in Meta's code it is $2j$ and $2j + 1$, which is the same model
+# with the rows of $W_q$ and $W_k$ in another order.
 #
 # **Predict:** with the query at 17 and the key at 10 the score is $s$. Move both 5,000 positions on. What is it now?
 
@@ -274,8 +275,7 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 #
 # With three matrices in the MLP, $m = \frac83 d$ costs as much as two at $m = 4d$; Llama 2 7B rounds it up to 11,008.
 #
-# Count the other way by building the model. `seed=None` builds it without allocating a weight, so that a laptop can
-# count GPT-3.
+# Count the other way by building the model; with `seed=None` no weight is allocated.
 #
 # For each token, each number of a matrix takes one multiplication and one addition: $2N$ operations for $N$ numbers.
 # Attention at position $t$ takes $4LHDt$ more, half for the scores and half for the average of the values. Over a
@@ -342,8 +342,8 @@ assert round(tables / 1e6, 1) == 39.4 and round(gpt2_formula(gpt2_small) / 1e6, 
 #
 # - The first 16 are pure chance: nobody can do better than $\ln 32 = 3.466$ each on average.
 # - The second 16 can be known with certainty: 0.
-# - A table of the frequencies of letter *pairs* (bigrams) has $\ln 32$ everywhere: after a given letter, every letter is
-#   equally likely.
+# - A table of the frequencies of letter *pairs* (bigrams) has $\ln 32$ everywhere: after a given letter, every letter
+#   is equally likely.
 #
 # The sequence offers 31 predictions, 15 of letters that are pure chance. So the bigram baseline is 3.466 and the floor
 # is $\frac{15}{31} \ln 32 = 1.677$. To do better than the baseline, look back 15 positions: there stands the letter
@@ -597,7 +597,7 @@ print("\nlargest change of the last logits by left padding:")
 print("            all right      positions wrong      mask forgotten")
 changes = {}
 for dialect in (gpt2, llama):
-    c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)  # so that attention matters
     m = mp.Transformer(c, seed=0)
     alone = m(short).numpy()[0, -1]
     runs = m(padded, mask), m(padded, mask, position_ids=naive), m(padded)

@@ -5,9 +5,10 @@
 # After this lesson you can do it in four steps (load, head, train, save), find its learning rate, say what it costs in
 # memory, on the disk and in what the model forgets, and name the protocol by which the course compares methods.
 #
-# You need Lessons 0 (AdamW, schedules, validation) and 2. Reading takes about 21 minutes (200 words or 25 lines of code
-# a minute, up to the quiz). Run it with `python lessons/03_full_finetuning.py` (half a minute on two cores), or open it
-# as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
+# You need Lessons 0 (AdamW, schedules, validation), 1 (what the backward pass keeps) and 2. Reading takes about 21
+# minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/03_full_finetuning.py`
+# (half a minute on two cores), or open it as a notebook. Where a line begins with **Predict**, write down your answer;
+# the next cell computes it.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture and the fine-tuned
 # model go (`lessons/out`).
@@ -161,7 +162,8 @@ if not REDUCED:
 # ## Step 3 · Train: and which learning rate?
 #
 # Every weight moves: $w \leftarrow w - \eta \cdot m / \sqrt v$, by AdamW (Lesson 0, section 6: $m$ and $v$ are means of
-# its gradients and of their squares). To find the learning rate $\eta$, measure:
+# its gradients and of their squares; left out are $\epsilon$, the corrections of the first steps and the weight decay,
+# which pulls to zero and not to the pretrained weights). To find the learning rate $\eta$, measure:
 # the same 20 steps at rates from much too small to much too large, and for each, the held-out loss on the task, and on
 # general text. The rate is that of the peak: the schedule warms up, with a first step of rate 0, and decays (Lesson 0,
 # section 7). The 20 steps of 16 are one pass over the 320 verses; with more passes, watch the held-out loss for
@@ -222,9 +224,9 @@ if not REDUCED:
 # %% [markdown]
 # General text gets worse first: at the best rate for the task it has lost more than a tenth of a nat, and it loses more
 # at each larger rate. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
-# (McCloskey & Cohen 1989). A smaller rate reduces it, even where the task loss is about the same: of the rates 1.0e-04 and
-# 3.2e-03 the larger forgets far more. Lesson 15 measures remedies, such as *replay*, general text mixed
-# into the batches.
+# (McCloskey & Cohen 1989). A smaller rate reduces it, even where the task loss is about the same: of the rates 1.0e-04
+# and 3.2e-03 the larger forgets far more. Lesson 15 measures remedies, such as *replay*, general text mixed into the
+# batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between it is wide:
 # four rates, a factor of thirty, bring 70 % of the best gain. (Each point is one run, and the best rate was chosen and
@@ -258,8 +260,8 @@ if not REDUCED:
     assert forgotten[-1] > 3 * forgotten[at], "a rate that is too large forgets far more"
 
 # %% [markdown]
-# After twenty steps this tiny model mostly knows when to stop. Most of the gain comes from the other tokens, but what it
-# writes is far from the verse. `minipeft finetune` runs the same code for as long as you like.
+# After twenty steps this tiny model mostly knows when to stop. Most of the gain comes from the other tokens, but what
+# it writes is far from the verse. `minipeft finetune` runs the same code for as long as you like.
 #
 # The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there.
 # The statement here is about a printed loop without that line.
@@ -364,10 +366,11 @@ print(f"the same rule for Llama 2 7B: {16 * 6_738_415_616 / 1e9:,.0f} GB before 
 
 # %% [markdown]
 # Here the activations are more than twice $16N$, and the peak comes when the forward pass is over: every activation is
-# there, and no gradient yet, as backward frees activations while it makes gradients. For a large model and a small batch
-# the $16N$ dominate, and the peak comes when backward is over.
+# there, and no gradient yet, as backward frees activations while it makes gradients. For a large model and a small
+# batch the $16N$ dominate, and the peak comes when backward is over.
 #
-# Three ways to train all weights in less: *checkpointing* computes activations again instead of keeping them (Lesson
+# A frozen layer has no gradient and no moments, and below the lowest trained layer no activation is kept. Three ways to
+# train all weights in less: *checkpointing* computes activations again instead of keeping them (Lesson
 # 12, section 4), Adam's moments fit in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), and ZeRO splits weights,
 # gradients and moments among GPUs (Rajbhandari et al. 2019, arXiv:1910.02054).
 #
@@ -401,8 +404,9 @@ finals = []
 for size, times in ((16, 1), (4, 4)):
     model = base.copy()
     arguments = mp.TrainingArguments(
-        learning_rate=0.1, optim="sgd", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=times
-    )
+        learning_rate=0.1, optim="sgd", max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=times,
+        progress=False,
+    )  # fmt: skip
     mp.Trainer(model, train_examples, args=arguments).train()
     finals.append(np.concatenate([p.numpy().ravel() for p in model.parameters()]))
 difference = np.abs(finals[0] - finals[1]).max()
@@ -414,8 +418,8 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 
 # %% [markdown]
 # Weighted, the gradient is that of the whole batch up to rounding. The memory of activations and logits shrinks to a
-# quarter; that of weights, gradient and moments does not, and the work stays the same. Until October 2024 the Trainer of
-# Hugging Face's transformers took the plain mean ("Fixing Gradient Accumulation",
+# quarter; that of weights, gradient and moments does not, and the work stays the same. Until October 2024 the Trainer
+# of Hugging Face's transformers took the plain mean ("Fixing Gradient Accumulation",
 # huggingface.co/blog/gradient_accumulation).
 #
 # ## The league: how methods are compared
@@ -426,15 +430,16 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 # - **Tuning.** Each method starts at its usual rate. A search doubles and halves the rate, the number of epochs (passes
 #   over the examples) and the batch size until no neighbor is better, on 256 validation records, under one seed.
 # - **Report.** The chosen setting runs under five *other* seeds, each with examples and an order of its own, and is
-#   measured once, on 512 test records. An interval (±, 95 %) is over seeds and records together.
-# - **Two tasks.** `rewrite` is this lesson's, and is judged by the loss. `source` asks which of three books a sentence is
-#   from, and is judged by the share of right choices.
+#   measured once, on 512 test records. (On small sets the seed alone can decide: Dodge et al. 2020, arXiv:2002.06305.)
+#   An interval (±, 95 %) is over seeds and records together.
+# - **Two tasks.** `rewrite` is this lesson's, and is judged by the loss. `source` asks which of three books a sentence
+#   is from, and is judged by the share of right choices.
 #
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run ($10^{12}$
 # multiplications and additions), by how much the loss on general text has risen (`forgets`), and by how much the share
-# of right answers to general questions has risen (`cloze`). All this takes days, so the rows ship with the package; one
-# not yet computed is named as still to come. Of this lesson's methods, with 500 examples: `full`, `head` (the output
-# layer alone), and `scratch`, the same model from random weights.
+# of right answers to general questions has risen (`cloze`). All this takes days, so rows ship with the package as they
+# become known; those not yet computed are named as still to come. Of this lesson's methods, with 500 examples: `full`,
+# `head` (the output layer alone), and `scratch`, the same model from random weights.
 
 # %%
 print(so_far(["full", "head", "scratch"]))

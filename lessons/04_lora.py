@@ -155,8 +155,8 @@ for step in (1, 2):
 #
 # The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
 # step changes the loss about equally at every rank.* (It moves each weight by less at a high rank, as $1/\sqrt r$;
-# rsLoRA divides $\alpha$ by $\sqrt r$ instead: Lesson 18, section 2.) Measured on a batch of Lesson 3's task, and beside
-# it a popular rule, $\alpha = 2r$.
+# rsLoRA divides $\alpha$ by $\sqrt r$ instead: Lesson 18, section 2.) Measured on a batch of Lesson 3's task, and
+# beside it a popular rule, $\alpha = 2r$.
 #
 # **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
@@ -186,9 +186,9 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 # %% [markdown]
 # About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
 # tuning $\alpha$ is "roughly the same as tuning the learning rate if we scale the initialization appropriately" (the
-# paper, section 4.1). With $A$'s start left alone it is the rate of $B$ only: $\alpha$ doubled doubles what $B$ does, and
-# $B$'s gradient, whose size Adam cancels (run in Lesson 18, section 4).
-# So $r$, $\alpha$ and the learning rate are not three separate questions.
+# paper, section 4.1). With $A$'s start left alone it is the rate of $B$ only: $\alpha$ doubled doubles what $B$ does,
+# and $B$'s gradient, whose size Adam cancels (run in Lesson 18, section 4). So $r$, $\alpha$ and the learning rate are
+# not three separate questions.
 #
 # ## 4 · The layer as textbooks print it
 #
@@ -198,11 +198,12 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 print(LAYER)
 
 # %% [markdown]
-# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. Second, `alpha` is defined
+# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` does
+# not, so in the card below the layer runs on to the second flaw.) Second, `alpha` is defined
 # nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library
 # and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain
 # $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong for the
-# other. All repaired (the library's `Module` needs no `super().__init__()`):
+# other. All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -445,7 +446,7 @@ assert abs(size / formula - 1) < 0.1 and size < 0.5
 
 # %% [markdown]
 # So at equal rates LoRA's first step in $W$ is the smaller one, and more so in a wide model. How much higher its rate
-# should be, only runs that tune both can say (section 10, Lesson 14). Schulman et al. (2025, "LoRA Without Regret",
+# should be, only runs that tune both can say (Lesson 14). Schulman et al. (2025, "LoRA Without Regret",
 # thinkingmachines.ai/blog/lora) find about ten times.
 #
 # ## 8 · Merge: the detour disappears
@@ -575,7 +576,7 @@ assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
 # ## 10 · The league so far
 #
 # One run at one rate says that LoRA learns, not how well. For that there is the league (Lesson 3), of the methods so
-# far:
+# far; rows still to be computed are named:
 
 # %%
 print(so_far(["full", "head", "lora"]))

@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 16 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 17 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. Where a line
 # begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -205,14 +205,16 @@ assert [name for name, g in both_zero.items() if g] == ["b_up"]
 # %% [markdown]
 # As usual: $W_{up}$ and $b_{up}$. Once $W_{up}$ is not zero, the lower two learn too. With both matrices at zero only
 # $b_{up}$ has a gradient, and no other would ever get one: the gradients of $W_{down}$ and $b_{down}$ are multiplied by
-# $W_{up} = 0$, and that of $W_{up}$ by $f(W_{down} h + b_{down}) = f(0) = 0$. The adapter could only add a constant.
+# $W_{up} = 0$, and that of $W_{up}$ by $f(W_{down} h + b_{down}) = f(0) = 0$, as $b_{down}$, too, starts at zero. The
+# adapter could only add a constant.
 #
 # ## 4 · Learning a task
 #
 # The task, the verses held out and the length of the run are Lesson 4's, each placement with about as many parameters.
 # `assert_learning` names any adapter parameter that never moved, and the base is checked bit for bit. These are single
-# runs at one rate: they show that each placement learns, and not which is best. Section 6 has the tuned ones. (All have
-# the scale 1 here; He et al. multiply the parallel adapter by 4, which for $W_{up}$ under Adam is four times the rate.)
+# runs at one rate: they show that each placement learns, and not which is best. Tuned ones are section 6's, as far as
+# its rows are there. (All have the scale 1 here; He et al. multiply the parallel adapter by 4, which for $W_{up}$ under
+# Adam is four times the rate.)
 #
 # **Predict:** the base is frozen. How much of the memory of full fine-tuning's activations does this save?
 
@@ -331,8 +333,8 @@ assert counts["LoRA, merged"] == counts["base"]
 assert counts["houlsby"] == counts["base"] + 12 * 4 < counts["LoRA"] == counts["base"] + 42 * 2
 
 # %% [markdown]
-# The merged model runs the very operations of the base. Houlsby adapters add four (linear, ReLU, linear, add) in each
-# of twelve places; LoRA adds two in each of 42.
+# The merged model runs the very operations of the base: what its time above differs by is the noise of such a timing.
+# Houlsby adapters add four (linear, ReLU, linear, add) in each of twelve places; LoRA adds two in each of 42.
 
 # %% [markdown]
 # > `adapter-7` adds latency: **holds**. Decoding takes 1.39 times as long at width 128, batch 1 and 1.13 times at width
@@ -342,8 +344,8 @@ assert counts["houlsby"] == counts["base"] + 12 * 4 < counts["LoRA"] == counts["
 # ## 6 · The league so far
 #
 # By the protocol of Lesson 3, everything tuned: `bottleneck` is Houlsby with $m = 16$; `pfeiffer` and `parallel` have
-# $m = 32$, and so as many weights; `bottleneck-m37` has as many parameters as `lora` (rank 8, all layers), and
-# `bottleneck-m4` as `lora-r1`.
+# $m = 32$, and so as many weights; `bottleneck-m37` has about as many parameters as `lora` (rank 8, all layers), and
+# `bottleneck-m4` as `lora-r1`. Rows still to be computed are named:
 
 # %%
 print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bottleneck-m37", "lora-r1", "bottleneck-m4"]))

@@ -191,7 +191,7 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
 # and throw the MLP away afterwards: more is trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385;
 # `PromptEncoderConfig`) does the same for soft tokens at the input. **P-tuning v2** (Liu et al. 2021,
 # arXiv:2110.07602), in spite of its name, is prefix tuning for classification and tagging. Section 6 compares both ways
-# of training a prefix.
+# of training a prefix, once its rows are there.
 
 # %%
 through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)

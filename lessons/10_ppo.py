@@ -367,7 +367,8 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 # %% [markdown]
 # The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
 # Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
-# every ratio is 1. One that is not betrays dropout, another temperature, or wrong positions.
+# every ratio is 1. One that is not betrays dropout or wrong positions. (Another temperature in sampling it cannot see:
+# $\pi_{\text{old}}$ is computed anew from the answers.)
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
 # of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
@@ -473,7 +474,7 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # DAPO (Yu et al. 2025, arXiv:2503.14476) draws others instead. Divided by $s$, groups whose answers hardly differ count
 # as much as others. And under GRPO's mean over an answer's tokens, each token of a long answer counts less, so a long
 # wrong answer is punished less per token. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper
-# takes one step a batch, without ratio; the ratio is TRL's.
+# has no ratio and no clip; the ratio is TRL's.
 #
 # A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
 # the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss

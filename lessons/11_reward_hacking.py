@@ -67,10 +67,11 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # about 2,000 comparisons; 300 rankings are 1,800 pairs.) All rewards have one scale, so none of them shows that it is
 # guessing, and any can be optimized.
 #
-# Two things can go wrong; Gao et al. (section 4.2) call them regressional and extremal. Who chooses the highest guess
-# also chooses the errors that raise it, however honest the judge. If gold and errors are normal and independent, the
-# gold still rises with the guess, only more slowly. And the policy comes to write what the judge never saw
-# compared, where its errors may have any size: this can make the gold fall.
+# Of the things that can go wrong, two matter here; Gao et al. (section 4.2) call them regressional and extremal. Who
+# chooses the highest guess also chooses the errors that raise it, however honest the judge. If gold and errors are
+# normal and independent, the gold still rises with the guess, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of
+# it. And the policy comes to write what the judge never saw compared, where its errors may have any size: this can make
+# the gold fall.
 
 # %%
 def continued(split, n, rng, seed):
@@ -407,8 +408,8 @@ print("full 2,000, each seed's gold, highest and last:", ", ".join(f"{y.max():.2
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
 # that the output names it ends clearly below the SFT model's. Two of the four agree with this gold in more than 60% of
-# pairs: it is another gold, and that share alone does not tell. With the best judge neither a gain nor a loss at the end
-# is clear; the last line shows from which height each seed came. And the best of 16 by the same judge has more gold
+# pairs: it is another gold, and that share alone does not tell. With the best judge neither a gain nor a loss at the
+# end is clear; the last line shows from which height each seed came. And the best of 16 by the same judge has more gold
 # than the end of PPO without a price, at a smaller KL; clearly so with the four poor judges.
 #
 # The verdict below asks of *each* judge that its reward rises, and the gold falls, from the gold's peak to the end.
@@ -531,10 +532,10 @@ assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_c
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
-# If one judge can be fooled, why not two? Train a second one, on 400 rankings of other prompts and other answers, and
-# show it what the policy wrote for the first. What it sees of the gain is what the two share, right or wrong: both grew
-# on the same base. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One live
-# run, and one pair of judges: an example.)
+# If one judge can be fooled, why not two? Train a second one, on 400 rankings of another draw of prompts and other
+# answers, and show it what the policy wrote for the first. What it sees of the gain is what the two share, right or
+# wrong: both grew on the same base. First ask what the second is worth: from one that guesses, no gain is no sign of
+# honesty. (One live run, and one pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 

@@ -173,7 +173,7 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 # About one in ten does not follow. In the first slip two digits changed places: $20 \cdot 512$ is 10,240, and the share
 # beside it was computed from that. In the second a rank is wrong, not its count: with $r = 16$ of the released script,
 # count and checkpoint agree. In the third the released checkpoint holds 0.39M numbers, and 0.35M is 0.1 % of GPT-2
-# medium, which is the label of another row.
+# medium, which the same table gives for prefix tuning (PreLayer).
 #
 # ## 3 · Bytes of a parameter
 #
@@ -468,8 +468,8 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 # al. 2022, arXiv:2204.02311, appendix B; their MFU leaves recomputation out, which is counted here). The tokens a
 # second below assume 40 % of an A100's 312 TFLOPs a second.
 #
-# **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How much faster is its
-# step?
+# **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How many of
+# full fine-tuning's operations does its step take?
 
 # %%
 for method, each in ((None, 6), (linear_all, 4)):
@@ -521,7 +521,8 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 # %% [markdown]
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
 # weights, and width, by the model's. Time follows the FLOPs of products roughly, by how much the
-# table says; a small step takes longer than its share.
+# table says. A small step takes longer than its share, and in some axes the largest does, too, when its arrays leave
+# the cache.
 #
 # Below, SFT is supervised fine-tuning, and PPO (Lesson 10) trains with rewards of a second model that learned from
 # people's rankings, in three stages; a card is a GPU.

@@ -118,7 +118,7 @@ assert len(tokenizer.encode("Lord")) == len(tokenizer.encode(" Lord")) == 1 and 
 # %% [markdown]
 # As a chat model it was trained on conversations in one form, its **chat template**: a small program that comes with
 # the file and runs in a sandbox here. What we ask must be put in the same form. An answer ends when the model writes
-# the token that ends a turn. A user's text never becomes such a token, whatever it spells.
+# the token that ends a turn. Here a user's text never becomes such a token, whatever it spells.
 
 # %%
 question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -152,18 +152,19 @@ for line in dict.fromkeys(line for bill in bills.values() for line in bill.lines
 print(f"{'sum':18s}" + "".join(f"{bill.total / 1e6:10.0f}" for bill in bills.values()))
 print(f"weights, gradients and moments of full fine-tuning: 16 x {N:,} = {bills['full'].model_states / 1e9:.2f} GB")
 assert bills["full"].model_states == 16 * N > 2.1e9 and bills["full"].held["gradients"] == 4 * N
-assert "gradients" not in bills["full"].lines, "at the worst moment none are there yet"
+assert "gradients" not in bills["full"].lines, "at the worst moment none has been delivered yet"
 assert abs(bills["LoRA"].lines["activations"] / bills["full"].lines["activations"] - 1) < 0.02, "LoRA saves no activations"
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
 
 # %% [markdown]
-# More than 2 GB: $16N$ is 2.15 GB. The table holds no gradients, for the worst moment is the loss, when all activations
-# are held and no gradient is made yet; backward then frees the ones as it makes the others. Full fine-tuning needs more
-# than the 2 GB that this lesson allows itself. LoRA needs about half of it: no moments and no gradients of the base,
-# but activations of the same size. QLoRA puts the layers' weights in four bits. (The embedding, a fifth of this model,
-# stays in float32 in all three.) What would lower the activations is checkpointing: keep fewer of them, and compute
-# forward again (Lesson 12).
+# More than 2 GB: $16N$ is 2.15 GB. The worst moment is the start of backward, when nearly all activations are still
+# held. One gradient is there already, in the full column's working memory: that of the table of embeddings, by which
+# the logits are made. Of the others backward makes each as it frees activations, so the table has no line for them.
+# Full fine-tuning needs more than the 2 GB that this lesson allows itself. LoRA needs about half of it: no moments and
+# no gradients of the base, but activations of the same size. QLoRA puts the layers' weights in four bits. (The
+# embedding, a fifth of this model, stays in float32 in all three.) What would lower the activations is checkpointing:
+# keep fewer of them, and compute forward again (Lesson 12).
 #
 # ## 4 · A task with real data
 #
@@ -315,9 +316,9 @@ if not REDUCED:
 # time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not coincide. QLoRA saves memory and not
 # time: each product first dequantizes its matrix, on top of LoRA's work.
 #
-# Of the four numbers the plain words tell a copy from a rewriting. chrF rises far, and yet to about where the verse
-# copied unchanged stands. The share of plain words lies above the copy's, but nearer to it than to the reference's.
-# Read the answers:
+# Of the four numbers the plain words are meant to tell a copy from a rewriting. chrF rises far, and yet to about where
+# the verse copied unchanged stands. The share of plain words lies above the copy's, but nearer to it than to the
+# reference's. Read the answers:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -382,7 +383,7 @@ if not REDUCED:
 # %% [markdown]
 # The trained one, by far. A random change of the same size leaves the answers about where they were (the estimate, from
 # so few tokens, may even fall a little below 0), and the task, too. So size alone does not explain the divergence; the
-# direction does. The loss on the novel rises by less than 0.02 nats, if at all, so that text alone would have missed
+# direction does. The loss on the novel even falls, so that text alone would have missed
 # the change. How to measure forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off, and
 # then nothing is forgotten: the base was only read.
 

@@ -122,16 +122,19 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
     assert (counts.stored < counts.trainable) == (method == "prefix")
 
 # %% [markdown]
-# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients
-# and Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so the
-# activations stay. For the same reason a frozen base saves no more than a third of a step's operations, $4N$ a token
-# for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth. (An update of PPO samples, scores
-# and goes over its samples twice, so it is no step like the others.)
+# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients and
+# Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so most of the
+# activations stay: those of attention, norms and nonlinearities. (The input of a frozen matrix goes, as only the
+# gradient of the matrix needs it; LoRA's $A$ keeps it.) For the same reason a frozen base saves no more than a third of
+# a step's operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
+# (An update of PPO samples, scores and goes over its samples twice, so it is no step like the others.)
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. A merged QLoRA is no longer in
-# four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged. Merging serves one task: a server
-# that answers many tasks in one batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al.
-# 2023, arXiv:2311.03285).
+# four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the first have a nonlinearity, the
+# others are positions for attention, and neither is a matrix to be added to $W$. (A model that cannot be merged into
+# anything, full's, is timed twice all the same: so far apart are two timings of one model here.) Merging serves one
+# task: a server that answers many tasks in one batch keeps the LoRAs apart and computes them beside one base (S-LoRA,
+# Sheng et al. 2023, arXiv:2311.03285).
 #
 # ## 3 · The table
 #
@@ -351,11 +354,11 @@ for name in ("trained %", "forgotten", "s a step"):
 assert 16 * N / 1e6 < full["peak MB"] / 3, "weights, gradients and Adam's moments are less than a third of full's memory"
 
 # %% [markdown]
-# Neither is. Prompt tuning trains least, learns clearly less than 90 %, and takes more than 80 % of the memory. The
-# memory of a small model's step is mostly activations, which every method has to keep; the share of trained parameters
-# says, but for prefixes, what is on the *disk*. (For 65 billion parameters the weights are most of the memory: Lesson
-# 7.) LoRA's lowest rate forgets least, and clearly learns too little; the base itself forgets nothing. The fastest step
-# names a method without asking what it learned.
+# Neither is, if 90 % is to be learned. Prompt tuning trains least, learns clearly less, and takes more than 80 % of the
+# memory. The memory of a small model's step is mostly activations, of which every method has to keep most; the share of
+# trained parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters the weights are most of
+# the memory: Lesson 7.) LoRA's lowest rate forgets least, and clearly learns too little; the base itself forgets
+# nothing. The fastest step names a method without asking what it learned.
 
 # %% [markdown]
 # ## Quiz

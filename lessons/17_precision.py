@@ -102,10 +102,11 @@ def places(x, dtype):
 sample = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
 assert np.array_equal(to_bfloat16(sample), rounded(sample, "bfloat16"))
 assert np.array_equal(sample.astype(np.float16).astype(np.float32), rounded(sample, "float16"))
+normal = sample[np.abs(sample) >= 2.0**-14]  # no subnormal number of float16
 print("\n           1 + 1/500      70000      1e-8    relative error, at most")
 for dtype in ("bfloat16", "float16"):
     values = rounded(np.float32([1 + 1 / 500, 70000, 1e-8]), dtype)
-    worst = float(np.abs(rounded(sample, dtype) / sample - 1).max())
+    worst = float(np.abs(rounded(normal, dtype) / normal - 1).max())
     print(f"{dtype:10s}", *(f"{v:10.6g}" for v in values), f"   {worst:.5f}")
     assert np.all(np.abs(rounded(sample, dtype) - sample) <= places(sample, dtype) / 2)
     assert worst < 0.004
@@ -171,9 +172,10 @@ print(f"\nafter a thousand steps of 0.001: {weight}")
 assert weight == 1
 
 # %% [markdown]
-# At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the last place,
+# At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the
+# next number: of half the last place, but below a power of two, where numbers lie twice as close, of a quarter,
 #
-# $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{so always where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
+# $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{and on either side where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
 #
 # and 0.1 % of a weight is always smaller: $2^{-9}$ is 0.2 %. A *master copy* of the weights (*master weights*) in
 # float32 adds the thousand steps up; each forward pass rounds it anew. In minipeft as in PyTorch's autocast, the
@@ -417,9 +419,9 @@ assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master c
 # Still 9 %: the two errors are independent, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092. In training
 # each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the GPU:
 # bfloat16 where its tensor cores have it (NVIDIA's since the A100), float16 with a loss scale on older ones.
-# bitsandbytes' default is float32, which does not use sixteen-bit tensor cores. The compute dtype does not change what
-# is stored. An adapter that is itself held in bfloat16 ends clearly higher, by less than 0.003 nats, at its usual rate
-# of 3e-3.
+# `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. The compute
+# dtype does not change what is stored. An adapter that is itself held in bfloat16 ends clearly higher, by less than
+# 0.003 nats, at its usual rate of 3e-3.
 #
 # ## 7 · The ledger beside
 #

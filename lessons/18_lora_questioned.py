@@ -4,7 +4,8 @@
 # Lesson 4 built LoRA, and chose $r = 8$, $\alpha = 16$ and all layers without a reason. This lesson asks for the
 # reasons: is the update of fine-tuning really of low rank, what do rank, layers, $\alpha$ and the learning rate do,
 # does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can
-# tell which comparisons decide nothing.
+# tell which comparisons decide nothing. (Its tables are of the league, whose rows take days: those still to come are
+# named, and until then the answer is that of the papers cited.)
 #
 # You need Lesson 4, and of Lesson 3 "The league". Reading takes about 18 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
@@ -213,8 +214,8 @@ assert all(abs(power - wanted) < 0.1 for power, wanted in zip(growth.values(), (
 # $\Delta B\, A$ is a sum of $r$ terms of either sign, so it grows as $\sqrt r$, and then comes the factor: $1/r$ leaves
 # $1/\sqrt r$, $1/\sqrt r$ leaves 1, and 1 leaves $\sqrt r$. (Lesson 4 measured the change of the *loss*, where the
 # terms all have one sign: there $1/r$ leaves 1.) So a rate found at one rank need not fit another: rsLoRA keeps the
-# step in $W$, and $\alpha$ fixed the change of the loss. The league tunes rate, epochs and batch size for each rank
-# anew, with $\alpha = 2r$:
+# step in $W$, while $1/r$ at a fixed $\alpha$ keeps the change of the loss. The league tunes rate, epochs and batch
+# size for each rank anew, with $\alpha = 2r$:
 
 # %%
 print(so_far(RANKS.values()))
@@ -299,8 +300,9 @@ assert np.array_equal(rs(ids).numpy(), plain(ids).numpy())
 print(so_far(["lora", "rslora", *ALPHAS]))
 
 # %% [markdown]
-# In the column `rate` stands what the tuning chose: the larger $\alpha$, the lower it should be. The verdict `lora-13`
-# will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned for it.
+# Where a row is there, its column `rate` says what the tuning chose: the larger $\alpha$, the lower it should be. The
+# verdict `lora-13` will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned for
+# it.
 #
 # ## 5 · LoRA against full fine-tuning
 #
@@ -390,9 +392,9 @@ assert np.abs(2 * pissa.start_B.numpy() @ pissa.start_A.numpy() - strongest).max
 
 # %% [markdown]
 # All 84, as neither factor is zero, and the first step in $W$ has another size: so a comparison at LoRA's rate would be
-# one of rates again. Lee et al. (2026, arXiv:2602.04998) tune the rate of LoRA and four variants, and find them within
-# 1 to 2 % of each other. (Another kind of variant gives each matrix a rank of its own: AdaLoRA, Zhang et al. 2023,
-# arXiv:2303.10512.) Tuned alike here:
+# one of rates again. Lee et al. (2026, arXiv:2602.04998) tune the rate of LoRA and four variants (version 1), and find
+# them within 1 to 2 % of each other. (Another kind of variant gives each matrix a rank of its own: AdaLoRA, Zhang et
+# al. 2023, arXiv:2303.10512.) Tuned alike here:
 
 # %%
 print(so_far(["lora", "dora", "pissa", "olora", "rslora"]))

@@ -90,10 +90,11 @@ assert total.tolist() == [13, 13, 8, 11]
 assert np.array_equal(total - tau[1], theta_0 + tau[0]), "what was added can be taken away again"
 
 # %% [markdown]
-# The second and the fourth: both tasks agree on the sign. The third serves neither: one task wanted $-5$, the other
-# $+3$, and the sum is $-2$. **Interference** is what a task loses because the update of another was added. TIES' paper
-# names two causes: signs that disagree, as here, and small changes of one task that disturb another and help none.
-# Section 5 measures it as the rise of a task's test loss over its own adapter alone at the same scale.
+# The second and the fourth: both tasks agree on the sign. The third gives the first task less than half of what it
+# wanted, $-5$, and moves against the second, which wanted $+3$: the sum is $-2$. **Interference** is what a task loses
+# because the update of another was added. TIES' paper names two causes: signs that disagree, as here, and small changes
+# of one task that disturb another and help none. Section 5 measures it as the rise of a task's test loss over its own
+# adapter alone at the same scale.
 #
 # ## 2 · TIES: trim, elect, average what agrees
 #
@@ -208,8 +209,8 @@ assert abs(measured["linear, same start"][1] - 2) < 0.4 and abs(measured["linear
 # %% [markdown]
 # With the same start, $(B_1 + B_2)(A + A) = 2\,(B_1 + B_2)\,A$: `linear` makes about *twice* the sum. With different
 # starts it makes once the sum, plus cross terms about as large as the sum itself. TIES on products makes less than the
-# sum, because it averages; on factors still less, because it averages twice. DARE makes once the sum, with noise. So a
-# weight of 1 means another length under each rule, and weights have to be chosen for each rule.
+# sum, because it averages; on factors still less, because it averages twice. DARE with a plain sum makes once the sum,
+# with noise. So a weight of 1 means another length under each rule, and weights have to be chosen for each rule.
 #
 # ## 5 · Does it work?
 #
@@ -480,7 +481,7 @@ for bits in ("NF4({} 1.0 on Q)", "NF4({} 1.0 on W)"):
 #
 # ## 9 · Break it: ten small updates through four bits
 #
-# A model is updated ten times: merge a twentieth of $U$, round to four bits, start from there. The control adds the
+# One matrix is updated ten times: merge a twentieth of $U$, round to four bits, start from there. The control adds the
 # same updates to $W$, and rounds once at the end.
 #
 # **Predict:** which share of the ten updates arrives in either?
@@ -497,7 +498,7 @@ print(f"\nof ten updates arrive: rounded each time {arrived[0]:.0%}, rounded onc
 assert arrived[0] < 0.1 < 0.9 < arrived[1]
 
 # %% [markdown]
-# Nearly nothing, and nearly all. It is the step that bfloat16 loses in Lesson 17, with wider gaps. Keep the sixteen-bit
+# Nearly nothing, and nearly all. It is the step that bfloat16 loses in Lesson 17, with wider gaps. Keep the unquantized
 # weights, as the master copy of everything that is merged. Now break it yourself: at which size of one step does
 # `stepwise` arrive?
 #
@@ -568,8 +569,8 @@ print("picture:", OUT / "19_merging.png")
 #
 # </details>
 #
-# **4.** Merged adapters do worse than each alone at the same scale. What are the two controls, and what do they
-# separate?
+# **4.** Merged adapters do worse than each alone at the same scale. Which control separates scale from
+# interference, and what does joint training add?
 #
 # <details><summary>Answer</summary>
 #
@@ -583,7 +584,7 @@ print("picture:", OUT / "19_merging.png")
 #
 # <details><summary>Answer</summary>
 #
-# Into the sixteen-bit ones. They lie anywhere between the points of the code book, so a small update moves some of them
+# Into the unquantized ones. They lie anywhere between the points of the code book, so a small update moves some of them
 # by a whole gap, and the mean is right. Dequantized weights lie on the points, and what is smaller than half a gap is
 # rounded back.
 #

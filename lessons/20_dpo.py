@@ -66,7 +66,8 @@ diagrams.two_ways().savefig(OUT / "20_dpo_ways.png")
 #
 # $$E_{y \sim \pi}\Big[\log \frac{\pi(y)}{\pi_{\text{ref}}(y)\, e^{r(y)/\beta}}\Big]
 #   = \mathrm{KL}(\pi \,\|\, \pi^*) - \log Z, \qquad
-#   \pi^*(y) = \frac{1}{Z}\, \pi_{\text{ref}}(y)\, e^{r(y)/\beta}, \quad Z = \sum_y \pi_{\text{ref}}(y)\, e^{r(y)/\beta},$$
+# \pi^*(y) = \frac{1}{Z}\, \pi_{\text{ref}}(y)\, e^{r(y)/\beta}, \quad Z = \sum_y \pi_{\text{ref}}(y)\,
+# e^{r(y)/\beta},$$
 #
 # where $Z$ only makes the probabilities sum to 1. A KL is smallest, 0, where both are the same. So the best policy is
 # $\pi^*$: the reference, each probability multiplied by $e^{r/\beta}$ and divided by $Z$. An answer becomes more
@@ -219,7 +220,8 @@ assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls
 #
 # The same in the model and with the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers,
 # and the rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has
-# learned from them. (The code is in `lessons/experiments/preferences.py`.)
+# learned from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$ (ORPO 0.1). (The code is in
+# `lessons/experiments/preferences.py`.)
 #
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
 
@@ -279,8 +281,9 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # altogether, so this is no ranking of methods.) Whether it falls less than the worst one, 128 prompts do not tell.
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
-# (section 3). So look at `logps/chosen` while you train, not at the margin alone. A remedy is to add the chosen
-# answer's log-likelihood to what is maximized, as ORPO does below.
+# (section 3). So look at `logps/chosen` while you train, not at the margin alone. To hold it up, one can add the chosen
+# answer's log-likelihood to what is maximized, as ORPO does (Pang et al. 2024, arXiv:2404.19733); on other prompts than
+# the pairs' it may fall all the same, as the table below shows.
 #
 # ## 5 · The family
 #
@@ -292,7 +295,7 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # | **DPO** | $-\log \sigma(\beta [\Delta_w - \Delta_l])$ | |
 # | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
 # | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ estimates the KL |
-# | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term holds the chosen up |
+# | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term is to hold the chosen up |
 # | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; $\gamma$ is the goal |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
@@ -324,11 +327,11 @@ assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] 
 # DPO pushes it further, ever more weakly; IPO pulls it back to $1/(2\beta) = 5$. What does DPO's $\beta$ do, then? If
 # raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
 # $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$,
-# the further. With $q = 1$ it is infinite, whatever $\beta$. So $\beta$ holds the policy near the reference only where
-# comparisons contradict each other, or training stops early. (Rafailov et al., appendix B, and TRL take 0.1.) *Label
-# smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the
-# opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and
-# the best difference is finite.
+# the further. With $q = 1$ it is infinite, whatever $\beta$. With a free $\Delta$ for each pair $\beta$ holds the
+# policy near the reference only where comparisons contradict each other, or training stops early. (Rafailov et al.,
+# appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share
+# $\varepsilon$ of the raters had said the opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$,
+# so $q$ is at most $1 - \varepsilon$, and the best difference is finite.
 #
 # ## 6 · Beside PPO
 #
