@@ -521,8 +521,8 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 # %% [markdown]
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
 # weights, and width, by the model's. Time follows the FLOPs of products roughly, by how much the
-# table says. A small step takes longer than its share, and in some axes the largest does, too, when its arrays leave
-# the cache.
+# table says. A small step takes longer than its share, and on some axes the largest does, too; these rows do not
+# say why.
 #
 # Below, SFT is supervised fine-tuning, and PPO (Lesson 10) trains with rewards of a second model that learned from
 # people's rankings, in three stages; a card is a GPU.
