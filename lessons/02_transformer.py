@@ -324,7 +324,6 @@ for name, c, formula, published in (
     else:
         assert abs(counted / 175.0e9 - 1) < 0.003
 tables = (50257 + 1024) * 768
-print(f"the two tables of GPT-2 small: {tables:,}")
 assert llama2_7b.intermediate_size == 256 * math.ceil(8 / 3 * 4096 / 256)
 matrices = llama_formula(llama2_7b) - 32000 * 4096  # the embedding is looked up, not multiplied
 crossing = 2 * matrices / (4 * 32 * 32 * 128)
@@ -471,10 +470,10 @@ if not REDUCED:
 # To write, the model predicts a token, appends it, and predicts again. Done naively, each token costs a forward pass
 # over all positions. But under the causal mask earlier positions never learn of later ones: their keys and values do
 # not change. So keep them (the keys as rotated), in the **KV cache**, and compute only the new position; its query
-# reads the kept keys, and no later position needs it.
-# Reading the prompt (*prefill*) still takes all its positions in one pass; each later token (*decode*) takes one. A
-# decode step reads all weights and the whole cache for the arithmetic of one position, so memory bandwidth often bounds
-# it and not arithmetic (Pope et al. 2022, arXiv:2211.05102).
+# reads the kept keys, and no later position needs it. Reading the prompt (*prefill*) still takes all its positions in
+# one pass; each later token (*decode*) takes one. A decode step reads all weights and the whole cache for the
+# arithmetic of one position (a batch shares the weights, but each row has its own cache), so memory bandwidth often
+# bounds it and not arithmetic (Pope et al. 2022, arXiv:2211.05102).
 #
 # The cache must change nothing but the time. We give the model the 16 letters and let it write the repetition.
 

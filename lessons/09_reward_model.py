@@ -168,11 +168,12 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # ## 5 · Train, and what labels are worth
 #
 # One pass: InstructGPT's reward model, of 6 billion parameters, overfitted in more; to start it from GPT-3 or from the
-# SFT model made little difference (appendix C.2). A fresh head's scores have any scale, so we first give them mean 0
-# and standard deviation 1, and at the end again: *calibrated* rewards of two models have one zero and one scale.
-# (Lesson 10 trains a policy to earn this reward and charges it for moving away from the base; that price is set in
-# units of this reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has
-# taught, so section 7 takes the rewards from before.
+# SFT model made little difference (appendix C.2). Where a model can put all training pairs in order, the loss has no
+# smallest value: rewards go on growing, and the probabilities with them. A fresh head's scores have any scale, so we
+# first give them mean 0 and standard deviation 1, and at the end again: *calibrated* rewards of two models have one
+# zero and one scale. (Lesson 10 trains a policy to earn this reward and charges it for moving away from the base; that
+# price is set in units of this reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the
+# loss has taught, so section 7 takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -358,8 +359,10 @@ for arm in constitution.ARMS:
 # intervals can say. But 200 labels of anyone are few: a random choice among the 16 is the SFT model itself, and beside
 # it neither gains anything that shows; the answers of PPO are worse. (A coin's labels do harm: its reward model likes
 # something by chance, and the best of 16 finds the extreme of it.) So this says how weak the judge is; it does not say
-# that such feedback is as good as people's. With a large judge Lee et al. find it about as good: people prefer the
-# summaries of either policy to the SFT model's in some 70 %.
+# that such feedback is as good as people's. And a judge's errors are not a careless rater's: random ones weaken the
+# pull, and more labels make up for it; those that have a system, such as a liking for length, pull elsewhere, with
+# every label. With a large judge Lee et al. find it about as good: people prefer the summaries of either policy to the
+# SFT model's in some 70 %.
 #
 # The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
 # write a better one, and the SFT model is trained on these **revisions**:

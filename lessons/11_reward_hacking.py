@@ -67,11 +67,12 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # about 2,000 comparisons; 300 rankings are 1,800 pairs.) All rewards have one scale, so none of them shows that it is
 # guessing, and any can be optimized.
 #
-# Of the things that can go wrong, two matter here; Gao et al. (section 4.2) call them regressional and extremal. Who
-# chooses the highest guess also chooses the errors that raise it, however honest the judge. If gold and errors are
-# normal and independent, the gold still rises with the guess, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of
-# it. And the policy comes to write what the judge never saw compared, where its errors may have any size: this can make
-# the gold fall.
+# Of four kinds of failure that Gao et al. (section 4.2) list after Manheim & Garrabrant, two matter here,
+# *regressional* and *extremal*. (*Causal*: what goes with the gold, such as length, does not bring it. *Adversarial*:
+# somebody else optimizes against the judge.) Who chooses the highest guess also chooses the errors that raise it,
+# however honest the judge. If gold and errors are normal and independent, the gold still rises with the guess, by the
+# share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of it. And the policy comes to write what the judge never saw compared,
+# where its errors may have any size: this can make the gold fall.
 
 # %%
 def continued(split, n, rng, seed):
@@ -352,9 +353,10 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
 # from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
-# judges, and the fit puts the top near $\sqrt{\mathrm{KL}} = 5$. But we chose it after we had read the answers.
-# Judges of helpfulness are pleased by length: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that
-# RLHF's gains came in large part from longer answers.
+# judges, and the fit puts the top near $\sqrt{\mathrm{KL}} = 5$. But we chose it after we had read the answers. Judges
+# of helpfulness are pleased by length: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that RLHF's gains
+# came in large part from longer answers. A cure is to take off what length alone predicts, or to charge for it; either
+# also punishes answers that are long because they say more.
 #
 # **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
 # that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.

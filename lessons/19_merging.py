@@ -5,7 +5,7 @@
 # which weights should an adapter be merged that was trained beside four-bit weights? This lesson merges by task
 # arithmetic, TIES and DARE, by hand and with PEFT's options, measures what each loses, and chooses the base.
 #
-# You need Lessons 4 (LoRA), 7 (QLoRA) and 0 (section 9, intervals). Reading takes about 23 minutes (200 words or 25
+# You need Lessons 4 (LoRA), 7 (QLoRA) and 0 (section 9, intervals). Reading takes about 24 minutes (200 words or 25
 # lines of code a minute, up to the quiz). Run it with `python lessons/19_merging.py` (a minute on two cores), or open
 # it as a notebook. It trains the adapters of one seed now, and reads the losses of five from
 # `lessons/results/19_merging.jsonl`; `--full` first computes those that are missing there (all: a quarter of an hour).
@@ -275,8 +275,10 @@ if not REDUCED:
 # - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
 #   training.
 # - **Full scale is not better than half**: at `rewrite` the sums at 1 and at 0.5 do not clearly differ. The larger the
-#   scale, the larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. Alone,
-#   0.75 of an adapter is nearly as good as all of it. So 0.75 loses little of each update and avoids much interference.
+#   scale, the larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. (To
+#   second order it is $\lambda g^\top \tau_2 + \lambda^2 (\tau_1^\top H \tau_2 + \frac12 \tau_2^\top H \tau_2)$, with
+#   the first task's gradient and Hessian at $\theta_0$.) Alone, 0.75 of an adapter is nearly as good as all of it. So
+#   0.75 loses little of each update and avoids much interference.
 # - **Joint training is better**, by about 0.05 nats a token. But it needs the data of both tasks at once, and a merge
 #   does not. Where one model need not have both tasks, keep the adapters and choose one a request (Lesson 4, section
 #   9).
@@ -320,13 +322,16 @@ assert 0.8 < remains.mean() < 0.9 and below(loss("base"), loss("dare_linear 0.1"
 # noise of $B$. At $d = 0.1$ on factors the model is worse than the base.
 #
 # The control: of equally many numbers the largest are better than random ones, at each density. DARE's paper drops 90 %
-# or even 99 % of the updates of large models with hardly a loss (its abstract); on this small model it costs. DARE is
-# meant to reduce interference, not to improve one vector.
+# or even 99 % of the updates of large models with hardly a loss (its abstract), since fine-tuning had changed each
+# weight by little, mostly within 0.002; after continued pretraining, with larger changes, it fails. On this small model
+# it costs. DARE is meant to reduce interference, not to improve one vector.
 #
 # ## 7 · Subtracting
 #
 # $\theta_0 - \lambda \tau$ for `rewrite`. The control is a random update with the same rank and the same length in each
-# matrix. What else changes? The loss on `define`, and on general text of the base's own domain.
+# matrix. What else changes? The loss on `define`, and on general text of the base's own domain. (In Ilharco et al. 4.8
+# % of GPT-2 Large's texts were toxic, and 0.8 % after a model tuned on toxic text was subtracted, at nearly the same
+# perplexity.)
 #
 # **Predict:** does the model get worse at everything, or at `rewrite` alone?
 
