@@ -147,8 +147,8 @@ assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 
 # %% [markdown]
 # $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided, such scores
-# put most of the weight on one of 16 keys. There the derivatives of softmax are small, which is the reason that Vaswani
-# et al. give for $\sqrt D$ (section 3.2.1). In the figure a filled square says that the token of its row sees the token
+# put most of the weight on one of 16 keys. There the derivatives of softmax are small, the reason that Vaswani et al.
+# give (section 3.2.1). In the figure a filled square says that the token of its row sees the token
 # of its column. (Its prefix belongs to Lesson 6, its packing to Lesson 8.)
 
 # %%
