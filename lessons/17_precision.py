@@ -258,12 +258,11 @@ print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activa
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
-assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0 and G.max() / G.min() > 2.0**40
+assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0
 assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.finfo(np.float16).smallest_subnormal == 2.0**-24
 
 # %% [markdown]
-# About one in a hundred, and it costs less than a thousandth of a nat. (No scale would hold them all: the largest is
-# more than $2^{40}$ times the smallest, and float16 reaches from $2^{-24}$ to $2^{16}$.) But this step is small. The
+# About one in a hundred, and it costs less than a thousandth of a nat. But this step is small. The
 # loss is a *mean* over the tokens of a step, so the gradient of each activation carries a factor of one over their
 # number. Here these are a few hundred tokens; in GPT-3's training they are 3.2 million (Brown et al. 2020,
 # arXiv:2005.14165, Table 2.1). Such a step is computed as many small batches whose gradients are added (*gradient
