@@ -366,7 +366,7 @@ probe.model.zero_grad()
 with mp.autocast("float16"):
     loss = probe.model.loss(**batch)
 (loss * 2.0**16).backward()
-scaled = np.concatenate([np.abs(rounded(p.grad, "float16")).ravel() for p in probe.model.parameters()])
+scaled = np.concatenate([np.abs(rounded(mp.backend.to_numpy(p.grad), "float16")).ravel() for p in probe.model.parameters()])
 in_16, in_32 = rounded(scaled / np.float32(2**16), "float16"), scaled / np.float32(2**16)
 low = float((in_16 < 2.0**-14).mean() - (in_16 == 0).mean())
 print(f"\n{scaled.size:,} gradients of weights, half of them below {np.median(in_32):.1e}; zero as they arrive: {(scaled == 0).mean():.2%}")
