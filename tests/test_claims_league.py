@@ -266,3 +266,9 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
     assert unmoved.verdict == HOLDS
     assert "full, rewrite, 50 examples: items alone" in unmoved.because
     assert rule.judge(filled(rule.experiment, {}, dict.fromkeys(TABLE, 1.0))).verdict == NOT
+
+
+def test_a_task_without_choices_has_no_column_of_right_ones():
+    rows = filled(league.league(("full", "lora"), [Case("rewrite", 500)]), {}, {})
+    head, *lines = table(Case("rewrite", 500), ("full", "lora"), rows).splitlines()
+    assert "right, %" not in head and {line.split()[0] for line in lines} == {"full", "lora"}

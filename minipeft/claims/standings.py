@@ -110,7 +110,7 @@ def as_text(lines: Sequence[Standing]) -> str:
         t = one.trial
         cells.append([
             one.method, f"{one.trainable:,}", f"{one.storage:,}", f"{t.rate:.1e}", f"{t.epochs:g}", f"{t.batch_size}",
-            f"{one.flops / 1e12:.2f}", shown(one.loss, 3), *[shown(one.right, 1, 100)] * with_right, shown(one.forgets, 3),
+            f"{one.flops / 1e12:.2f}", shown(one.loss, 3), *([shown(one.right, 1, 100)] if with_right else []), shown(one.forgets, 3),
             shown(one.cloze, 1, 100),
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]
