@@ -206,10 +206,10 @@ assert np.isclose(np.linalg.norm(rope(q, 123)), np.linalg.norm(q)), "a rotation 
 #
 # ## 4 · The whole model in thirty lines
 #
-# Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, from the parts above. The norm stands on
-# the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each branch wrote, and
-# gradients pass along the additions from the last norm to the embedding unchanged. The first transformers had the norm
-# on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745).
+# Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, with one table at both ends. The norm
+# stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each branch
+# wrote, and gradients pass along the additions from the last norm to the embedding unchanged. The first transformers
+# had the norm on the stream (*post-norm*), and depend more on warm-up (Xiong et al. 2020, arXiv:2002.04745).
 
 # %%
 def llama_by_hand(model, ids):

@@ -534,7 +534,7 @@ if not REDUCED:
 #
 # </details>
 #
-# **3.** The learning rate is raised beyond its best value. Which of the two losses complains first?
+# **3.** The learning rate is raised from a very small one. Which of the two losses begins to rise first?
 #
 # <details><summary>Answer</summary>
 #

@@ -70,9 +70,9 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: the gradient is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order (halved
-# here, by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer one
-# prompt, so each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one
+# The second: the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order
+# (halved here, by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer
+# one prompt, so each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one
 # number stands for a text, people who prefer A to B, B to C and C to A cannot be modeled.
 #
 # Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et
@@ -257,8 +257,9 @@ for run in live:
 # The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned
 # one pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise.
 # If learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones. Nor can any
-# model agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, and
-# rewards differ by $\ln\frac{1-f}{f}$ at most. (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
+# model agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, with
+# log-odds of $\ln\frac{1-f}{f}$ at most. (Such pairs are no longer Bradley-Terry: with more than two texts no rewards
+# fit all.) (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -328,7 +329,7 @@ for a, b, right_one in constitution.EXAMPLES:
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
 # answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks
 # for the first answer is $(d - d')/2$, from which the preference for a letter drops out (Lee et al. 2023,
-# arXiv:2309.00267).
+# arXiv:2309.00267, average probabilities).
 #
 # How to ask was chosen among four forms, on 100 comparisons of a seed that reports nothing: one question, the same
 # after the two examples above, "is this a good sentence?" of each answer alone, and the probability of an answer when
@@ -357,12 +358,12 @@ for arm in constitution.ARMS:
 # of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
 # reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these
 # intervals can say. But 200 labels of anyone are few: a random choice among the 16 is the SFT model itself, and beside
-# it neither gains anything that shows; the answers of PPO are worse. (A coin's labels do harm: its reward model likes
-# something by chance, and the best of 16 finds the extreme of it.) So this says how weak the judge is; it does not say
-# that such feedback is as good as people's. And a judge's errors are not a careless rater's: random ones weaken the
-# pull, and more labels make up for it; those that have a system, such as a liking for length, pull elsewhere, with
-# every label. With a large judge Lee et al. find it about as good: people prefer the summaries of either policy to the
-# SFT model's in some 70 %.
+# it neither gains anything that shows, and PPO by the judge's loses (the card). (A coin's labels do harm: its reward
+# model likes something by chance, and the best of 16 finds the extreme of it.) So this says how weak the judge is; it
+# does not say that such feedback is as good as people's. And a judge's errors are not a careless rater's: random ones
+# weaken the pull, and more labels make up for it; those that have a system, such as a liking for length, pull
+# elsewhere, with every label. With a large judge Lee et al. find it about as good: people prefer the summaries of
+# either policy to the SFT model's in some 70 %.
 #
 # The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
 # write a better one, and the SFT model is trained on these **revisions**:
@@ -431,10 +432,11 @@ assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is
 
 # %% [markdown]
 # No: where it is sure, up to nine in ten, it is right in about half of the pairs. The start makes it so. A fresh head's
-# rewards have deviation 1, their differences $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average,
-# before there is a label. The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it
-# is honest on average, though not under every seed. And the judge taught by two thousand rankings of a careless rater
-# learned little, but honestly: it is never sure of anything. Accuracy and honesty are two things.
+# rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5
+# on average (less where the answers share their prompt), before there is a label. The judges of 100 rankings have
+# unlearned little of it. With two thousand clean rankings it is honest on average, though not under every seed. And the
+# judge taught by two thousand rankings of a careless rater learned little, but honestly: it is never sure of anything.
+# Accuracy and honesty are two things.
 #
 # Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and
 # scale, which makes rewards comparable:
@@ -452,7 +454,7 @@ assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
 # prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed
 # again.)
 #
-# **Predict:** how many of the 2,048 beat nine in ten of the real answers?
+# **Predict:** how many of the 2,046 (all but the two special ones) beat nine in ten of the real answers?
 
 # %%
 vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)

@@ -69,7 +69,7 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 #
 # Of four kinds of failure that Gao et al. (section 4.2) list after Manheim & Garrabrant, two matter here,
 # *regressional* and *extremal*. (*Causal*: what goes with the gold, such as length, does not bring it. *Adversarial*:
-# somebody else optimizes against the judge.) Who chooses the highest guess also chooses the errors that raise it,
+# an agent that knows the judge manipulates it.) Who chooses the highest guess also chooses the errors that raise it,
 # however honest the judge. If gold and errors are normal and independent, the gold still rises with the guess, by the
 # share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of it. And the policy comes to write what the judge never saw compared,
 # where its errors may have any size: this can make the gold fall.
@@ -464,9 +464,9 @@ assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
 # hole: nothing in the judge asks for an end. **Early stopping** leaves the objective as it is and ends the run at a
-# given KL: here we read off the free runs what they had at the first update whose KL passes 8 (in a run, the setting is
-# `stop_kl=8`). What did each bring? The plain gold cannot say, since it is pleased by repetition. So we ask the second
-# one, and for the price the gold of the chain, too.
+# given KL: here we read off the free runs what they had, as a mean of three updates, when KL first passed 8 (in a run,
+# the setting is `stop_kl=8`). What did each bring? The plain gold cannot say, since it is pleased by repetition. So we
+# ask the second one, and for the price the gold of the chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
@@ -513,7 +513,8 @@ assert (stopped["second"] < high["second"])[able].all() and abs(value) < half_wi
 assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_chain[0.0].low
 
 # %% [markdown]
-# The small one. One of the three judges is poor, so that each interval above includes 0; we read the single seeds:
+# The small one. Three seeds are few, and one of the judges is poor: each interval above includes 0, and we read the
+# single seeds:
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
@@ -564,8 +565,8 @@ if not REDUCED:
 # %% [markdown]
 # The last line says it, and the gold's gain stands beside it: where the second judge sees little of a gain that the
 # gold sees too, it is no wiser, only another judge. The *minimum* of several judges, or their mean less their variance,
-# is a better reward than any one of them (Coste et al. 2023, arXiv:2310.02743). But errors that all judges share stay,
-# even where each was pretrained from another seed (Eisenstein et al. 2023, arXiv:2312.09244).
+# was a better reward than any one of them in the setting of Coste et al. 2023 (arXiv:2310.02743). But errors that all
+# judges share stay, even where each was pretrained from another seed (Eisenstein et al. 2023, arXiv:2312.09244).
 #
 # Now break it yourself: optimize the minimum of the two judges (a reward is any function of a rollout). Is it an honest
 # judge, or only a slower way to the same place?
@@ -614,7 +615,7 @@ if not REDUCED:
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
 # second gold, the one that repetition does not please, the small price ends above none with both good judges, and the
-# high one below the small one: a price may be too high. It does not make the judge any wiser.
+# high one below the small one, clearly in one seed: a price may be too high. It does not make the judge any wiser.
 #
 # </details>
 

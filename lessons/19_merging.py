@@ -79,7 +79,7 @@ diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_m
 
 # %% [markdown]
 # **Predict:** look at the sum, the third row. Which weights move in the direction that *both* tasks wanted, and which
-# one serves neither?
+# one does not?
 
 # %%
 theta_0 = np.full(4, 10.0)
@@ -151,8 +151,8 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 #
 # ## 4 · Adapters: two factors in place of one vector
 #
-# An adapter has no $\tau$, it has $B$ and $A$; call its scaling $s = \alpha / r$. PEFT's `add_weighted_adapter` makes
-# one adapter of several with weights $w_i$, and `combination_type` says how:
+# An adapter stores its $\tau$ as two factors, $B$ and $A$; call its scaling $s = \alpha / r$. PEFT's
+# `add_weighted_adapter` makes one adapter of several with weights $w_i$, and `combination_type` says how:
 #
 # | type | what is made | the sum of the products? |
 # |---|---|---|
@@ -209,8 +209,10 @@ assert abs(measured["linear, same start"][1] - 2) < 0.4 and abs(measured["linear
 # %% [markdown]
 # With the same start, $(B_1 + B_2)(A + A) = 2\,(B_1 + B_2)\,A$: `linear` makes about *twice* the sum. With different
 # starts it makes once the sum, plus cross terms about as large as the sum itself. TIES on products makes less than the
-# sum, because it averages; on factors still less, because it averages twice. DARE with a plain sum makes once the sum,
-# with noise. So a weight of 1 means another length under each rule, and weights have to be chosen for each rule.
+# sum, because it keeps one number in five here, and averages where both tasks have one left; on factors still less,
+# because both factors are trimmed. DARE, at density 0.5 (neither density was chosen on validation), with a plain sum
+# makes once the sum, with noise. So a weight of 1 means another length under each rule, and weights have to be chosen
+# for each rule.
 #
 # ## 5 · Does it work?
 #
@@ -286,8 +288,8 @@ if not REDUCED:
 #   `svd`, which halves the rank, costs less than 0.01; rules on factors are worse, TIES and DARE most. Compare rules at
 #   their own best weights: TIES at 1 beats the sum at 1, and not the sum at 0.75.
 #
-# These are two tasks whose updates are nearly orthogonal. TIES' paper merges seven tasks and more, where more signs
-# conflict; this experiment does not test that.
+# These are two tasks whose updates are nearly orthogonal, which does not make $\tau_1^\top H \tau_2$ zero. TIES' paper
+# merges seven tasks and more, where more signs conflict; this experiment does not test that.
 #
 # ## 6 · What variance costs
 #
@@ -550,8 +552,8 @@ print("picture:", OUT / "19_merging.png")
 #
 # <details><summary>Answer</summary>
 #
-# The sum has $-2$, which serves neither. TIES elects the sign of the sum, minus, and averages those that have it: $-5$.
-# The second task gets nothing: the conflict is decided, not solved.
+# The sum has $-2$, which gives the first task less than half and moves against the second. TIES elects the sign of the
+# sum, minus, and averages those that have it: $-5$. The second task gets nothing: the conflict is decided, not solved.
 #
 # </details>
 #
