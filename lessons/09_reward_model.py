@@ -358,7 +358,7 @@ for arm in constitution.ARMS:
 # of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
 # reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these
 # intervals can say. But 200 labels of anyone are few: a random choice among the 16 is the SFT model itself, and beside
-# it neither gains anything that shows, and PPO by the judge's loses (the card). (A coin's labels do harm: its reward
+# it neither gains anything that shows, and PPO on the judge's labels loses (the card). (A coin's labels do harm: its reward
 # model likes something by chance, and the best of 16 finds the extreme of it.) So this says how weak the judge is; it
 # does not say that such feedback is as good as people's. And a judge's errors are not a careless rater's: random ones
 # weaken the pull, and more labels make up for it; those that have a system, such as a liking for length, pull
@@ -378,8 +378,7 @@ print(f"trained on revisions, less trained on its own answers as they were: {les
 assert less + half < 0
 
 # %% [markdown]
-# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse. A critic has to
-# be better than what it corrects.
+# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse.
 
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds

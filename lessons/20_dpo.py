@@ -283,7 +283,7 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `logps/chosen` while you train, not at the margin alone. To hold it up, one can add the chosen
 # answer's log-likelihood to what is maximized, as ORPO does (Pang et al. 2024, arXiv:2404.19733); on other prompts than
-# the pairs' it may fall all the same, as the table below shows.
+# the pairs' it may fall all the same, as the table above shows.
 #
 # ## 5 · The family
 #
