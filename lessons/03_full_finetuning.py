@@ -267,10 +267,10 @@ if not REDUCED:
 # The statement here is about a printed loop without that line.
 
 # %% [markdown]
-# > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. Without
-# > zeroing, every gradient so far is added up: the held-out loss ends +0.110 nats at rate 5e-05 and +2.960 nats at rate
-# > 0.001 from that of the loop with zeroing (it began at 3.49); the printed loop is no worse at 0 of 2 rates. (5 seeds,
-# > 32 test items)
+# > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. The
+# > printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins
+# > at 3.49, ends +0.110 nats at rate 5e-05 and +2.960 nats at rate 0.001 above that of the loop with zeroing; it is no
+# > worse at 0 of 2 rates. (5 seeds, 32 test items)
 
 # %% [markdown]
 # ## Step 4 · Save: a whole model per task
@@ -318,8 +318,9 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 
 # %% [markdown]
 # > `full-1` the procedure: load weights; optionally a task head; train every parameter; save a checkpoint: **holds
-# > if**. The loss reaches every number: of the language model two steps move 100.0%, with a classifier's head 82.7%, as
-# > the embeddings of words that the batch lacks have no gradient; the saved model's loss differs by 0.
+# > if**. Two steps move 100.0% of the language model's numbers, and 82.7% with a classifier's head in place of the
+# > model's own, as then the embeddings of words that the batch lacks have no gradient. The saved model's loss differs
+# > by 0.
 #
 # > `full-8` a whole copy of the model per task must be stored: **holds**. Two steps move 100% of the numbers, and the
 # > file has 1.00 times the bytes of the parameters; in 16 bits a task takes 13.5 GB at 7B and 138.0 GB at 70B.

@@ -114,9 +114,14 @@ assert difference < 1e-4
 # > (Houlsby) or 1 (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
-# > options to 11. A unit beside a direction of LoRA, read: not told apart (+0.014 [-0.024, +0.053]); a unit beside one
-# > before training, read: not told apart (+0.126 [-0.002, +0.254]); a unit beside none, removed: equal (+0.002 [-0.005,
-# > +0.010]); a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]). (5 seeds, 512 test items)
+# > options to 11. 0 of 4 comparisons are as stated:
+# >
+# > - a unit beside a direction of LoRA, read: not told apart (+0.014 [-0.024, +0.053]).
+# > - a unit beside one before training, read: not told apart (+0.126 [-0.002, +0.254]).
+# > - a unit beside none, removed: equal (+0.002 [-0.005, +0.010]).
+# > - a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]).
+# >
+# > (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 2 · The count

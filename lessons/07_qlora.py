@@ -226,9 +226,8 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 
 # %% [markdown]
 # > `qlora-3` models of 65B and more on one GPU: **holds if**. 65B takes 53 GB with a PyTorch loop's usual settings and
-# > 41 GB with the paper's (without four bits 154), so 48 GB are enough for 65B with the paper's settings on 48 GB and
-# > 70B with the paper's settings on 48 GB, and 80 GB for 4 of 4 cases; measured runs of 70B on one card took up to 68
-# > GB. (2 test items)
+# > 41 GB with the paper's (without four bits 154). A card of 48 GB is enough for 65B with the paper's settings and 70B
+# > with the paper's settings, one of 80 GB for 4 of these 4 cases. 2 measured runs of 70B on one card took up to 68 GB.
 
 # %% [markdown]
 # ## 6 · Train
@@ -425,10 +424,13 @@ figure.savefig(OUT / "07_qlora.png", dpi=120)
 # double quantization (star) gets the error of blocks of 64 for fewer. Right: the losses of section 6.
 
 # %% [markdown]
-# > `qlora-6` needs a careful implementation (bitsandbytes): **holds if**. These go wrong: no mean taken off the scales
-# > and zero blocks; the error is 1.28 times as large with blocks of 4096 and 2.5 times (of the scales) without their
-# > mean, a merge back into four bits loses 0.5% of the 2.91 nats that training gained, and a block of zeros gives nan
-# > when divided by its largest.
+# > `qlora-6` needs a careful implementation (bitsandbytes): **holds if**. 2 of 4 shortcuts go wrong (scales with their
+# > mean and zero blocks):
+# >
+# > - blocks of 4096 make the error 1.28 times as large.
+# > - scales that keep their mean get an error 2.5 times as large.
+# > - a merge back into four bits loses 0.5% of the 2.91 nats that training gained.
+# > - a block of zeros that is divided by its largest number becomes nan.
 
 # %% [markdown]
 # ## Quiz

@@ -423,17 +423,27 @@ if not REDUCED:
 # them; one on *other* facts.
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Right answers, tuned beside base,
-# > new inputs: better (+0.345 [+0.300, +0.390]); instructions followed, tuned beside shuffled, new inputs: better
-# > (+0.230 [+0.186, +0.273]); right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]);
-# > instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]); right answers, tuned
-# > beside base, new tasks: equal (+0.000 [+0.000, +0.000]); instructions followed, tuned beside shuffled, new tasks:
-# > not told apart (+0.029 [-0.006, +0.065]). (5 seeds, 344 test items)
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 4 of 6 comparisons are as stated:
+# >
+# > - right answers, tuned beside base, new inputs: better (+0.345 [+0.300, +0.390]).
+# > - instructions followed, tuned beside shuffled, new inputs: better (+0.230 [+0.186, +0.273]).
+# > - right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]).
+# > - instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]).
+# > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
+# > - instructions followed, tuned beside shuffled, new tasks: not told apart (+0.029 [-0.006, +0.065]).
+# >
+# > (5 seeds, 344 test items)
 #
-# > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. So: tuned on other
-# > facts, it gives more when asked. Not so: the base knows its own text (define) and told new facts, it has learned
-# > none. Not told apart: the base knows its own text (continue) and no more than it gave in its own text. Told facts
-# > that are in no text of the base's, it knows +21.5% more of them. (5 seeds, 256 test items)
+# > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
+# > are so:
+# >
+# > - the base knows facts of its own text better than others (define): not so.
+# > - the base knows facts of its own text better than others (continue): not told apart.
+# > - tuned to answer about other facts, it gives more of these when asked: so.
+# > - asked, it gives no more of them than in its own text: not told apart.
+# > - told facts that were in none of its texts, it does not learn them: not so.
+# >
+# > It knows +21.5% more of the facts that it is told. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?

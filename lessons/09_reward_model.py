@@ -383,10 +383,17 @@ assert less + half < 0
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds
 # > if**. Asked about two answers, the judge takes the one that is shown first in 100%; over both orders it agrees with
-# > the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%. Of 200 labels: the best
-# > of 16 over SFT +0.01 [-0.04, +0.05]; the best of 16 over a coin's +0.13 [+0.09, +0.17]; PPO over SFT -0.03 [-0.05,
-# > -0.02]; PPO over a coin's +0.01 [-0.05, +0.06]; the best of 16 over the rater's -0.00 [-0.05, +0.04]; PPO over the
-# > rater's +0.00 [-0.03, +0.04]. Surely not worse than by the rater's: none. Trained on the judge's revisions, the SFT
+# > the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%. From 200 labels a reward
+# > model learns, and the gold gains by it:
+# >
+# > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
+# > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].
+# > - PPO over SFT: -0.03 [-0.05, -0.02].
+# > - PPO over a coin's: +0.01 [-0.05, +0.06].
+# > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
+# > - PPO over the rater's: +0.00 [-0.03, +0.04].
+# >
+# > That it is at least as good as the rater's, but for 0.02, is sure of none. Trained on the judge's revisions, the SFT
 # > model has -0.06 [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256
 # > test items)
 

@@ -292,19 +292,29 @@ assert below(imitation, feedback), "PPO took longer"
 # that the reward model likes best.
 
 # %% [markdown]
-# > `which-6` instruction tuning: to follow instructions: **holds if**. Right answers, tuned beside base, new inputs:
-# > better (+0.345 [+0.300, +0.390]); right answers, tuned beside few-shot, new inputs: better (+0.351 [+0.306,
-# > +0.396]); right answers, tuned beside bare, new inputs: better (+0.083 [+0.054, +0.112]); right answers, tuned
-# > beside base, new phrasings: better (+0.309 [+0.258, +0.361]); right answers, tuned beside few-shot, new phrasings:
-# > better (+0.309 [+0.258, +0.361]); right answers, tuned beside bare, new phrasings: better (+0.038 [+0.007, +0.070]);
-# > right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside few-shot,
-# > new tasks: equal (+0.000 [+0.000, +0.000]); right answers, tuned beside bare, new tasks: equal (+0.000 [+0.000,
-# > +0.000]). (5 seeds, 344 test items)
+# > `which-6` instruction tuning: to follow instructions: **holds if**. 6 of 9 comparisons are as stated:
+# >
+# > - right answers, tuned beside base, new inputs: better (+0.345 [+0.300, +0.390]).
+# > - right answers, tuned beside few-shot, new inputs: better (+0.351 [+0.306, +0.396]).
+# > - right answers, tuned beside bare, new inputs: better (+0.083 [+0.054, +0.112]).
+# > - right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]).
+# > - right answers, tuned beside few-shot, new phrasings: better (+0.309 [+0.258, +0.361]).
+# > - right answers, tuned beside bare, new phrasings: better (+0.038 [+0.007, +0.070]).
+# > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
+# > - right answers, tuned beside few-shot, new tasks: equal (+0.000 [+0.000, +0.000]).
+# > - right answers, tuned beside bare, new tasks: equal (+0.000 [+0.000, +0.000]).
+# >
+# > (5 seeds, 344 test items)
 #
-# > `which-7` RLHF: align with preferences and values: **holds if**. PPO has a gold of 0.42: +0.42 [+0.36, +0.48] beside
-# > the base; +0.08 [+0.03, +0.13] beside SFT; +0.05 [+0.00, +0.10] beside SFT on the preferred answers; -0.07 [-0.12,
-# > -0.02] beside the best of 16. It is clearly above the base, SFT and SFT on the preferred answers, at a KL of 5.8
-# > nats from SFT. (5 seeds, 256 test items)
+# > `which-7` RLHF: align with preferences and values: **holds if**. PPO has a gold of 0.42:
+# >
+# > - +0.42 [+0.36, +0.48] beside the base.
+# > - +0.08 [+0.03, +0.13] beside SFT.
+# > - +0.05 [+0.00, +0.10] beside SFT on the preferred answers.
+# > - -0.07 [-0.12, -0.02] beside the best of 16.
+# >
+# > It is clearly above the base, SFT and SFT on the preferred answers, at a KL of 5.8 nats from SFT. (5 seeds, 256 test
+# > items)
 
 # %% [markdown]
 # ## The picture: the table, in colors

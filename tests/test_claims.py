@@ -74,7 +74,7 @@ def test_a_rule_states_itself_and_names_a_lesson_s_section(id):
 def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
     verdict = claims.judge(id)
     assert verdict.verdict in register.VERDICTS and verdict.verdict != UNTRIED
-    assert re.fullmatch(r"[A-Z0-9].*\.", verdict.because), verdict.because
+    assert re.fullmatch(r"[A-Z0-9].*\.", verdict.because, re.S), verdict.because
     assert verdict.effect.name and np.isfinite(verdict.effect.value)
     for number in (verdict.effect, *verdict.evidence):
         assert number.low is None or number.low <= number.value <= number.high
@@ -91,6 +91,16 @@ def test_a_quotation_stands_at_the_end_of_its_section_and_an_old_one_goes():
     assert quoted(new, "04_lora.py") == new and "outdated" not in new
     assert re.search(r"x = 1\n\n# %% \[markdown\]\n# > `lora-10` no extra latency after merging: \*\*holds\*\*", new)
     assert new.endswith("\n\n# %% [markdown]\n# ## Exercises\n") and "`lora-1`" not in new
+
+
+def test_comparisons_of_a_reason_are_quoted_as_a_list_from_three_on():
+    two, three = (register.itemized([f"{name} beside base: better" for name in names]) for names in ("ab", "abc"))
+    assert two == "A beside base: better; b beside base: better."
+    said = quotation(claims.statements()["lora-8"], register.Verdict("holds", f"As stated: {three} And more.", seeds=5))
+    assert said.endswith(
+        "**holds**. As stated:\n# >\n# > - a beside base: better.\n# > - b beside base: better.\n# > - c beside base: better.\n"
+        "# >\n# > And more. (5 seeds)\n"
+    )
 
 
 def test_what_needs_no_comparison_of_trained_quality_is_tried():

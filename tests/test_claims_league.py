@@ -146,7 +146,7 @@ def test_some_cases_make_it_holds_if():
     rule = RULES["forget-5"]
     verdict = rule.judge(filled(rule.experiment, {}, {"lora": 0.9, "full": 0.5, "bottleneck": 0.2}))
     assert verdict.verdict == IF
-    assert "Lora beside full, rewrite, 500 examples: better" in verdict.because
+    assert "lora beside full, rewrite, 500 examples: better" in verdict.because
     assert "bottleneck beside full, rewrite, 500 examples: worse" in verdict.because
 
 

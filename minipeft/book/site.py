@@ -175,7 +175,8 @@ def claims_page(lessons: dict[str, Path]) -> str:
             parts.append(f"## {links.escape(section)}")
         rule, verdict = rule_of(id), judge(id)
         parts.append(f"### {id}\n\n{links.escape(statement.statement)}")
-        parts.append(f"**{verdict.verdict}**: {links.escape(verdict.because)}")
+        because = "\n".join("- " * line.startswith("- ") + links.escape(line.removeprefix("- ")) for line in verdict.because.splitlines())
+        parts.append(f"**{verdict.verdict}**: {because}")
         if rule:
             parts.append(f"Rule: {links.escape(' '.join(rule.words.split()))}")
             if path := lessons.get(rule.lesson):

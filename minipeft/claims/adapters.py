@@ -143,7 +143,7 @@ def simple_and_interpretable(rows: list[dict[str, Any]]) -> Verdict:
     return dataclasses.replace(
         read, verdict=verdict, evidence=[*read.evidence, *counts],
         because=f"Simpler than LoRA by {those(simple)}: {lines['bottleneck']} lines of code to {lines['lora']}, "
-        f"{options['bottleneck']} options to {options['lora']}. {read.because[0].upper()}{read.because[1:]}",
+        f"{options['bottleneck']} options to {options['lora']}. {read.because}",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from ..evaluation.intervals import Estimate, mean
 from . import chain, constitution
 from .chain import BETAS, BREAKING, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
-from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, listed
+from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed
 from .statistics import crossed
 
 Rows = Sequence[Mapping[str, Any]]
@@ -171,15 +171,14 @@ def unstable(rows: Rows) -> Verdict:
         names = listed(list(dict.fromkeys(name for _, first in warnings for name in first)))
         when = f"first out of range: {names}, in update {listed(sorted({str(u) for u in updates}, key=int))}" if updates else "no warning"
         lost = [row for row in of if row["stopped"]]
-        told.append(f"{what} costs {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
+        told.append(f"{what}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"{'; '.join(told)}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
+        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
         f"runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
-    because = because[0].upper() + because[1:]
     worst = max(BROKEN, key=lambda what: found[what].value)
     evidence += [as_number(f"gold lost: {name}", e, "gold") for name, e in found.items()] + summary("unbroken", usual)
     return verdict(decision, because, as_number(f"gold lost: {worst}", found[worst], "gold"), evidence, sft)
@@ -218,13 +217,13 @@ def exploited(rows: Rows) -> Verdict:
         evidence += [Number(f"{name}: pairs ordered as the gold does", float(right.mean()), "share")]
         evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
     if not falls:
-        because = f"The reward of no judge rises clearly from the peak of the gold: nothing to exploit it by. {'; '.join(told)}."
+        because = f"The reward of no judge rises clearly from the peak of the gold: nothing to exploit it by. {itemized(told)}"
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
     decision, found, clear = decided(falls, NEAR["gold"])
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
-        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])}. {'; '.join(told)}."
+        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])}: {itemized(told)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
     return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))
@@ -242,7 +241,7 @@ def aligned(rows: Rows) -> Verdict:
     }  # fmt: skip
     decision, found, clear = decided({name: items(policy) - items(of) for name, of in others.items()}, NEAR["gold"])
     because = (
-        f"PPO has a gold of {items(policy).mean():.2f}: {'; '.join(f'{shown(e)} beside {name}' for name, e in found.items())}. It is clearly "
+        f"PPO has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}It is clearly "
         f"above {listed([name for name, c in clear.items() if c])}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT."
     )  # fmt: skip
     evidence = summary("PPO", policy)
@@ -264,11 +263,12 @@ def by_principles(rows: Rows) -> Verdict:
     def gold(how: str, arm: str = "") -> np.ndarray:
         return np.array([row[how][arm] if arm else row[how] for row in rows])
 
+    rater = " over the rater's"
     ways, gains, parity = {"best": "the best of 16", "ppo": "PPO"}, {}, {}
     for how, name in ways.items():
         gains[f"{name} over SFT"] = gold(how, "judge") - gold("sft")
         gains[f"{name} over a coin's"] = gold(how, "judge") - gold(how, "coin")
-        parity[f"{name} over the rater's"] = gold(how, "judge") - gold(how, "rater")
+        parity[f"{name}{rater}"] = gold(how, "judge") - gold(how, "rater")
     decision, found, _ = decided(gains, NEAR["gold"])
     beside = {name: crossed(x) for name, x in parity.items()}
     equal = {name: e.low is not None and e.low > -NEAR["gold"] for name, e in beside.items()}
@@ -283,8 +283,9 @@ def by_principles(rows: Rows) -> Verdict:
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
-        f"Of {rows[0]['labels']} labels: {'; '.join(f'{name} {shown(e)}' for name, e in found.items())}. Surely not worse than by the rater's: "
-        f"{listed([name.removesuffix(' over the rater' + chr(39) + 's') for name, so in equal.items() if so])}. Trained on the judge's revisions, "
+        f"From {rows[0]['labels']} labels a reward model learns, and the gold gains by it: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
+        f"That it is at least as good as the rater's, but for {NEAR['gold']:g}, is sure of {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
+        f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
     )  # fmt: skip
     evidence = [as_number(name, e, "gold") for name, e in found.items()] + [as_number("revisions over own answers", revised, "gold")]

@@ -26,7 +26,7 @@ from ..evaluation.intervals import Estimate
 from ..experiments.rows import described, finder, read_rows
 from . import protocol
 from .protocol import SEEDS, Find, Gentle, Report, Search, Trial, search, tuned, untrained
-from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, listed
+from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "not told apart"
 SPREADS = 4  # standard deviations
@@ -250,9 +250,10 @@ def told(found: Sequence[Beside], holds: Callable[[Difference], bool], tasks: st
         words.append(f"{each.a} beside {each.b}, {each.where}: {one.word} ({one.interval})")
         numbers.append(number(f"{each.a} over {each.b}, {each.where}", one, each.key))
     verdict = HOLDS if all(so) else IF if any(surely) else UNTESTABLE if undecided else NOT
-    items, because = max(each.one.values.shape[1] for each in found), "; ".join(words)
+    items = max(each.one.values.shape[1] for each in found)
+    because = f"{sum(so)} of {len(so)} comparisons are as stated: " * (len(so) > 2) + itemized(words)
     return Verdict(
-        verdict, f"{because[0].upper()}{because[1:]}.", numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, because, numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 

@@ -70,8 +70,8 @@ def procedure() -> Verdict:
     }
     return Verdict(
         graded(right),
-        f"The loss reaches every number: of the language model two steps move {language:.1%}, with a classifier's head "
-        f"{head:.1%}, as the embeddings of words that the batch lacks have no gradient; the saved model's loss differs by "
+        f"Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a classifier's head in place of the "
+        f"model's own, as then the embeddings of words that the batch lacks have no gradient. The saved model's loss differs by "
         f"{difference:.2g}.",
         Number("share of the numbers that two steps move", 100 * language, "%"),
         [Number("with a classifier's head", 100 * head, "%"), Number("loss after loading - before saving", difference, "nats")],
@@ -128,8 +128,8 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
     told = [f"{n.value:+.3f} nats {n.name.partition(':')[0].replace('rate', 'at rate')}" for n in evidence if n.unit == "nats"]
     start = statistics.mean(row["before"] for row in rows)
     because = (
-        f"Without zeroing, every gradient so far is added up: the held-out loss ends {listed(told)} from that of the loop with "
-        f"zeroing (it began at {start:.2f}); the printed loop is no worse at {sum(cases.values())} of {len(cases)} rates."
+        f"The printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins at "
+        f"{start:.2f}, ends {listed(told)} above that of the loop with zeroing; it is no worse at {sum(cases.values())} of {len(cases)} rates."
     )
     return Verdict(
         verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW"

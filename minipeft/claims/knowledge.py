@@ -46,7 +46,7 @@ from ..train.evaluation import example_losses
 from .following import LEAST, Question, drawn, encode
 from .mechanisms import ByItem, Finding, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, version
-from .register import HOLDS, IF, NOT, UNTESTABLE, listed
+from .register import HOLDS, IF, NOT, UNTESTABLE, itemized
 from .statistics import crossed
 
 KINDS = {"define": "{}:", "continue": "{}"}  # a task whose records are facts, and how the base's own text asks
@@ -54,6 +54,7 @@ SPLITS = {"present": "train", "absent": "test"}
 WAYS = "text", "asked"
 CHOICES = 4
 READ = 320  # facts of a kind, present and absent, that the base alone is asked for in its own text
+SAID = {True: "so", False: "not so", None: "not told apart"}
 SMALL = 0.05  # of the facts: what nobody would call knowledge gained
 
 
@@ -181,23 +182,22 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
 
     def parts(level: float) -> dict[str, tuple[Estimate, bool | None]]:
         read_of = {kind: (read[f"{kind}, present"], read[f"{kind}, absent"]) for kind in KINDS}
-        had = {f"the base knows its own text ({kind})": apart(*values, level) for kind, values in read_of.items()}
+        had = {f"the base knows facts of its own text better than others ({kind})": apart(*values, level) for kind, values in read_of.items()}
         aligned = less("others", "base", "present", level=level)
         beyond = less("others", "base", "present", of_other="text", level=level)
         taught = less("these", "others", "absent", level=level)
-        more = had | {"tuned on other facts, it gives more when asked": aligned}
+        more = had | {"tuned to answer about other facts, it gives more of these when asked": aligned}
         return {name: (e, _more(e)) for name, e in more.items()} | {
-            "no more than it gave in its own text": (beyond, _within(beyond)),
-            "told new facts, it has learned none": (taught, _within(taught)),
+            "asked, it gives no more of them than in its own text": (beyond, _within(beyond)),
+            "told facts that were in none of its texts, it does not learn them": (taught, _within(taught)),
         }
 
     found = parts(0.95)
     surely = parts(1 - 0.05 / len(found))
-    so, not_so, undecided = (listed([name for name, (_, is_so) in found.items() if is_so is x]) for x in (True, False, None))
     verdict = HOLDS if all(x for _, x in found.values()) else IF if any(x for _, x in surely.values()) else NOT
-    if verdict == NOT and (undecided != "none" or so != "none"):
+    if verdict == NOT and any(x is not False for _, x in found.values()):
         verdict = UNTESTABLE
-    taught = found["told new facts, it has learned none"][0]
+    taught = found["told facts that were in none of its texts, it does not learn them"][0]
     evidence = {name: e for name, (e, _) in found.items()} | {
         "asked, present facts: told these, less told others": less("these", "others", "present"),
         "own text, absent facts: told these, less told others": less("these", "others", "absent", "text", "text"),
@@ -206,8 +206,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
     for arm, values in of.items():
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
     because = (
-        f"So: {so}. Not so: {not_so}. Not told apart: {undecided}. Told facts that are in no text of the base's, it knows "
-        f"{taught.value:+.1%} more of them"
+        f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
+        f"{itemized([f'{name}: {SAID[x]}' for name, (_, x) in found.items()])}"
+        f"It knows {taught.value:+.1%} more of the facts that it is told."
     )
     return Finding(verdict, because, taught, evidence)
 

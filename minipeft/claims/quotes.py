@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_text
-from .register import UNTRIED, Statement, Verdict, judge, rule_of, statements
+from .register import UNTRIED, Statement, Verdict, filled, judge, rule_of, statements
 
 WIDTH = 120
 CELL = "# %% [markdown]\n"
@@ -26,8 +25,9 @@ def quotation(statement: Statement, verdict: Verdict) -> str:
         return ""
     sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, "test items")) if n and n > 1]
     said = f"`{statement.id}` {statement.statement}: **{verdict.verdict}**. {verdict.because}"
-    said += f" ({', '.join(sizes)})" * bool(sizes)
-    return textwrap.fill(said, WIDTH, initial_indent="# > ", subsequent_indent="# > ", break_on_hyphens=False) + "\n"
+    end = "\n\n" if "- " in said.rpartition("\n")[2][:2] else " "
+    said += f"{end}({', '.join(sizes)})" * bool(sizes)
+    return filled(said, WIDTH, "# > ", "# > ") + "\n"
 
 
 def quoted(text: str, lesson: str) -> str:

@@ -28,7 +28,9 @@ import io
 import math
 import os
 import random
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -86,7 +88,7 @@ class Verdict:
     """What a rule found.
 
     verdict    one of VERDICTS
-    because    one sentence, from the numbers, that names the reason or the condition
+    because    from the numbers, the reason or the condition: a sentence or two, and comparisons as a list (`itemized`)
     effect     the number that decided
     evidence   the numbers beside it
     seeds      runs that differ in their seed alone, or repeats of a measurement; items: size of the test set
@@ -105,6 +107,7 @@ class Verdict:
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
             raise ValueError(f"verdict must be one of {', '.join(VERDICTS)}, not {self.verdict!r}")
+        object.__setattr__(self, "because", re.sub(r"\s*\n\n\s*", "\n\n", self.because).strip())
         object.__setattr__(self, "evidence", tuple(self.evidence))
 
 
@@ -310,6 +313,22 @@ def those(cases: Mapping[str, bool], value: bool = True) -> str:
 def listed(names: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"; "none" of no names."""
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
+
+
+def itemized(items: Sequence[str]) -> str:
+    """Parts of a reason: up to two in a sentence, more as a list in Markdown."""
+    if len(items) > 2:
+        return "\n\n" + "\n".join(f"- {item}." for item in items) + "\n\n"
+    return f"{items[0][0].upper()}{'; '.join(items)[1:]}."
+
+
+def filled(text: str, width: int, first: str = "", rest: str = "") -> str:
+    """Paragraphs and lists as lines of at most a width, the first line of all behind `first`, the others behind `rest`."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        begin, indent = rest if lines else first, rest + "  " * line.startswith("- ")
+        lines += textwrap.wrap(line, width, initial_indent=begin, subsequent_indent=indent, break_on_hyphens=False) or [begin.rstrip()]
+    return "\n".join(lines)
 
 
 def measured(name: str, values: Sequence[float], unit: str = "") -> Number:

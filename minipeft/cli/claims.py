@@ -36,6 +36,7 @@ from ..claims.register import (
     Statement,
     Verdict,
     figure,
+    filled,
     interval,
     judge,
     recomputed,
@@ -163,7 +164,7 @@ def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
             lines["rows"] = f"{rule.experiment.path().name}, {len(rule.experiment.rows())} rows"
     for name, line in lines.items():
         if line:
-            out.print(textwrap.fill(line, 100, initial_indent=f"{name:10}", subsequent_indent=10 * " ", break_on_hyphens=False))
+            out.print(filled(line, 100, f"{name:10}", 10 * " "))
     if verdict.evidence:
         numbers = grid("evidence", "", "95 % interval")
         for number in verdict.evidence:
