@@ -14,7 +14,7 @@
 # model: the input, the words that ask, and the task. The lesson measures them apart, on a model of 1.4 million
 # parameters.
 #
-# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 24 minutes (200 words or 25 lines of code a minute,
+# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads the curves over three seeds from
 # `lessons/results/08_instruction_tuning.jsonl`, one line a run with its settings. `python
