@@ -10,7 +10,7 @@ import pytest
 from minipeft.claims import forgetting, league, practice, protocol
 from minipeft.claims.comparison import Case, Pair, judged, spread
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
-from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
+from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number
 from minipeft.claims.standings import so_far, standings, table
 from minipeft.experiments.rows import described
 
@@ -140,6 +140,11 @@ def test_overfitting_is_compared_at_equal_training_loss():
     assert [rule.judge(rows).verdict for rows in (higher, equal)] == [HOLDS, NOT]
     apart = [row | {"train_loss": 1.0 if row["method"] == "full" else 2.0} for row in higher]
     assert rule.judge(apart).verdict == UNTESTABLE, "there is nothing to compare"
+
+
+@pytest.mark.parametrize("low, high, verdict", [(0.01, 0.1, HOLDS), (-0.01, 0.015, NOT), (-0.1, -0.05, NOT), (-0.03, 0.06, UNTESTABLE)])
+def test_an_interval_that_reaches_from_nothing_to_much_decides_nothing(low, high, verdict):
+    assert league.above_zero(Number("gap", (low + high) / 2, "nats", low, high)) == verdict
 
 
 def test_some_cases_make_it_holds_if():
