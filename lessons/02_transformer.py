@@ -266,7 +266,7 @@ assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3 and a
 # %% [markdown]
 # In pre-norm the variances of the branches add up, so the stream grows like $\sqrt L$, and the last norm divides the
 # gradient by its size (section 1). In post-norm each norm sets the stream back to 1, and near the output the gradient
-# is about as large after 64 blocks as after 4. Xiong et al. (2020, arXiv:2002.04745) prove both. A full learning rate
+# is about as large after 64 blocks as after 4. Xiong et al. (2020, arXiv:2002.04745) bound both. A full learning rate
 # on such gradients makes training unstable, they argue, hence the warm-up (Lesson 0); their pre-norm models train
 # comparably well without. (Against the growth, GPT-2 divides the initial weights of the matrices that write to the
 # stream by $\sqrt{2L}$.)
@@ -579,7 +579,7 @@ assert cut[0] < 1e-3 and cut[1] > 0.1 and (REDUCED or (peeked[-1] < 0.5 * FLOOR 
 #
 # A second mistake is quieter. To write from prompts of different lengths in one batch, fill them up on the left, with
 # **padding**, so that each ends where its continuation begins. Nobody may *see* the padding (the mask), and positions
-# must start at the first real token.
+# should start at the first real token.
 #
 # **Predict:** the positions are wrong, counted from the padding. Which model notices, GPT-2 or Llama?
 
