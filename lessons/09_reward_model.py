@@ -3,15 +3,17 @@
 #
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
 # reward model turns such choices into a number. After this lesson you can derive its loss from a model of how people
-# choose, use rankings of more than two, read the number at the right place, say what few and noisy labels are worth,
-# and labels of a model in place of a person's, check whether a judge knows how sure it can be, and find texts on which
-# it fails.
+# choose, name choices that no such number explains, use rankings of more than two and say what their pairs are worth,
+# and read the number at the right place. You can say why more than one pass overfits, what few and noisy labels teach,
+# and what accuracy is possible where raters disagree. You can put a model in the rater's place and tell errors that
+# averaging repairs from others. And you can test whether a judge knows how sure it can be, repair it where it does not,
+# and find texts on which it fails.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 22 minutes (200 words or
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
 # cores), or open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
-# `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) first computes those that are missing
-# there, all of them in about ten minutes.
+# `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) computes those that are missing there,
+# all of them in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -20,6 +22,7 @@ import os
 import sys
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
@@ -52,9 +55,9 @@ LENGTH, K = 20, 4
 #
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
 #
-# with $y_w$ the winner, $y_l$ the loser, and $\sigma(z) = 1 / (1 + e^{-z})$, which makes a probability of any number.
-# So the loss of a pair *is* its negative log-likelihood. By hand, with the gradient, and as the library has it: two
-# pairs, the first in the right order (1 against 0.3), the second in the wrong one (0.2 against 0.5).
+# with $y_w$ the winner, $y_l$ the loser, and $\sigma(z) = 1 / (1 + e^{-z})$. So the loss of a pair *is* its negative
+# log-likelihood. By hand, with the gradient, and as the library has it: two pairs, the first in the right order (1
+# against 0.3), the second in the wrong one (0.2 against 0.5).
 #
 # **Predict:** which pair has the larger gradient?
 
@@ -71,13 +74,19 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 
 # %% [markdown]
 # The second: the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order
-# (halved here, by the mean over two pairs). It moves the two rewards apart and says nothing of their sum. Both answer
-# one prompt, so each prompt has a zero of its own: no loss compares the rewards of answers to two prompts. And as one
-# number stands for a text, people who prefer A to B, B to C and C to A cannot be modeled.
+# (halved by the mean). It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so each
+# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. Lesson 10 does not mind: a
+# constant added to all answers of a prompt does not change which of them is best.
 #
-# Two refinements, both optional. A **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et
-# al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer`
-# has both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
+# **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
+# and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
+# the gradient is zero, and as the loss is convex in the rewards, this is its minimum: the model says 0.5 where two of
+# three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best, and Munos et al.
+# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium.
+#
+# Two optional refinements: a **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et al.
+# 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
+# both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -87,14 +96,14 @@ assert abs(full.item() - 0.7371471) < 5e-8
 # %% [markdown]
 # ## 2 · A rater
 #
-# We need choices. Our rater follows **VADER**, a published set of rules over words that people rated for sentiment:
-# the happier text is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can
-# compare the reward model with. In practice nobody has it. The texts are the base model's own: it continues openings
-# of sentences by Jane Austen, four times each. And the rater is human enough to be noisy: it adds noise to each score
-# and sorts. With noise of Gumbel's distribution, $-T \log(-\log u)$ for a uniform $u$, every pair is Bradley-Terry
-# with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$). The whole
-# order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers, the second by the
-# softmax over the rest, and so on. With probability `flip` the rater holds the scale upside down.
+# Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the happier text is
+# preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare the reward
+# model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times each.
+# The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$, every pair is
+# Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$;
+# normal noise makes it Thurstone's model, with the normal distribution function in place of $\sigma$). The whole order
+# is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers, the second by the softmax over
+# the rest, and so on. With probability `flip` the rater holds the scale upside down.
 
 # %%
 @cache
@@ -116,10 +125,6 @@ for i in order[1]:
 i, j = np.triu_indices(K, 1)
 zero, tied = (gold == 0).mean(), (gold[:, i] == gold[:, j]).mean()
 print(f"{zero:.0%} of the answers have no word that VADER knows, or a balance of them: gold 0; so {tied:.0%} of the pairs are tied")
-scores = np.tile([0.3, 0.2], (20000, 1))
-wins = (rlhf.rank(scores, np.random.default_rng(1), temperature=0.1)[:, 0] == 0).mean()
-print(f"0.3 against 0.2 at T = 0.1: preferred in {wins:.3f}, sigma(1) = {1 / (1 + np.exp(-1)):.3f}")
-assert abs(wins - 1 / (1 + np.exp(-1))) < 0.01
 four = np.array([0.3, 0.2, 0.1, 0.25])
 first = np.bincount(rlhf.rank(np.tile(four, (20000, 1)), np.random.default_rng(2), temperature=0.1)[:, 0], minlength=4) / 20000
 assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=0.01), "Plackett and Luce"
@@ -130,14 +135,14 @@ assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), 
 # > so is another question. (20000 test items)
 
 # %% [markdown]
-# Between tied answers the noise decides: those labels are coin flips, and the reward model learns from them, too. What
-# we report below is the accuracy on pairs that are not tied.
+# Between tied answers the noise decides, and the reward model learns from these coin flips, too. The accuracy below is
+# that on pairs that are not tied.
 #
 # ## 3 · All pairs of a ranking, each text once
 #
 # A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$
-# texts are computed once, and their scores are compared in every pair. It is cheaper, and comparisons that share a text
-# do not come back as if they were new, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+# texts are computed once, and their scores are compared in every pair. It is cheaper. And as shuffled pairs, each text
+# would come back in $K - 1$ updates of one pass, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
 # %%
 diagrams.ranking(K).savefig(OUT / "09_reward_model_ranking.png")
@@ -148,11 +153,41 @@ print(f"\n8 rankings of {K}: {pairs} pairs from {len(batch.arguments['input_ids'
 assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 * K
 
 # %% [markdown]
+# The loss adds up the pairs of a ranking as if they were independent. They are not: A before B and B before C decide A
+# and C. In each pair the two outcomes have probabilities that sum to 1. Plackett and Luce normalize the whole order
+# instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts, over all 24 orders:
+
+# %%
+orders = np.array(list(permutations(range(K))))  # best first
+wins = K - 1 - np.argsort(orders, axis=1)  # of each text, in each order
+for r in (four / 0.1, np.zeros(K)):
+    placed, sigma = r[orders], 1 / (1 + np.exp(r - r[:, None]))  # sigma[a, b]: a is preferred to b
+    luce = np.prod([np.exp(placed[:, k]) / np.exp(placed[:, k:]).sum(1) for k in range(K - 1)], axis=0)
+    product = np.prod(sigma[orders[:, i], orders[:, j]], axis=1)
+    print(f"rewards {r}: Plackett and Luce's probabilities sum to {luce.sum():.3f}, the products of pairs to {product.sum():.3f}")
+    assert np.isclose(luce.sum(), 1) and np.allclose(luce @ wins, sigma.sum(1) - 0.5), "the mean wins are what the pairs expect"
+spread = wins[:, 0].var() / ((K - 1) / 4)  # of equal texts; a quarter is the variance of a tossed coin
+pull = 1 - np.cumsum(1 / (K - np.arange(K)))  # at each place: the gradient of log Plackett-Luce, at equal rewards
+kept = np.corrcoef(pull, np.arange(K)[::-1])[0, 1] ** 2
+print(f"equal texts: wins vary {spread:.2f} times as much as of tossed pairs, {pairs // 8} pairs are worth {pairs / 8 / spread:.1f}; the pairs keep {kept:.0%}")
+assert np.isclose(spread, (K + 1) / 3)
+
+# %% [markdown]
+# The rest of the product goes to circles, which no ranking has. Both losses still aim at the same rewards: the gradient
+# of the pairs is a text's wins less the wins that the model expects, and at the rater's own rewards these agree on
+# average. Only error bars that count the pairs are wrong. Of $K$ equal texts, the wins of one have the variance
+# $(K^2 - 1)/12$ over rankings and $(K - 1)/4$ with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a
+# ranking of four say as much as 3.6 independent ones. As an estimate the pairs lose little: the share that they keep of
+# the information, printed last, is the squared correlation of the two losses' gradients.
+
+# %% [markdown]
 # ## 4 · Where the number is read
 #
-# The model is the base with a scalar head in place of the vocabulary's, and the score is that of the **last real
-# token**, which has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
-# end-of-text token, and then the real one is skipped. We look at the length.
+# The model is the base with a scalar head in place of the vocabulary's (without a bias, which no difference would
+# show). The score is that of the **last real token**, the only one that has seen the whole text. "The last token that
+# is no padding" is a trap: many tokenizers pad with the end-of-text token, and then the real one is skipped. This is
+# how transformers' `LlamaForSequenceClassification` looks for it, so pad with a token of its own. We look at the
+# length.
 
 # %%
 model = rlhf.RewardModel(base, seed=0)
@@ -167,13 +202,35 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %% [markdown]
 # ## 5 · Train, and what labels are worth
 #
-# One pass: InstructGPT's reward model, of 6 billion parameters, overfitted in more; to start it from GPT-3 or from the
-# SFT model made little difference (appendix C.2). Where a model can put all training pairs in order, the loss has no
-# smallest value: rewards go on growing, and the probabilities with them. A fresh head's scores have any scale, so we
-# first give them mean 0 and standard deviation 1, and at the end again: *calibrated* rewards of two models have one
-# zero and one scale. (Lesson 10 trains a policy to earn this reward and charges it for moving away from the base; that
-# price is set in units of this reward.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the
-# loss has taught, so section 7 takes the rewards from before.
+# InstructGPT has one reward model of 6 billion parameters for all policies: one of 175 billion costs more and could be
+# unstable. To start it from GPT-3 or from the SFT model made little difference, and more than one pass overfitted
+# (section 3.5, appendix C.2). A head alone shows why. It has 32 random features for each of 20 pairs, and a coin has
+# chosen the winners, so there is nothing to learn.
+
+# %%
+rng = np.random.default_rng(0)
+features, unseen = rng.standard_normal((20, 32)), rng.standard_normal((2000, 32))  # the winner's, less the loser's
+for decay in (0.0, 0.1):
+    head, norms = np.zeros(32), []
+    for step in range(1, 10001):
+        head += 0.5 * (features.T @ (1 / (1 + np.exp(features @ head))) / 20 - decay * head)
+        if step in (10, 100, 1000, 10000):
+            norms.append(np.linalg.norm(head))
+    sure = (1 / (1 + np.exp(-abs(unseen @ head)))).mean()
+    print(f"weight decay {decay}: {(features @ head > 0).mean():.0%} in order; norm after 10, 100, ... steps", *np.round(norms, 2), f"; on average {sure:.2f} sure of new pairs")
+    assert np.ptp(np.diff(norms)) < 0.3 if decay == 0 else abs(norms[-1] - norms[-2]) < 1e-3
+
+# %% [markdown]
+# Once all pairs are in order, a longer head always has a smaller loss, and none has the smallest. Its norm grows as the
+# logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin flips.
+# Weight decay gives the loss a minimum. A single pass helps, too: each pair is new when it comes, so the steps follow
+# the loss of unseen pairs, which rises when the head gets too sure. From the second pass on they follow the training
+# loss.
+#
+# A fresh head's scores have any scale, so we first give them mean 0 and standard deviation 1, and at the end again:
+# *calibrated* rewards of two models have one zero and one scale. (Lesson 10 sets the price of moving away from the base
+# in these units.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so
+# section 7 takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -195,10 +252,8 @@ def train(run, pool):
     texts = [text for ranking in ranked for text in ranking.texts]
     model = rlhf.RewardModel(base, seed=run.seed)
     model.calibrate(texts[:512])
-    args = mp.TrainingArguments(
-        learning_rate=run.learning_rate, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1,
-        seed=run.seed, progress=False,
-    )  # fmt: skip
+    once = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_ratio": 0.1, "progress": False}
+    args = mp.TrainingArguments(learning_rate=run.learning_rate, seed=run.seed, **once)
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     prompts, answers, gold = labelled("validation", 16 if REDUCED else 128, run.seed)
     held_out = [np.array([*p, *a]) for p, own in zip(prompts, answers) for a in own]
@@ -254,12 +309,10 @@ for run in live:
         assert abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of these settings says the same"
 
 # %% [markdown]
-# The curves of three seeds, from the file that `--full` writes. Of $n$ rankings a share $f$ is turned round. A turned
-# one pulls as hard in the wrong direction, so the pull that is left is $1 - 2f$ of the whole, against the same noise.
-# If learning were like taking a mean, $n$ such rankings would be as good as $n (1 - 2f)^2$ clean ones. Nor can any
-# model agree with more than $1 - f$ of such labels: the probability to be learned is $f + (1 - 2f)\,\sigma$, with
-# log-odds of $\ln\frac{1-f}{f}$ at most. (Such pairs are no longer Bradley-Terry: with more than two texts no rewards
-# fit all.) (InstructGPT's labelers agreed with each other in 73 %, section 3.4.)
+# Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
+# pull is left, against the same noise. If learning were like taking a mean, $n$ such rankings would be as good as
+# $n (1 - 2f)^2$ clean ones. The probability of a label becomes $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs
+# are no longer Bradley and Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -275,13 +328,6 @@ def seeds(n, flip, key):
 for flip in FLIPS:
     means = ", ".join(f"{n}: {seeds(n, flip, 'accuracy').mean():.3f} ± {seeds(n, flip, 'accuracy').std(ddof=1):.3f}" for n in SIZES)
     print(f"labels turned round {flip:.0%}: {means}")
-for words, x in (
-    ("2000 clean, less 100 clean", seeds(2000, 0.0, "accuracy") - seeds(100, 0.0, "accuracy")),
-    ("2000 clean, less 2000 noisy", seeds(2000, 0.0, "accuracy") - seeds(2000, 0.25, "accuracy")),
-    ("2000 noisy, less 600 clean", seeds(2000, 0.25, "accuracy") - seeds(600, 0.0, "accuracy")),
-    ("2000 noisy, less 300 clean", seeds(2000, 0.25, "accuracy") - seeds(300, 0.0, "accuracy")),
-):
-    print("{}: {:+.3f} ± {:.3f} (95 %)".format(words, *interval(x)))
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
 most, clean_600 = {flip: seeds(2000, flip, "accuracy") for flip in FLIPS}, seeds(600, 0.0, "accuracy")
 assert (most[0.0] > seeds(100, 0.0, "accuracy") + 0.1).all(), "more rankings, a better judge, under every seed"
@@ -289,63 +335,69 @@ assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy
 assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
 
 # %% [markdown]
-# 500, by the rule. A hundred rankings (600 pairs!) teach a model of this size nothing that differs clearly from a coin
-# toss, two thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six
-# hundred clean ones; how much less than the rule says, three seeds do not tell, since the noisy curve is flat within
-# its noise. The rule is no more than a first guess. Labels are expensive, and careless labels more so.
+# 500, by the rule. A hundred rankings teach a model of this size nothing that differs clearly from a coin toss, two
+# thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six hundred clean
+# ones; how much less than the rule says, three seeds do not tell.
 #
-# A related question, on the one chain of Lesson 10. The texts are other ones, answers of a fine-tuned model, and so is
-# the gold: (1 + VADER) / 2 times how well formed the sentence is (complete, long enough, without repetition). So these
-# numbers cannot be set beside those above. Its judges learned from one comparison a prompt, and were asked about 16
-# answers to each of 256 held-out prompts. There we also know what it takes to train the head alone, LoRA, or all.
+# **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
+# be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
+
+# %%
+right = 1 / (1 + np.exp(-abs(held_gold[:, i] - held_gold[:, j]) / 0.1))  # our rater, pair by pair; 0.5 where the gold is tied
+agree, best_possible = (right**2 + (1 - right) ** 2).mean(), right.mean()
+theirs, ours = ((1 + np.sqrt(2 * a - 1)) / 2 for a in (0.73, agree))  # p² + (1 - p)² = a, solved for p
+print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: the gold agrees with its labels in {best_possible:.3f} (were all pairs equally hard, {ours:.3f})")
+assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
+
+# %% [markdown]
+# So a model that knows the truth agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward
+# models agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler.
+# Where pairs differ, the agreement fixes the mean of $(2p - 1)^2$, and the mean of $2p - 1$ lies between this and its
+# square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
+# 0.84. A shared error breaks this: raters who all like length can agree more often than they are right.
+#
+# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10, with other texts and another gold: (1 + VADER)
+# / 2 times how well formed the sentence is. So do not compare these numbers with those above.
 
 # %%
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-5`"
 print("\ntrained   comparisons   pairs ordered as the gold does (mean of 5 seeds, 95 %)")
-right = {}
+ordered = {}
 for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000)):
-    right[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
-    print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(right[size, n])))
+    ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
+    print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
 for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("full", 600), ("head", 600))):
-    x, half = interval(right[more] - right[less])
-    print(f"{more} less {less}: {x:+.3f} ± {half:.3f}")
-    assert x > half, "more comparisons, and all weights in place of the head alone: clearly better"
+    assert np.subtract(*interval(ordered[more] - ordered[less])) > 0, "more comparisons, and all weights against the head: clearly better"
 
 # %% [markdown]
 # ## 6 · Labels from a model that follows principles
 #
 # People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in their
 # place: it reads written **principles**, and two answers, and says which follows them better. The rest of the chain
-# stays as it is; with labels of this kind it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct,
-# which no one would trust with this, and the principles are that chain's gold, in words:
+# stays as it is; with such labels it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, and the
+# principles are that chain's gold, in words:
 
 # %%
 print(constitution.PRINCIPLES)
-for a, b, right_one in constitution.EXAMPLES:
-    print(f"  A: {a}\n  B: {b}\n  Answer: {right_one}")
 
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
 # answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks
-# for the first answer is $(d - d')/2$, from which the preference for a letter drops out (Lee et al. 2023,
-# arXiv:2309.00267, average probabilities).
+# for the first answer is $(d - d')/2$, from which the preference for a letter drops out. (Lee et al. 2023,
+# arXiv:2309.00267, average probabilities, and train on the mean as a soft label: cross-entropy in place of one winner.)
 #
-# How to ask was chosen among four forms, on 100 comparisons of a seed that reports nothing: one question, the same
-# after the two examples above, "is this a good sentence?" of each answer alone, and the probability of an answer when
-# the principles or their opposites are asked for (`minipeft/claims/constitution.py`).
+# It is asked after two examples, the best of four forms on another seed (`minipeft/claims/constitution.py`).
 #
 # **Predict:** in how many of 100 pairs does so small a model take the answer that is shown first? And with the place
 # averaged out, can its labels teach a reward model anything?
 
 # %%
 aided = CONSTITUTION.rows()
-forms, labels = next(row["forms"] for row in aided if "forms" in row), [row for row in aided if "forms" not in row]
-print("agrees with the gold, by form: " + ", ".join(f"{name} {np.mean(of['agreement']):.2f}" for name, of in forms.items()))
+labels = [row for row in aided if "forms" not in row]
 found = {key: interval([np.mean(row[key]) for row in labels]) for key in ("first", "one order", "agreement")}
 print(f"{constitution.FORM}, {len(labels)} seeds: " + ", ".join("{} {:.3f} ± {:.3f}".format(key, *x) for key, x in found.items()))
 assert found["first"][0] > 0.95 and abs(found["one order"][0] - 0.5) < 0.02 and found["agreement"][0] - found["agreement"][1] > 0.5
-assert np.mean(forms[constitution.FORM]["agreement"]) > sum(found["agreement"]), "the best of four looks better than it is"
 
 print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each; the SFT model has {np.mean([row['sft'] for row in labels]):.3f}")
 for arm in constitution.ARMS:
@@ -353,32 +405,31 @@ for arm in constitution.ARMS:
     print("{:6s} best of 16: {:.3f} ± {:.3f}, PPO: {:.3f} ± {:.3f}".format(arm, *interval(ways["best"]), *interval(ways["ppo"])))
 
 # %% [markdown]
-# It takes the first in nearly all pairs, whatever stands there. (The form, the best of four, had more on the 100 pairs
-# that chose it than over the seeds: so does any winner.) Asked once it therefore agrees with the gold in half of them:
-# of the two orders one is right. The mean over both orders leaves a weak preference, which is right in six of ten. A
-# reward model of 200 such labels chooses among 16 answers as well as one of 200 of the rater's, as far as these
-# intervals can say. But 200 labels of anyone are few: a random choice among the 16 is the SFT model itself, and beside
-# it neither gains anything that shows, and PPO on the judge's labels loses (the card). (A coin's labels do harm: its reward
-# model likes something by chance, and the best of 16 finds the extreme of it.) So this says how weak the judge is; it
-# does not say that such feedback is as good as people's. And a judge's errors are not a careless rater's: random ones
-# weaken the pull, and more labels make up for it; those that have a system, such as a liking for length, pull
-# elsewhere, with every label. With a large judge Lee et al. find it about as good: people prefer the summaries of
-# either policy to the SFT model's in some 70 %.
+# It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
+# orders one is right. The mean over both is right in six of ten. A reward model of 200 such labels chooses among 16
+# answers as well as one of 200 of the rater's, as far as these intervals can say. But a random choice among the 16 is
+# the SFT model itself, and beside it neither gains anything that shows. PPO on the judge's labels loses (the card).
+# With a large judge Lee et al. find such feedback about as good as people's: people prefer the summaries of either
+# policy to the SFT model's in some 70 %.
 #
-# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
-# write a better one, and the SFT model is trained on these **revisions**:
+# **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
+# error of its own, and ones who all like length.
 
 # %%
-for prompt, answer, revision in labels[0]["read"][:4]:
-    print(f"  {prompt} |{answer}\n    revised: |{revision}")
-ways = {name: interval([np.mean(row[name]) for row in labels]) for name in ("sft", "own", "revised")}
-print("gold: " + ", ".join("{} {:.3f} ± {:.3f}".format(name, *x) for name, x in ways.items()))
-less, half = interval([np.mean(row["revised"]) - np.mean(row["own"]) for row in labels])
-print(f"trained on revisions, less trained on its own answers as they were: {less:+.3f} ± {half:.3f}")
-assert less + half < 0
+lead, longer = np.random.default_rng(0).standard_normal((2, 20000))  # of one text over another, in quality and in length
+errors = np.random.default_rng(1).standard_normal((25, 20000))
+for votes in (1, 5, 25):
+    majority = (lead + errors[:votes] > 0).mean(axis=0) > 0.5
+    careless, biased = (np.mean(vote == (lead > 0)) for vote in (majority, lead + longer > 0))
+    print(f"majority of {votes:2d}: careless judges are right in {careless:.2f}, those who like length in {biased:.2f}")
+assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 
 # %% [markdown]
-# Some revisions cut the sentence off, some write about it, and the model that learns them gets worse.
+# More labels do what more judges do: random errors average out. One with a system, such as a liking for length, stays,
+# and the reward model learns it as if it were quality, unless it is known and canceled, as the swap cancels the place.
+#
+# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
+# write a better one, and the SFT model is trained on these **revisions**.
 
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds
@@ -419,10 +470,13 @@ assert np.allclose(np.average(curve[:2], axis=1, weights=curve[2]), 0.5), "each 
 # The **expected calibration error** is the mean distance between the two columns, weighed by the pairs. For all runs:
 
 # %%
+def calibration_error(predicted, observed, count):
+    return (count * abs(predicted - observed)).sum() / count.sum()
+
+
 def calibration_errors(n, flip):
     """Of all seeds."""
-    curves = [np.array(r["calibration"]).T for r in rows if (r["rankings"], r["flip"]) == (n, flip)]
-    return np.array([(count * abs(p - share)).sum() / count.sum() for p, share, count in curves])
+    return np.array([calibration_error(*np.array(r["calibration"]).T) for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
 
 
 for flip in FLIPS:
@@ -437,32 +491,46 @@ careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) f
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
-# No: where it is sure, up to nine in ten, it is right in about half of the pairs. The start makes it so. A fresh head's
-# rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5
-# on average (less where the answers share their prompt), before there is a label. The judges of 100 rankings have
-# unlearned little of it. With two thousand clean rankings it is honest on average, though not under every seed. And the
-# judge taught by two thousand rankings of a careless rater learned little, but honestly: it is never sure of anything.
-# Accuracy and honesty are two things.
+# No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
+# deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
+# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it is honest on average,
+# though not under every seed. And the judge taught by two thousand rankings of a careless rater learned little, but
+# honestly: it is never sure of anything. Accuracy and honesty are two things.
 #
-# Two things are called calibration: the honesty of probabilities, which the picture shows, and the choice of zero and
-# scale, which makes rewards comparable:
+# **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
+# al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
 
 # %%
-texts = [np.array([*p, *a]) for p, own in zip(prompts[: run.rankings], answers) for a in own]
-standard = model.score_texts(texts[:512])
-print(f"rewards of the reference texts: mean {standard.mean():+.6f}, standard deviation {standard.std():.6f}")
-assert abs(standard.mean()) < 1e-4 and abs(standard.std() - 1) < 1e-4
+fit, test = np.split(np.subtract(*labels_of(rewards, held_gold, run)), 2)  # reward differences; pairs of a prompt stay together
+temperatures = np.geomspace(0.25, 64, 200)
+fitted = temperatures[np.argmin([np.logaddexp(0, -fit / t).mean() for t in temperatures])]
+losses = {t: np.logaddexp(0, -test / t).mean() for t in (1.0, fitted)}
+for t, loss in losses.items():
+    sure, distance = (1 / (1 + np.exp(-abs(test / t)))).mean(), calibration_error(*rlhf.calibration_curve(test / t, 0 * test))
+    print(f"temperature {t:5.2f}: on average {sure:.2f} sure, loss {loss:.4f} (a coin's: {np.log(2):.4f}), calibration error {distance:.3f}")
+assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and better for it"
+
+# %% [markdown]
+# Now it says little more than 0.5, as it knows next to nothing. Division changes no order, so the accuracy and the best
+# of 16 are what they were: a temperature repairs certainty and nothing else.
 
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
 #
-# The judge was taught on texts that the base writes. It has seen no others. So write ten times the same token after a
-# prompt, for every token there is, and let it choose the best. (This judge is a poor one; its accuracy is printed
-# again.)
+# First, length, among texts like those that it was taught on. Then others: the judge has seen only texts that the base
+# writes. So write ten times the same token after a prompt, for every token there is, and let it choose the best.
 #
-# **Predict:** how many of the 2,046 (all but the two special ones) beat nine in ten of the real answers?
+# **Predict:** how many of the 2,046 beat nine in ten of the real answers?
 
 # %%
+held_out = labelled("validation", 16 if REDUCED else 128, run.seed)[1]
+for name, texts, score in (("in training the gold", answers, gold), ("held out, the gold", held_out, held_gold), ("held out, the judge", held_out, rewards)):
+    size = np.array([[len(a) for a in own] for own in texts])
+    same_way = ((size[:, i] - size[:, j]) * (score[:, i] - score[:, j])).ravel()
+    share = (same_way > 0).sum() / (same_way != 0).sum()
+    print(f"{name} prefers the longer of two in {share:.0%}")
+assert REDUCED or share > 0.6, "the last, the judge"
+
 vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)
 nonsense = [np.array(prompts[0] + [token] * 10) for token in vocabulary]
 judged = model.score_texts(nonsense)
@@ -471,48 +539,49 @@ mine = rlhf.sample_answers(base, prompts[:1], 16 if REDUCED else 256, LENGTH, st
 real = model.score_texts([np.array([*prompts[0], *a]) for a in mine])  # answers to the same prompt: each has its own zero
 bar, top = np.quantile(real, 0.9), real.max()
 print(f"\na judge that prefers the better answer in {accuracy(rewards, held_gold):.1%} of pairs; nine in ten answers to this prompt are below {bar:+.2f};")
-print(f"the best of {len(real)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}, where one in ten")
-print(f"would be {len(judged) // 10}:")
-for i in best:
-    print(f"{judged[i]:+.2f}  {tokenizer.decode(nonsense[i])}")
+print(f"the best of {len(real)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}:")
+for token in best:
+    print(f"{judged[token]:+.2f}  {tokenizer.decode(nonsense[token])}")
 if not REDUCED:
     assert judged[best[0]] > bar and (judged > bar).mean() < 0.1, "nonsense that beats nine in ten answers is easily found"
 
 # %% [markdown]
-# Nonsense as such does not please this judge: fewer of these texts pass the bar than answers to the same prompt do. But
-# whoever looks for the best of them has one that beats nine in ten answers, and nothing in the reward tells the two
-# apart. A policy that is trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had
-# before: several judges that disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as
-# RewardBench (Lambert et al. 2024, arXiv:2403.13787). Now break it yourself: train with `flip=0.5`, and with `flip=1`.
-# Which is the worse judge, and which is the more useful one?
+# In training the longer one won a few more pairs than the shorter one. On the held-out pairs the gold likes both alike,
+# and the judge takes the longer one far more often. (Some of this the fresh head may have by chance.) Singhal et al.
+# 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that a reward of length alone brings
+# most of RLHF's improvement. To repair it, balance the lengths of the training pairs, or train two heads on the same
+# features, one to follow length and one to be uncorrelated with it, and drop the first (ODIN, Chen et al. 2024,
+# arXiv:2402.07319).
+#
+# Nonsense as such does not please this judge: fewer than one in ten of these texts pass the bar. But whoever looks for
+# the best has one that beats nine in ten answers, and nothing in the reward tells the two apart. A policy that is
+# trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
+# disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
+# arXiv:2403.13787). Now train with `flip=0.5`, and with `flip=1`. Which is the worse judge, and which is the more
+# useful one?
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
 for flip, color in zip(FLIPS, ("C0", "C3")):
     mean = [seeds(n, flip, "accuracy").mean() for n in SIZES]
     axes[0].plot(SIZES, mean, "o-", color=color, label=f"labels turned round: {flip:.0%}")
-    for n in SIZES:
-        axes[0].plot([n] * 3, seeds(n, flip, "accuracy"), ".", color=color, alpha=0.5)
+    axes[0].plot(np.repeat(SIZES, 3), np.concatenate([seeds(n, flip, "accuracy") for n in SIZES]), ".", color=color, alpha=0.5)
 axes[0].axhline(0.5, color="grey", linestyle="--", linewidth=1)
-axes[0].set(xscale="log", xlabel=f"rankings of {K} (each {K * (K - 1) // 2} pairs)", ylabel="held-out accuracy against the gold")
-axes[0].set(title="What labels are worth (3 seeds)")
+axes[0].set(xscale="log", xlabel=f"rankings of {K} (each {K * (K - 1) // 2} pairs)", ylabel="held-out accuracy against the gold", title="What labels are worth (3 seeds)")
 axes[0].set_xticks(SIZES, [str(n) for n in SIZES])
 axes[0].minorticks_off()
-axes[0].legend(frameon=False)
 axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
 most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], r["flip"], r["seed"]) == (2000, 0.0, 0))).T
 for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
     axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color)
     axes[1].plot(shown[0], shown[1], linewidth=1, color=color, label=f"{n} rankings")
 axes[1].set(title="Is it honest? (beside the dots: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
-axes[1].legend(frameon=False)
 axes[2].hist(real, bins=40, density=True, alpha=0.6, label="the base's answers")
 axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")
 axes[2].set(title="The judge on texts it never saw", xlabel="calibrated reward")
-axes[2].legend(frameon=False)
 for ax in axes:
+    ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-figure.tight_layout()
 figure.savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
