@@ -12,7 +12,7 @@
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
 # cores), or open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
-# `python lessons/09_reward_model.py --full` (in a notebook, with `!` before it) computes those that are missing there,
+# `python lessons/09_reward_model.py --full` computes those that are missing there,
 # all of them in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
@@ -183,11 +183,10 @@ assert np.isclose(spread, (K + 1) / 3)
 # %% [markdown]
 # ## 4 · Where the number is read
 #
-# The model is the base with a scalar head in place of the vocabulary's (without a bias, which no difference would
-# show). The score is that of the **last real token**, the only one that has seen the whole text. "The last token that
-# is no padding" is a trap: many tokenizers pad with the end-of-text token, and then the real one is skipped. This is
-# how transformers' `LlamaForSequenceClassification` looks for it, so pad with a token of its own. We look at the
-# length.
+# The model is the base with a scalar head in place of the vocabulary's. The score is that of the **last real token**,
+# the only one that has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
+# end-of-text token, and then the real one is skipped. This is how transformers' `LlamaForSequenceClassification` looks
+# for it, so pad with a token of its own. We look at the length.
 
 # %%
 model = rlhf.RewardModel(base, seed=0)
@@ -203,9 +202,8 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # ## 5 · Train, and what labels are worth
 #
 # InstructGPT has one reward model of 6 billion parameters for all policies: one of 175 billion costs more and could be
-# unstable. To start it from GPT-3 or from the SFT model made little difference, and more than one pass overfitted
-# (section 3.5, appendix C.2). A head alone shows why. It has 32 random features for each of 20 pairs, and a coin has
-# chosen the winners, so there is nothing to learn.
+# unstable. More than one pass overfitted (section 3.5, appendix C.2). A head alone shows why. It has 32 random features
+# for each of 20 pairs, and a coin has chosen the winners, so there is nothing to learn.
 
 # %%
 rng = np.random.default_rng(0)
@@ -228,9 +226,8 @@ for decay in (0.0, 0.1):
 # loss.
 #
 # A fresh head's scores have any scale, so we first give them mean 0 and standard deviation 1, and at the end again:
-# *calibrated* rewards of two models have one zero and one scale. (Lesson 10 sets the price of moving away from the base
-# in these units.) After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so
-# section 7 takes the rewards from before.
+# then rewards of two models have one mean and one scale on these texts. After the second time $\sigma(r_i - r_j)$ is no
+# longer the probability that the loss has taught, so section 7 takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -356,8 +353,9 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
 # 0.84. A shared error breaks this: raters who all like length can agree more often than they are right.
 #
-# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10, with other texts and another gold: (1 + VADER)
-# / 2 times how well formed the sentence is. So do not compare these numbers with those above.
+# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*), a
+# reward model, then PPO, which trains the first to earn the second's reward. Texts and gold are others: (1 + VADER) / 2
+# times how well formed the sentence is.
 
 # %%
 chain = CHAIN.rows()
@@ -368,9 +366,11 @@ for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("fu
     ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
     print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
 for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("full", 600), ("head", 600))):
-    assert np.subtract(*interval(ordered[more] - ordered[less])) > 0, "more comparisons, and all weights against the head: clearly better"
+    assert np.subtract(*interval(ordered[more] - ordered[less])) > 0, "clearly better"
 
 # %% [markdown]
+# More comparisons help clearly, and all weights beat the head.
+#
 # ## 6 · Labels from a model that follows principles
 #
 # People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in their
@@ -407,10 +407,11 @@ for arm in constitution.ARMS:
 # %% [markdown]
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
 # orders one is right. The mean over both is right in six of ten. A reward model of 200 such labels chooses among 16
-# answers as well as one of 200 of the rater's, as far as these intervals can say. But a random choice among the 16 is
-# the SFT model itself, and beside it neither gains anything that shows. PPO on the judge's labels loses (the card).
-# With a large judge Lee et al. find such feedback about as good as people's: people prefer the summaries of either
-# policy to the SFT model's in some 70 %.
+# answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's,
+# which likes something by chance, and takes the extreme of it. But a random choice among the 16 is the SFT model
+# itself, and beside it the judge gains nothing that shows. PPO on its labels loses (the card). With a large judge Lee
+# et al. find such feedback about as good as people's: people prefer either policy's summaries to the SFT model's in
+# some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -428,14 +429,14 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # More labels do what more judges do: random errors average out. One with a system, such as a liking for length, stays,
 # and the reward model learns it as if it were quality, unless it is known and canceled, as the swap cancels the place.
 #
-# The other half of Constitutional AI needs no reward model. The judge is asked what is wrong with an answer, then to
-# write a better one, and the SFT model is trained on these **revisions**.
+# The other half of Constitutional AI comes before: a model criticizes its own answers, rewrites them, and is trained on
+# these **revisions**. Here the judge rewrites the SFT model's.
 
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds
 # > if**. Asked about two answers, the judge takes the one that is shown first in 100%; over both orders it agrees with
-# > the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%. From 200 labels a reward
-# > model learns, and the gold gains by it:
+# > the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%. What a reward model of
+# > 200 labels gains of the gold:
 # >
 # > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
 # > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].
@@ -444,9 +445,8 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >
-# > That it is at least as good as the rater's, but for 0.02, is sure of none. Trained on the judge's revisions, the SFT
-# > model has -0.06 [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256
-# > test items)
+# > Surely no worse than by the rater's, but for 0.02: none. Trained on the judge's revisions, the SFT model has -0.06
+# > [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?
@@ -495,7 +495,7 @@ assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
 # The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it is honest on average,
 # though not under every seed. And the judge taught by two thousand rankings of a careless rater learned little, but
-# honestly: it is never sure of anything. Accuracy and honesty are two things.
+# honestly: it is never sure of anything.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
 # al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
@@ -557,8 +557,8 @@ if not REDUCED:
 # the best has one that beats nine in ten answers, and nothing in the reward tells the two apart. A policy that is
 # trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
 # disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
-# arXiv:2403.13787). Now train with `flip=0.5`, and with `flip=1`. Which is the worse judge, and which is the more
-# useful one?
+# arXiv:2403.13787). Now train with `flip=0.5`, from which there is nothing to learn, and with `flip=1`, which a minus
+# sign repairs.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
