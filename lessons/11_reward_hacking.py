@@ -5,13 +5,15 @@
 # you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
 # measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
 # rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
-# itself, the **gold**, only watches. After it you can say when the two part, warn of it without any gold, and say what
-# each remedy costs.
+# itself, the **gold**, only watches. After it you can say why and when the two part (four kinds of Goodhart's law, the
+# tails of the judge's errors, Gao et al.'s curves for reinforcement learning and the best of $n$), warn of it without
+# any gold, and say what each remedy brings and costs: a price of KL, an early stop, a penalty, a correction for length,
+# an ensemble, a wiser judge.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
-# and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs behind
-# the curves that are missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
+# and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs that are
+# missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes
 # (`lessons/out`).
@@ -44,6 +46,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
 LENGTH = 20
@@ -61,18 +64,8 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). Under each of three seeds a thousand rankings make a better judge than three
-# hundred. No judge is known well: it is asked about the pairs of 64 prompts, 384 at most, and that alone is an error of
-# 5 points or more. (Gao, Schulman and Hilton 2022, arXiv:2210.10760, section 3.3, find little better than chance below
-# about 2,000 comparisons; 300 rankings are 1,800 pairs.) All rewards have one scale, so none of them shows that it is
-# guessing, and any can be optimized.
-#
-# Of four kinds of failure that Gao et al. (section 4.2) list after Manheim & Garrabrant, two matter here,
-# *regressional* and *extremal*. (*Causal*: what goes with the gold, such as length, does not bring it. *Adversarial*:
-# an agent that knows the judge manipulates it.) Who chooses the highest guess also chooses the errors that raise it,
-# however honest the judge. If gold and errors are normal and independent, the gold still rises with the guess, by the
-# share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of it. And the policy comes to write what the judge never saw compared,
-# where its errors may have any size: this can make the gold fall.
+# pairs of a ranking at once (Lesson 9). No judge is known well: it is asked about the pairs of 64 prompts, 384 at most,
+# and that alone is an error of 5 points or more.
 
 # %%
 def continued(split, n, rng, seed):
@@ -94,9 +87,8 @@ def reward_model(rankings, seed):
     model = rlhf.RewardModel(base, seed=seed)
     model.calibrate(texts[:512])
     args = mp.TrainingArguments(
-        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed,
-        progress=False,
-    )  # fmt: skip
+        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False
+    )
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
     prompts, answers, scores = continued("validation", 64, rng, seed)
@@ -106,6 +98,51 @@ def reward_model(rankings, seed):
     differ = difference != 0
     return model, float((difference * guess > 0)[differ].mean())
 
+
+# %% [markdown]
+# How can such a guess lead astray? In four ways (Manheim & Garrabrant 2018, arXiv:1803.04585):
+#
+# - *Regressional*: the guess is gold plus error, and whoever chooses the highest guess also chooses the errors that
+#   raise it, however honest the judge.
+# - *Extremal*: the policy comes to write what the judge never saw compared, where its errors may have any size: "love
+#   love love" in section 3.
+# - *Causal*: a mark goes with what is good, and does not bring it. Kind sentences have happy words, but happy words
+#   alone make no kind sentence.
+# - *Adversarial*: another agent games the measure for a goal of its own. Here nobody does.
+#
+# A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is,
+# unless it is constant or orders them just as the gold does (Skalse et al. 2022, arXiv:2209.13085). How much optimizing
+# it bears depends on the *tail* of its errors. Let us take the best of $n$ by a guess that is gold plus independent
+# error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
+#
+# How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
+# $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. The answer
+# itself tells no more than its rank, so its KL is that at most (Beirami et al. 2024, arXiv:2401.01879).
+
+# %%
+rng = np.random.default_rng(0)
+true, brought = rng.normal(size=2**21), {}
+for tail, off in (("normal", rng.normal(size=true.size)), ("heavy", rng.standard_t(3, size=true.size))):
+    for n in (1, 4, 16, 256, 4096):
+        guess = (true + off).reshape(-1, n)
+        chosen = guess.argmax(axis=1)[:, None]
+        a, b = brought[tail, n] = [np.take_along_axis(x.reshape(-1, n), chosen, axis=1).mean() for x in (guess, true)]
+        print(f"{tail:6s} error, best of {n:4d}: KL at most {math.log(n) - (n - 1) / n:.2f}   guess {a:5.2f}   gold {b:.2f}")
+assert np.allclose([b / a for (tail, n), (a, b) in brought.items() if tail == "normal" and n > 1], 0.5, atol=0.03)
+assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 4096][1], "the gold has turned"
+
+# %% [markdown]
+# With normal errors the gold keeps rising, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of the guess, here a
+# half. With the heavy tail it turns: the highest guesses are huge errors on answers like any other.
+#
+# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs about
+# $p \log (p/q)$ nats and pays more than $p\,t$. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$.
+# With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained.
+# With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa, Thomas & Garriga-Alonso 2024
+# (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, with no more gold than the base;
+# under light-tailed, independent ones a lower price brings ever more gold. The reward models that they measured look
+# light-tailed, but off the known ground errors need not be independent. A bounded reward, such as a sigmoid of the
+# score, has no tail.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -120,8 +157,6 @@ def reward_model(rankings, seed):
 # %%
 @dataclass(frozen=True)
 class Run:
-    """One run of PPO against a reward model."""
-
     beta: float
     missing_eos_score: float | None = None
     seed: int = 0
@@ -178,25 +213,20 @@ def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
 
 
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}, "three seeds of each: see --full"
-accuracies = {
-    rankings: [next(r["accuracy"] for r in rows if (r["rankings"], r["seed"]) == (rankings, seed)) for seed in range(3)]
-    for rankings in (WEAK, Run(0).rankings)
-}  # of each seed
+accuracies = {n: [r["accuracy"] for r in rows if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
 for rankings, each in accuracies.items():
     print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), "of held-out pairs")
 weak_accuracy, accuracy = map(np.array, accuracies.values())
 error = 1.96 * math.sqrt(0.25 / (64 * math.comb(4, 2)))
-gain, half_width = interval(accuracy - weak_accuracy)
-print(f"each is known to ±{error:.1%} at best; the gain, seed by seed, is {gain:+.1%} ± {half_width:.1%}")
 assert (accuracy > weak_accuracy).all(), "more rankings help"
 
 # %% [markdown]
-# One run, live, with nothing to hold it. We took seed 2, whose judge is one of the two best (section 3 has all). Proxy
-# and gold rise together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean
-# of $-\log \pi_{\text{ref}}$ over the policy's tokens.
+# One run, live, with nothing to hold it, under seed 2, whose judge is one of the two best. Proxy and gold rise
+# together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of
+# $-\log \pi_{\text{ref}}$ over the policy's tokens.
 #
-# **Predict:** what does the policy write at the end? (Another machine, or another number of threads, draws other words
-# after a few updates. What we claim, we read off three seeds.)
+# **Predict:** what does the policy write at the end? (Another machine draws other words; what we claim, we read off
+# three seeds.)
 
 # %%
 free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, seed=2, updates=24)  # of the 30 of the sweep
@@ -209,7 +239,6 @@ for u in sorted({*range(0, free.updates, max(1, free.updates // 6)), free.update
         f"  {h['ref_loss'][u]:14.2f}"
     )
 print(*live["samples"], sep="\n")
-assert abs(h["kl"][0]) < 1e-3
 if not REDUCED:
     assert np.mean(h["proxy"][-4:]) > np.mean(h["proxy"][:4]) + 1, "the guess is won over"
     assert np.mean(h["distinct_2"][-4:]) < np.mean(h["distinct_2"][:4]) - 0.05, "with ever fewer words"
@@ -217,24 +246,29 @@ if not REDUCED:
 # %% [markdown]
 # ## 3 · The price of going far
 #
-# The policy writes the words that the judge likes again and again: the share of distinct bigrams has fallen.
+# The policy repeats the words that the judge likes.
 #
-# How far has it gone? Gao et al. measure it by $d = \sqrt{\mathrm{KL}}$ and find that the *gold* follows, along
-# reinforcement learning and along the best of $n$,
+# How far has it gone? Gao, Schulman & Hilton 2022 (arXiv:2210.10760), whose gold is a large reward model, measure it by
+# $d = \sqrt{\mathrm{KL}}$ and find that the gold follows, along reinforcement learning (RL) and along the best of $n$,
 #
 # $$R_{\text{RL}}(d) = R_0 + d\,(a - b \log d) , \qquad R_{\text{bo}n}(d) = R_0 + d\,(a - b\, d) .$$
 #
-# $R_0$ is what the base has; $a$ and $b$ are fitted (they write $\alpha$ and $\beta$). With $b > 0$ the slope of the
-# first, $a - b - b \log d$, falls with $d$, and is 0 at $d = e^{a/b - 1}$: there the gold turns; later with a larger
-# judge, whose $b$ is smaller (their section 3.2). At $d = 0$ the slope
-# is infinite, whatever the judge is worth, so the form means nothing there, and we fit it to $d > 0.3$. We fit each
-# free run ($\beta = 0$) for itself. "No turn" is a fit with $b < 0$, or with its top below 0.3.
+# $R_0$ is what the base has; $a$ and $b$ are fitted (they write $\alpha$ and $\beta$). The gold turns where the slope
+# is 0: the second at $d = a / 2b$, the first, whose slope is $a - b - b \log d$, at $d = e^{a/b - 1}$. They read $a$ as
+# the regressional part and $b$ as the extremal one. Why $d$, and not the KL? With normal gold and error the optimum at
+# a price $\beta$, which is $\pi_{\text{ref}}\, e^{\hat r / \beta}$ up to a factor (Lesson 10), shifts the gold by
+# $\sigma_g^2/\beta$, at a KL of $(\sigma_g^2 + \sigma_e^2)/2\beta^2$: linearly in $d$.
 #
-# A fit finds a top in noise, too. So we ask the gold itself, as the mean of five updates: it *turns* where it falls
-# from its best by more than three standard errors, and *climbs* where it ends higher than it began by as much. The
-# error comes from how much single updates scatter about a smooth curve. And we ask a second gold, which is harder to
-# please: the gold of a batch times its distinct-2. It pays for happy words, but not for one happy word said again and
-# again.
+# What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
+# judge; below about 2,000 they find little better than chance (300 rankings are 1,800 pairs). A larger *policy* starts
+# better and gains less, but its proxy and gold part about as far. And RL spends far more KL than the best of $n$ for
+# the same gold, and for the same harm. The objective is not to blame, for its optimum has the most proxy of all
+# policies at its KL. But KL counts every change, also one that no score sees, while the best of $n$ makes no answer
+# more than $n$ times as likely. So KL does not compare methods; plotted against the *proxy*, their gold is alike.
+#
+# Single updates are noisy. So we ask the gold as the mean of five: it *turns* where it falls from its best by more than
+# three standard errors, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is
+# harder to please: the gold of a batch times its distinct-2. It does not pay for one happy word said again and again.
 #
 # **Predict:** with which of the six judges does the gold rise? The better half?
 
@@ -242,19 +276,6 @@ if not REDUCED:
 def smooth(values):
     """Means over five updates of [seeds, updates]: [seeds, updates - 4]."""
     return np.lib.stride_tricks.sliding_window_view(values, 5, axis=1).mean(axis=2)
-
-
-NEAR = 0.3  # distances below are noise: the policy is still the base
-
-
-def gao(kl, gold_scores):
-    """(R0, a, b, the distance at which the fitted curve turns; None where it has no top)."""
-    d, y = np.sqrt(np.maximum(kl, 0)).ravel(), np.ravel(gold_scores)
-    moved = d > NEAR
-    basis = np.stack([np.ones(moved.sum()), d[moved], -d[moved] * np.log(d[moved])], axis=1)
-    (R0, a, b), *_ = np.linalg.lstsq(basis, y[moved], rcond=None)
-    turn = np.exp(a / b - 1) if b > 0 else 0.0
-    return R0, a, b, turn if turn > NEAR else None
 
 
 def ends(columns):
@@ -281,33 +302,28 @@ def verdict(means, clear):
 
 GOLDS = {"gold": "gold", "second": "gold x distinct-2"}
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
-did, gained, agreed = {}, {}, {}  # {(rankings, seed): what each gold did}, by how much the first rose, the judge's agreement
+did, gained, agreed = {}, {}, {}  # {(rankings, seed): what each gold did}, how much the first rose, the judge's agreement
 print(f"\nnothing holds it: KL and means over five updates; clear is a difference of {CLEAR['gold']:.2f} and {CLEAR['second']:.2f}")
-print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':36s}" for n in GOLDS.values()))
+print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':32s}" for n in GOLDS.values()))
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
-    (a, z), far = ends(c), np.sqrt(c["kl"].max(axis=1))
+    a, z = ends(c)
     for seed in range(3):
         golds = ""
         for name in GOLDS:
-            means, turn = smooth(c[name])[seed], gao(c["kl"][seed], c[name][seed])[3]
-            fit = "no turn" if turn is None else "beyond" if turn >= far[seed] else f"fit {turn:.1f}"
+            means = smooth(c[name])[seed]
             did[rankings, seed, name] = verdict(means, CLEAR[name])
-            golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:6s} ({fit:7s})"
+            golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:12s}"
         gained[rankings, seed], agreed[rankings, seed] = z["gold"][seed] - a["gold"][seed], accuracies[rankings][seed]
         print(
             f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f}"
             f" {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}"
         )
-free_rows = [r for r in rows if r["beta"] == 0]
-print("one answer of each at the end:")
-for r in sorted(free_rows, key=lambda r: (r["rankings"], r["seed"])):
-    print(f"{r['rankings']:5d}, seed {r['seed']}: {' '.join(r['samples'][2].split())}")
+for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
+    print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
 GOOD = 0.6  # of held-out pairs
 good = [run for run in gained if agreed[run] > GOOD]
-print(f"gold gained with the {len(good)} judges above {GOOD:.0%}:", *(f"{gained[run]:+.2f}" for run in good))
-print("with the others:", *(f"{gained[run]:+.2f}" for run in gained if run not in good))
-by_chance = math.comb(len(gained), len(good))
-print(f"by chance alone the {len(good)} that gain most would be the best {len(good)} judges one time in {by_chance}")
+gains = [" ".join(f"{gained[run]:+.2f}" for run in gained if (run in good) is able) for able in (True, False)]
+print(f"gold gained with the {len(good)} judges above {GOOD:.0%}: {gains[0]}, with the others: {gains[1]}")
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
@@ -319,17 +335,8 @@ assert not any(did[*run, "gold"] == "turns" for run in gained), "no gold turns c
 assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
 assert [f"{gold:.2f}" for gold in last[0.0]["gold"][1:]] == ["0.99", "0.94"]
 
-print("\nmean ± deviation of 3 seeds, last five updates")
-print("                     proxy            gold             KL  distinct-2  reference loss")
-for beta, end in last.items():
-    print(
-        f"beta = {beta:4.2f}       "
-        + "    ".join(f"{end[k].mean():+.2f} ± {end[k].std(ddof=1):.2f}" for k in ("proxy", "gold"))
-        + f"   {end['kl'].mean():6.1f}  {end['distinct_2'].mean():10.2f}  {end['ref_loss'].mean():14.2f}"
-    )  # fmt: skip
-
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(18, 4.2))
+figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
 curves = [(found(beta), dict(color=color, label=f"β = {beta:g}")) for beta, color in zip(BETAS, ("C3", "C1", "C0"))]
 curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
 titles = ("Proxy: optimized", "Gold: only watched", "Distinct bigrams", "Gold × distinct bigrams")
@@ -338,30 +345,24 @@ for ax, key, title in zip(axes, ("proxy", "gold", "distinct_2", "second"), title
         for d, y in zip(np.sqrt(smooth(c["kl"])), smooth(c[key])):  # one line a seed
             ax.plot(d, y, linewidth=1.4, **style)
     ax.set(title=title, xlabel="sqrt(KL)")
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the colors are the same in all
-figure.tight_layout()
 figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
-# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others it moves by no more than its noise.
-# Six runs are few: if agreement meant nothing, the two best judges would still be the two that bring gold one time in
-# fifteen. And agreement is no promise: it is measured on pairs of the *base's* answers, and says little about answers
-# that the base would never give.
+# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others it moves by no more than its noise:
+# what was gained is error. Six runs are few, and agreement is no promise: it is measured on pairs of the *base's*
+# answers, and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
 # from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
-# judges, and the fit puts the top near $\sqrt{\mathrm{KL}} = 5$. But we chose it after we had read the answers. Judges
-# of helpfulness are pleased by length: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that RLHF's gains
-# came in large part from longer answers. A cure is to take off what length alone predicts, or to charge for it; either
-# also punishes answers that are long because they say more.
+# judges. But we chose it after we had read the answers.
 #
 # **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
 # that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.
 # PPO without a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the
-# same judge, whose KL is at most $\log n - (n-1)/n$ (Lesson 10): 1.8 nats for 16.
+# same judge: 1.8 nats at most for 16.
 #
 # **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
 # better?
@@ -370,9 +371,9 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
 JUDGES = (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000))
-figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True)
+figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True, layout="constrained")
 print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)   best of 16 less the end")
-rises, moves, better, right = {}, {}, {}, {}
+rises, moves, better, equal = {}, {}, {}, {}
 before = items(those_of(chain, "sft"))
 for ax, (size, n) in zip(panels, JUDGES):
     runs = those_of(chain, "ppo", judge=size, comparisons=n, beta=0.0)
@@ -384,37 +385,34 @@ for ax, (size, n) in zip(panels, JUDGES):
         means = [np.mean([e[key] for e in each]) for each in best_of.values()]
         ax.plot(np.sqrt([each[0]["kl"] for each in best_of.values()]), means, "--", color=color, linewidth=2)
     ax.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
-    ax.spines[["top", "right"]].set_visible(False)
     one, end = np.array([e["proxy"] for e in best_of["1"]]), items(runs, "proxy").mean(axis=1)
     rises[size, n], moves[size, n] = interval(end - one), crossed(items(runs) - before)
     better[size, n] = crossed(items(many) - items(runs))
-    right[size, n] = np.mean([row["accuracy"][0] for row in many])
-    assert math.isclose(best_of["16"][0]["kl"], math.log(16) - 15 / 16, abs_tol=0.01)
+    right = np.mean([row["accuracy"][0] for row in many])
+    there = [y[np.argmax(d > math.sqrt(best_of["16"][0]["kl"]))] for d, y in (along(row, "proxy") for row in runs)]
+    equal[size, n] = np.mean(there), np.mean([e["proxy"] for e in best_of["16"]])
     assert items(runs, "kl").mean() > best_of["16"][0]["kl"], "PPO goes farther than the best of 16"
     print(
-        f"{size:5s} {n:5,} comparisons  {right[size, n]:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
+        f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
         f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}   {shown(better[size, n])}"
     )
 panels[0].legend(frameon=False)
-figure.tight_layout()
 figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
 assert all(better[judge].low > 0 for judge in poor), "the best of 16 has clearly more"
-assert sum(right[judge] > GOOD for judge in poor) == 2, "good by section 3's measure"
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
-curves = [along(row, "gold")[1] for row in runs]  # of the last judge, means over five updates of training
-print("full 2,000, each seed's gold, highest and last:", ", ".join(f"{y.max():.2f} {y[-1]:.2f}" for y in curves))
+print("proxy where PPO has first spent the KL of the best of 16, and of that: ", ", ".join(f"{a:.2f} and {b:.2f}" for a, b in equal.values()))
+assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy"
 
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
-# that the output names it ends clearly below the SFT model's. Two of the four agree with this gold in more than 60% of
-# pairs: it is another gold, and that share alone does not tell. With the best judge neither a gain nor a loss at the
-# end is clear; the last line shows from which height each seed came. And the best of 16 by the same judge has more gold
-# than the end of PPO without a price, at a smaller KL; clearly so with the four poor judges.
+# that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
+# best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL. And where PPO has
+# spent as much KL, it has less of the proxy, too, on average.
 #
-# The verdict below asks of *each* judge that its reward rises, and the gold falls, from the gold's peak to the end.
+# The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -437,54 +435,47 @@ print("full 2,000, each seed's gold, highest and last:", ", ".join(f"{y.max():.2
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
 #
-# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** falls where a policy that found a phrase
-# the judge likes says it again and again. The **reference loss** rises where the language gets strange to the base.
+# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** falls where a policy says again and
+# again what the judge likes. The **reference loss** rises where the language gets strange to the base.
 #
 # **Predict:** does each of them move in all six free runs?
 
 # %%
 witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
 for name, text in witnesses:
-    for rankings, a, z in ((WEAK, weak_first, weak_last), (Run(0).rankings, first, last[0.0])):
-        moves = ", ".join(f"{x:.2f} -> {y:.2f}" for x, y in zip(a[name], z[name]))
-        print(f"beta = 0, {rankings:4d} rankings: {text:30s} {moves}  (each seed)")
+    moves = zip([*weak_first[name], *first[name]], [*weak_last[name], *last[0.0][name]])
+    print(f"{text}, three judges from {WEAK} rankings, three from {Run(0).rankings}:", *(f"{a:.2f} -> {z:.2f} " for a, z in moves))
 falls, rises = (np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses)
-print(
-    f"clear (three standard errors): distinct bigrams fall in {(falls < -CLEAR['distinct_2']).sum()} of {falls.size}; the"
-    f" reference loss rises in {(rises > CLEAR['ref_loss']).sum()} and falls in {(rises < -CLEAR['ref_loss']).sum()}"
-)
-likely = min(free_rows, key=lambda r: np.mean(r["history"]["ref_loss"][-5:]))
-print("where the reference loss is lowest at the end:")
-print(*("    " + " ".join(text.split()) for text in likely["samples"]), sep="\n")
+print("update of the first clear move, and of the best second gold:")
+for seed in np.flatnonzero(accuracy > GOOD):
+    fall, rise, best = (smooth(columns[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
+    at = np.argmax(fall[0] - fall > CLEAR["distinct_2"]), np.argmax(rise - rise[0] > CLEAR["ref_loss"]), best.argmax()
+    print(f"seed {seed}: {at[0] + 3} and {at[1] + 3}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
+    assert max(at[:2]) < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
+assert (rises > CLEAR["ref_loss"]).sum() == 2 and (rises < -CLEAR["ref_loss"]).sum() == 1
 assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where the reference loss does not rise"
 
 # %% [markdown]
-# The distinct bigrams fall clearly in all six runs. The reference loss rises clearly in two, those of the two good
-# judges, and in one it falls: there the policy says again and again what the base finds likely, `"Oh!`, which is as
-# empty as "love love love". So a low reference loss is no proof of innocence. Ask both. The KL says only how far a
-# policy has gone, not how well.
+# The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,
+# and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
+# reference loss is no proof of innocence. With the good judges both warn well before the second gold is best. Who stops
+# there forgoes gold: the warning says that it is time to look. Watch the mean length, too, and let people compare some
+# of the policy's answers with the base's: that is a gold in small amounts.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. **Early stopping** leaves the objective as it is and ends the run at a
-# given KL: here we read off the free runs what they had, as a mean of three updates, when KL first passed 8 (in a run,
-# the setting is `stop_kl=8`). What did each bring? The plain gold cannot say, since it is pleased by repetition. So we
-# ask the second one, and for the price the gold of the chain, too.
+# hole: nothing in the judge asks for an end. (In TRL the settings are `kl_coef` and `missing_eos_penalty`.) What did
+# each bring? The plain gold is pleased by repetition. So we ask the second one, and for the price the gold of the
+# chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
 # %%
-STOP = 8.0
-ended = found(0.05, -1.0)
-repairs = {f"beta = {beta}": last[beta] for beta in BETAS}
-repairs["beta = 0.05, no end: -1"] = ends(ended)[1]
-passed = [int(np.argmax(kl > STOP)) if (kl > STOP).any() else len(kl) - 1 for kl in columns["kl"]]
-repairs["beta = 0, stopped at KL 8"] = {
-    k: np.array([row[max(0, u - 2) : u + 1].mean() for row, u in zip(v, passed)]) for k, v in columns.items()
-}
+penalized = ends(found(0.05, -1.0))[1]
+repairs = {f"beta = {beta}": last[beta] for beta in BETAS} | {"beta = 0.05, no end: -1": penalized}
 print("\n                              proxy  second gold      KL  distinct-2  finished   each seed:  second gold      finished")
 for name, end in repairs.items():
     second_of_each, ended_of_each = (" ".join(f"{x:.2f}" for x in end[key]) for key in ("second", "ended"))
@@ -493,34 +484,25 @@ for name, end in repairs.items():
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
 free_end, cheap, high = (last[beta] for beta in BETAS)
-penalized, stopped = repairs["beta = 0.05, no end: -1"], repairs["beta = 0, stopped at KL 8"]
-print(f"difference of the second gold, each seed; clear in one seed is {CLEAR['second']:.2f}")
-for name, end, other in (
-    ("beta = 0.05 against 0", cheap, free_end),
-    ("beta = 0.2 against 0.05", high, cheap),
-    ("no end: -1 against none, beta = 0.05", penalized, cheap),
-    ("stopped at KL 8 against beta = 0.2", stopped, high),
-):
+for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
     value, half_width = interval(end["second"] - other["second"])
-    print(f"{name:38s} {' '.join(f'{x:+.2f}' for x in end['second'] - other['second'])}: {value:+.2f} ± {half_width:.2f}")
+    assert abs(value) < half_width, "three seeds leave the mean difference of the second gold open"
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
-for end in (cheap, high, stopped):
+for end in (cheap, high):
     assert (end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all(), "each keeps bigrams distinct"
 able = accuracy > GOOD
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
 assert (high["second"] < cheap["second"]).all(), "and a high one below it"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
-value, half_width = interval(stopped["second"] - high["second"])
-assert (stopped["second"] < high["second"])[able].all() and abs(value) < half_width
-assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_chain[0.0].low
+assert on_chain[0.05].low > 0 > on_chain[0.0].low
 
 # %% [markdown]
-# The small one. Three seeds are few, and one of the judges is poor: each interval above includes 0, and we read the
-# single seeds:
+# The small one. Three seeds are few, and one of the judges is poor: no mean difference of the second gold is clear, and
+# we read the single seeds.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
@@ -528,23 +510,27 @@ assert max(passed) < len(columns["kl"][0]) / 2 and on_chain[0.05].low > 0 > on_c
 #   SFT model, and no price does not.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold.
-# - The **early stop** ends at about the KL of the high price, in less than half of the updates. With both good judges
-#   it has less of the second gold there, but the interval of three seeds includes 0. Gao et al. (section 3.6) find the
-#   same gold at the same KL with a price and without: in their setting a price acts like an early stop.
+# - An **early stop** ends the run at a given KL (`stop_kl`), and spares the updates after it. In the setting of Gao et
+#   al. a price has more proxy at the same KL than none, but no more gold: it acts like an early stop.
+# - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that RLHF's
+#   gains came in large part from longer answers. One may balance the pairs, so that the shorter answer wins as often,
+#   or charge for length, which also punishes answers that say more. Both, they find, curb the growth, but not in every
+#   setting. Or the judge gets a second head that takes up the length and is thrown away (Chen et al. 2024,
+#   arXiv:2402.07319).
 #
-# None of them makes the judge any wiser. At a price the best policy is $\pi_{\text{ref}}\, e^{\hat r / \beta}$, up to a
-# factor (Lesson 10): a higher $\beta$ trusts the whole guess less, right or wrong. New comparisons of the policy's own
-# answers do make it wiser: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again every week. If each of $k$
-# rounds goes $d/k$ along Gao et al.'s curve with the same $a$ and $b$, the gold has $b\, d \log k$ more than after one
-# round of $d$ (their section 4.3).
+# None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
+# comparisons of the policy's own answers do, made where the judge errs now: Bai et al. 2022 (arXiv:2204.05862) train
+# judge and policy again every week. Gao et al. expect from it less of the extremal part, but not of the regressional
+# one. Where a rule can check the answer, it may replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural
+# judge for fear of hacking. What the rule does not check stays open. And DPO (Lesson 20), which has no separate judge,
+# gets worse at high KL, too (Rafailov et al. 2024, arXiv:2406.02900).
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
-# If one judge can be fooled, why not two? Train a second one, on 400 rankings of another draw of prompts and other
-# answers, and show it what the policy wrote for the first. What it sees of the gain is what the two share, right or
-# wrong: both grew on the same base. First ask what the second is worth: from one that guesses, no gain is no sign of
-# honesty. (One live run, and one pair of judges: an example.)
+# If one judge can be fooled, why not two? Train a second one, on 400 other rankings, and show it what the policy wrote
+# for the first. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One run, and
+# one pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
@@ -569,22 +555,28 @@ if not REDUCED:
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
-# The last line says it, and the gold's gain stands beside it: where the second judge sees little of a gain that the
-# gold sees too, it is no wiser, only another judge. The *minimum* of several judges, or their mean less their variance,
-# was a better reward than any one of them in the setting of Coste et al. 2023 (arXiv:2310.02743). But errors that all
-# judges share stay, even where each was pretrained from another seed (Eisenstein et al. 2023, arXiv:2312.09244).
+# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge. An
+# **ensemble** uses the difference: judges agree where they saw comparisons, and part where they guess. Coste et al.
+# 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of
+# their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together with a small price
+# of KL; each further judge costs its training and scoring. But if the errors of $k$ judges have the variance $\sigma^2$
+# and the correlation $\rho$, their mean has $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no
+# disagreement shows it. Judges from different pretraining seeds do better than judges from one base, as ours are, and
+# even they are hacked together (Eisenstein et al. 2023, arXiv:2312.09244).
 #
-# Now break it yourself: optimize the minimum of the two judges (a reward is any function of a rollout). Is it an honest
-# judge, or only a slower way to the same place?
+# Now break it yourself: optimize the minimum of the two judges. Is it an honest judge, or only a slower way to the same
+# place?
 
 # %% [markdown]
 # ## Quiz
 #
-# **1.** What is the gold in this lesson, and what may it do in training?
+# **1.** A guess is gold plus independent error. When do ever more answers to choose from bring less gold again, and why
+# does a price of KL not help then?
 #
 # <details><summary>Answer</summary>
 #
-# VADER, whose rules the rater follows. It only watches: PPO optimizes the reward model that learned from the rater.
+# When the error has a heavy tail: the highest guesses are then huge errors on answers like any other. To lift that tail
+# to probability $p$ pays in proportion to its guess $t$, and costs only in proportion to $\log t$.
 #
 # </details>
 #
@@ -632,8 +624,8 @@ if not REDUCED:
 # `minipeft exercise 11.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
 # `minipeft exercise 11.2 FILE.py`.
 #
-# **11.1 Where the gold turns.** A fit has $a = 1.5$ and $b = 0.5$ (section 3). At which KL, in nats, does the gold
-# turn?
+# **11.1 Where the gold turns.** In Gao et al.'s form for RL, $a = 1.5$ and $b = 0.5$ (section 3). At which KL, in nats,
+# does the gold turn?
 #
 # **11.2 A witness.** Write `distinct_2(responses)`: for a batch of answers, lists of tokens, the share of its bigrams
 # that are different. Bigrams do not reach from one answer into the next; without any bigram it is 0.
