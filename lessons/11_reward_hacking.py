@@ -135,14 +135,13 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # With normal errors the gold keeps rising, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of the guess, here a
 # half. With the heavy tail it turns: the highest guesses are huge errors on answers like any other.
 #
-# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs about
-# $p \log (p/q)$ nats and pays more than $p\,t$. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$.
+# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs about $p
+# \log (p/q)$ nats and pays more than $p\,t$. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$.
 # With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained.
 # With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa, Thomas & Garriga-Alonso 2024
-# (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, with no more gold than the base;
-# under light-tailed, independent ones a lower price brings ever more gold. The reward models that they measured look
-# light-tailed, but off the known ground errors need not be independent. A bounded reward, such as a sigmoid of the
-# score, has no tail.
+# (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, and if the gold's own tail is
+# light, no more gold than the base's; under light-tailed, independent ones a lower price brings ever more gold. The
+# reward models that they measured look light-tailed, but off the known ground errors need not be independent.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -260,11 +259,12 @@ if not REDUCED:
 # $\sigma_g^2/\beta$, at a KL of $(\sigma_g^2 + \sigma_e^2)/2\beta^2$: linearly in $d$.
 #
 # What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
-# judge; below about 2,000 they find little better than chance (300 rankings are 1,800 pairs). A larger *policy* starts
-# better and gains less, but its proxy and gold part about as far. And RL spends far more KL than the best of $n$ for
-# the same gold, and for the same harm. The objective is not to blame, for its optimum has the most proxy of all
-# policies at its KL. But KL counts every change, also one that no score sees, while the best of $n$ makes no answer
-# more than $n$ times as likely. So KL does not compare methods; plotted against the *proxy*, their gold is alike.
+# judge; below about 2,000 they find little better than chance (300 rankings are 1,800 pairs, but not independent ones).
+# A larger *policy* starts better and gains less, but its proxy and gold part about as far. And RL spends far more KL
+# than the best of $n$ for the same gold, and for the same harm. The objective is not to blame, for its optimum has the
+# most proxy of all policies at its KL. But KL counts every change, also one that no score sees, while the best of $n$
+# makes no answer more than $n$ times as likely. So KL does not compare methods; plotted against the *proxy*, their gold
+# is more alike.
 #
 # Single updates are noisy. So we ask the gold as the mean of five: it *turns* where it falls from its best by more than
 # three standard errors, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is
@@ -351,7 +351,7 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # %% [markdown]
 # **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
 # more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others it moves by no more than its noise:
-# what was gained is error. Six runs are few, and agreement is no promise: it is measured on pairs of the *base's*
+# what was gained is error. Agreement is no promise: it is measured on pairs of the *base's*
 # answers, and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
@@ -412,7 +412,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL. And where PPO has
 # spent as much KL, it has less of the proxy, too, on average.
 #
-# The verdict asks of *each* judge that both move clearly from the gold's peak on.
+# The verdict asks of *each* judge that both move clearly from the gold's peak on; it names those with which they do.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -446,12 +446,12 @@ for name, text in witnesses:
     moves = zip([*weak_first[name], *first[name]], [*weak_last[name], *last[0.0][name]])
     print(f"{text}, three judges from {WEAK} rankings, three from {Run(0).rankings}:", *(f"{a:.2f} -> {z:.2f} " for a, z in moves))
 falls, rises = (np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses)
-print("update of the first clear move, and of the best second gold:")
+print("update at which each has clearly moved, and of the best second gold:")
 for seed in np.flatnonzero(accuracy > GOOD):
     fall, rise, best = (smooth(columns[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
     at = np.argmax(fall[0] - fall > CLEAR["distinct_2"]), np.argmax(rise - rise[0] > CLEAR["ref_loss"]), best.argmax()
-    print(f"seed {seed}: {at[0] + 3} and {at[1] + 3}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
-    assert max(at[:2]) < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
+    print(f"seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
+    assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises > CLEAR["ref_loss"]).sum() == 2 and (rises < -CLEAR["ref_loss"]).sum() == 1
 assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where the reference loss does not rise"
@@ -467,9 +467,9 @@ assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where
 # ## 5 · What repairs what
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. (In TRL the settings are `kl_coef` and `missing_eos_penalty`.) What did
-# each bring? The plain gold is pleased by repetition. So we ask the second one, and for the price the gold of the
-# chain, too.
+# hole: nothing in the judge asks for an end. (TRL has `kl_coef`, and `missing_eos_penalty`, which is *subtracted* from
+# the score.) What did each bring? The plain gold is pleased by repetition. So we ask the second one, and for the price
+# the gold of the chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
@@ -506,7 +506,7 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed: it also forbids what is worth having. On the chain, too, the small price ends clearly above the
+#   one in every seed, clearly in one. On the chain, too, the small price ends clearly above the
 #   SFT model, and no price does not.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold.
@@ -520,10 +520,10 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
 # comparisons of the policy's own answers do, made where the judge errs now: Bai et al. 2022 (arXiv:2204.05862) train
-# judge and policy again every week. Gao et al. expect from it less of the extremal part, but not of the regressional
-# one. Where a rule can check the answer, it may replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural
-# judge for fear of hacking. What the rule does not check stays open. And DPO (Lesson 20), which has no separate judge,
-# gets worse at high KL, too (Rafailov et al. 2024, arXiv:2406.02900).
+# judge and policy again every week, on new labels that people must give. Gao et al. expect from it less of the extremal
+# part, but not of the regressional one. Where a rule can check the answer, it may replace the judge: DeepSeek-R1-Zero
+# (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open. And DPO (Lesson
+# 20), which has no separate judge, gets worse at high KL, too (Rafailov et al. 2024, arXiv:2406.02900).
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
