@@ -535,7 +535,7 @@ print(so_far(["full", "head", "scratch"]))
 
 # %% [markdown]
 # `minipeft claims --league rewrite` prints the table of all methods. The verdicts on textbooks' statements that lessons
-# quote follow rules that were written down first.
+# quote follow rules that are stated beside them (`minipeft claims ID`).
 #
 # ## The picture
 #
