@@ -19,6 +19,7 @@ import pytest
 
 import minipeft as mp
 from minipeft.autograd import cases
+from minipeft.book.ranges import RANGE, ranged
 from minipeft.cli import COMMANDS, _parse, main
 
 ROOT = Path(__file__).parent.parent
@@ -311,6 +312,14 @@ def test_readme_links_lead_somewhere():
     links = [link for link in re.findall(r"\[[^]]*\]\(([^)#\s]+)", README) if "://" not in link]
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_reading_order_gives_the_lines_of_what_it_names():
+    lessons = [line for line in README.splitlines() if line.startswith("| [") and "](lessons/" in line]
+    assert len(lessons) > 20 and all(RANGE.search(line) for line in lessons)
+    assert ranged(README) == README, "python -m minipeft.book.ranges README.md"
+    with pytest.raises(KeyError, match="defines no 'Lora'"):
+        ranged("[`Lora`, lines 1-2](minipeft/peft/lora.py#L1-L2)")
 
 
 def test_readme_commands_are_what_the_command_line_takes():

@@ -4,6 +4,7 @@
     pictures.py   what a figure shows, in words: its alternative text
     links.py      from lessons to the library's lines and back; claims; glossary
     site.py       the pages, written by Sphinx
+    ranges.py     the lines at which the README says to start reading
 
 The extra `book` brings what is needed: jupytext reads the lessons, nbclient runs them, MyST-NB and Sphinx write the pages
 in the theme Furo, math-core makes MathML of formulas, which browsers show without a script.
