@@ -140,7 +140,7 @@ def verses(records):
 
 classifier = mp.SequenceClassifier(base, num_labels=2)
 assert sum(p.size for p in classifier.parameters()) == N + 2 * base.config.hidden_size
-optimizer = mp.optim.AdamW(classifier.parameters(), lr=1e-3)
+optimizer = mp.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.0)
 for step in range(3 if REDUCED else 20):
     ids, mask, kind = verses(train_records[8 * step : 8 * step + 8])
     classifier.loss(ids, kind, attention_mask=mask).backward()
@@ -149,9 +149,9 @@ for step in range(3 if REDUCED else 20):
 ids, mask, kind = verses(test_records)
 with mp.no_grad():
     accuracy = (classifier(ids, mask).numpy().argmax(axis=-1) == kind).mean()
-print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out verses, after {8 * (step + 1)} verses in each")
+print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after {8 * (step + 1)} verses in each")
 if not REDUCED:
-    assert accuracy > 0.65, "chance is 0.5, and three standard errors of 128 verses are 0.13"
+    assert accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
 
 # %% [markdown]
 # Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. Is
@@ -197,9 +197,10 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 
 # %% [markdown]
 # From zero the loss begins at that of guessing, $\ln 2$, and the head learns at once, since its gradient needs only
-# $h$. The pretrained weights have a gradient of exactly 0 and wait for the head's first step. A random head, not the
-# task, decides where they go at first: with another head the same texts send them elsewhere, about at a right angle. A
-# smaller random head sends them no less far, as Adam divides by the size of the gradients (Lesson 0, section 6).
+# $h$. The pretrained weights have a gradient of exactly 0 and wait for the head's first step. A random head decides
+# along which line a text pushes $h$ (the difference of its two rows), and the label only in which sense: another head
+# sends the weights elsewhere on the same texts, about at a right angle. A smaller random head sends them no less far,
+# as Adam divides by the size of the gradients (Lesson 0, section 6).
 #
 # Zero is right for one layer only. Of two in a row, $W_2 W_1 h$, each is a factor of the other's gradient, so if both
 # start at zero, both stay there. That is why LoRA starts one of its two matrices at zero and one at random (Lesson 4).
@@ -222,7 +223,7 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 #
 # $$w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} .$$
 #
-# (Weight decay, off in our Trainer, would pull $w$ to zero, not to its pretrained value.)
+# (Weight decay, off here, pulls $w$ to zero, not to its pretrained value.)
 #
 # **Predict:** the gradients of the base differ a thousandfold. How do the weights' first steps differ?
 
@@ -372,8 +373,8 @@ if not REDUCED:
 # %% [markdown]
 # > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. The
 # > printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins
-# > at 3.49, ends +0.110 nats at rate 5e-05 and +2.960 nats at rate 0.001 above that of the loop with zeroing; it is no
-# > worse at 0 of 2 rates. (5 seeds, 32 test items)
+# > at 3.49, ends +0.110 nats at rate 5e-05 and +2.960 nats at rate 0.001 above that of the same loop with zeroing; at 0
+# > of 2 rates it is no worse for that. (5 seeds, 32 test items)
 
 # %% [markdown]
 # ## Step 4 · Save: a whole model per task

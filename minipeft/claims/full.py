@@ -129,7 +129,7 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
     start = statistics.mean(row["before"] for row in rows)
     because = (
         f"The printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins at "
-        f"{start:.2f}, ends {listed(told)} above that of the loop with zeroing; it is no worse at {sum(cases.values())} of {len(cases)} rates."
+        f"{start:.2f}, ends {listed(told)} above that of the same loop with zeroing; at {sum(cases.values())} of {len(cases)} rates it is no worse for that."
     )
     return Verdict(
         verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW"
