@@ -7,10 +7,9 @@
 # memory, on the disk and in what the model forgets, accumulate gradients where a batch does not fit, and name the
 # protocol by which the course compares methods.
 #
-# You need Lessons 0 (AdamW, schedules, validation), 1 (what the backward pass keeps) and 2. Reading takes about 25
+# You need Lessons 0 to 2. Reading takes about 25
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/03_full_finetuning.py`
-# (about a minute), or open it as a notebook. Where a line begins with **Predict**, write down your answer; the next
-# cell computes it.
+# (about a minute), or open it as a notebook. At **Predict**, write down an answer.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture and the fine-tuned
 # model go (`lessons/out`).
@@ -252,8 +251,9 @@ print(f"uncorrected, Adam's step would be {too_long[0]:.1f} times as long at fir
 assert too_long.min() > 3 and too_long.max() < 7
 
 # %% [markdown]
-# Hardly at all. A weight moves by about $\eta$ in a step, whatever the size of its gradient, so judge a rate beside the
-# size of the weights. Here 0.001 is about a fiftieth of a median weight.
+# Hardly at all. A weight moves by about $\eta$ in a step, whatever the size of its gradient, and by about
+# $\sum_t\eta_t$ in a run at most. So judge a rate beside the size of the weights. Here 0.001 is about a fiftieth of a
+# median weight.
 #
 # **Why warm up** weights that are trained already? In the first step $\hat m / \sqrt{\hat v} = g / |g|$. Each weight
 # goes the full $\eta$ by the sign that one batch gives it, and another batch has the other sign for about a third of
@@ -508,10 +508,10 @@ print(f"  peak of the two steps of the memory bill: {measured / 2**20:.1f} MiB, 
 assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 1) < 0.1, "a gradient waits for the next part"
 
 # %% [markdown]
-# Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding. The memory of activations
-# and logits shrinks to a quarter; that of weights, gradient and moments does not, and the work stays the same. Until
-# October 2024 the Trainer of Hugging Face's transformers took the plain mean ("Fixing Gradient Accumulation",
-# huggingface.co/blog/gradient_accumulation).
+# Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding, and clipped once. The memory
+# of activations and logits shrinks to a quarter; that of weights, gradient and moments does not, and the work stays the
+# same. Until October 2024 the Trainer of Hugging Face's transformers took the plain mean ("Fixing Gradient
+# Accumulation", huggingface.co/blog/gradient_accumulation).
 #
 # ## The league: how methods are compared
 #

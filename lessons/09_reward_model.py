@@ -82,7 +82,8 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
 # the gradient is zero, and as the loss is convex in the rewards, this is its minimum: the model says 0.5 where two of
 # three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best, and Munos et al.
-# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium.
+# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium. Even without a circle it can fail:
+# the log-odds of A over C must be those of A over B plus those of B over C.
 #
 # Two optional refinements: a **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et al.
 # 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
@@ -100,10 +101,9 @@ assert abs(full.item() - 0.7371471) < 5e-8
 # preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare the reward
 # model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times each.
 # The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$, every pair is
-# Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$;
-# normal noise makes it Thurstone's model, with the normal distribution function in place of $\sigma$). The whole order
-# is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers, the second by the softmax over
-# the rest, and so on. With probability `flip` the rater holds the scale upside down.
+# Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$).
+# The whole order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers and so on over
+# the rest. With probability `flip` the rater holds the scale upside down.
 
 # %%
 @cache
@@ -512,7 +512,7 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 
 # %% [markdown]
 # Now it says little more than 0.5, as it knows next to nothing. Division changes no order, so the accuracy and the best
-# of 16 are what they were: a temperature repairs certainty and nothing else.
+# of 16 are what they were: a temperature repairs certainty and nothing else, and that for texts like these.
 
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
@@ -557,8 +557,7 @@ if not REDUCED:
 # the best has one that beats nine in ten answers, and nothing in the reward tells the two apart. A policy that is
 # trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
 # disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
-# arXiv:2403.13787). Now train with `flip=0.5`, from which there is nothing to learn, and with `flip=1`, which a minus
-# sign repairs.
+# arXiv:2403.13787).
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
