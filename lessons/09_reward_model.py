@@ -574,7 +574,7 @@ most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], 
 for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
     axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color)
     axes[1].plot(shown[0], shown[1], linewidth=1, color=color, label=f"{n} rankings")
-axes[1].set(title="Is it honest? (beside the dots: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
+axes[1].set(title="Is it honest? (area of a dot: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
 axes[2].hist(real, bins=40, density=True, alpha=0.6, label="the base's answers")
 axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")
 axes[2].set(title="The judge on texts it never saw", xlabel="calibrated reward")
