@@ -65,7 +65,8 @@ base, tokenizer = mp.load_base()
 #
 # This scheme is FLAN's (Wei et al. 2022, arXiv:2109.01652): many tasks, each asked in several phrasings, and tests on
 # tasks that were not trained. Stanford Alpaca (Taori et al. 2023) had a larger model, the *teacher*, write its 52,000
-# instructions and answers.
+# instructions and answers, by a shorter *Self-Instruct* (Wang et al. 2023, arXiv:2212.10560): from 175 tasks that
+# people wrote the teacher makes up others, and those too similar to the ones already kept are thrown away.
 
 # %%
 for name, task in TASKS.items():
@@ -118,10 +119,12 @@ assert tokenizer.decode(ids[answer]) == record.output + "<|endoftext|>"
 print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 
 # %% [markdown]
-# A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`, single tokens that no
-# text of a user can spell. All of the assistant's turns are learned, each with its end; the user's and the system's are
-# not. Tokens that the base has never met need trained embeddings. LoRA leaves them frozen unless `modules_to_save`
-# names the matrix (last exercise), or `trainable_token_indices` the rows.
+# A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`, single tokens. Here no
+# text of a user can spell them, since the texts and the template's tokens are encoded apart. (`transformers` writes the
+# whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the turn.) All of the assistant's
+# turns are learned, each with its end; the user's and the system's are not. Tokens that the base has never met need
+# trained embeddings. LoRA leaves them frozen unless `modules_to_save` names the matrix (last exercise), or
+# `trainable_token_indices` the rows.
 
 # %%
 messages = [
@@ -600,7 +603,10 @@ if not REDUCED:
 # %% [markdown]
 # With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
 # seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. That is why `minipeft sft`
-# saves the template beside the model.
+# saves the template beside the model. With `transformers`, which keeps it with the tokenizer, two slips change the
+# prompt all the same: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat already
+# written out by the template can get a second beginning-of-sequence token, unless it is encoded with
+# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.
