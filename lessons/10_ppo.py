@@ -367,8 +367,8 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 # %% [markdown]
 # The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
 # Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
-# every ratio is 1. One that is not betrays dropout or wrong positions. (Another temperature in sampling it cannot see:
-# $\pi_{\text{old}}$ is computed anew from the answers.)
+# every ratio is 1. One that is not betrays dropout or wrong positions. (It cannot see another temperature in sampling,
+# nor that an inference engine rounds otherwise: $\pi_{\text{old}}$ is computed anew from the answers.)
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
 # of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
@@ -402,9 +402,8 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before, other word salad after. Fewer answers end; nothing in the reward asks for an end. The score that a
-# poor judge gives went up, as it should. What is missing is a model that can answer at all, and a reward that asks for
-# what one sees.
+# Word salad before, other word salad after, at a higher score of a poor judge. Fewer answers end; nothing in the reward
+# asks for an end. What is missing is a model that can answer at all, and a reward that asks for what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -473,8 +472,9 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # advantage: a shorter step, no more. Where all scores of a group are equal, only the price of KL is left to learn from;
 # DAPO (Yu et al. 2025, arXiv:2503.14476) draws others instead. Divided by $s$, groups whose answers hardly differ count
 # as much as others. And under GRPO's mean over an answer's tokens, each token of a long answer counts less, so a long
-# wrong answer is punished less per token. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out. RLOO's paper
-# has no ratio and no clip; the ratio is TRL's.
+# wrong answer is punished less per token. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out. TRL's
+# `GRPOTrainer` by default takes DAPO's mean over all tokens of the batch, and no price of KL (`beta=0`), hence no
+# reference. RLOO's paper has no ratio and no clip; the ratio is TRL's.
 #
 # A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
 # the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss
@@ -538,8 +538,8 @@ assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neit
 
 # %% [markdown]
 # All three raise the judge's reward in every seed, and leave the base. In reward and gold, RLOO and GRPO differ from
-# PPO by less than the interval. RLOO and GRPO need no value head, but several answers to each prompt. DPO (Lesson 20)
-# needs neither samples nor a reward model.
+# PPO by less than the interval. They need no value head, but several answers to each prompt. DPO (Lesson 20) needs
+# neither samples nor a reward model.
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
