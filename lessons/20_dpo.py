@@ -6,7 +6,7 @@
 # the term that nobody can compute cancels; compute a step of it by hand; say how the *chosen* answer can become less
 # probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 19 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 21 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
 # minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
@@ -107,15 +107,18 @@ for beta in (1.0, 0.5):
     assert np.allclose(np.bincount(kept) / len(kept), best, atol=0.01)
     assert np.isclose(len(kept) / len(drawn), np.exp(log_Z - r.max() / beta), atol=0.01)
 assert round(best[2], 2) == 0.65, "with beta = 1/2"
+assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of a reward higher by 1"
 
 # %% [markdown]
 # A lower price lets the policy go further from the reference: with $\beta = \frac12$ the third answer has 65 %. And
 # rejection keeps fewer draws, the share $Z e^{-r_{\max}/\beta}$.
 #
 # Then what is wrong with $\pi^*$ as it stands? $Z$ is a sum over all answers, $V^T$ of them with $T$ tokens from a
-# vocabulary of $V$. Nobody can compute it, so nobody can evaluate $\pi^*(y)$. Sampling does without $Z$, but it needs a
-# reward model, a bound on the reward, and all the draws that it throws away. PPO does without it, too, since $\log Z$
-# does not depend on $\pi$, but it needs a reward model and samples.
+# vocabulary of $V$. Nobody can compute it, so nobody can evaluate $\pi^*(y)$. $Z$ is the mean of $e^{r/\beta}$ over
+# answers of the reference, but a sample of them estimates it badly: at $\beta = 0.05$ an answer that is drawn once in a
+# million makes up 485 times as much of $Z$ as all others together, if its reward is 1 and theirs is 0. Sampling by
+# rejection does without $Z$, but it needs a reward model, a bound on the reward, and all the draws that it throws away.
+# PPO does without it, too, since $\log Z$ does not depend on $\pi$, but it needs a reward model and samples.
 #
 # ## 2 · Z cancels
 #
@@ -294,9 +297,9 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # |---|---|---|
 # | **DPO** | $-\log \sigma(\beta [\Delta_w - \Delta_l])$ | |
 # | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
-# | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ estimates the KL |
+# | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ is the point from which gains and losses count |
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term is to hold the chosen up |
-# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; $\gamma$ is the goal |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a pair that leads by $\gamma$ is pushed as DPO pushes one that leads by 0 |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
 # tokens, so its goal is in nats a token.) DPO's $\Delta$ is a sum over tokens, to which a longer answer can contribute
@@ -332,6 +335,38 @@ assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] 
 # appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share
 # $\varepsilon$ of the raters had said the opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$,
 # so $q$ is at most $1 - \varepsilon$, and the best difference is finite.
+#
+# **KTO** has no second answer to compare with, so it compares with $z$: how much more probable the policy makes answers
+# whether or not they fit the prompt. $z$ is the mean $\Delta$ of prompts with the answers of other prompts, or 0 where
+# that is negative. It stands for $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, and the policy is not trained through it.
+# The farther an answer is from $z$, the less a further nat counts, on both sides, as Kahneman and Tversky say of gains
+# and losses.
+#
+# **Predict:** a good answer stands 80 nats below $z$, and in a pair the chosen one 80 nats below the rejected one. How
+# hard do KTO and DPO push?
+
+# %%
+pushes = {}
+for name, loss in (
+    ("KTO", lambda x, zero: rlhf.kto_loss(x, zero, np.array([True]), 0.0, beta=0.1)),
+    ("DPO", lambda x, zero: rlhf.dpo_loss(x, zero, zero, zero, beta=0.1)),
+):
+    for stands in (-80.0, 0.0, 80.0):
+        x = mp.Tensor(np.array([stands]), requires_grad=True)
+        loss(x, np.zeros(1)).backward()
+        pushes[name, stands] = -x.grad[0]
+    print(f"{name}: push at -80, 0 and 80 nats", *(f"{pushes[name, stands]:.5f}" for stands in (-80.0, 0.0, 80.0)))
+assert np.isclose(pushes["KTO", -80.0], pushes["KTO", 80.0]) and pushes["KTO", 0.0] > 50 * pushes["KTO", 80.0]
+assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
+
+# %% [markdown]
+# DPO pushes such a pair hardest. KTO hardly pushes the answer, no more than one that is long settled. That may spare
+# the policy wrong labels, and may leave out what is hard to learn (Ethayarajh et al. name both).
+#
+# **ORPO** has no reference to hold the policy. Its first term does, plain fine-tuning on the chosen answers, so it
+# needs no stage of SFT before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$ is
+# small this is near 1: the term is then about $\beta$ times SimPO's loss, with 1 for SimPO's own $\beta$ and 0 for
+# $\gamma$.
 #
 # ## 6 · Beside PPO
 #
