@@ -4,10 +4,10 @@
 # Lesson 4 built LoRA, and chose $r = 8$, $\alpha = 16$ and all layers without a reason. This lesson asks for the
 # reasons: is the update of fine-tuning really of low rank, what do rank, layers, $\alpha$ and the learning rate do,
 # does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can
-# tell which comparisons decide nothing. (Its tables are of the league, whose rows take days: those still to come are
-# named, and until then the answer is that of the papers cited.)
+# say how far a first step of each moves $W$, and so which comparisons decide nothing. (Its tables are of the league,
+# whose rows take days: those still to come are named, and until then the answer is that of the papers cited.)
 #
-# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 18 minutes (200 words or 25 lines of code a
+# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 19 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -184,13 +184,13 @@ for group, part in parts.items():
 # $\alpha$ by $\sqrt r$ in place of $r$. Under each rule, how large is a rank's first step in $W$?
 
 # %%
-def moved(model):
-    """Root mean square of what the first step of AdamW moves an element of the adapted matrices by, in units of the rate."""
+def moved(model, rule=mp.optim.AdamW, rate=1e-4):
+    """Root mean square of what the first step moves an element of the adapted matrices by, in units of the rate."""
     model.loss(**first_batch).backward()
-    mp.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
+    rule(model.parameters(), lr=rate, weight_decay=0.0).step()
     after = model if type(model) is type(base) else model.merge_and_unload()
     moves = [to_numpy(p.data - originals[name].data) for name, p in after.named_parameters() if "_proj" in name]
-    return np.sqrt(np.mean(np.concatenate([move.ravel() for move in moves]) ** 2)) / 1e-4
+    return np.sqrt(np.mean(np.concatenate([move.ravel() for move in moves]) ** 2)) / rate
 
 
 def adapted(r=8, alpha=16, **options):
@@ -252,17 +252,21 @@ print(so_far([*TARGETS, "lora-qv", "lora-qv-r43"]))
 # %% [markdown]
 # ## 4 · Which α, and which rate?
 #
-# $\alpha$ and the rate do nearly the same. Under Adam, whose steps do not depend on the size of the gradient, a larger
-# $\alpha$ makes each step in $W$ larger, as a higher rate does: in the first step, where only $B$ moves, exactly in
-# proportion. Afterwards $A$ moves too, and $\alpha$ is a rate for $B$ alone: in $\frac{\alpha}{r} BA$ four times
-# $\alpha$ is four times $B$, and $B$ starts at zero. **LoRA+** (Hayou et al. 2024, arXiv:2402.12354) splits the rate
-# itself, with a higher one for $B$, as $A$ sums over the width of a layer and $B$ over $r$ numbers alone.
+# In the first step $\alpha$ and the rate do the same. Only $B$ moves, and Adam's steps do not depend on the size of the
+# gradient, so the step in $W$ is in proportion to either. (Under plain SGD it grows with $\alpha^2$, as the gradient of
+# $B$ has the factor $\frac{\alpha}{r}$, too.) Afterwards $A$ moves as well, and under Adam $\alpha$ is a rate for $B$
+# alone: in $\frac{\alpha}{r} BA$ four times $\alpha$ is four times $B$, and $B$ starts at zero. **LoRA+** (Hayou et al.
+# 2024, arXiv:2402.12354) splits the rate itself, with a higher one for $B$, as $A$ sums over the width of a layer and
+# $B$ over $r$ numbers alone.
 #
 # **Predict:** is LoRA+, with four times the rate for $B$, another method than LoRA with four times $\alpha$? Is rsLoRA,
 # with its $\alpha / \sqrt r$?
 
 # %%
-print("first step at r = 8, in units of the rate:", ", ".join(f"alpha = {a}: {moved(adapted(8, a)):.3f}" for a in (4, 16, 64)))
+for rule, rate, power in ((mp.optim.AdamW, 1e-4, 1), (mp.optim.SGD, 1.0, 2)):
+    at_4, *larger = (moved(adapted(8, a), rule, rate) for a in (4, 16, 64))
+    print(f"first step of {rule.__name__} at alpha 16 and 64, in units of that at 4:", *(f"{size / at_4:.1f}" for size in larger))
+    assert np.allclose(np.array(larger) / at_4, [4**power, 16**power], rtol=0.02)
 ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (4, 32))
 rs = adapted(16, 16, use_rslora=True, init_lora_weights=False)
 plain = adapted(16, 64, init_lora_weights=False)  # the same random A and B
@@ -290,11 +294,11 @@ print("rsLoRA, r = 16, alpha = 16, is LoRA with alpha = 64, bit for bit:", np.ar
 assert np.array_equal(rs(ids).numpy(), plain(ids).numpy())
 
 # %% [markdown]
-# LoRA+ is not another one, up to Adam's $\epsilon$: $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the
-# other. At one rank rsLoRA is LoRA with another $\alpha$. It is a rule for *carrying a rate over* from one rank to
-# another. Its paper argues that with $1/r$ a high rank learns too slowly; Schulman et al. (2025) find the best rate
-# under $1/r$ nearly the same at all ranks. Only runs with several ranks at one rate can decide this. The league tunes
-# the rate:
+# LoRA+ is not another one, up to Adam's $\epsilon$ and without weight decay (which a higher rate makes stronger):
+# $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with another
+# $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$ a high
+# rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks. Only runs
+# with several ranks at one rate can decide this. The league tunes the rate:
 
 # %%
 print(so_far(["lora", "rslora", *ALPHAS]))
@@ -334,8 +338,9 @@ for examples in (50, 500, 5000):
 #
 # **DoRA** (Liu et al. 2024, arXiv:2402.09353) splits each row of $W$, the weights of one output, into its length $m$
 # and its direction. (The paper writes of columns; PEFT, too, has an $m$ for each output.) LoRA turns the row, and $m$,
-# one more trained number a row, sets its length. Backward takes the norm in the denominator as a constant (section
-# 4.3):
+# one more trained number a row, sets its length. The authors' reason: in the full fine-tunes that they took apart,
+# lengths tend to change less where directions change more, and in LoRA the two grow together (section 3.2). Backward
+# takes the norm in the denominator as a constant, which saves memory (section 4.3):
 #
 # $$W' = m \cdot \frac{W + \frac{\alpha}{r} BA}{\lVert W + \frac{\alpha}{r} BA \rVert} \quad\text{(row by row)}, \qquad
 #   m = \lVert W \rVert \text{ at the start}.$$

@@ -162,10 +162,11 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, then as `linear` | no |
 # | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
 #
-# (`magnitude_prune` is TIES' trimming alone.) A trimmed product is not of low rank, so the last row loses what a rank
-# of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
-# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross
-# terms** of `linear`, for $w_i s_i = 1$:
+# (`magnitude_prune` is TIES' trimming alone. Of a negative $w_i$ `linear` takes the root of its size, and gives the
+# minus to $A_i$ alone, as on both factors it would cancel.) A trimmed product is not of low rank, so the last row loses
+# what a rank of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
+# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms** of
+# `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
 #
@@ -268,6 +269,10 @@ for task in TASKS:
     assert below(loss(f"{task} 1.0", task), loss("sum 1.0", task)) and below(loss("sum 0.75", task), loss("sum 1.0", task))
     rise = {t: (loss(f"sum {t}", task) - loss(f"{task} {t}", task)).mean() for t in SCALES}
     assert rise[1.0] > 0.1 and rise[0.5] < rise[1.0] / 2 and (loss(f"{task} 0.75", task) - loss(f"{task} 1.0", task)).mean() < 0.03
+for task, other in zip(TASKS, TASKS[::-1]):
+    first, second = loss(f"{other} 0.25", task) - loss("base", task), loss("sum 0.25", task) - loss(f"{task} 0.25", task)
+    print(f"a quarter of {other} changes the loss on {task} by {spread(first)} alone, by {spread(second)} beside a quarter of {task}")
+    assert first.max() < -0.1 and abs(second.mean()) < 0.02
 if not REDUCED:
     now = merging.losses(merging.merged(model, list(TASKS), [0.75, 0.75], combination_type="cat"), settings)
     print("\nnow, seed 0, the sum at 0.75:", ", ".join(f"{task} {value:.3f}" for task, value in now.items()))
@@ -288,8 +293,13 @@ if not REDUCED:
 #   `svd`, which halves the rank, costs less than 0.01; rules on factors are worse, TIES and DARE most. Compare rules at
 #   their own best weights: TIES at 1 beats the sum at 1, and not the sum at 0.75.
 #
-# These are two tasks whose updates are nearly orthogonal, which does not make $\tau_1^\top H \tau_2$ zero. TIES' paper
-# merges seven tasks and more, where more signs conflict; this experiment does not test that.
+# The two updates are nearly orthogonal, and yet each does something to the other's task. A quarter of either adapter
+# alone lowers the loss on the other's task, as a negative $g^\top \tau_2$ would. Added to a quarter of that task's own
+# adapter, it gains about a tenth of this or less. Perhaps both have learned to give a short answer after a prompt, and
+# what is learned already cannot be gained again; then $\tau_1^\top H \tau_2 > 0$. The angle between two updates does
+# not say what they do to the outputs.
+#
+# TIES' paper merges seven tasks and more, where more signs conflict; this experiment does not test that.
 #
 # ## 6 · What variance costs
 #
