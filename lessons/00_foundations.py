@@ -140,7 +140,7 @@ assert softmax(2 * z)[best[0]] > p[best[0]] > softmax(z / 2)[best[0]]
 # $i$ is $e^{z_i - z_k}$ times as probable as token $k$. So `softmax` may subtract the largest logit, and no exponential
 # grows too large (see "Break it").
 #
-# Doubling makes the distribution sharper, and halving makes it flatter. To sample a text from a model, divide the
+# Doubling makes the distribution sharper, and halving flatter. To sample a text from a model, divide the
 # logits by a **temperature** first: the rows `2 z` and `z / 2` have the temperatures 0.5 and 2. Toward 0 only the
 # largest logit is left, and toward infinity all tokens become equally likely.
 #
@@ -330,7 +330,8 @@ assert np.isclose(ends[0.00205], 500 * (1 - 1000 * 0.00205) ** 1000, rtol=1e-6)
 # $$b \leftarrow \mu\, b + g, \qquad w \leftarrow w - \eta\, b .$$
 #
 # Where the gradient changes sign at each step, its terms cancel. Where it keeps its sign, they add up. With $\mu = 0.9$
-# and gradients of one size, $b$ tends to 0.53 gradients in the first case, and to 10 in the second.
+# and gradients of one size, $b$ tends to 0.53 gradients in the first case, and to 10 in the second. At the limit of the
+# rate $w_2$ jumps to $-w_2$ and back, as in the first case, so momentum's limit is $1 / 0.53 = 1.9$ times descent's.
 
 # %%
 def momentum(w, gradient, rates, mu=0.9):
@@ -344,6 +345,8 @@ def momentum(w, gradient, rates, mu=0.9):
 
 assert np.isclose(sum(0.9**i for i in range(1000)), 10), "along the valley"
 assert round(sum((-0.9) ** i for i in range(1000)), 2) == 0.53, "across"
+ends = [list(momentum(start, valley_gradient, [lr * 2 / 1000] * 2000))[-1] for lr in (1.89, 1.91)]
+assert abs(ends[0][1]) < 1e-9 and abs(ends[1][1]) > 1e9, "below the limit and above it"
 
 # %% [markdown]
 # ## 6 · Adam, in eight lines
@@ -435,7 +438,7 @@ assert needed[momentum][0] < needed[descent][0] / 5 and needed[adam][0] < needed
 assert turned[adam][0] > 2 * needed[adam][0] and turned[momentum] == needed[momentum]
 
 # %% [markdown]
-# Momentum and Adam both need less than a fifth of descent's steps. With $\kappa$ the ratio of the largest curvature to
+# Momentum and Adam need less than a fifth of the steps. With $\kappa$ the ratio of the largest curvature to
 # the smallest, here 1000, descent needs steps in proportion to $\kappa$, and momentum with the best $\eta$ and $\mu$ in
 # proportion to $\sqrt\kappa$ (Polyak 1964). But Adam has a size for each *weight*. Where the steep direction is a
 # mixture of weights, it needs more than twice as many steps; momentum needs the same.
@@ -488,7 +491,7 @@ print(f"factors of steps 0, 1, {WARM}, {N - 1}: {factors[0]}, {factors[1]}, {fac
 # How low can the loss be? The least is the **entropy**: the cross-entropy of the text's own frequencies $q$. What is
 # above it is the mean of $\sum_b q_b \ln (q_b / p_b)$, the **KL divergence** of the model's $p$ from $q$.
 #
-# **Predict:** which one lowers the final loss here, decay or warm-up? We train on batches of 64 pairs of letters with
+# **Predict:** which lowers the final loss, decay or warm-up? We train on batches of 64 pairs of letters with
 # Adam, and measure how far the loss on the whole text ends above the entropy.
 
 # %%
@@ -520,15 +523,15 @@ falling, level = ([v for name, v in last.items() if ("decay" in name) is decays]
 assert np.max(falling) < np.min(level)
 
 # %% [markdown]
-# Decay: each run with decay ends below each run without. Warm-up changes little here (section 9; Lesson 14 measures it
-# for the base).
+# Decay: each run with decay ends below each run without. Warm-up changes little here (section 9; for the base, Lesson
+# 14).
 #
 # ## 8 · Train, validation, test
 #
 # A model should be right about texts that it has *not* seen. So data are split in three: **train** gives the gradients,
 # **validation** decides choices such as the rate and the number of steps, and **test** is measured once, at the end.
 #
-# Let the table learn from 500 letters, and look at all three losses at each step.
+# Let the table learn from 500 letters, and look at all three losses.
 #
 # **Predict:** the training loss falls at every step. What does the loss on other chapters do?
 
@@ -612,7 +615,7 @@ assert warm[0] > warm[1] > 0 and warm[0] < spread["constant"], "small, and yet c
 #
 # ## The picture
 #
-# One panel for each of the sections 3, 6, 7 and 8. The thin lines of the third are five seeds (section 9).
+# The thin lines are five seeds (section 9).
 
 # %%
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
@@ -653,16 +656,12 @@ fig.savefig(OUT / "00_foundations.png", dpi=130)
 # **Predict:** without the corrections, is Adam's first step shorter or longer?
 
 # %%
-def careless_softmax(z):
-    return np.exp(z) / np.exp(z).sum()
-
-
-with np.errstate(over="ignore", invalid="ignore"):  # which would warn
-    broken = careless_softmax(np.array([1000.0, 999.0, 998.0]))
-print("\nsoftmax of 1000, 999, 998, careless:", broken, " careful:", softmax(np.array([1000.0, 999.0, 998.0])).round(3))
-assert np.isnan(broken).all(), "infinity divided by infinity"
-with np.errstate(over="ignore", under="ignore"):
+large = np.array([1000.0, 999.0, 998.0])
+with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # which would warn
+    broken = np.exp(large) / np.exp(large).sum()
     assert [np.exp(np.float32(x)) for x in (89, -104)] == [np.inf, 0] and np.isfinite(np.exp(np.float32(88)))
+print("\nsoftmax of 1000, 999, 998, careless:", broken, " careful:", softmax(large).round(3))
+assert np.isnan(broken).all(), "infinity divided by infinity"
 
 
 def uncorrected(w, gradient, rates, beta1=0.9, beta2=0.999, eps=1e-8):

@@ -126,8 +126,9 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 # The function $g \mapsto J^\top g$ is the **pullback** of $f$ at $x$: it pulls a sensitivity back through one step. $J$
 # itself is never built. If every step knows its pullbacks, one for each input, the gradient of the whole is a walk from
 # $L$ back to the weights. This is *reverse mode* (Linnainmaa 1970; Baydin et al. 2018, arXiv:1502.05767, is a survey).
-# *Forward mode* passes $J\,dx$ on instead, and needs one pass for each weight. Reverse mode pays in memory: each step
-# must keep what its pullback needs until the walk comes back (section 4).
+# *Forward mode* passes $J\,dx$ on instead. It needs one pass for each input, and reverse mode one for each output.
+# Training has a million weights and one loss, so it goes backward, and pays in memory: each step must keep what its
+# pullback needs until the walk comes back (section 4).
 #
 # ## 2 · An engine in 25 lines
 
@@ -199,10 +200,17 @@ assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 # %% [markdown]
 # The library's engine (`minipeft/autograd/tensor.py`) is this one, with what practice demands. It sorts the graph
 # without recursion, so that a deep graph does not exceed Python's limit; it frees each step as soon as its pullbacks
-# have run; it drops pullbacks that nobody needs (section 4); it records nothing inside `mp.no_grad()`; and it refuses a
-# graph whose weights an optimizer has changed since. A copy is a use: where NumPy broadcast an input, such as a bias
-# that is added to every row, its gradient is the sum over the copies, and a row of weights that `F.embedding` picked
-# twice (Lesson 0) gets the sum of both. (`d[ids] += g` would keep one of them; `np.add.at` adds both.)
+# have run, and refuses to walk the same graph again (PyTorch keeps it with `retain_graph=True`); it drops pullbacks
+# that nobody needs (section 4); and it refuses a graph whose weights an optimizer has changed since, as the pullbacks
+# would multiply by the new ones.
+#
+# Sometimes a number should count as a constant, though it was computed from weights. `x.detach()` is the same array
+# without the graph, so the walk stops there: $x \cdot \mathrm{detach}(x)$ has the value $x^2$ and the gradient $x$, half
+# of the true one. Inside `mp.no_grad()` nothing at all is recorded.
+#
+# A copy is a use: where NumPy broadcast an input, such as a bias that is added to every row, its gradient is the sum
+# over the copies, and a row of weights that `F.embedding` picked twice (Lesson 0) gets the sum of both. (`d[ids] += g`
+# would keep one of them; `np.add.at` adds both.)
 #
 # What does the gradient cost? The simplest way to one is to **nudge**: change one weight a little, compute $L$ again.
 #
@@ -215,6 +223,14 @@ for _ in range(3 * sys.getrecursionlimit()):
     deep = deep * 1.0
 deep.backward()
 assert start.grad == 1.0, "three times as deep as Python lets a function call itself"
+try:
+    deep.backward()
+    raise AssertionError("a second walk")
+except mp.AutogradError:
+    pass
+held = mp.Tensor(3.0, requires_grad=True)
+(held * held.detach()).backward()
+assert held.grad == 3.0
 
 d, lost = np.zeros((2, 3))  # the gradient of three rows, of which row 1 was picked twice
 np.add.at(d, [1, 1], 1.0)
