@@ -9,7 +9,7 @@
 # After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
 # learning rate depends on the start, and name what they cost that other methods do not: room in the context.
 #
-# You need Lessons 2 (attention, its cache) and 3. Reading takes about 15 minutes (200 words or 25 lines of code a
+# You need Lessons 2 (attention, its cache) and 3. Reading takes about 17 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/06_soft_prompts.py` (half a minute on two cores), or open it as a
 # notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -60,12 +60,19 @@ for name, method in (("prompt", mp.PromptTuningConfig), ("prefix", mp.PrefixTuni
 soft = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=20))
 P = soft.prompts["default"].prompt_embeddings
 by_hand = F.cat([P.reshape(1, *P.shape), model.backbone.embedding(mp.backend.asarray(ids))], axis=1)  # [1, 20 + T, d]
-logits = model(inputs_embeds=by_hand).numpy()[:, 20:]
+full = model(inputs_embeds=by_hand)  # [1, 20 + T, the vocabulary]
+logits = full.numpy()[:, 20:]
 print("by hand against minipeft:", np.abs(logits - soft(ids).numpy()).max(), "  logits", soft(ids).shape)
 assert np.allclose(logits, soft(ids).numpy(), atol=1e-4)
 assert soft(ids).shape[1] == ids.shape[1]
+assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], ids).item())
 
 # %% [markdown]
+# The virtual tokens are no targets of the loss: their labels are $-100$ (Lesson 3), here as in PEFT. But the last of
+# them predicts the input's first token, as the last line checks, which nothing predicts in the base. So over a whole
+# text the two losses are means over different tokens. They are means over the same ones where the first labels are
+# $-100$ anyway, as those of the prompts in Lesson 3.
+#
 # Is a soft prompt more than a prompt of words? Every prompt of words is one: if the vectors are the embeddings of real
 # tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and
 # training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be readable: a
@@ -189,7 +196,7 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
 # Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while training
 # they compute it from a smaller matrix by an MLP (`prefix_projection=True`; the default, here as in PEFT, is `False`),
 # and throw the MLP away afterwards: more is trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385;
-# `PromptEncoderConfig`) does the same for soft tokens at the input. **P-tuning v2** (Liu et al. 2021,
+# `PromptEncoderConfig`) computes the soft tokens at the input by a network, too. **P-tuning v2** (Liu et al. 2021,
 # arXiv:2110.07602), in spite of its name, is prefix tuning for classification and tagging. Section 6 compares both ways
 # of training a prefix, once its rows are there.
 
@@ -202,8 +209,9 @@ assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(nu
 # %% [markdown]
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
 # 7.2) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
-# (Zhao et al. 2023, arXiv:2312.11420) trains the weights of the norms and nothing else: in our base two vectors a
-# layer.
+# trains the weights of the norms and nothing else: in our base two vectors a layer, and one at the end. (That is the
+# smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head, too, by
+# their figure 1.)
 
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
@@ -243,9 +251,9 @@ held_out = data.encode(data.asked("rewrite", "validation", 8 if REDUCED else 64)
 RATES = (0.03, 0.1, 0.3)
 
 
-def loss_of(model):
+def loss_of(model, examples=held_out):
     """The held-out loss of the task, in nats per token."""
-    return mp.train.evaluate(model, held_out, batch_size=32, pad_token_id=tokenizer.pad_token_id)
+    return mp.train.evaluate(model, examples, batch_size=32, pad_token_id=tokenizer.pad_token_id)
 
 
 def outcome(kind, rate, seed):
@@ -276,6 +284,28 @@ if not REDUCED:
 # embeddings, random vectors at 0.03 end near to words. So in these runs the start mattered most through its size beside
 # the rate. (Lester et al. trained at a constant 0.3 with Adafactor.) Whether a difference remains once each start is
 # tuned, `minipeft claims soft-9` says as soon as its rows ship.
+#
+# LoRA and an adapter start as the base: what they add is zero at first.
+#
+# **Predict:** does a prefix start as the base if its keys and values are zeros?
+
+# %%
+few, begins = held_out[:8], {"the base": model}
+for name, config in (
+    ("words", mp.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")),
+    ("a random prefix", mp.PrefixTuningConfig(num_virtual_tokens=20)),
+    ("a prefix of zeros", mp.PrefixTuningConfig(num_virtual_tokens=20, init_weights="zero")),
+):
+    begins[name] = mp.get_peft_model(model, config, seed=0)
+begins = {name: loss_of(m, few) for name, m in begins.items()}
+print("loss of 8 verses before the first step:", ", ".join(f"{name} {loss:.3f}" for name, loss in begins.items()))
+assert min(begins, key=begins.get) == "the base"
+
+# %% [markdown]
+# No, and neither do the other two. Values of zero add nothing, but their keys still have scores, and so the prefix gets
+# its share $\lambda$ of the attention (section 2), which the text loses. LLaMA-Adapter (Zhang et al. 2023,
+# arXiv:2303.16199) starts a prefix as nothing by a *gate*: attention to the prefix has a softmax of its own, and is
+# multiplied by a trained number that starts at zero.
 #
 # ## 5 · The lost context
 #
@@ -359,9 +389,10 @@ print("picture:", OUT / "06_soft_prompts.png")
 #
 # Pad a batch on the left, as generation does, and count the padding as if it were text: the 20 virtual tokens have the
 # positions 0 to 19, six tokens of padding 20 to 25, and the text begins at 26 in place of 20. That happens where
-# positions are not derived from the mask. (PEFT's `forward` drops `position_ids` that it is given; Llama in
-# `transformers` then counts all columns.) With rotary positions only distances count (Lesson 2, section 3), but that
-# from the text to the virtual tokens has grown by six. The row's logits now depend on how long the other rows are.
+# positions are not derived from the mask. (For a soft prompt PEFT's `forward` drops the `position_ids` that it is
+# given, and Llama in `transformers` then counts all columns.) With rotary positions only distances count (Lesson 2,
+# section 3), but that from the text to the virtual tokens has grown by six. The row's logits now depend on how long the
+# other rows are.
 
 # %%
 padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)

@@ -6,7 +6,11 @@
 # the base in four bits, as one of sixteen values. This lesson chooses the sixteen values, counts the bits, trains a
 # LoRA on top, and measures what is lost.
 #
-# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 19 minutes (200 words or 25 lines of code a
+# After this lesson you can build NF4 from the normal distribution, count the bits of a weight and the bytes of a
+# training run, say why the four-bit weights are not trained themselves, and tell which merge keeps what the adapter has
+# learned.
+#
+# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 20 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/07_qlora.py` (a minute on two cores), or open it as a notebook.
 # Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -134,10 +138,14 @@ def nearest(book):
 errors, shares = zip(*map(nearest, books.values()))
 errors, shares = dict(zip(books, errors)), dict(zip(books, shares))
 assert abs(errors["NF4"] - error(W)) < 1e-5, "the library's error"
+equal = np.quantile(scaled, (np.arange(16) + 0.5) / 16)  # the middles of 16 equal parts of the weights
+errors["equal use"], shares["equal use"] = nearest(equal)
 for name, share in shares.items():
     worth = -sum(s * np.log2(s) for s in share if s)  # the entropy, 4 where all sixteen are used equally often
-    print(f"{name:5s} error {errors[name]:.4f}, codes worth {worth:.2f} bits, used by {share.min():.1%} to {share.max():.1%} of the weights")
-assert [*sorted(errors, key=errors.get)] == ["NF4", "E2M1", "int4", "FP4"]
+    print(f"{name:9s} error {errors[name]:.4f}, codes worth {worth:.2f} bits, used by {share.min():.1%} to {share.max():.1%} of the weights")
+assert [*sorted(errors, key=errors.get)] == ["NF4", "E2M1", "int4", "FP4", "equal use"]
+print(f"the outermost points of equal use stand at {equal[0]:.2f} and {equal[-1]:.2f}")
+assert max(-equal[0], equal[-1]) < 0.8
 widths = (np.abs(blocks).max(axis=1) / blocks.std(axis=1)).mean()
 print(f"a block's scale is {widths:.1f} standard deviations (mean); NF4's largest point stands at {quantile(p):.2f}")
 assert widths > quantile(p)
@@ -146,7 +154,14 @@ assert widths > quantile(p)
 # NF4 has the least error. It does not use its codes equally often: the largest of 64 normal numbers is further out than
 # NF4's last quantile, so the weights crowd towards zero, and the outer points are seldom used. How far out it is
 # depends on the size of the block, so no one code book can use its codes equally at all sizes (Yoshida 2023,
-# arXiv:2306.06965). By the error of the weights of this base, the order is NF4, E2M1, int4, FP4. The paper's Table 2
+# arXiv:2306.06965).
+#
+# Nor does equal use make the error small. The last code book of the table has its points at quantiles of these very
+# weights over their scales. It uses its codes nearly equally often, and has the largest error of all. Its outermost
+# points stand near $\pm 0.75$, so the largest weight of each block, $\pm 1$, comes back a quarter too small, and the
+# squared error weighs such large misses most. NF4 has $\pm 1$ among its points.
+#
+# By the error of the weights of this base, the order of the other four is NF4, E2M1, int4, FP4. The paper's Table 2
 # uses another measure, the mean perplexity of models of 125 million to 13 billion parameters: there NF4 is first, two
 # floats (E3M0, E2M1) follow, and int4 is last.
 #
@@ -206,7 +221,7 @@ linear = sum(int(np.prod(shape)) for name, shape in llama.items() if len(shape) 
 adapter = count_parameters(llama, lora).trainable
 frozen = linear * 4.127 / 8 + (total - linear) * 2  # embeddings, head and norms stay in bfloat16
 print(f"LLaMA-65B: {total / 1e9:.2f} billion parameters, of which {linear / total:.1%} can be packed; LoRA r=64 adds {adapter / 1e6:.0f} million")
-print(f"  all trained, 12 bytes each: {12 * total / 1e9:.0f} GB")
+print(f"  all trained, 12 bytes each: {12 * total / 1e9:.0f} GB; what is not packed, in bfloat16: {2 * (total - linear) / 1e9:.1f} GB")
 settings = {16: Loop(quantization="nf4"), 4: Loop(quantization="nf4", adapters="bfloat16", optimizer="paged_adamw")}
 for each in (16, 12, 4):
     states = frozen + each * adapter
@@ -222,7 +237,9 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 # A training loop needs more than this sum. The last column is Lesson 12's ledger of a PyTorch loop with one sequence of
 # 512 tokens: activations (with gradient checkpointing, which keeps the input of each block and computes the rest
 # again), dequantized weights, the optimizer's temporary arrays, CUDA's own memory, and 5 % for fragments. With them, an
-# adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do.
+# adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do. PEFT's
+# `prepare_model_for_kbit_training` turns gradient checkpointing on, and casts what is not packed to float32, which
+# doubles the bytes of that part.
 
 # %% [markdown]
 # > `qlora-3` models of 65B and more on one GPU: **holds if**. 65B takes 53 GB with a PyTorch loop's usual settings and
@@ -236,7 +253,13 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 # few rows at a time: $y = x \hat W^\top$. In the backward pass the gradient of the input is $\bar x = \bar y \hat W$,
 # and the codes get none. So a weight has two dtypes. Its **storage dtype** is NF4, in which nothing can be computed.
 # Its **compute dtype** is what it is dequantized to for a product: float32 here, bfloat16 in the paper
-# (`bnb_4bit_compute_dtype`; Lesson 17 measures it). A plain layer does not have the work of dequantizing.
+# (`bnb_4bit_compute_dtype`; Lesson 17 measures it). In `transformers` both must be asked for:
+# `BitsAndBytesConfig(load_in_4bit=True)` gives FP4, scales that are not quantized, and products in float32.
+#
+# Dequantizing is work that a plain layer does not have, so a step of training takes longer. Writing one token at a time
+# is bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For one row
+# bitsandbytes multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the speed of
+# 16 bits, for matrices at least 4096 wide.
 #
 # Why not train the four-bit weights themselves? A step of Adam changes each weight by about the learning rate (Lesson
 # 0, section 6), and then the weight must be rounded to a code again.
@@ -253,7 +276,7 @@ for rate in (1e-3, 3e-3):
 
 # %% [markdown]
 # None, and less than one in a hundred by one of 0.003, the rate used below: half a gap is wider than the step, so
-# rounding undoes it. Training through rounding needs a float32 copy of every weight that adds the steps up, and this
+# rounding undoes it. Training through rounding needs a finer copy of every weight, which adds the steps up, and this
 # copy is the memory that QLoRA saves. So QLoRA trains the adapter alone.
 #
 # LoRA is put on a `Linear4bit` as on any linear layer. It starts at zero ($B = 0$), so the model starts with the error
