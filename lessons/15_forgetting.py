@@ -95,8 +95,9 @@ if not REDUCED:
     assert min(rise["austen"], rise["king-james"]) > 1.5 * max(rise["basic-english"], rise["wordnet"])
 
 # %% [markdown]
-# All four, in this run, and not equally. The novels and the King James Bible, whose English is the task's *input*, lose
-# most. The Bible in Basic English, which is like the answers, loses less, and so does WordNet, which is like neither.
+# All four, in this run, and not equally. The novels and the King James Bible lose most. King James English is the
+# task's *input*, but the loss is on the answers alone, so nothing asks the model to go on predicting it. The Bible in
+# Basic English, which is like the answers, loses less, and so does WordNet, which is like neither.
 #
 # ## 2 · Why it is paid for: the way back
 #
@@ -143,9 +144,9 @@ if not REDUCED:
 # Half of the way brings more than nine tenths of what is learned and costs less than a third of what is forgotten. (The
 # parabola says a quarter; what is above it comes from $g$ or from terms beyond the second.) So averaging the weights of
 # base and tuned model is a remedy, **WiSE-FT** (Wortsman et al. 2022, arXiv:2109.01903). Of a LoRA the same line is a
-# smaller $\alpha / r$ after training, as it scales $BA$. A lower rate also makes the way shorter: the whole way at 3e-4
-# learns more and forgets more than half of the way at 1e-3, another point of the same trade. The question is whether
-# something does better than a shorter way.
+# smaller $\alpha / r$ after training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam
+# moves a weight by about the rate. The whole way at 3e-4 learns more and forgets more than half of the way at 1e-3,
+# another point of the same trade. The question is whether something does better than a shorter way.
 #
 # Must what is lost be learned anew? Go on with the tuned model for ten steps on the base's own training text. The
 # control is the base after the same steps.
@@ -213,8 +214,8 @@ print("on the frontier:", ", ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for 
 # ARC-Challenge and WinoGrande. LoRA of the ranks 16, 64 and 256 forgot less than full fine-tuning, and less than weight
 # decay and dropout. They found that the changes of full fine-tuning have 10 to 100 times the rank of usual LoRAs,
 # "possibly explaining" the gaps. But a lower rate forgets less, too, and their first version says (section 4.3) that
-# both "seem to occupy the same Pareto curve". So put LoRA's rates beside those of full fine-tuning that learn about as
-# much, and look at both differences.
+# both "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So put LoRA's rates
+# beside those of full fine-tuning that learn about as much, and look at both differences.
 #
 # **Predict:** at equal learning, does LoRA forget less than full fine-tuning?
 
@@ -315,17 +316,17 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 #   text that the model generates can stand in (Huang et al. 2024, arXiv:2403.01244).
 # - **Dropout** and **weight decay** learn less than the lower rate, and forget more than twice as much. Weight decay
 #   forgets even more than no remedy: it pulls toward zero, not toward the base. (Its strength is 10. The usual 0.1
-#   would shrink the weights by 0.2 % in these 40 steps, as the rate falls to zero. On a LoRA's $A$ and $B$ decay would
-#   pull $BA$ to zero, so the model toward the base.) L2-SP's gradient goes through Adam, which divides its sum with the
-#   task's gradient by the root of the second moment; decoupled decay does not.
+#   would by itself shrink the weights by 0.2 % in these 40 steps, as the rate falls to zero, and 10 by almost a fifth.
+#   On a LoRA's $A$ and $B$ decay would pull $BA$ to zero, so the model toward the base.) The two differ in more than
+#   the place to which they pull. L2-SP's gradient goes through Adam, which divides its sum with the task's gradient by
+#   the root of the second moment; decoupled decay does not. So their strengths cannot be compared as numbers.
 #
 # Each was tried in one strength or two; another one may do better. Where there is no difference, an interval still
 # excludes 0 one time in twenty (Lesson 14), and here are dozens. Not run here is a penalty on *outputs* instead of
 # weights: Learning without Forgetting (Li and Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask
-# that the model answer as it did.
-# At equal accuracy on a new task, reinforcement learning from the model's own answers (Lesson 10) forgot less than
-# supervised fine-tuning, and what foretold forgetting was the KL divergence from the base on the *new* task (Shenfeld
-# et al. 2025, arXiv:2509.04259).
+# that the model answer as it did. At equal accuracy on a new task, reinforcement learning from the model's own answers
+# (Lesson 10) forgot less than supervised fine-tuning, and what foretold forgetting was the KL divergence from the base
+# on the *new* task (Shenfeld et al. 2025, arXiv:2509.04259).
 
 # %%
 points_of = {**names, **{point(rows, s): f"{name} ({strength(s)})" for name, several in REMEDIES.items() for s in several if strength(s) != "-"}}

@@ -7,7 +7,7 @@
 # It asks which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in Ovadia et al.
 # 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 17 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once, and reads
 # the table that decides, of three measurements and three seeds, from `lessons/results/16_which_method.jsonl`. `python
@@ -74,9 +74,10 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 # what it is asked. RLHF is a third: it needs no right answers, only a judge. (Both train every weight here, but can
 # train LoRA as well.) Here the judge is a rule, the share of words that an answer has in common with the reference;
 # Lesson 9 learns one from comparisons. Where there are pairs of a better and a worse answer, DPO trains on them
-# without a reward model (Lesson 20): it holds two models, the policy and its start, for PPO's four (Lesson 10). And
-# there are smaller sets of weights than these: (IA)$^3$ trains three vectors a layer; with a few dozen examples it
-# beat examples in the prompt (Liu et al. 2022, arXiv:2205.05638).
+# without a reward model (Lesson 20): it holds two models, the policy and its start, for PPO's four (Lesson 10). With
+# LoRA the start is the policy with its adapter off, and takes no second copy of the weights. And there are smaller sets
+# of weights than these: (IA)$^3$ trains three vectors a layer; with a few dozen examples it beat examples in the prompt
+# (Liu et al. 2022, arXiv:2205.05638).
 #
 # In the first verdict of the register (Lesson 3) below, `ln_tuning` trains layer norms alone, `adalora` is LoRA with
 # ranks that change, and *surgery* is the code that puts a method's layers into a model. In the second, `rewrite` and
@@ -129,12 +130,14 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 # a step's operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
 # (An update of PPO samples, scores and goes over its samples twice, so it is no step like the others.)
 #
-# LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. A merged QLoRA is no longer in
-# four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the first have a nonlinearity, the
-# others are positions for attention, and neither is a matrix to be added to $W$. (A model that cannot be merged into
-# anything, full's, is timed twice all the same: so far apart are two timings of one model here.) Merging serves one
-# task: a server that answers many tasks in one batch keeps the LoRAs apart and computes them beside one base (S-LoRA,
-# Sheng et al. 2023, arXiv:2311.03285).
+# LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. Unmerged, QLoRA has to turn
+# its four-bit weights back into numbers for every product (Lesson 7), in training and in each token of an answer. A
+# merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
+# first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So each
+# answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and values,
+# over which each new token attends. (A model that cannot be merged into anything, full's, is timed twice all the same:
+# so far apart are two timings of one model here.) Merging serves one task: a server that answers many tasks in one
+# batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 #
 # ## 3 · The table
 #
@@ -150,7 +153,8 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 #
 # Where a verdict below the table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained. It counts in
 # bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
-# frozen one 2, or in four bits a little over a half.
+# frozen one 2, or in four bits a little over a half. With a float32 copy of the weights and float32 moments, as mixed
+# precision is usually counted, it would be 16 (Lesson 12).
 
 # %%
 def learned(method):
@@ -276,15 +280,18 @@ for c in (lora, qlora):
 asked = [p.removesuffix(" {input}") for p in TASKS["rewrite"].phrasings]
 seen = [sum(any(p in tokenizer.decode(e.input_ids) for p in asked) for e in decision.mixed(640, seed)) for seed in SEEDS]
 print(f"\ninstruction tuning: {', '.join(map(str, seen))} verses in 640 examples; the loss fell by {spread(learned('instructions'))}")
+drawn = decision.instructions(("rewrite",), "train", cap=200)
+fit = len(decision.encode_examples(drawn, tokenizer, decision.LENGTH, on_overflow="drop").examples)
+print(f"of {len(drawn)} verses, asked for by an instruction, {fit} fit into the mix's {decision.LENGTH} tokens")
 before, imitation, feedback = T["feedback"]["score_before"], 40 * TABLE["full"]["s a step"], 12 * TABLE["feedback"]["s a step"]
 print(f"RLHF: the score of its answers changed by {spread(T['feedback']['score'] - before)}, from {spread(before)}")
 print(f"      its 12 updates took {feedback.mean():.0f} s, after {imitation.mean():.0f} s of imitation")
-assert 0.01 < np.mean(seen) / 640 < 0.03 and below(before, T["feedback"]["score"]) is None
+assert 0.01 < np.mean(seen) / 640 < 0.03 and fit < len(drawn) / 10 and below(before, T["feedback"]["score"]) is None
 assert below(imitation, feedback), "PPO took longer"
 
 # %% [markdown]
-# About one example in fifty is a verse: most do not fit into the mix's 128 tokens. The loss fell all the same; how much
-# of that the verses did, these rows do not say. PPO took longer than all of the imitation before it, and what it did to
+# About one example in fifty is a verse, since most do not fit into the mix. The loss fell all the same; how much of
+# that the verses did, these rows do not say. PPO took longer than all of the imitation before it, and what it did to
 # the score is undecided. So if you have answers, imitate them first. A score is for what you cannot write down, but can
 # recognize. The first verdict below compares the base tuned on instructions (*tuned*) with the base, with three
 # answered questions in its prompt (*few-shot*), and with tuning on the same pairs without instructions (*bare*). In the
