@@ -352,7 +352,7 @@ def steps(axis, edge):
     axis.step(xs, ys, where="post", color="black", linewidth=1, alpha=0.7, label="frontier")
 
 
-a.plot(task_before, 0.0, "ko", markersize=5, label="the base")
+a.plot(task_before, 0.0, "ko", markersize=5, zorder=3, label="the base")
 for method, rates in RATES.items():
     from_base = [] if method in ("prompt", "prefix") else [(task_before, 0.0)]
     a.plot(*zip(*from_base, *points[method]), "o-", color=COLORS[method], markersize=5, label=METHODS[method].title)
