@@ -65,7 +65,7 @@ logits = full.numpy()[:, 20:]
 print("by hand against minipeft:", np.abs(logits - soft(ids).numpy()).max(), "  logits", soft(ids).shape)
 assert np.allclose(logits, soft(ids).numpy(), atol=1e-4)
 assert soft(ids).shape[1] == ids.shape[1]
-assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], ids).item())
+assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], mp.backend.asarray(ids)).item())
 
 # %% [markdown]
 # The virtual tokens are no targets of the loss: their labels are $-100$ (Lesson 3), here as in PEFT. But the last of
