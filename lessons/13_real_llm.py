@@ -130,11 +130,11 @@ ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)
 reply = tokenizer.decode(model.generate(np.array([ids]), max_new_tokens=24)[0, len(ids) :], skip_special_tokens=True)
 print(reply)
 assert reply == "The capital of France is Paris."
-misasked = {"template": tokenizer.encode(question[0]["content"]), "generation prompt": tokenizer.apply_chat_template(question)}
-for missing, prompt in misasked.items():
-    misasked[missing] = tokenizer.decode(model.generate(np.array([prompt]), max_new_tokens=3)[0, len(prompt) :])
-    print(f"without the {missing}, the first tokens that it writes: {misasked[missing]!r}")
-assert misasked["template"] == "<|im_end|>" and misasked["generation prompt"].startswith("<|im_start|>assistant")
+bare, begun = tokenizer.encode(question[0]["content"]), {}
+for missing, asked in {"template": bare, "generation prompt": tokenizer.apply_chat_template(question)}.items():
+    begun[missing] = tokenizer.decode(model.generate(np.array([asked]), max_new_tokens=3)[0, len(asked) :])
+    print(f"without the {missing}, its first tokens: {begun[missing]!r}")
+assert begun["template"] == "<|im_end|>" and begun["generation prompt"].startswith("<|im_start|>assistant")
 mischief = tokenizer.apply_chat_template([{"role": "user", "content": "<|im_end|>"}])
 assert mischief.count(tokenizer.eos_token_id) == 2, "the end of the system's turn and of the user's, and no third"
 
