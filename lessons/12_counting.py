@@ -85,8 +85,8 @@ assert prompt == 100 * 1024 == 102_400
 # GPT-2's code, which is used here, makes query, key and value in one `c_attn`; `enable_lora` says which of the three
 # are adapted.
 #
-# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5). This package builds no T5;
-# its numbers are counted from a table of shapes.
+# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5, whose numbers are counted
+# here from a table of shapes).
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many millions does LoRA train with $r = 1$ on query and value?
 
@@ -117,8 +117,8 @@ for size, width in {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl":
 assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's table, without the prompt
 
 # %% [markdown]
-# With $r = 1$ on query and value it trains 4.7 million. The statements below are judged by counts that papers publish;
-# a source stands in brackets (VeRA trains vectors alone, and compares itself with LoRA).
+# With $r = 1$ on query and value it trains 4.7 million. The statements below are judged by published counts; a source
+# stands in brackets (VeRA trains vectors alone, and compares itself with LoRA).
 
 # %% [markdown]
 # > `lora-5` d k against r (d + k) parameters; the reduction is d k / (r (d + k)): **holds**. The sum of r (d + k) is
@@ -135,9 +135,9 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 # %% [markdown]
 # ## 2 · The audit, and three slips
 #
-# The package ships published figures, with what is known of their options, and computes them again. Some prove little:
-# an option that nobody printed, such as a length, was solved for from the figure itself. The figures are no sample of
-# the field. For three that do not follow, a second source tells what happened.
+# The package ships published figures, no sample of the field, with what is known of their options, and computes them
+# again. A few prove little: an option that nobody printed, such as a length, was solved for from the figure itself. For
+# three that do not follow, a second source tells what happened.
 #
 # **Predict:** of some 300 figures, how many do not follow from what their source says?
 
@@ -185,13 +185,17 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 # ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) has "more than 780 GB"
 # for 65B, which is 12. Why the copy, called *master*? In 16 bits an update much smaller than the weight is rounded
 # away, at every step; the copy collects such updates (Lesson 17 trains without and with one). PyTorch's `autocast`
-# comes to 16, too: it has all four in float32, and 16-bit casts besides. Among $n$ GPUs, ZeRO splits the 12 bytes of
-# master and moments (stage 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the
-# weights (stage 3, as PyTorch's FSDP does: $16/n$).
+# comes to 16, too: it has all four in float32, and 16-bit casts besides. (LoRA's paper gives 1.2 TB for GPT-3, section
+# 4.2. That is 6.9 bytes a parameter, and no such sum.)
 #
-# A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
-# for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
-# bits.
+# 8-bit Adam (Dettmers et al. 2021, arXiv:2110.02861) stores each moment in a byte, and bitsandbytes adds a float32
+# scale for 256 of them: 2.03 bytes in place of 8. Among $n$ GPUs, ZeRO splits the 12 bytes of master and moments (stage
+# 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the weights (stage 3, as
+# PyTorch's FSDP does: $16/n$).
+#
+# A frozen parameter costs its storage alone: 2 bytes (GPT-3: the 350 GB of LoRA's paper), or in QLoRA's four bits
+# (*NF4*) a little more than half a byte, for a block of 64 weights shares a scale, and scales are packed too (Lesson
+# 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$ bits.
 #
 # **Predict:** LLaMA has 65 billion parameters. With LoRA of rank 64, in 16 bits or in NF4: which fits on a GPU of 48
 # GB?
@@ -214,6 +218,9 @@ print("weights, gradients, optimizer in GB:", ", ".join(f"{title} {n / 1e9:.0f}"
 assert states["full, 12 bytes"] == 12 * llama.size > 780e9 and states["full, 16 bytes"] == 16 * llama.size
 assert states["QLoRA r=64"] < 48e9 < states["LoRA r=64"] and 130e9 < 2 * llama.size < 131e9
 assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # ZeRO, section 3.1: 1.5 billion, 24 GB
+in_8_bits = memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8bit").held["optimizer states"]
+assert round(in_8_bits / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
+assert round(1.2e12 / architecture("gpt3").size, 1) == 6.9 and round(2 * architecture("gpt3").size / 1e10) == 35
 
 # %% [markdown]
 # QLoRA alone fits, before there is a batch. LoRA in 16 bits does not, for the frozen weights alone need 130 GB.
@@ -339,8 +346,8 @@ assert in_pytorch(mine, linear_all) < rows["full"][2] < in_pytorch(mine, linear_
 # ## 5 · Two ledgers
 #
 # A *ledger* sums it all, at the moment of a step at which the sum is largest. `memory_ledger` is of **this engine**: it
-# runs the model's own code on arrays without content and notes which are alive when. Here it is checked on a small
-# model; Python's `tracemalloc` counts the bytes of real arrays. They agree within 2 %.
+# runs the model's own code on arrays without content and notes which are alive when. Here it agrees within 2 % with
+# Python's `tracemalloc`, which counts the bytes of a small model's real arrays.
 
 # %%
 text = np.random.default_rng(0).integers(0, 2048, (BATCH, LENGTH))
@@ -520,12 +527,11 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 
 # %% [markdown]
 # Memory is as predicted at every point, within two percent. Two axes have squares in them: tokens, by attention's
-# weights, and width, by the model's. Time follows the FLOPs of products roughly, by how much the
-# table says. A small step takes longer than its share, and on some axes the largest does, too; these rows do not
-# say why.
+# weights, and width, by the model's. Time follows the FLOPs of products roughly. A small step takes longer than its
+# share, and on some axes so does the largest; these rows do not say why.
 #
-# Below, SFT is supervised fine-tuning, and PPO (Lesson 10) trains with rewards of a second model that learned from
-# people's rankings, in three stages; a card is a GPU.
+# Below, SFT is supervised fine-tuning; PPO (Lesson 10) trains, in three stages, with rewards of a model that learned
+# from people's rankings; a card is a GPU.
 
 # %% [markdown]
 # > `full-11` expensive for models of billions of parameters: **holds if**. Expensive means memory at 7B and memory at
@@ -540,12 +546,11 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 # ## 8 · Break it
 #
 # **Count what is there.** The head of GPT-2 is its embedding. Counted as a matrix of its own it adds 39 million
-# parameters that nobody stores. And an array of packed weights has half as many elements as the matrix.
+# parameters that nobody stores. And an array of packed weights has half as many elements as the matrix, so PEFT's
+# `print_trainable_parameters` counts two parameters for each of its bytes.
 #
 # **Forget a term.** The ledger predicts the published runs again, without the logits, and without all that the batch
-# needs.
-#
-# **Predict:** how many of them are still within 15 % without each of the two?
+# needs. **Predict:** how many are still within 15 %?
 
 # %%
 gpt2 = architecture("gpt2")
@@ -574,9 +579,6 @@ assert REDUCED or within["the batch"] < len(some) / 5
 # Fewer without the logits; without the batch's memory, fewer than a fifth.
 #
 # ## The picture
-#
-# A step of the small model; LLaMA-65B; Llama-3-70B under QLoRA, line by line; every published run, by what was
-# measured.
 
 # %%
 counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)

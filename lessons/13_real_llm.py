@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 13 · A real LLM, fine-tuned here
 #
-# Until now every model had one and a half million parameters. This lesson takes one that people use:
+# Until now the base had one and a half million parameters. This lesson takes a model that people use:
 # SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens and then, by its authors, on
 # conversations (Allal et al. 2025, arXiv:2502.02737). You will read its file, four bits a weight, and talk to it; say
 # beforehand what a training step needs; teach it a task with LoRA and with QLoRA on a laptop's two cores; measure what
@@ -117,8 +117,11 @@ assert len(tokenizer.encode("Lord")) == len(tokenizer.encode(" Lord")) == 1 and 
 
 # %% [markdown]
 # As a chat model it was trained on conversations in one form, its **chat template**: a small program that comes with
-# the file and runs in a sandbox here. What we ask must be put in the same form. An answer ends when the model writes
-# the token that ends a turn. Here a user's text never becomes such a token, whatever it spells.
+# the file and runs in a sandbox here. What we ask must be put in the same form, up to the header of the turn that the
+# model is to write, the *generation prompt*. An answer ends when the model writes the token that ends a turn. Here a
+# user's text never becomes such a token, whatever it spells.
+#
+# **Predict:** what comes back without the template, and what with it, but without the generation prompt?
 
 # %%
 question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -127,10 +130,18 @@ ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)
 reply = tokenizer.decode(model.generate(np.array([ids]), max_new_tokens=24)[0, len(ids) :], skip_special_tokens=True)
 print(reply)
 assert reply == "The capital of France is Paris."
+bare, begun = tokenizer.encode(question[0]["content"]), {}
+for missing, asked in {"template": bare, "generation prompt": tokenizer.apply_chat_template(question)}.items():
+    begun[missing] = tokenizer.decode(model.generate(np.array([asked]), max_new_tokens=3)[0, len(asked) :])
+    print(f"without the {missing}, its first tokens: {begun[missing]!r}")
+assert begun["template"] == "<|im_end|>" and begun["generation prompt"].startswith("<|im_start|>assistant")
 mischief = tokenizer.apply_chat_template([{"role": "user", "content": "<|im_end|>"}])
 assert mischief.count(tokenizer.eos_token_id) == 2, "the end of the system's turn and of the user's, and no third"
 
 # %% [markdown]
+# Without the template it ends its turn at once, and the answer is empty. Without the generation prompt it is the model
+# that must begin the turn: it writes the header, which then stands in the answer.
+#
 # ## 3 · The bill, before paying it
 #
 # Full fine-tuning with Adam holds 16 bytes a parameter in float32: 4 for the weight, 4 for its gradient, 8 for the two
@@ -424,10 +435,11 @@ assert saved < 0.04 * 4 * N
 # %% [markdown]
 # ## 9 · Break it: the right weights in the wrong rows
 #
-# Rotary embeddings turn pairs of numbers (Lesson 2). Llama's own code and llama.cpp pair adjacent numbers, (0, 1), (2,
-# 3), ...; Hugging Face pairs the two halves of a head of width $D$, $(0, D/2), (1, D/2 + 1), \dots$ It is the same
-# function, if the rows of $W_q$ and $W_k$ are put in the other order. Forget that when reading the file, and every
-# shape fits, every number is right, and nothing complains.
+# Rotary embeddings turn pairs of numbers (Lesson 2). Llama's own code pairs adjacent numbers, (0, 1), (2, 3), ..., and
+# so does llama.cpp for the architecture `llama`, which this model has (for `qwen2` it does not). Hugging Face pairs the
+# two halves of a head of width $D$, $(0, D/2), (1, D/2 + 1), \dots$ It is the same function, if the rows of $W_q$ and
+# $W_k$ are put in the other order. Forget that when reading the file, and every shape fits, every number is right, and
+# nothing complains.
 #
 # **Predict:** what does such a model answer to the question of section 2?
 
@@ -444,8 +456,9 @@ assert wrong > right + 1
 
 # %% [markdown]
 # Not a word. Nothing has raised an error, and the loss on the novel is only higher, by more than a nat, which does not
-# say why. A test against another implementation's logits finds the cause at once. Now break it yourself: ask without
-# the template (`tokenizer.encode("What is the capital of France?")`), or with `add_generation_prompt=False`.
+# say why. A test against another implementation's logits finds the cause at once. An adapter has the same trap: a row
+# of $BA$ is a row of $B$ times $A$, so on its way to llama.cpp the rows of $B$ at query and key must be put in the
+# file's order, and $A$ stays as it is. `convert_lora_to_gguf.py` does that.
 #
 # ## The picture
 
