@@ -130,14 +130,15 @@ first = np.bincount(rlhf.rank(np.tile(four, (20000, 1)), np.random.default_rng(2
 assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=0.01), "Plackett and Luce"
 
 # %% [markdown]
+# Between tied answers the noise decides, and the reward model learns from these coin flips, too. The accuracy below is
+# that on pairs that are not tied.
+
+# %% [markdown]
 # > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
 # > 20,000 choices of a rater with Gumbel noise the share is the sigmoid's for 5 of 5 differences; whether people choose
 # > so is another question. (20000 test items)
 
 # %% [markdown]
-# Between tied answers the noise decides, and the reward model learns from these coin flips, too. The accuracy below is
-# that on pairs that are not tied.
-#
 # ## 3 · All pairs of a ranking, each text once
 #
 # A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$

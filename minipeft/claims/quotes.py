@@ -39,6 +39,8 @@ def quoted(text: str, lesson: str) -> str:
         if heading := re.search(r"^# ## (.*)$", cell, re.M):
             said = [quotation(statements()[rule.id], judge(rule.id)) for rule in rules if rule.section == section]
             if any(said):
+                before, cell = cell[: heading.start()].removesuffix("#\n"), CELL + cell[heading.start() :]
+                done += [before.rstrip("\n") + "\n\n"] * (before not in ("", CELL))  # prose that the next section followed
                 done.append(CELL + "#\n".join(filter(None, said)) + "\n")
             section = heading[1]
         done.append(cell)
