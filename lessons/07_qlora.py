@@ -92,7 +92,7 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 # close to normal. **NormalFloat** (NF4) puts its points at the quantiles of the normal distribution $\Phi$: if a weight
 # over its block's scale were normal with a known width, each code would be used about equally often,
 #
-# $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ evenly spaced between } 1 - p \text{ and } p = 0.9677083 .$$
+# $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ in 7 equal steps from } 1 - p \text{ to } \tfrac12, \text{ in 8 from } \tfrac12 \text{ to } p = 0.9677083 .$$
 #
 # Where does this $p$ come from? The quantile at probability 1 is infinite, so the outermost point has to be inside. Cut
 # the probabilities into 16 equal parts: the middle of the last is $1 - \frac1{32}$. Into 15: $1 - \frac1{30}$. The code
@@ -206,7 +206,7 @@ assert abs(double - single) < 0.01 * single, "almost free"
 #
 # - 4 + 4 + 8 = 16 bytes where the adapter is in float32, as PEFT has it by default;
 # - 2 + 2 + 8 = 12 where it is in bfloat16;
-# - 2 + 2 = 4 where its moments are moved to the CPU's memory, too.
+# - 2 + 2 = 4 where, besides, its moments are moved to the CPU's memory, all of them.
 #
 # That is a **paged optimizer**, QLoRA's third idea after NF4 and double quantization: the moments are in memory that
 # CPU and GPU share (NVIDIA's unified memory). When the GPU is full, the driver moves them in *pages*, pieces of fixed
@@ -276,8 +276,9 @@ for rate in (1e-3, 3e-3):
 
 # %% [markdown]
 # None, and less than one in a hundred by one of 0.003, the rate used below: half a gap is wider than the step, so
-# rounding undoes it. Training through rounding needs a finer copy of every weight, which adds the steps up, and this
-# copy is the memory that QLoRA saves. So QLoRA trains the adapter alone.
+# rounding undoes it. (Only the largest weight of a block keeps its step, as the scale.) Training through rounding to
+# the nearest needs a finer copy of every weight, which adds the steps up, and this copy is the memory that QLoRA saves.
+# So QLoRA trains the adapter alone.
 #
 # LoRA is put on a `Linear4bit` as on any linear layer. It starts at zero ($B = 0$), so the model starts with the error
 # of four bits. **LoftQ** (Li et al. 2023, arXiv:2310.08659) starts it as a correction: with the update $U = 0$ at
@@ -362,13 +363,13 @@ if not REDUCED:
 assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantized.named_parameters()), "the base was only read"
 
 # %% [markdown]
-# Yes, and by no less than before. Four bits cost QLoRA 1 to 3 % of what LoRA learned: the adapter learned the task, and
-# did not give back the error of four bits. LoftQ starts better, although rank 8 holds less than a quarter of the
-# squared error, and ends worse here. (Li et al. find that it helps most where fewer bits are used: two, or two and four
-# mixed.) These differences are of one seed: their intervals speak of other verses, not of other seeds. (Lesson 19 has
-# five seeds of 40 steps.) The paper finds no loss against 16 bits on its benchmarks, with LoRA on all linear layers,
-# whatever its rank (section 4, appendix A); with FP4 it lost about one percentage point on MMLU, a test of knowledge.
-# With LoRA on query and value alone it did not reach full fine-tuning.
+# Yes, and the estimate is no smaller than before. Four bits cost QLoRA 1 to 3 % of what LoRA learned: the adapter
+# learned the task, and did not give back the error of four bits. LoftQ starts better, although rank 8 holds less than a
+# quarter of the squared error, and ends worse here. (Li et al. find that it helps most where fewer bits are used: two,
+# or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not of other seeds.
+# (Lesson 19 has five seeds of 40 steps.) The paper finds no loss against 16 bits on its benchmarks, with LoRA on all
+# linear layers, whatever its rank (section 4, appendix A); with FP4 it lost about one percentage point on MMLU, a test
+# of knowledge. With LoRA on query and value alone it did not reach full fine-tuning.
 #
 # The embedding is not packed, and in a model this small it is most of what is left. LLaMA-65B's is less than one
 # percent.
@@ -390,8 +391,8 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 # never saw. Either can be rounded to four bits again. One of these four loses most of a small update: $\text{NF4}(\hat
 # W + U)$. All of $\hat W$ is on points of the code book, so rounding undoes each change that is smaller than half a
 # gap, as in section 6. $W$ lies anywhere between the points, so in $\text{NF4}(W + U)$ some weights cross the middle of
-# a gap, and on average the update arrives. PEFT's `merge_and_unload` on a model in four bits makes $\text{NF4}(\hat W +
-# U)$. Lesson 19, section 8, measures all four.
+# a gap, and on average the update arrives. (The large update of the verdict in section 8 outgrows the gaps.) PEFT's
+# `merge_and_unload` on a model in four bits makes $\text{NF4}(\hat W + U)$. Lesson 19, section 8, measures all four.
 
 # %% [markdown]
 # ## 8 · Break it: one outlier
