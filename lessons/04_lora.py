@@ -367,7 +367,7 @@ assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradient
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
 
 # %% [markdown]
-# A little more, by the $r$ numbers per position. With $q$ and $v$ alone, the inputs of the other projections go.
+# A little more, by the $r$ numbers per position. With $q$ and $v$ alone, the inputs of the MLP's projections go.
 # Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
 #
 # Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
@@ -725,7 +725,7 @@ print("picture:", OUT / "04_lora.png")
 # Further, without a checker:
 #
 # - **Is $A$ needed?** Freeze $A$ at its random values and train $B$ alone (LoRA-FA, Zhang et al. 2023,
-#   arXiv:2308.03303): section 6 says what that saves, namely $x$. Use $r = 16$ to have as many trained parameters. How
+#   arXiv:2308.03303): section 6 says what that saves, namely $x$. Use $r = 16$ to have about as many trained parameters. How
 #   much of what LoRA learns in section 7 is left, at the better of two rates each?
 #
 # <details><summary>Solution of 04.1</summary>
