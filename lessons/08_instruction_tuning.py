@@ -17,10 +17,8 @@
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads the curves over three seeds from
-# `lessons/results/08_instruction_tuning.jsonl`, one line a run with its settings. `python
-# lessons/08_instruction_tuning.py --full` (in a notebook `!python lessons/08_instruction_tuning.py --full`) first
-# computes those of the fifteen runs that are missing there (all of them: about a quarter of an hour), and goes on with
-# the lesson.
+# `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those of the fifteen runs that are
+# missing there (all of them: about a quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -64,9 +62,11 @@ base, tokenizer = mp.load_base()
 # which is `define` reversed, and `fill`, which asks for the word that a gap stands for.
 #
 # This scheme is FLAN's (Wei et al. 2022, arXiv:2109.01652): many tasks, each asked in several phrasings, and tests on
-# tasks that were not trained. Stanford Alpaca (Taori et al. 2023) had a larger model, the *teacher*, write its 52,000
-# instructions and answers, by a shorter *Self-Instruct* (Wang et al. 2023, arXiv:2212.10560): from 175 tasks that
-# people wrote the teacher makes up others, and those too similar to the ones already kept are thrown away.
+# tasks that were not trained. FLAN tunes 137 billion parameters on over 60 data sets in 12 *clusters* of like tasks,
+# and holds out whole clusters, since a task is hardly new if its like was trained. Stanford Alpaca (Taori et al. 2023)
+# had a larger model, the *teacher*, write its 52,000 instructions and answers, by a shorter *Self-Instruct* (Wang et
+# al. 2023, arXiv:2212.10560): from 175 tasks that people wrote the teacher makes up others, and those too similar to
+# the ones already kept are thrown away.
 
 # %%
 for name, task in TASKS.items():
@@ -160,8 +160,7 @@ assert begins == len(alone) - 1
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
 # with the space alone, where the model has never had to go on. Hence the rule: no space at the end of a prompt.
 #
-# Alpaca's template makes a record more than twice as long as ours, and most of the computing would go to it. So we take
-# a short one. Section 7 shows what happens if it is not the same one later.
+# Alpaca's template makes a record more than twice as long as ours. So we take a short one.
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -187,9 +186,10 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 # ## 3 · Packing
 #
 # Records differ in length, and a batch is a rectangle, filled up with padding, which is computed like everything else.
-# Packing lets several records share a row. They must not notice: positions begin anew with each, and a mask (boolean,
-# [rows, 1, T, T]) lets a token see only its own record. Then every record is computed as if it were alone, and the
-# loss, the mean over all label tokens of the batch, is the same number.
+# Packing lets several records share a row. They must not notice. Positions begin anew with each. A mask (boolean,
+# [rows, 1, T, T]) lets a token see only its own record, besides being causal. And the first token of each gets the
+# label -100, so that no record predicts the next. Then every record is computed as if it were alone, and the loss, the
+# mean over all label tokens of the batch, is the same number.
 #
 # **Predict:** which share of a padded batch of 32 records is padding?
 
@@ -225,7 +225,10 @@ assert packed.tokens == padded.tokens and packed.weight == padded.weight
 assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
-# More than half is padding; in the packed rows it is less than a tenth. The loss is the same.
+# More than half is padding; in the packed rows it is less than a tenth. The loss is the same. Which records share a row
+# is best-fit decreasing: each, the longest first, goes where the least room is left. Longer rows waste less, but
+# attention grows with their square. And where a batch is a number of *rows*, as in TRL, it now holds more records:
+# fewer steps an epoch, perhaps another rate.
 #
 # **Predict:** leave out one of the two precautions, then the other. Which harms this model?
 
@@ -242,15 +245,14 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 # there both matter.)
 #
 # Fast attention kernels take the boundaries of records in place of a mask. Hugging Face's `transformers` can infer them
-# from the positions, and then wrong positions mix records in a Llama, too
-# (huggingface.co/docs/transformers/padding_free). TRL's packing is of this kind by default and needs
-# FlashAttention; its `packing_strategy="wrapped"` cuts records anywhere.
+# from the positions, as TRL's packing needs it, and then wrong positions mix records in a Llama, too
+# (huggingface.co/docs/transformers/padding_free).
 #
 # ## 4 · Train: one task, three, seven
 #
 # A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: from one task, from three, from
-# all seven, *for the same number of records*. So a run with more tasks sees less of each. The tasks of a run give
-# about equally many records. (FLAN lets larger tasks give more, up to a cap.)
+# all seven, *for the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
+# equally many records.
 
 # %%
 MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}
@@ -356,10 +358,10 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# It answers, briefly. How often does it stop, and how often is it right? Count. A loss is the mean over tasks, of each
-# 32 test records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the
-# model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers
-# to four of the seven trained tasks and to two of the three new ones.
+# It answers, briefly. How often does it stop within 14 tokens, and how often is it right? Count. A loss is the mean
+# over tasks, of each 32 test records. It is computed with the wanted answer's beginning given, as in training (*teacher
+# forcing*); what the model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program
+# can check the answers to four of the seven trained tasks and to two of the three new ones.
 
 
 # %%
@@ -388,11 +390,12 @@ for name in ("source", "part-of-speech"):
 # end. But not one answer is right. What carried over is the form: after "Answer:" comes something short, and then the
 # end. New **phrasings** cost little: the loss is higher by less than a tenth of a nat, and the share of right answers
 # differs by less than a tenth. (FLAN's models of up to eight billion parameters got *worse* on new tasks, larger ones
-# better: figure 7. Ours has less than a thousandth of that.)
+# better: figure 7. The authors suspect that the trained tasks fill a small one. Ours has less than a thousandth of
+# that.)
 #
-# On trained tasks it has learned some content. The last two lines count all test records, since 32 are too few to tell:
-# it names the source of a text far more often right than one that always gives the same answer. For parts of speech
-# that is undecided: the interval contains the share of "noun".
+# On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
+# text far more often right than one that always gives the same answer. For parts of speech that is undecided: the
+# interval contains the share of "noun".
 
 # %%
 if not REDUCED:
@@ -419,11 +422,11 @@ if not REDUCED:
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA, of 65 billion parameters, was tuned on 1,000 chosen
-# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. A
-# fact is what a word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or
-# beginnings, the right one makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an
-# instruction, or *in the base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told*
-# them; one on *other* facts.
+# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. More diverse and better
+# records helped it, more of the same hardly. A fact is what a word means (`define`) or how a verse goes on
+# (`continue`). A model *knows* it if, of four words or beginnings, the right one makes the meaning or the end
+# likeliest; a guess is right once in four. It is *asked* by an instruction, or *in the base's own text*, as by "stone
+# (noun):". One model is tuned on the tested facts, and so *told* them; one on *other* facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 4 of 6 comparisons are as stated:
@@ -440,13 +443,13 @@ if not REDUCED:
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
 # > are so:
 # >
-# > - the base knows facts of its own text better than others (define): not so.
-# > - the base knows facts of its own text better than others (continue): not told apart.
-# > - tuned to answer about other facts, it gives more of these when asked: so.
-# > - asked, it gives no more of them than in its own text: not told apart.
-# > - told facts that were in none of its texts, it does not learn them: not so.
+# > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
+# > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
+# > - tuned to answer about other facts, it gives more of these when asked: so (+16.8 [+10.5, +23.1] points).
+# > - asked, it gives no more of them than in its own text: not told apart (+1.6 [-3.3, +6.4] points).
+# > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > It knows +21.5% more of the facts that it is told. (5 seeds, 256 test items)
+# > (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
@@ -479,6 +482,7 @@ COLUMNS = {
     "7 tasks, new phrasings": ("phrasings", TRAINED),
     "3 new tasks": ("tasks", HELD_OUT),
 }
+print("(±: the standard deviation over the seeds)")
 print(f"{'loss, nats a token':24}" + "".join(f"{title:>24}" for title in COLUMNS))
 at_start = {title: np.mean([before["loss"][new][name] for name in of]) for title, (new, of) in COLUMNS.items()}
 print(f"{'the base':24}" + "".join(f"{value:24.3f}" for value in at_start.values()))
@@ -493,16 +497,13 @@ if not REDUCED:
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, since it gets fewer records, and lower the mean loss on the three new
-# tasks, from one task to three to seven. FLAN's figure 6 shows the latter at scale. (It is a loss: section 4 says how
-# much of it is skill.)
+# tasks, from one task to three to seven. FLAN's figure 6 shows the latter at scale.
 #
 # **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
-# is undecided. (The second column asks in all four phrasings, so it is no fair comparison here.) In FLAN more phrasings
-# hardly mattered beside more data sets (appendix B.1).
+# is undecided. In FLAN more phrasings hardly mattered beside more data sets (appendix B.1).
 #
 # **Learning the prompt too** is clearly worse on the trained tasks. At the new ones it is undecided. (Shi et al. 2024,
-# arXiv:2405.14394, report gains from it where prompts are long beside their answers, or records few. Ours are longer
-# than their answers, too: section 2.)
+# arXiv:2405.14394, report gains from it where prompts are long beside their answers, or records few.)
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -602,11 +603,10 @@ if not REDUCED:
 
 # %% [markdown]
 # With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
-# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. That is why `minipeft sft`
-# saves the template beside the model. With `transformers`, which keeps it with the tokenizer, two slips change the
-# prompt all the same: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat already
-# written out by the template can get a second beginning-of-sequence token, unless it is encoded with
-# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
+# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. With `transformers`, which
+# keeps it with the tokenizer, two slips change the prompt all the same: without `add_generation_prompt=True` it does
+# not open the assistant's turn, and a chat already written out by the template can get a second beginning-of-sequence
+# token, unless it is encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.
@@ -632,7 +632,7 @@ if not REDUCED:
 
 # %% [markdown]
 # The answers' own tokens are learned about as well, but hardly any answer stops. A program that reads the answer gets
-# rubbish behind it, and who pays by the token pays until the limit. (What tuning costs the base, Lesson 15 measures.)
+# rubbish behind it, and who pays by the token pays until the limit.
 
 # %% [markdown]
 # ## Quiz
@@ -694,7 +694,8 @@ if not REDUCED:
 # `minipeft exercise 08.1 FILE.py`.
 #
 # **08.1 A packed row.** Write `packed_mask(lengths)`: the boolean mask `[T, T]` of a row in which records of these
-# lengths follow each other, without padding; True where a token (row) sees another (column).
+# lengths follow each other, without padding; True where a token (row) sees another (column): itself, and earlier ones of
+# its record.
 #
 # **08.2 Which mean?** A batch has three answers of 2, 3 and 11 tokens, whose mean losses are 3.0, 2.0 and 1.0 nats.
 # What is the loss of the batch, as section 2 defines it?

@@ -207,10 +207,14 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
-        f"{itemized([f'{name}: {SAID[x]}' for name, (_, x) in found.items()])}"
-        f"It knows {taught.value:+.1%} more of the facts that it is told."
+        f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
     )
     return Finding(verdict, because, taught, evidence)
+
+
+def points(e: Estimate) -> str:
+    """A difference of shares, with its interval, in percentage points."""
+    return f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
 
 
 def _more(found: Estimate) -> bool | None:

@@ -63,7 +63,7 @@ def judged(found: Finding, name: str, unit: str, seeds: int, items: int | None, 
     """A finding as the register has it; `name` and `unit` are those of the number that decided."""
     numbers = [Number(key, e.value, "", e.low, e.high) for key, e in found.evidence.items()]
     effect = Number(name, found.effect.value, unit, found.effect.low, found.effect.high)
-    return Verdict(found.verdict, f"{found.because.rstrip('.')}.", effect, numbers, seeds, items, "the shipped base", task)
+    return Verdict(found.verdict, found.because.rstrip(". \n") + ".", effect, numbers, seeds, items, "the shipped base", task)
 
 
 def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:
