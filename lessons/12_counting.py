@@ -122,14 +122,14 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 
 # %% [markdown]
 # > `lora-5` d k against r (d + k) parameters; the reduction is d k / (r (d + k)): **holds**. The sum of r (d + k) is
-# > what a 7B model with LoRA on its 224 linear layers trains at r = 1, 8 and 64 (at 8 324 times fewer), and 25 of 32
-# > published counts follow (`minipeft audit` says why the others do not). (32 test items)
+# > what a 7B model with LoRA on its 224 linear layers trains at r = 1, 8 and 64 (324 times fewer at r = 8), and 25 of
+# > 32 published counts follow (`minipeft audit` says why the others do not). (32 test items)
 #
 # > `lora-6` d = k = 4096, r = 8: 16.7M against 65K, 256 times: **holds**. The matrix has 16,777,216 numbers, LoRA's two
 # > 65,536: 256 times; 16.7M and 65K are cut off, not rounded.
 #
 # > `lora-9` 10 to 10,000 times fewer trainable parameters: **holds if**. Model and rank are as in most publications: of
-# > 25 counts 22 are between; outside are 3, as gpt3, rq=rv=2 (LoRA): 18,503, and gpt3, rq=rv=1 (LoRA): 37,004; nearest
+# > 25 counts 22 are between; outside are 3, from gpt3, rq=rv=2 (LoRA): 18,503, to gpt3, rq=rv=1 (LoRA): 37,004; nearest
 # > to 10 is roberta-base, r=256, 2 matrices/layer (VeRA), to 10,000 gpt3, rq=rv=4 (LoRA). (25 test items)
 
 # %% [markdown]
@@ -336,8 +336,8 @@ assert in_pytorch(mine, linear_all) < rows["full"][2] < in_pytorch(mine, linear_
 
 # %% [markdown]
 # A quarter less. Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs
-# of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep, and
-# attention's own output, does not depend on which weights are trained. So LoRA saves few activations; with dropout
+# of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep for
+# their inputs' gradients, and attention's own output, does not depend on which weights are trained. So LoRA saves few activations; with dropout
 # before $A$ each adapted layer keeps a copy of its input and a mask, on all layers more than full fine-tuning.
 # *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves most: each block keeps its input alone, $h$ numbers, and
 # backward computes one block at a time once more, which costs a second forward pass (section 7). (With every
@@ -516,7 +516,7 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
 # (rows: `lessons/results/growth.jsonl`). Where cost grows as $x^n$, $n$ is the picture's slope between the last two
-# points; the last column names a cost whose $n$ is over 0.15 above theory's:
+# points; the last column names a cost that grows faster, with an $n$ over 0.15 above theory's:
 
 # %%
 grown = read_rows(HERE / "results" / "growth.jsonl")
@@ -538,9 +538,10 @@ assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predi
 # > 70B: 1,000 examples take at 7B 0.04 dollars of computation and 2 cards of 80 GB, at 70B 0.40 dollars of computation
 # > and 14 cards of 80 GB.
 #
-# > `rlhf-6` expensive: human labels and several stages: **holds if**. What is counted is FLOPs, full and FLOPs, LoRA:
-# > PPO takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9 times (memory, LoRA) and 5.3 times (FLOPs, LoRA)
-# > what SFT does at 7B, in three stages for one, after 33,207 ranked prompts in InstructGPT.
+# > `rlhf-6` expensive: human labels and several stages: **holds if**. PPO, with policy, reference and reward model in
+# > memory and a value head on the policy, takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9 times (memory,
+# > LoRA) and 5.3 times (FLOPs, LoRA) what SFT does at 7B: more than twice for FLOPs, full and FLOPs, LoRA. It is three
+# > stages for one, after 33,207 ranked prompts in InstructGPT.
 
 # %% [markdown]
 # ## 8 · Break it
@@ -608,8 +609,8 @@ counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 #
 # <details><summary>Answer</summary>
 #
-# Gone are mainly the MLP's inputs. What softmax, norms and gates keep has nothing to do with weights, and the inputs of
-# query and value stay, for $A$. The remedy for activations is checkpointing.
+# Gone are mainly the MLP's inputs. What softmax, norms and gates keep for their inputs' gradients has nothing to do with
+# weights, and the inputs of query and value stay, for $A$. The remedy for activations is checkpointing.
 #
 # </details>
 #

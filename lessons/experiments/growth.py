@@ -102,7 +102,7 @@ def exponent(axis: str, rows: list[dict], name: str) -> float:
 
 def table(rows: list[dict]) -> str:
     """In Markdown: for each axis the exponents of time and of memory, and the peak over the ledger at the last point."""
-    head = "axis", "from", "to", "time ~ x^n", "FLOPs", "peak ~ x^n", "ledger", "peak / ledger", "faster than theory"
+    head = "axis", "from", "to", "time ~ x^n", "FLOPs", "peak ~ x^n", "ledger", "peak / ledger", "grows faster"
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for axis in AXES:
         found = along(axis, rows)

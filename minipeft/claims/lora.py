@@ -155,7 +155,7 @@ def count() -> Verdict:
     return Verdict(
         graded(cases),
         f"The sum of r (d + k) is {'what' if equal else 'not what'} a 7B model with LoRA on its {len(layers)} linear layers "
-        f"trains at r = 1, 8 and 64 (at 8 {reduction:.0f} times fewer), and {sum(right)} of {len(right)} published counts "
+        f"trains at r = 1, 8 and 64 ({reduction:.0f} times fewer at r = 8), and {sum(right)} of {len(right)} published counts "
         "follow (`minipeft audit` says why the others do not).",
         Number("7B's linear layers, dk over r (d + k) at r = 8", reduction, "times"), evidence, items=len(right),
     )  # fmt: skip
@@ -197,7 +197,7 @@ def fewer() -> Verdict:
     nearest = {edge: min(ratios, key=lambda name: abs(math.log(ratios[name] / edge))) for edge in (10, 10_000)}
     cases = {"every": len(inside) == len(ratios) > 0, "most": 2 * len(inside) > len(ratios)}
     outside = [f"{name}: {ratios[name]:,.0f}" for name in order if name not in inside]
-    more = f"; outside are {len(outside)}, as {outside[0]}, and {outside[-1]}" if outside else ""
+    more = f"; outside are {len(outside)}, from {outside[0]}, to {outside[-1]}" if outside else ""
     return Verdict(
         graded(cases),
         f"Model and rank are as in most publications: of {len(ratios)} counts {len(inside)} are between{more}; nearest to 10 "
