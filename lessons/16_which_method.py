@@ -6,6 +6,7 @@
 # latency, or what the model could do before. This lesson measures all of that in one table, and lets the table decide.
 # It asks which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in Ovadia et al.
 # 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
+# Training helped more where it met each fact in many wordings.
 #
 # You need Lessons 3 to 12, 14 and 15. Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
@@ -71,13 +72,13 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 # | RLHF (PPO) | every weight, after full | its own answers, and a score for each |
 #
 # The first six are the same job done with different parameters. Instruction tuning is another job: one model that does
-# what it is asked. RLHF is a third: it needs no right answers, only a judge. (Both train every weight here, but can
-# train LoRA as well.) Here the judge is a rule, the share of words that an answer has in common with the reference;
-# Lesson 9 learns one from comparisons. Where there are pairs of a better and a worse answer, DPO trains on them
-# without a reward model (Lesson 20): it holds two models, the policy and its start, for PPO's four (Lesson 10). With
-# LoRA the start is the policy with its adapter off, and takes no second copy of the weights. And there are smaller sets
-# of weights than these: (IA)$^3$ trains three vectors a layer; with a few dozen examples it beat examples in the prompt
-# (Liu et al. 2022, arXiv:2205.05638).
+# what it is asked. RLHF is a third: in general it needs no right answers, only a judge. (Both train every weight here,
+# but can train LoRA as well.) Here a rule stands in for the judge, the share of words that an answer has in common with
+# the right one; Lesson 9 learns a judge from comparisons. Where there are pairs of a better and a worse answer, DPO
+# trains on them without a reward model (Lesson 20): it holds two models, the policy and its start, for PPO's four
+# (Lesson 10). With a fresh LoRA the start is the policy with its adapter off, and takes no second copy of the weights.
+# And there are smaller sets of weights than these: (IA)$^3$ trains three vectors a layer; with a few dozen examples it
+# beat examples in the prompt (Liu et al. 2022, arXiv:2205.05638).
 #
 # In the first verdict of the register (Lesson 3) below, `ln_tuning` trains layer norms alone, `adalora` is LoRA with
 # ranks that change, and *surgery* is the code that puts a method's layers into a model. In the second, `rewrite` and
@@ -99,9 +100,9 @@ print(f"{len(rows)} rows, seeds {SEEDS}; the base: {N:,} parameters, task loss {
 #
 # Trained parameters follow from shapes, and so do the stored ones, $n$. The two are the same numbers but for prefix
 # tuning, which trains a small network that computes its prefixes, and stores only these. For $k$ tasks that is $4Nk$
-# bytes on the disk for full fine-tuning of $N$ parameters, and $4N + 4nk$ for the others, with one base for all. Memory
-# and time have to be measured. A small model's time is to a good part Python's, and its memory mostly activations, so
-# these two columns do not carry over to 7 billion parameters, which section 3 counts.
+# bytes on the disk for full fine-tuning of $N$ parameters, and $4N + 4nk$ for the methods that freeze the base, one for
+# all. Memory and time have to be measured. A small model's time is to a good part Python's, and its memory mostly
+# activations, so these two columns do not carry over to 7 billion parameters, which section 3 counts.
 #
 # **Predict:** prompt tuning trains 20 vectors and nothing else. Is its peak memory nearer to a hundredth of full
 # fine-tuning's, to a half, or to the whole?
@@ -141,15 +142,17 @@ for method in ("lora", "bottleneck", "prompt", "prefix"):
 #
 # ## 3 · The table
 #
-# All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone
-# is judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its
-# loss starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs,
-# over three measurements on one machine. (Where the ± of a time is large, other programs were running there.) The
-# table holds for 640 examples, 40 steps and this model. Prompts, for example, learn less than full fine-tuning here,
-# but matched it in T5 models of billions of parameters (Lester et al. 2021, arXiv:2104.08691). And LoRA, which learns
-# about what full fine-tuning does here, fell behind it on 20 billion tokens of code (Biderman et al. 2024,
-# arXiv:2405.09673; Lesson 18). "Merged" is the time of a token after merging, and "forgotten" by how much the loss on
-# general text rose.
+# All methods saw 640 examples in 40 steps (PPO: and then 12 updates of 16 answers), each at its usual rate. Everyone is
+# judged on the same 96 answers, in nats a token; instruction tuning is asked for them by an instruction, so its loss
+# starts higher, and "learned" is by how much it fell. As in Lesson 14, ± is half of a 95 % interval: of costs, over
+# three measurements on one machine. (Where the ± of a time is large, other programs were running there.) The table
+# holds for 640 examples, 40 steps and this model. Prompts, for example, learn less than full fine-tuning here, but
+# matched it in T5 models of billions of parameters (Lester et al. 2021, arXiv:2104.08691). A prefix only mixes vectors
+# into what attention gives, by the share that it takes (Lesson 6, section 2): how a layer weighs the words of the text
+# beside each other it cannot change. And LoRA, which learns about what full fine-tuning does here, fell behind it on 20
+# billion tokens of code, and forgot less (Biderman et al. 2024, arXiv:2405.09673): there full fine-tuning's updates had
+# 10 to 100 times the rank of usual LoRAs (Lessons 15 and 18). "Merged" is the time of a token after merging, and
+# "forgotten" by how much the loss on general text rose.
 #
 # Where a verdict below the table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained. It counts in
 # bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
@@ -393,7 +396,7 @@ assert 16 * N / 1e6 < full["peak MB"] / 3, "weights, gradients and Adam's moment
 #
 # <details><summary>Answer</summary>
 #
-# $4Nk$ bytes against $4N + 4nk$: the base once, and a small file a task.
+# $4Nk$ bytes against $4N + 4nk$, where the base is frozen: the base once, and a small file a task.
 #
 # </details>
 #
