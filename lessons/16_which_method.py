@@ -192,9 +192,9 @@ frozen = [pytorch_ledger("llama-7b", rank_64, 1, 512, Loop(quantization=q)).held
 assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 and np.allclose(frozen, [2, 0.57], atol=0.01)
 
 # %% [markdown]
-# > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: a
-# > prompt takes 0.020 of LoRA's bytes a task, but 1.00 of its memory and 1.04 of its computation, as the whole model
-# > runs forward and backward for either.
+# > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
+# > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.04
+# > of its computation, as the whole model runs forward and backward for either.
 #
 # > `which-5` QLoRA: large models, one GPU: **holds**. On one card only QLoRA fits at 7B 16 GB, at 70B 80 GB (so for 7B
 # > and 70B); GB needed: 7B: full 71, LoRA 18, QLoRA 8; 70B: full 725, LoRA 163, QLoRA 56.
