@@ -8,7 +8,7 @@
 # 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
 # Training helped more where it met each fact in many wordings.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 19 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once, and reads
 # the table that decides, of three measurements and three seeds, from `lessons/results/16_which_method.jsonl`. `python

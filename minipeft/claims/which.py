@@ -42,8 +42,8 @@ def limited() -> Verdict:
     }
     return Verdict(
         graded(cases),
-        f"What is limited is {those(cases)}: at 7B, a prompt of 20 vectors takes {ratios['bytes a task']:.3f} of the bytes a task of LoRA (r = 8, q and v), but "
-        f"{ratios['memory']:.2f} of its memory and {ratios['computation']:.2f} of its computation, as the whole model runs "
+        f"What is limited is {those(cases)}: at 7B, a prompt of 20 vectors takes {ratios['bytes a task']:.3f} of the bytes a "
+        f"task of LoRA (r = 8, q and v), but {ratios['memory']:.2f} of its memory and {ratios['computation']:.2f} of its computation, as the whole model runs "
         "forward and backward for either.",
         Number("bytes a task: prompt over LoRA", ratios["bytes a task"], "times"),
         [
