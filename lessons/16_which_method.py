@@ -197,7 +197,8 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # > of its computation, as the whole model runs forward and backward for either.
 #
 # > `which-5` QLoRA: large models, one GPU: **holds**. On one card only QLoRA fits at 7B 16 GB, at 70B 80 GB (so for 7B
-# > and 70B); GB needed: 7B: full 71, LoRA 18, QLoRA 8; 70B: full 725, LoRA 163, QLoRA 56.
+# > and 70B); GB needed with r = 64 on all linear layers, 512 tokens: 7B: full 71, LoRA 18, QLoRA 8; 70B: full 725, LoRA
+# > 163, QLoRA 56.
 
 # %% [markdown]
 # ## 4 · Let the table decide
@@ -266,11 +267,11 @@ for c in (lora, qlora):
 # %% [markdown]
 # Who is best at the task is undecided, so what is scarce decides, and the rate with it. Of what clearly learns 90 %,
 # adapters at 1e-2 have the smallest file and take the least memory; at their usual 3e-3 they learn less and forget
-# less. Full fine-tuning at a third of its usual rate forgets least. (Lesson 15's L2-SP is not among the lines.) LoRA
-# learns about what full does, in a twelfth of the file. QLoRA takes a little less memory, learns a little less and
-# forgets a little more; its case is the larger model, where the frozen weights are most of the memory. Which step and
-# which answer are the fastest, the printed intervals tell of the machine that measured and of what else it did; nothing
-# is asserted of them.
+# less. Of those, full fine-tuning at a third of its usual rate forgets least. (Lesson 15's L2-SP is not among the
+# lines.) LoRA learns about what full does, in a twelfth of the file. QLoRA takes a little less memory, learns a little
+# less and forgets a little more; its case is the larger model, where the frozen weights are most of the memory. Which
+# step and which answer are the fastest, the printed intervals tell of the machine that measured and of what else it
+# did; nothing is asserted of them.
 #
 # ## 5 · And the other two jobs
 #

@@ -58,8 +58,8 @@ def limited() -> Verdict:
 
 @claim("which-5", lesson="16_which_method.py", section="3 · The table")
 def one_gpu() -> Verdict:
-    """Holds if, at 7B and at 70B, there is a card of 16, 24, 48 or 80 GB on which QLoRA fits by the ledger, and neither LoRA
-    in 16 bits nor full fine-tuning does; holds if at one of the sizes; does not hold here if at none."""
+    """Holds if, at 7B and at 70B, there is a card of 16, 24, 48 or 80 GB on which QLoRA (r = 64, all linear layers) fits by
+    the ledger, and neither such a LoRA in 16 bits nor full fine-tuning does; holds if at one of the sizes; does not hold here if at none."""
     lora = mp.LoraConfig(r=64, target_modules="all-linear")
     methods = {"full": (None, Loop()), "LoRA": (lora, Loop()), "QLoRA": (lora, Loop(quantization="nf4"))}
     needed = {
@@ -76,7 +76,7 @@ def one_gpu() -> Verdict:
     sizes = "; ".join(f"{size}: " + ", ".join(f"{m} {needed[size, m] / 1e9:.0f}" for m in methods) for size in SIZES)
     return Verdict(
         graded(cases),
-        f"On one card only QLoRA fits {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed: {sizes}.",
+        f"On one card only QLoRA fits {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed with r = 64 on all linear layers, 512 tokens: {sizes}.",
         Number("70B: LoRA in 16 bits over QLoRA, memory", needed["70B", "LoRA"] / needed["70B", "QLoRA"], "times"),
         [Number(f"{size}, {method}", n / 1e9, "GB") for (size, method), n in needed.items()],
         task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings; quality is not judged",
