@@ -7,7 +7,8 @@
 # a good answer. SFT imitates. Which of two answers is better the later stages learn, a reward model and reinforcement
 # learning from human feedback, RLHF (Lessons 9 and 10). InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
 # validation loss rose after the first, and yet more epochs gave answers that people preferred (their sections 3.2 and
-# 3.5): the loss is not the aim.
+# 3.5): the loss is not the aim. (It also rises where a model gets surer of its own wording, which need not make answers
+# worse.)
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, so that the model learns to follow instructions and not a single task. Three things can be new to a tuned
@@ -123,8 +124,8 @@ print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 # text of a user can spell them, since the texts and the template's tokens are encoded apart. (`transformers` writes the
 # whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the turn.) All of the assistant's
 # turns are learned, each with its end; the user's and the system's are not. Tokens that the base has never met need
-# trained embeddings. LoRA leaves them frozen unless `modules_to_save` names the matrix (last exercise), or
-# `trainable_token_indices` the rows.
+# trained embeddings. LoRA leaves them frozen unless `modules_to_save` names the matrix (last exercise),
+# `trainable_token_indices` the rows, or `target_modules` the embedding.
 
 # %%
 messages = [
@@ -158,7 +159,7 @@ assert begins == len(alone) - 1
 
 # %% [markdown]
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
-# with the space alone, where the model has never had to go on. Hence the rule: no space at the end of a prompt.
+# with the space alone, where the model has never had to go on.
 #
 # Alpaca's template makes a record more than twice as long as ours. So we take a short one.
 
@@ -230,7 +231,7 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 # attention grows with their square. And where a batch is a number of *rows*, as in TRL, it now holds more records:
 # fewer steps an epoch, perhaps another rate.
 #
-# **Predict:** leave out one of the two precautions, then the other. Which harms this model?
+# **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
 # %%
 without = {}
@@ -358,10 +359,10 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# It answers, briefly. How often does it stop within 14 tokens, and how often is it right? Count. A loss is the mean
-# over tasks, of each 32 test records. It is computed with the wanted answer's beginning given, as in training (*teacher
-# forcing*); what the model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program
-# can check the answers to four of the seven trained tasks and to two of the three new ones.
+# How often does it stop within 14 tokens, and how often is it right? Count. A loss is the mean over tasks, of each 32
+# test records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the
+# model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers
+# to four of the seven trained tasks and to two of the three new ones.
 
 
 # %%
@@ -387,15 +388,13 @@ for name in ("source", "part-of-speech"):
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all answers
-# end. But not one answer is right. What carried over is the form: after "Answer:" comes something short, and then the
-# end. New **phrasings** cost little: the loss is higher by less than a tenth of a nat, and the share of right answers
-# differs by less than a tenth. (FLAN's models of up to eight billion parameters got *worse* on new tasks, larger ones
-# better: figure 7. The authors suspect that the trained tasks fill a small one. Ours has less than a thousandth of
-# that.)
+# end. But none of the answers that are checked is right. What carried over is the form: after "Answer:" comes something
+# short, and then the end. New **phrasings** cost little: the loss is higher by less than a tenth of a nat, and the
+# share of right answers differs by less than a tenth. (FLAN's models of up to eight billion parameters got *worse* on
+# new tasks, larger ones better: figure 7. The authors suspect that the trained tasks fill a small one.)
 #
 # On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
-# text far more often right than one that always gives the same answer. For parts of speech that is undecided: the
-# interval contains the share of "noun".
+# text far more often right than one that always gives the same answer. For parts of speech that is undecided.
 
 # %%
 if not REDUCED:
@@ -449,7 +448,7 @@ if not REDUCED:
 # > - asked, it gives no more of them than in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > (5 seeds, 256 test items)
+# > A part that asks for more is not so where the interval lies below 5 points. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
@@ -497,7 +496,8 @@ if not REDUCED:
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, since it gets fewer records, and lower the mean loss on the three new
-# tasks, from one task to three to seven. FLAN's figure 6 shows the latter at scale.
+# tasks, from one task to three to seven. FLAN's figure 6 shows the latter at scale. (Intervals are over seeds: other
+# new tasks might tell otherwise.)
 #
 # **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
 # is undecided. In FLAN more phrasings hardly mattered beside more data sets (appendix B.1).
@@ -603,10 +603,11 @@ if not REDUCED:
 
 # %% [markdown]
 # With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
-# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. With `transformers`, which
-# keeps it with the tokenizer, two slips change the prompt all the same: without `add_generation_prompt=True` it does
-# not open the assistant's turn, and a chat already written out by the template can get a second beginning-of-sequence
-# token, unless it is encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
+# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. (Its loss counts another
+# end, which the base does not know.) With `transformers` two slips change the prompt: without
+# `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
+# get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
+# (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.
@@ -632,7 +633,7 @@ if not REDUCED:
 
 # %% [markdown]
 # The answers' own tokens are learned about as well, but hardly any answer stops. A program that reads the answer gets
-# rubbish behind it, and who pays by the token pays until the limit.
+# rubbish behind it.
 
 # %% [markdown]
 # ## Quiz

@@ -208,6 +208,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
+        f"A part that asks for more is not so where the interval lies below {100 * SMALL:g} points."
     )
     return Finding(verdict, because, taught, evidence)
 
