@@ -226,10 +226,10 @@ assert packed.tokens == padded.tokens and packed.weight == padded.weight
 assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
-# More than half is padding; in the packed rows it is less than a tenth. The loss is the same. Which records share a row
-# is best-fit decreasing: each, the longest first, goes where the least room is left. Longer rows waste less, but
-# attention grows with their square. And where a batch is a number of *rows*, as in TRL, it now holds more records:
-# fewer steps an epoch, perhaps another rate.
+# More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
+# decreasing: each, the longest first, goes where the least room is left. Longer rows waste less, but attention grows
+# with their square. And where a batch is a number of *rows*, as in TRL, it now holds more records: fewer steps an
+# epoch.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
