@@ -359,10 +359,10 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# How often does it stop within 14 tokens, and how often is it right? Count. A loss is the mean over tasks, of each 32
-# test records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the
-# model writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers
-# to four of the seven trained tasks and to two of the three new ones.
+# How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 32 test
+# records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model
+# writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers to
+# four of the seven trained tasks and to two of the three new ones.
 
 
 # %%
@@ -388,10 +388,10 @@ for name in ("source", "part-of-speech"):
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all answers
-# end. But none of the answers that are checked is right. What carried over is the form: after "Answer:" comes something
-# short, and then the end. New **phrasings** cost little: the loss is higher by less than a tenth of a nat, and the
-# share of right answers differs by less than a tenth. (FLAN's models of up to eight billion parameters got *worse* on
-# new tasks, larger ones better: figure 7. The authors suspect that the trained tasks fill a small one.)
+# end. But none of the answers that are checked is right. What carried over is the form: something short, and then the
+# end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
+# (FLAN's models of up to eight billion parameters got *worse* on new tasks, larger ones better: figure 7. The authors
+# suspect that the trained tasks fill a small one.)
 #
 # On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
 # text far more often right than one that always gives the same answer. For parts of speech that is undecided.
@@ -412,7 +412,7 @@ if not REDUCED:
     assert KNOWN["part-of-speech"][0].low < KNOWN["part-of-speech"][1] < KNOWN["part-of-speech"][0].high
 
 # %% [markdown]
-# Two questions are left, which the verdicts below answer with more models.
+# Two questions are left, for the verdicts below.
 #
 # Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
@@ -502,8 +502,9 @@ if not REDUCED:
 # **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
 # is undecided. In FLAN more phrasings hardly mattered beside more data sets (appendix B.1).
 #
-# **Learning the prompt too** is clearly worse on the trained tasks. At the new ones it is undecided. (Shi et al. 2024,
-# arXiv:2405.14394, report gains from it where prompts are long beside their answers, or records few.)
+# **Learning the prompt too** is clearly worse on the trained tasks: answers are a small share of that loss. At the new
+# ones it is undecided. (Shi et al. 2024, arXiv:2405.14394, report gains from it where prompts are long beside their
+# answers, or records few.)
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -658,12 +659,12 @@ if not REDUCED:
 #
 # </details>
 #
-# **3.** Several records share a row. What two precautions keep each as if it were alone, and which of them does this
-# model not need?
+# **3.** Several records share a row. What keeps each as if it were alone, and what of this does this model not need?
 #
 # <details><summary>Answer</summary>
 #
-# Positions that begin anew with each record, and a mask by which a token sees only its own. A Llama's rotary positions
+# Positions that begin anew with each record, a mask by which a token sees only its own, and no label for a record's
+# first token. A Llama's rotary positions
 # enter only as differences, so wrong ones do nothing here; the mask always matters.
 #
 # </details>
@@ -710,7 +711,7 @@ if not REDUCED:
 #   for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
 # - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten
 #   are right. What did the other six tasks take from it, records or room? Keep its 206 records and leave the others
-#   out; then give it 1,440 among 8,640 of the others.
+#   out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
 # - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`. After full
 #   fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the base has
 #   never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
