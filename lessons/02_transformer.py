@@ -184,7 +184,7 @@ def rope(x, position):
 
 q, k = rng.standard_normal((2, D))
 cos, sin = np.cos(17 * theta), np.sin(17 * theta)
-assert np.allclose(F.rope(mp.Tensor(q[None, None, None]), cos[None, None], sin[None, None]).data.ravel(), rope(q, 17))
+assert np.allclose(F.rope(mp.Tensor(q[None, None, None]), cos[None, None], sin[None, None]).data.ravel(), rope(q, 17), atol=1e-14)
 scores, farther = [rope(q, m) @ rope(k, m - 7) for m in (17, 117, 5017)], rope(q, 17) @ rope(k, 9)
 print("\nscores at distance 7:", "  ".join(f"{s:.10f}" for s in scores), f"  at distance 8: {farther:.10f}")
 assert np.allclose(scores, scores[0], atol=1e-9) and abs(farther - scores[0]) > 1e-3

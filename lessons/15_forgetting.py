@@ -8,7 +8,7 @@
 # **Pareto frontier**: the runs beside which no other is at least as good in both and better in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# control). Reading takes about 19 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
 # or open it as a notebook. It computes a few runs now, and reads the others, with three seeds each, from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
@@ -357,8 +357,8 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 # excludes 0 one time in twenty (Lesson 14), and here are dozens. Not run here is a penalty on *outputs* instead of
 # weights: Learning without Forgetting (Li and Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask
 # that the model answer as it did. At equal accuracy on a new task, reinforcement learning from the model's own answers
-# (Lesson 10) forgot less than supervised fine-tuning, and what foretold forgetting was the KL divergence from the base
-# on the *new* task (Shenfeld et al. 2025, arXiv:2509.04259).
+# (Lesson 10) forgot less than supervised fine-tuning, and the KL divergence from the base on the *new* task
+# foretold forgetting (Shenfeld et al. 2025, arXiv:2509.04259).
 
 # %%
 points_of = {**names, **{point(rows, s): f"{name} ({strength(s)})" for name, several in REMEDIES.items() for s in several if strength(s) != "-"}}

@@ -25,7 +25,7 @@ def quotation(statement: Statement, verdict: Verdict) -> str:
         return ""
     sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, "test items")) if n and n > 1]
     said = f"`{statement.id}` {statement.statement}: **{verdict.verdict}**. {verdict.because}"
-    end = "\n\n" if "- " in said.rpartition("\n")[2][:2] else " "
+    end = "\n\n" if said.rpartition("\n")[2].startswith("- ") else " "
     said += f"{end}({', '.join(sizes)})" * bool(sizes)
     return filled(said, WIDTH, "# > ", "# > ") + "\n"
 
