@@ -114,7 +114,7 @@ assert difference < 1e-4
 # > (Houlsby) or 1 (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
-# > options to 11. 0 of 4 comparisons are as stated:
+# > options to 11. 0 of 4 comparisons are as stated, 2 not told:
 # >
 # > - a unit beside a direction of LoRA, read: not told apart (+0.014 [-0.024, +0.053]).
 # > - a unit beside one before training, read: not told apart (+0.126 [-0.002, +0.254]).

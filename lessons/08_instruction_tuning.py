@@ -428,7 +428,8 @@ if not REDUCED:
 # (noun):". One model is tuned on the tested facts, and so *told* them; one on *other* facts.
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 4 of 6 comparisons are as stated:
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 4 of 6 comparisons are as stated, 1
+# > not told:
 # >
 # > - right answers, tuned beside base, new inputs: better (+0.345 [+0.300, +0.390]).
 # > - instructions followed, tuned beside shuffled, new inputs: better (+0.230 [+0.186, +0.273]).

@@ -264,12 +264,16 @@ assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "ha
 # of two methods each is taken at the gentlest setting that learns the task as well as the other.
 
 # %% [markdown]
-# > `forget-5` remedy: PEFT: **cannot be tested here**. 0 of 4 comparisons are as stated:
+# > `forget-5` remedy: PEFT: **cannot be tested here**. 0 of 4 comparisons are as stated, 2 not told:
 # >
-# > - lora beside full, rewrite, 500 examples: not told apart (-0.011 [-0.023, +0.001]).
-# > - lora beside full, source, 500 examples: not told apart (+0.013 [-0.000, +0.026]).
-# > - bottleneck beside full, rewrite, 500 examples: equal (-0.003 [-0.016, +0.011]).
-# > - bottleneck beside full, source, 500 examples: worse (-0.071 [-0.100, -0.041]).
+# > - lora beside full, rewrite, 500 examples: not told apart (-0.011 [-0.023, +0.001]; the task equal, -0.002 [-0.011,
+# >   +0.007]).
+# > - lora beside full, source, 500 examples: not told apart (+0.013 [-0.000, +0.026]; the task equal, -0.002 [-0.006,
+# >   +0.003]).
+# > - bottleneck beside full, rewrite, 500 examples: equal (-0.003 [-0.016, +0.011]; the task equal, -0.000 [-0.008,
+# >   +0.007]).
+# > - bottleneck beside full, source, 500 examples: worse (-0.071 [-0.100, -0.041]; the task equal, -0.000 [-0.007,
+# >   +0.006]).
 # >
 # > (5 seeds, 640 test items)
 

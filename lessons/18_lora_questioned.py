@@ -250,9 +250,9 @@ assert 0 < on["all-linear, r = 8"] - on["q and v, r = 43"] < on["q and v, r = 8"
 print(so_far([*TARGETS, "lora-qv", "lora-qv-r43"]))
 
 # %% [markdown]
-# > `lora-8` all linear layers: more parameters and better: **holds if**. 2 of 4 comparisons are as stated:
+# > `lora-8` all linear layers: more parameters and better: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
 # >
-# > - lora beside lora-qv, rewrite, 500 examples: better (+0.015 [+0.008, +0.022]).
+# > - lora beside lora-qv, rewrite, 500 examples: better, within 4 epochs (+0.015 [+0.008, +0.022]).
 # > - lora beside lora-qv, source, 500 examples: better (+0.021 [+0.005, +0.036]).
 # > - lora beside lora-qv-r43, rewrite, 500 examples: equal (-0.008 [-0.019, +0.003]).
 # > - lora beside lora-qv-r43, source, 500 examples: not told apart (+0.007 [-0.013, +0.027]).

@@ -290,7 +290,7 @@ def changed(rows, **numbers):
 
 # experiments whose rules are given made-up rows in test_claims_league, _instruction, _adapters, _chain, _constitution and _mechanisms
 MADE_UP = {
-    "league", "practice", "forgetting", "following", "knowledge", "components", "units", "chain", "constitution",
+    "league", "following", "knowledge", "components", "units", "chain", "constitution",
     "intrinsic_dimension", "memorization", "width", "speed",
 }  # fmt: skip
 ROWS = {  # id -> [(changes, the verdict then)]

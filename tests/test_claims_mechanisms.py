@@ -297,39 +297,34 @@ def test_a_known_law_is_recovered():
         Law([32], np.ones((5, 1)))
 
 
-def width_rows(at_4096: float, pretraining: float, lora: float, model: bool = False) -> list[dict]:
-    """Rates that fall as 1 / width to one at 4096, and pretraining's and LoRA's a multiple of them."""
+def width_rows(at_4096: float, pretraining: float, model: bool = False) -> list[dict]:
+    """Rates that fall as 1 / width to one at 4096, and pretraining's a multiple of them."""
     rows = []
     for one in [*width.runs(), *(width.LARGE if model else [])]:
         rate = at_4096 * 4096 / one.width * 2 ** np.random.default_rng(one.seed + one.width).normal(scale=0.1)
-        row = described(one) | {"full": rate, "lora": lora * rate}
+        row = described(one) | {"full": rate}
         rows.append(row if one.model else row | {"pretraining": pretraining * rate})
     return rows
 
 
 def test_the_rules_of_the_rates_come_out_each_way():
-    assert width.small_rates(width_rows(3e-5, 8, 8)).verdict == HOLDS
-    assert width.small_rates(width_rows(3e-4, 8, 8)).verdict == IF
-    low = width.small_rates(width_rows(3e-4, 1, 8))
+    assert width.small_rates(width_rows(3e-5, 8)).verdict == HOLDS
+    assert width.small_rates(width_rows(3e-4, 8)).verdict == IF
+    low = width.small_rates(width_rows(3e-4, 1))
     assert low.verdict == NOT
     assert low.evidence["a of fine-tuning"].value == pytest.approx(1, abs=0.1)
-    assert width.peft_rates(width_rows(3e-5, 8, 8)).verdict == HOLDS
-    found = width.peft_rates(width_rows(3e-5, 8, 1))
-    assert found.verdict == IF
-    assert found.effect.value == pytest.approx(1)
-    assert width.peft_rates(width_rows(3e-3, 8, 0.5)).verdict == NOT
 
 
 def test_the_prediction_is_compared_where_the_large_model_has_run():
-    assert width.compared(width_rows(3e-5, 8, 8)) is None
-    predicted, measured = width.compared(width_rows(3e-5, 8, 8, model=True))
+    assert width.compared(width_rows(3e-5, 8)) is None
+    predicted, measured = width.compared(width_rows(3e-5, 8, model=True))
     assert predicted.value == pytest.approx(measured.value, rel=0.2)
-    assert "135M model's best" in width.small_rates(width_rows(3e-5, 8, 8, model=True)).because
+    assert "135M model's best" in width.small_rates(width_rows(3e-5, 8, model=True)).because
 
 
 def test_a_cell_of_a_width(short):
     row = width.run(Width(32, 1, pretraining=2, blocks=2, length=16, examples=8, batch_size=4, validation=4))
-    for name in ("pretraining", "full", "lora"):
+    for name in ("pretraining", "full"):
         rates = [rate for rate, _ in row[f"{name}_rates"]]
         assert rates[0] <= row[name] <= rates[-1]
 

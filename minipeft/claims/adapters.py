@@ -15,7 +15,7 @@ from ..backend import to_numpy
 from ..peft.config import PeftConfig
 from ..peft.methods import METHODS
 from . import units
-from .comparison import told
+from .comparison import better, told
 from .decoding import DECODING, TOKENS, decode, repeats, slowdown, where
 from .full import method_lines
 from .inputs import BASE, arrays, base, batch, moved, steps
@@ -135,7 +135,7 @@ def simple_and_interpretable(rows: list[dict[str, Any]]) -> Verdict:
     found = units.besides(rows)
     if found is None:
         return Verdict(UNTESTABLE, "A training diverged under one of the seeds, tuned as it is.")
-    read = told(found, lambda d: d.clearly_better, "source")
+    read = told(found, better, "source")
     verdict = graded(simple | {"read": read.verdict in (HOLDS, IF)})
     if verdict in (HOLDS, NOT):  # so far as it is read
         verdict = read.verdict

@@ -6,6 +6,8 @@
     clear         the interval excludes 0
     equal         the interval lies within ±NEAR: a difference that nobody would notice
     neither       no clear difference; the interval says how large it may be
+    so            what a rule asks of a difference: True, False, or None where the interval is too wide to tell. A statement
+                  that is so in no comparison does not hold here; but where one is not told, it cannot be tested here
     holds if      of k comparisons each is wrong once in twenty times; that the statement is so in some of them is said
                   only of those that are clear at the level 1 - 0.05 / k (Bonferroni). That it is so in all takes no more
                   than 95 % of each: all must be clear.
@@ -136,6 +138,11 @@ class Difference(NamedTuple):
         return -self.near < self.better.low and self.better.high < self.near
 
     @property
+    def turned(self) -> Difference:
+        """How much better b is."""
+        return Difference(Estimate(-self.better.value, -self.better.high, -self.better.low), self.near)
+
+    @property
     def interval(self) -> str:
         return f"{self.better.value:+.3f} [{self.better.low:+.3f}, {self.better.high:+.3f}]"
 
@@ -175,10 +182,37 @@ def number(name: str, found: Difference, key: str) -> Number:
 
 # ------------------------------------------------------------------------------------------------- what rules are made of
 
+Question = Callable[[Difference], bool | None]  # see above: so
 
-def not_clearly_worse(found: Difference) -> bool:
-    """Whether a is better than b, or worse by less than NEAR at most, with the whole interval: not inferior."""
-    return found.better.low > -found.near
+
+def above(least: float, found: Difference) -> bool | None:
+    """Whether a is better than b by more than `least`."""
+    return True if found.better.low > least else False if found.better.high < least else None
+
+
+def better(found: Difference) -> bool | None:
+    """Whether a is better than b: clearly, and not equal to it."""
+    return False if found.equal else above(0.0, found)
+
+
+def worse(found: Difference) -> bool | None:
+    """Whether a is worse than b: clearly, and not equal to it."""
+    return better(found.turned)
+
+
+def much_better(found: Difference) -> bool | None:
+    """Whether a is better by more than NEAR, with the whole interval."""
+    return above(found.near, found)
+
+
+def much_worse(found: Difference) -> bool | None:
+    """Whether a is worse by more than NEAR, with the whole interval."""
+    return above(found.near, found.turned)
+
+
+def not_inferior(found: Difference) -> bool | None:
+    """Whether a is better than b, or worse by less than NEAR, with the whole interval."""
+    return above(-found.near, found)
 
 
 class Pair(NamedTuple):
@@ -213,7 +247,11 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 
 
 class Beside(NamedTuple):
-    """Two reports on the same items under the same seeds, where each comes from, and what is measured."""
+    """Two reports on the same items under the same seeds, where each comes from, and what is measured.
+
+    limit      said where it may explain the difference: the worse of the two stopped at the most epochs allowed
+    learned    the losses on the task of two that are compared in something else, at equal quality of the task
+    """
 
     where: str
     a: str
@@ -221,48 +259,79 @@ class Beside(NamedTuple):
     b: str
     other: Report
     key: str
+    limit: str = ""
+    learned: tuple[Report, Report] | None = None
 
     def difference(self, level: float = 0.95) -> Difference:
         return compare(self.one, self.other, self.key, level)
 
+    def so(self, holds: Question, level: float = 0.95) -> bool | None:
+        """What the rule asks, of this difference. At equal quality of the task nobody's advantage may be that it learned
+        less: who is found better must not be inferior on the task."""
+        found = holds(self.difference(level))
+        if self.learned is None or found is None:
+            return found
+        task = compare(*self.learned, "nll")
+        return found if not_inferior(task if found else task.turned) else None
 
-def judged(find: Find, pairs: Sequence[Pair], holds: Callable[[Difference], bool], key: str = "") -> Verdict:
+    @property
+    def told(self) -> str:
+        found, task = self.difference(), ""
+        if self.learned is not None:
+            learned = compare(*self.learned, "nll")
+            task = f"; the task {learned.word}, {learned.interval}"
+        return f"{self.a} beside {self.b}, {self.where}: {found.word}{self.limit} ({found.interval}{task})"
+
+
+def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "") -> Verdict:
     """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so."""
-    found = []
+    found, failed = [], []
     for pair in pairs:
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
         if one is None or other is None:
-            name = pair.b if one else pair.a
-            return Verdict(UNTESTABLE, f"{name} diverged under one of the seeds, tuned as it is ({pair.where}).")
-        found.append(Beside(pair.where, pair.a, one, pair.b, other, of))
-    return told(found, holds, listed(sorted({pair.task for pair in pairs})))
+            failed.append(f"{pair.a} beside {pair.b}, {pair.where}: {pair.b if one else pair.a} diverged under one of the seeds")
+            continue
+        learned = None
+        if isinstance(pair.one, Gentle):
+            learned = protocol.report(find, pair.one), protocol.report(find, pair.other)
+        limit = "" if key else _limit(pair, one, other, of)
+        found.append(Beside(pair.where, pair.a, one, pair.b, other, of, limit, learned))
+    return told(found, holds, listed(sorted({pair.task for pair in pairs})), failed)
 
 
-def told(found: Sequence[Beside], holds: Callable[[Difference], bool], tasks: str) -> Verdict:
-    """The same of reports. Where nothing is found to be so, and an interval is too wide to tell, it cannot be tested here."""
-    so, surely, words, numbers, undecided = [], [], [], [], False
-    for each in found:
-        one = each.difference()
-        so.append(holds(one))
-        surely.append(holds(each.difference(1 - 0.05 / len(found))))
-        undecided |= so[-1] != surely[-1] or (not so[-1] and one.word == UNDECIDED)
-        words.append(f"{each.a} beside {each.b}, {each.where}: {one.word} ({one.interval})")
-        numbers.append(number(f"{each.a} over {each.b}, {each.where}", one, each.key))
-    verdict = HOLDS if all(so) else IF if any(surely) else UNTESTABLE if undecided else NOT
+def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
+    """ ", within 4 epochs" where the worse one stopped there, and the better did not."""
+    sides = [(pair.one, one), (pair.other, other)]
+    ended = [isinstance(of, Search) and report.trial.epochs == of.most for of, report in sides]
+    found = compare(one, other, key)
+    clear = [found.clearly_worse, found.clearly_better]
+    return next((f", within {of.most:g} epochs" for i, (of, _) in enumerate(sides) if clear[i] and ended[i] > ended[1 - i]), "")
+
+
+def told(found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[str] = ()) -> Verdict:
+    """The same of reports. `failed`: of pairs without a report, why; they are not told."""
+    so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
+    surely = [each.so(holds, 1 - 0.05 / len(so)) for each in found]
+    words = [each.told for each in found] + [*failed]
+    if not found:
+        return Verdict(UNTESTABLE, itemized(words))
+    undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
+    verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
     items = max(each.one.values.shape[1] for each in found)
-    because = f"{sum(so)} of {len(so)} comparisons are as stated: " * (len(so) > 2) + itemized(words)
+    counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so) + ": "
+    numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     return Verdict(
-        verdict, because, numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, counts * (len(so) > 2) + itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 
 def both(one: Verdict, other: Verdict) -> Verdict:
-    """The verdict on two parts of a statement: the sentences and numbers of both."""
-    if UNTESTABLE in (one.verdict, other.verdict):
-        return one if one.verdict == UNTESTABLE else other
+    """The verdict on two parts of a statement: the sentences and numbers of both. Where one part cannot be tested, what is
+    found of the other is all that is known: it holds if, or cannot be tested either."""
+    parts = {one.verdict, other.verdict}
+    verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
     numbers = [*one.evidence, *filter(None, [other.effect]), *other.evidence]
     return Verdict(
-        one.verdict if one.verdict == other.verdict else IF, f"{one.because} {other.because}", one.effect, numbers,
-        one.seeds, one.items, one.base, one.task,
+        verdict, f"{one.because} {other.because}", one.effect, numbers, one.seeds, one.items, one.base, one.task
     )  # fmt: skip

@@ -29,7 +29,7 @@ from ..peft.model import get_peft_model
 from ..text.datasets import MultipleChoice
 from ..train.evaluation import example_losses
 from . import data
-from .comparison import KEYS, Beside, not_clearly_worse, number, told
+from .comparison import KEYS, Beside, not_inferior, number, told
 from .inputs import batch
 from .mechanisms import ByItem, best_rate, curve, loss_on, steps_of, train
 from .protocol import SEEDS, TUNING, Report, version
@@ -145,7 +145,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         if None in row["swapped"]:
             return Verdict(UNTESTABLE, f"{row['method']} diverged under one of the seeds, tuned as it is.")
         gained = [one.difference() for one in besides(row, "alone", "base")]
-        told_of[row["method"]] = both = told(besides(row, "together", "alone"), not_clearly_worse, listed(TASKS))
+        told_of[row["method"]] = both = told(besides(row, "together", "alone"), not_inferior, listed(TASKS))
         kept = both.verdict if all(one.clearly_better for one in gained) else UNTESTABLE  # what was not learned is not kept
         cases[row["method"]] = {"swapped": max(row["swapped"]) == 0, "removed": max(row["removed"]) == 0, "together": kept}
         learned += [number(f"{row['method']} alone over the base, {task}", one, KEYS[task]) for task, one in zip(TASKS, gained)]

@@ -40,7 +40,7 @@ from ..text.datasets import Completion
 from ..text.examples import Example, encode_examples
 from ..text.instructions import HELD_OUT, TASKS, TRAINED, Pair, pairs, phrase
 from ..train.evaluation import example_losses
-from .comparison import Beside, told
+from .comparison import Beside, better, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
 from .register import UNTESTABLE, Number, Verdict
@@ -246,5 +246,5 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
             shares.append(Number(f"{arm}, new {kind}", one.mean.value, "right", one.mean.low, one.mean.high))
             for task in dict.fromkeys(tasks.tolist()):
                 shares.append(Number(f"{arm}, new {kind}, {task}", float(one.values[:, tasks == task].mean()), "right"))
-    decided, others = (told(each, lambda d: d.clearly_better, "tasks with instructions") for each in (found, rest))
+    decided, others = (told(each, better, "tasks with instructions") for each in (found, rest))
     return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *shares])

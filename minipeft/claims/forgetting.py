@@ -1,5 +1,6 @@
 """Forgetting, and its remedies, at equal quality of the task: of two ways to train, each is taken as it forgets least among the
-settings that learn as much as the other. What is kept is the share of 640 general items answered right."""
+settings that learn as much as the other. What is kept is the share of 640 general items answered right. Who keeps more must
+not have learned less, on the test items and by more than 0.02 nats per token; else the comparison tells nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..experiments.rows import finder
-from .comparison import CASES, SIZES, Pair, Searches, judged, way
+from .comparison import CASES, SIZES, Pair, Searches, better, judged, way
 from .protocol import TABLE, Gentle
 from .register import Verdict, claim
 
@@ -38,37 +39,36 @@ def _rates(methods: Sequence[str]) -> list[Pair]:
 FULL_RATES, RATES = _rates(["full"]), _rates(["full", "lora"])
 
 
-@claim("full-4", lesson="15_forgetting.py", section="3 · Methods and rates", experiment=Searches.pairs("forgetting", FULL_RATES))
+@claim("full-4", lesson="15_forgetting.py", section="3 · Methods and rates", experiment=Searches.pairs("league", FULL_RATES))
 def overwritten(rows: Rows) -> Verdict:
     """Holds if full fine-tuning at a sixteenth of the rate clearly keeps more general items, at equal quality of the task, on both tasks;
-    holds if on one; does not hold here otherwise."""
-    return judged(finder(rows), FULL_RATES, lambda d: d.clearly_better, "cloze")
+    holds if on one; does not hold here otherwise. (That larger rates overwrite; why is not tested.)"""
+    return judged(finder(rows), FULL_RATES, better, "cloze")
 
 
-@claim("forget-2", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", RATES))
+@claim("forget-2", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("league", RATES))
 def lower_rate(rows: Rows) -> Verdict:
     """Holds if a sixteenth of the rate clearly keeps more general items, at equal quality of the task, for full fine-tuning and LoRA
     on both tasks; holds if in some of these cases; does not hold here if in none."""
-    return judged(finder(rows), RATES, lambda d: d.clearly_better, "cloze")
+    return judged(finder(rows), RATES, better, "cloze")
 
 
 REPLAY = [pair for share in (0.25, 1.0) for pair in remedies(f"{share:g} general blocks an example", {"replay": share}, "none", {})]
 
 
-@claim("forget-3", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", REPLAY))
+@claim("forget-3", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("league", REPLAY))
 def general_data(rows: Rows) -> Verdict:
     """Holds if mixing in general text, 0.25 or 1 block of 64 tokens an example, clearly keeps more general items, at equal quality of the
     task, in every case; holds if in some; does not hold here if in none. (The blocks cost computation of their own.)"""
-    return judged(finder(rows), REPLAY, lambda d: d.clearly_better, "cloze")
+    return judged(finder(rows), REPLAY, better, "cloze")
 
 
-DECAY = [pair for strength in (0.1, 1.0, 10.0) for pair in remedies(f"weight decay {strength:g}", {"weight_decay": strength}, "none", {})]
-DROPOUT = [pair for p in (0.05, 0.2) for pair in remedies(f"dropout {p:g}", {"dropout": p}, "none", {})]
-TO_START = [pair for alpha in (0.01, 0.1, 1.0) for pair in remedies(f"L2 to the start {alpha:g}", {"l2_start": alpha}, "none", {}, ["full"])]
+DECAY = [pair for strength in (0.1, 1.0) for pair in remedies(f"weight decay {strength:g}", {"weight_decay": strength}, "none", {})]
+DROPOUT = remedies("dropout 0.1", {"dropout": 0.1}, "none", {})
 
 
-@claim("forget-4", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("forgetting", DECAY + DROPOUT + TO_START))
+@claim("forget-4", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("league", DECAY + DROPOUT))
 def regularization(rows: Rows) -> Verdict:
-    """Holds if weight decay (0.1, 1, 10), dropout (0.05, 0.2) and L2 to the start (0.01, 0.1, 1; full fine-tuning) clearly keep more
-    general items, at equal quality of the task, in every case; holds if in some; does not hold here if in none."""
-    return judged(finder(rows), DECAY + DROPOUT + TO_START, lambda d: d.clearly_better, "cloze")
+    """Holds if weight decay (0.1 and 1) and dropout (0.1) clearly keep more general items, at equal quality of the task, in every case of
+    method and task; holds if in some; does not hold here if in none."""
+    return judged(finder(rows), DECAY + DROPOUT, better, "cloze")

@@ -3,8 +3,8 @@
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
     tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to a better
                 neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned with
-                the same effort, and the best rate and batch lie inside what was tried. Epochs have an upper end, the
-                same for all: what may be computed. Judged by the loss on validation under one seed, TUNING, the same
+                the same effort, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs
+                have an upper end, the same for all: what may be computed; the best may lie beyond it. Judged by the loss on validation under one seed, TUNING, the same
                 for all neighbors; the loss also where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
                 test split, item by item. Nothing was chosen by them.
@@ -311,7 +311,7 @@ def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
     enough = max(math.inf if loss is None else loss for loss in losses) + ROOM
     equal = [trial for trial, loss in seen.items() if loss <= enough]
     kept = [trial for trial in equal if find(described(trial))["loss"] is not None] or [mine]
-    return min(kept, key=lambda trial: sum(find(described(trial)).get("general", {}).values())), []
+    return min(kept, key=lambda trial: (sum(find(described(trial)).get("general", {}).values()), seen.get(trial, 0))), []
 
 
 def wanted(find: Find, searches: Iterable[Search | Gentle]) -> list[Trial]:

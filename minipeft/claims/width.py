@@ -4,8 +4,8 @@
     at width n              2^(b - a log2 n), for every seed, its interval over seeds
 
 Models of the Llama dialect, all 4 layers deep and with heads of 16 channels, are pretrained for the same tokens on the
-shipped corpora, each by its best rate, then fine-tuned on the task "source" from there, all weights or LoRA. A best rate
-is found on a lattice (x 2), inside what was tried, and then between its points: the vertex of the parabola of the loss
+shipped corpora, each by its best rate, then all weights are fine-tuned on the task "source" from there. A best rate is
+found on a lattice (x 2), inside what was tried, and then between its points: the vertex of the parabola of the loss
 through the best rate and its two neighbors, in log2 rate. Every seed has a model, examples and best rates of its own.
 
 Sources: Yang et al. 2022, Tensor Programs V (arXiv:2203.03466): in the usual parametrization, Adam's best rate for
@@ -41,7 +41,7 @@ from . import data
 from .mechanisms import Finding, best_rate, curve, geometric, graded, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS
 
-WIDTHS, TUNED = (32, 64, 128, 256), ("full", "lora")
+WIDTHS = 32, 64, 128, 256
 SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
 MUCH = 1 / 2  # a rate below this share of another is much smaller
 
@@ -93,7 +93,7 @@ def text(split: str, n: int, length: int) -> list[Example]:
 
 
 def run(settings: Width) -> Row:
-    """The row of a cell. Of "pretraining" and of each of TUNED: the best rate, between the lattice's, and the
+    """The row of a cell. Of "pretraining" and of "full" fine-tuning: the best rate, between the lattice's, and the
     [[rate, loss on validation], ...] of those tried: {"pretraining": 3e-3, "pretraining_rates": ..., "full": ..., ...}."""
     s, row = settings, {}
     if s.model:
@@ -122,17 +122,14 @@ def run(settings: Width) -> Row:
     pool, steps = data.questions("source", "train"), steps_of(s.examples, s.epochs, s.batch_size)
     drawn = encode([pool[i] for i in np.random.default_rng(s.seed).permutation(len(pool))[: s.examples]])
     validation = encode(data.asked("source", "validation", s.validation))
-    for name in TUNED:
 
-        def tune(rate: float, method: Any = METHODS[name]) -> float | None:
-            model = method.prepare(start, steps, s.seed)
-            done = train(model, drawn, rate, steps, s.batch_size, s.seed, pad_token_id=tokenizer.pad_token_id)
-            return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
+    def tune(rate: float) -> float | None:
+        model = METHODS["full"].prepare(start, steps, s.seed)
+        done = train(model, drawn, rate, steps, s.batch_size, s.seed, pad_token_id=tokenizer.pad_token_id)
+        return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
 
-        usual = at_width(METHODS[name].learning_rate, start)
-        best, tried = best_rate(tune, 2.0 ** round(math.log2(usual)), LEAST)
-        row |= {name: vertex(tried, best), f"{name}_rates": curve(tried)}
-    return row
+    best, tried = best_rate(tune, 2.0 ** round(math.log2(at_width(METHODS["full"].learning_rate, start))), LEAST)
+    return row | {"full": vertex(tried, best), "full_rates": curve(tried)}
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -173,17 +170,17 @@ class Law:
 
 
 def table(rows: Sequence[Mapping[str, Any]], of: str) -> tuple[list[int], np.ndarray]:
-    """(widths, best rates [seeds, widths]) of "pretraining" or one of TUNED, of the models pretrained here."""
+    """(widths, best rates [seeds, widths]) of "pretraining" or "full" fine-tuning, of the models pretrained here."""
     mine = [row for row in rows if not row["model"]]
     widths, seeds = (sorted({row[key] for row in mine}) for key in ("width", "seed"))
     found = {(row["seed"], row["width"]): row[of] for row in mine}
     return widths, np.array([[found[seed, width] for width in widths] for seed in seeds])
 
 
-def compared(rows: Sequence[Mapping[str, Any]], of: str = "full") -> tuple[Estimate, Estimate] | None:
-    """(what the law predicts for SmolLM2-135M, what is best there) of TUNED; None without its rows."""
-    there = [math.log2(row[of]) for row in rows if row["model"]]
-    return (Law(*table(rows, of)).at(SMALL), geometric(there)) if there else None
+def compared(rows: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate] | None:
+    """(what the law predicts for SmolLM2-135M, what is best there) in fine-tuning; None without its rows."""
+    there = [math.log2(row["full"]) for row in rows if row["model"]]
+    return (Law(*table(rows, "full")).at(SMALL), geometric(there)) if there else None
 
 
 def _overlap(a: Estimate, low: float, high: float) -> bool:
@@ -212,18 +209,3 @@ def small_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
         evidence["SmolLM2-135M, measured"] = pair[1]
         because += f"; at width {SMALL} it predicts {pair[0].value:.1e}, and the 135M model's best is {pair[1].value:.1e}"
     return Finding(graded(cases), because + ".", there, evidence)
-
-
-def peft_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
-    """Of best-4. Holds if at every width LoRA's best rate is clearly above full fine-tuning's, and full's predicted at the width
-    of a 7B model meets 1e-5 to 5e-5; holds if some of it is so; does not hold here if nothing is."""
-    (widths, full), (_, lora) = table(rows, "full"), table(rows, "lora")
-    evidence, cases = {}, {}
-    for i, width in enumerate(widths):
-        evidence[f"LoRA's rate over full's, width {width}"] = ratio = geometric(np.log2(lora[:, i] / full[:, i]))
-        cases[f"a higher rate for LoRA at width {width}"] = ratio.low is not None and ratio.low > 1
-    evidence[f"full at width {SEVEN_B}"] = there = Law(widths, full).at(SEVEN_B)
-    cases[f"1e-5 to 5e-5 for full at width {SEVEN_B}"] = _overlap(there, *RANGE)
-    ratio = geometric(np.log2(lora / full).mean(axis=1))
-    because = f"It is so for {those(cases)}, and not for {those(cases, False)}: LoRA's best rate is {ratio.value:.1f} times full's."
-    return Finding(graded(cases), because, ratio, evidence)
