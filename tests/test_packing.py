@@ -124,3 +124,12 @@ def test_a_run_with_packing_sees_the_same_tokens_and_ends_with_the_same_weights(
             np.testing.assert_allclose(without.losses(key), with_packing.losses(key), rtol=1e-5)
         for name, array in padded.items():
             np.testing.assert_allclose(packed[name], array, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_a_soft_prompt_learns_the_same_labels_however_examples_are_cut(rng):
+    examples = [(ids, ids) for ids in (rng.integers(3, 20, n) for n in (3, 9, 12))]
+    prompted = mp.get_peft_model(tiny_model(), mp.PromptTuningConfig(num_virtual_tokens=4), seed=1)
+    one, two = (mp.train.evaluate(prompted, examples, batch_size=n) for n in (1, 3))
+    packed = prompted.loss(**collate_packed(examples, capacity=24).arguments).item()
+    nll, tokens = mp.train.example_losses(prompted, examples)
+    np.testing.assert_allclose([two, packed, nll.sum() / tokens.sum()], one, rtol=1e-6)

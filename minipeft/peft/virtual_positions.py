@@ -6,7 +6,7 @@
                  0 0 ... 1 │    attention_mask        of a row with fewer of them than others (mixed_prompts.py)
 
 Departure from PEFT: positions count the unmasked tokens, in `forward` and `generate` alike, so that padding a row on
-the left changes nothing. PEFT's forward counts padding too, and ignores position_ids (except in prefix tuning).
+the left changes no logits. PEFT's forward counts padding too, and ignores position_ids (except in prefix tuning).
 """
 
 from __future__ import annotations

@@ -56,11 +56,14 @@ def pad_sequences(
 def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int = 0) -> Batch:
     """(input_ids [n], labels [n]) pairs as one batch [B, T], padded on the right to the longest.
 
-    The attention mask [B, T] is None where nothing is padded, so that the model takes its path without a mask.
+    The attention mask [B, T] is None where nothing is padded, so that the model takes its path without a mask. The first
+    token of an example is not learned, also where a soft prompt stands before it (which departs from PEFT): so a loss
+    has the same labels for every method, and however examples are cut into batches.
     """
     lengths = [len(ids) for ids, _ in examples]
     input_ids, mask = pad_sequences([ids for ids, _ in examples], pad_token_id)
     labels, _ = pad_sequences([own for _, own in examples], IGNORE)
+    labels[:, :1] = IGNORE
     padded = min(lengths) < max(lengths)
     arguments = {"input_ids": input_ids, "labels": labels, "attention_mask": mask if padded else None}
     return Batch(arguments, counted(labels), sum(lengths))
