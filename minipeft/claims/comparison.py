@@ -44,10 +44,10 @@ KEYS = {"rewrite": "nll", "source": "right"}  # what a task is judged by
 class Searches(Experiment):
     """An experiment whose runs depend on the rows so far: each search tunes, then reports (`protocol`)."""
 
-    searches: tuple[Search | Gentle, ...] = ()
+    searches: tuple[protocol.Way, ...] = ()
 
     @classmethod
-    def of(cls, name: str, searches: Iterable[Search | Gentle]) -> Searches:
+    def of(cls, name: str, searches: Iterable[protocol.Way]) -> Searches:
         return cls(name, protocol.run, (), searches=tuple(searches))
 
     @classmethod
@@ -160,7 +160,7 @@ def compare(a: Report, b: Report, key: str, level: float = 0.95) -> Difference:
     return Difference(found, NEAR[key])
 
 
-Way = Search | Gentle | Trial  # how a thing is done: what is tuned and reported, or a trial without training
+Way = protocol.Way | Trial  # how a thing is done: what is tuned and reported, or a trial without training
 
 
 def way(method: str, case: Case, **fixed: Any) -> Way:

@@ -95,7 +95,7 @@ def best_quality(rows: Rows) -> Verdict:
 
 @claim("full-10", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(("full",)))
 def forgetting(rows: Rows) -> Verdict:
-    """Holds if full fine-tuning, tuned for its task, loses more than 0.02 of the 640 general items that the base answers right, with the
+    """Holds if full fine-tuning, tuned for its task, answers fewer of the 640 general items right than the base, by more than 0.02 with the
     whole interval, in every case; holds if in some; does not hold here if in none."""
     return judged(finder(rows), in_cases("full", CASES, "base"), much_worse, "cloze")
 

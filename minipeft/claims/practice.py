@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from ..experiments.rows import described, finder
 from . import protocol
 from .comparison import CASES, NEAR, SIZES, Case, Pair, Searches, better, both, judged, not_inferior, way
 from .league import MAIN, league
-from .protocol import SEEDS, Find, most_epochs, search, tuned, untrained
-from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, graded, listed, measured, those
+from .protocol import SEEDS, Find, Seen, chosen, most_epochs, search, untrained
+from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, listed, measured
 from .statistics import crossed
 
 Rows = Sequence[Mapping[str, Any]]
@@ -92,26 +93,25 @@ def large_batches(rows: Rows) -> Verdict:
     return both(judged(find, LARGE, not_inferior), judged(find, EQUAL_STEPS, not_inferior))
 
 
-TUNED = [
-    (case, method, epochs, search(case.task, method, case.examples, epochs=epochs, longer=4))
-    for case in CASES[:2] + CASES[3:5] for method in METHODS for epochs in (1.0, 4.0 * most_epochs(case.examples))
-]  # fmt: skip
+def _advised(method: str, case: Case) -> Pair:
+    searches = tuple(search(case.task, method, case.examples, epochs=n, longer=4) for n in (1.0, 4.0 * most_epochs(case.examples)))
+    return Pair(f"{method}, {case.name}", "2 to 5 epochs", Seen(searches, 2, 5), "any number", Seen(searches))
 
 
-@claim("best-6", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=Searches.of("league", [of for *_, of in TUNED]))
+ADVISED = [_advised(method, case) for case in CASES[:2] + CASES[3:5] for method in METHODS]
+
+
+@claim("best-6", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=Searches.pairs("league", ADVISED))
 def epochs(rows: Rows) -> Verdict:
-    """Holds if the best number of epochs, each with a schedule of its own length, lies between 2 and 5 in every case of task, number of
-    examples (50 and 500), and full fine-tuning or LoRA; holds if in some; does not hold here if in none. More than 128 epochs of 50 examples and 16
-    of 500 are not tried. Each is searched for twice, from one epoch and from the most."""
+    """Holds if the best setting of 2 to 5 epochs is not inferior (interval above -0.02) to the best of any number of epochs, each with a
+    schedule of its own length, in every case of task, number of examples (50 and 500), and full fine-tuning or LoRA; holds if in
+    some; does not hold here if in none. More than 128 epochs of 50 examples and 16 of 500 are not tried. The settings are those
+    of two searches, from one epoch and from the most."""
     find = finder(rows)
-    best = {f"{method}, {case.name}, from {start:g}": tuned(find, of)[0].epochs for case, method, start, of in TUNED}
-    inside = {name: 2 <= number <= 5 for name, number in best.items()}
-    told = ", ".join(f"{number:g} ({name})" for name, number in best.items())
-    numbers = [Number(f"best number of epochs, {name}", number, "epochs") for name, number in best.items()]
-    return Verdict(
-        graded(inside), f"The best numbers of epochs are {told}; between 2 and 5: {those(inside)}.", numbers[0], numbers[1:],
-        items=256, base="the shipped base", task="rewrite and source",
-    )  # fmt: skip
+    best = {pair.where: chosen(find, pair.other)[0].epochs for pair in ADVISED}
+    found = judged(find, ADVISED, not_inferior)
+    told = listed([f"{number:g} ({name})" for name, number in best.items()])
+    return replace(found, because=f"{found.because} The best numbers of epochs are {told}.")
 
 
 WARM = [pair for share in (0.05, 0.1) for pair in differing(f"{share:.0%} warm-up", {"warmup": share}, "none", {"warmup": 0.0})]

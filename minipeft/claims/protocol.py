@@ -114,6 +114,18 @@ class Gentle(NamedTuple):
         return self.of.start
 
 
+class Seen(NamedTuple):
+    """Of the trials that searches saw, the best on validation among those of `least` to `most` epochs."""
+
+    of: tuple[Search, ...]
+    least: float = 0
+    most: float = math.inf
+
+    @property
+    def start(self) -> Trial:
+        return self.of[0].start
+
+
 def search(
     task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, longer: float = 1, **fixed: Any
 ) -> Search:
@@ -299,11 +311,18 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
-def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
+Way = Search | Gentle | Seen  # in which a trial is chosen
+
+
+def chosen(find: Find, of: Way) -> tuple[Trial, list[Trial]]:
     """(the trial that is reported, the trials still to be run to choose it)."""
     if isinstance(of, Search):
         return tuned(find, of)
     seen: dict[Trial, float] = {}
+    if isinstance(of, Seen):
+        unknown = [trial for one in of.of for trial in tuned(find, one, seen)[1]]
+        allowed = [trial for trial in seen if of.least <= trial.epochs <= of.most]
+        return (of.start if unknown else min(allowed, key=lambda trial: seen[trial])), unknown
     (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
     if unknown or more:
         return mine, unknown + more
@@ -314,7 +333,7 @@ def chosen(find: Find, of: Search | Gentle) -> tuple[Trial, list[Trial]]:
     return min(kept, key=lambda trial: (sum(find(described(trial)).get("general", {}).values()), seen.get(trial, 0))), []
 
 
-def wanted(find: Find, searches: Iterable[Search | Gentle]) -> list[Trial]:
+def wanted(find: Find, searches: Iterable[Way]) -> list[Trial]:
     """The trials that are needed next: of the tuning, and where it has ended, of the report."""
     trials = []
     for of in searches:
@@ -330,7 +349,7 @@ def version() -> str:
     return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
-def compute(searches: Sequence[Search | Gentle], store: str | os.PathLike, executor: Any = None, **options: Any) -> list[Row]:
+def compute(searches: Sequence[Way], store: str | os.PathLike, executor: Any = None, **options: Any) -> list[Row]:
     """All rows of the searches: those in the store, and those that are missing, computed and added, round by round.
     `executor` and the options are those of `experiments.sweep`.
 
@@ -359,7 +378,7 @@ class Report(NamedTuple):
         return crossed(self.values, self.weights)
 
 
-def report(find: Find, of: Search | Gentle | Trial, key: str = "nll") -> Report | None:
+def report(find: Find, of: Way | Trial, key: str = "nll") -> Report | None:
     """What is chosen, or a trial without training, on every test item under every seed; None where rows are missing.
 
     key   nll: nats per token; right, cloze: shares
