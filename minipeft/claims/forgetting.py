@@ -5,6 +5,7 @@ not have learned less, on the test items and by more than 0.02 nats per token; e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..experiments.rows import finder
@@ -43,7 +44,8 @@ FULL_RATES, RATES = _rates(["full"]), _rates(["full", "lora"])
 def overwritten(rows: Rows) -> Verdict:
     """Holds if full fine-tuning at a sixteenth of the rate clearly keeps more general items, at equal quality of the task, on both tasks;
     holds if on one; does not hold here otherwise. (That larger rates overwrite; why is not tested.)"""
-    return judged(finder(rows), FULL_RATES, better, "cloze")
+    found = judged(finder(rows), FULL_RATES, better, "cloze")
+    return replace(found, because=f"{found.because} That good weights are the reason is not tested.")
 
 
 @claim("forget-2", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("league", RATES))
