@@ -7,7 +7,7 @@
 # say how far a first step of each moves $W$, and so which comparisons decide nothing. (Its tables are of the league,
 # whose rows take days: those still to come are named, and until then the answer is that of the papers cited.)
 #
-# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 19 minutes (200 words or 25 lines of code a
+# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 20 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
