@@ -143,12 +143,12 @@ class PPOTrainer(OnlineTrainer):
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`policy_loss` + vf_coef · `value_loss`, statistics) of a minibatch. `new`: what `outputs` gives now."""
-        c, mask, advantages = self.config, batch["mask"], batch["advantages"]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # log ρ, [b, n]
-        ratio = change.exp()
-        policy = masked_mean(clipped(ratio, advantages, c.cliprange), mask)  # as in `policy_loss`
+        c, mask, old, advantages = self.config, batch["mask"], batch["old_logprobs"], batch["advantages"]
+        policy = policy_loss(new.logprobs, old, advantages, mask, c.cliprange)
         of_values = new.values, batch["old_values"], batch["returns"], mask, c.cliprange_value
         value = value_loss(*of_values)
+        change = log_ratio(new.logprobs.detach(), old, mask)  # log ρ, [b, n]
+        ratio = change.exp()
         return policy + c.vf_coef * value, {
             "loss/policy": policy.data,
             "loss/value": value.data,

@@ -211,15 +211,13 @@ def test_directories_of_quantized_models_are_read_by_transformers_and_read_from_
     assert all(np.array_equal(ours[n], other[n]) for n in ours if not n.endswith(("nested_absmax", "bitsandbytes__nf4")))
 
 
-@pytest.mark.parametrize(
-    "kind, options", [("AdamW8bit", {"lr": 0.01, "betas": (0.9, 0.95)}), ("Adam8bit", {"weight_decay": 0.1})]
-)
-def test_8_bit_moments_are_equal_byte_for_byte_after_each_of_120_steps(kind, options):
+@pytest.mark.parametrize("options", [{"lr": 0.01, "betas": (0.9, 0.95)}, {"weight_decay": 0.1}])
+def test_8_bit_moments_are_equal_byte_for_byte_after_each_of_120_steps(options):
     """Gradients over 24 decades, and rows of zeros; sizes around the block and around the smallest that has codes."""
     r = np.random.default_rng(4)
     ours = [Parameter(normal(i, *shape)) for i, shape in enumerate([(70, 100), (64, 64), (63, 65), (5,), (33, 1000)])]
     others = [torch.nn.Parameter(torch.tensor(p.data)) for p in ours]
-    mine, peer = getattr(mp.optim, kind)(ours, **options), getattr(bitsandbytes.optim, kind)(others, **options)
+    mine, peer = mp.optim.AdamW8bit(ours, **options), bitsandbytes.optim.AdamW8bit(others, **options)
     assert mine.defaults == {k: peer.defaults[k] for k in mine.defaults if k in peer.defaults} | {"min_8bit_size": 4096}
     for step in range(120):
         for p, q in zip(ours, others):
