@@ -16,7 +16,7 @@ import os
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,15 @@ def fsync_directory(path: str | os.PathLike) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text atomically; a lone surrogate, as of the bytes of a path that are not UTF-8, as its escape."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def rewrite(paths: Iterable[str], change: Callable[[str, str], str]) -> None:
+    """Give each text file the content `change(content, name)`, where that is another one; prints the paths of those files."""
+    for path in map(Path, paths):
+        before = path.read_text("utf-8")
+        if (after := change(before, path.name)) != before:
+            write_text(path, after)
+            print(path)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

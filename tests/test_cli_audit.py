@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import textwrap
 from dataclasses import fields
-from importlib import import_module
 
 import pytest
 from cli_helpers import output, refused
@@ -95,9 +93,8 @@ def test_a_file_of_ones_own(capsys, tmp_path, rows, status, shown):
     assert [text for text in shown if text not in out] == []
 
 
-@pytest.mark.parametrize("module", ["minipeft.accounting.published", "minipeft.cli.audit"])
-def test_the_documented_example_works_verbatim(capsys, tmp_path, module):
-    lines = textwrap.dedent(import_module(module).__doc__).splitlines()
+def test_the_documented_example_works_verbatim(capsys, tmp_path):
+    lines = command.__doc__.splitlines()
     start = next(i for i, line in enumerate(lines) if line.strip().startswith("id,quantity,unit"))
     example = [line.strip() for line in lines[start:]]
     (tmp_path / "mine.csv").write_text("\n".join(example[: example.index("") if "" in example else None]) + "\n")
@@ -107,18 +104,16 @@ def test_the_documented_example_works_verbatim(capsys, tmp_path, module):
 
 
 def test_every_column_and_option_is_documented():
-    documented = published.__doc__ + published.Options.__doc__
     options = [field.name for field in fields(published.Options)]
-    assert [name for name in (*published.COLUMNS, *options, *published.UNITS) if name not in documented] == []
+    assert [name for name in options if name not in published.Options.__doc__] == []
     words = set(re.findall(r"[\w/%]+", command.__doc__))
     assert [name for name in (*published.COLUMNS, *options, *published.UNITS, *COUNTED) if name not in words] == []
 
 
 def test_the_help_has_the_number_of_figures_and_the_conventions():
     assert f"\n{len(published.read_published())} parameter counts and memory figures" in command.__doc__
-    for text in (command.__doc__, published.__doc__):
-        for convention in ("c_attn", "enable_lora", "num_transformer_submodules", "OPT", "modules_to_save"):
-            assert convention in text
+    for convention in ("c_attn", "enable_lora", "num_transformer_submodules", "OPT", "modules_to_save"):
+        assert convention in command.__doc__
 
 
 WRONG = 'x,trainable parameters,M,1,1,,"{""model"": ""lama-7b""}",,hopeful\n'

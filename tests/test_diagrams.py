@@ -90,7 +90,7 @@ def sees(model, ids, **given):
 
 def test_masks_are_the_model_s():
     """Who sees whom in one block: as drawn. A packed row takes its mask from the batch, a prefix comes as a cache."""
-    masks = diagrams.masks(tokens=6, prefix=2, padding=2)
+    masks = diagrams.masks()
     one = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
     model, ids = mp.Transformer(mp.TransformerConfig.llama(**one), seed=0), np.arange(6)[None]
     assert np.array_equal(sees(model, ids), masks["causal"])

@@ -11,7 +11,7 @@ import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.nn import Parameter
 from minipeft.quant.codebooks import dynamic_map
-from minipeft.train import SGD, Adam, Adam8bit, AdamW, AdamW8bit, NonFiniteGradient, clip_grad_norm
+from minipeft.train import SGD, Adam, AdamW, AdamW8bit, NonFiniteGradient, clip_grad_norm
 from minipeft.train.finite import Finite
 from minipeft.train.kernels import pack
 
@@ -327,13 +327,13 @@ def test_eight_bits_train_as_well_as_thirty_two(rng):
 def test_eight_bit_states_take_two_bytes_a_number_and_small_ones_stay_float32(xp, rng):
     params = parameters(xp, rng, [(64, 66), (63, 65)])
     give_gradients(xp, rng, params)
-    optimizer = Adam8bit(params)
+    optimizer = AdamW8bit(params)
     optimizer.step()
     described = [{k: (a.dtype.name, a.shape) for k, a in optimizer.state[p].items() if k != "step"} for p in params]
     codes, scales, whole = ("uint8", (64, 66)), ("float32", (17,)), ("float32", (63, 65))
     assert described[0] == {"state1": codes, "state2": codes, "absmax1": scales, "absmax2": scales}
     assert described[1] == {"state1": whole, "state2": whole}
-    whole = Adam8bit([{"params": params, "min_8bit_size": 5000}])
+    whole = AdamW8bit([{"params": params, "min_8bit_size": 5000}])
     with pytest.raises(ValueError, match=r"the state of parameter 0 holds .*'absmax1'.*, not step, state1, state2$"):
         whole.load_state_dict({**whole.state_dict(), "state": optimizer.state_dict()["state"]})
 

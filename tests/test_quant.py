@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from minipeft import backend, quant
 from minipeft.backend import is_array, to_numpy
-from minipeft.quant import nf4
+from minipeft.quant import eight_bits, nf4
 from minipeft.quant.checks import BLOCKSIZES
 from minipeft.quant.codebooks import CODES_4BIT, dynamic_map, fp4_code, int4_code, nf4_code
 
@@ -26,6 +26,11 @@ NF4 = [  # QLoRA (arXiv:2305.14314), appendix E; bitsandbytes
 FP4 = [0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3]  # over 12; bitsandbytes
 INT4 = [0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]  # over 7
 plain_and_nested = pytest.mark.parametrize("nested", [False, True])
+
+
+def blocks_of_256(x):
+    """8-bit codes [blocks, 256] of the dynamic map, and absmax [blocks]."""
+    return eight_bits.quantize(nf4.in_blocks(x, 256))
 
 
 # ---------------------------------------------------------------------------------------------------------- code books
@@ -188,7 +193,7 @@ def test_double_quantization_changes_the_scales_by_less_than_the_map_allows(xp, 
     step = np.diff(dynamic_map()).max()  # between adjacent points
     spread = to_numpy(nested.state2.absmax).repeat(256)[:700]
     assert (np.abs(scales - absmax) <= spread * (step / 2 + 1 / 65535) + 1e-6).all()
-    assert np.array_equal(to_numpy(nested.absmax), to_numpy(quant.quantize_blockwise(plain.absmax - xp.float32(nested.offset), 256)[0]))
+    assert np.array_equal(to_numpy(nested.absmax), to_numpy(blocks_of_256(plain.absmax - xp.float32(nested.offset))[0]).reshape(-1)[:700])
 
 
 EDGES = {  # blocks that have no scale of their own, or one whose reciprocal, or whose products, are subnormal
@@ -222,28 +227,19 @@ def test_a_device_has_the_codes_and_the_numbers_of_the_cpu(xp, rng, edge, quant_
 def test_8_bit_blockwise_on_a_device_has_the_codes_of_the_cpu(xp, rng):
     for make in EDGES.values():
         x = make(rng).astype(np.float32)
-        (codes, state), (mine, here) = (quant.quantize_blockwise(lib.asarray(x), 256) for lib in (np, xp))
-        assert np.array_equal(to_numpy(mine), codes) and to_numpy(here.absmax).tobytes() == state.absmax.tobytes()
+        (codes, absmax), (mine, here) = (blocks_of_256(lib.asarray(x)) for lib in (np, xp))
+        assert np.array_equal(to_numpy(mine), codes) and to_numpy(here).tobytes() == absmax.tobytes()
 
 
 def test_8_bit_blockwise_takes_the_nearest_point_of_the_map(xp, rng):
     x = rng.standard_normal((30, 40)).astype(np.float32)
-    codes, state = quant.quantize_blockwise(xp.asarray(x), blocksize=256)
-    assert codes.shape == x.shape and codes.dtype == np.uint8
-    y, flat = to_numpy(quant.dequantize_blockwise(codes, state)).reshape(-1), x.reshape(-1)
+    codes, absmax = blocks_of_256(xp.asarray(x))
+    assert codes.shape == (5, 256) and codes.dtype == np.uint8
+    y, flat = to_numpy(nf4.dequantize(codes.reshape(-1), absmax, xp.asarray(dynamic_map()), 256))[: x.size], x.reshape(-1)
     for i in range(0, flat.size, 256):
         top = np.abs(flat[i : i + 256]).max()
         best = np.abs(flat[i : i + 256, None] - dynamic_map() * top).min(axis=1)
         assert (np.abs(y[i : i + 256] - flat[i : i + 256]) <= best + top * 2 / 65535).all()
-
-
-def test_int8_rows_are_absmax_over_127_rounded_to_even(xp):
-    x = np.array([[127.0, 0.5, 1.5, -2.5], [0.0, 0.0, 0.0, 0.0], [-2.0, 1.0, 0.5, 0.25]], np.float32)
-    codes, stats = quant.int8_vectorwise_quant(xp.asarray(x))
-    assert codes.dtype == np.int8
-    assert to_numpy(codes).tolist() == [[127, 0, 2, -2], [0, 0, 0, 0], [-127, 64, 32, 16]]
-    assert to_numpy(stats).tolist() == [127, 0, 2]
-    assert np.allclose(to_numpy(quant.int8_vectorwise_dequant(codes, stats)), x, atol=127 / 127 / 2 + 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- the messages
@@ -254,16 +250,14 @@ def test_int8_rows_are_absmax_over_127_rounded_to_even(xp):
 def test_nan_and_infinity_are_refused_by_place(xp, value, at):
     x = np.ones((3, 50), np.float32)
     x.reshape(-1)[at] = value
-    block, row = at // 64 * 64, at // 50 * 50
-    for quantize, first, last in ((quant.quantize_4bit, block, block + 63), (quant.quantize_blockwise, at, at), (quant.int8_vectorwise_quant, row, row + 49)):
-        with pytest.raises(quant.QuantError, match=f"NaN or infinity among its elements {first} to {last};"):
-            quantize(xp.asarray(x))
+    block = at // 64 * 64
+    with pytest.raises(quant.QuantError, match=f"NaN or infinity among its elements {block} to {block + 63};"):
+        quant.quantize_4bit(xp.asarray(x))
 
 
 def test_what_cannot_be_quantized_or_dequantized_is_named(xp):
     x = xp.asarray(np.ones(64, np.float32))
     packed, state = quant.quantize_4bit(xp.asarray(np.ones((4, 33), np.float32)))
-    codes, state8 = quant.quantize_blockwise(xp.asarray(np.ones(600, np.float32)), 256)
     for call, message in (
         (lambda: quant.quantize_4bit(x.astype("int32")), "takes float32 or float16, not int32"),
         (lambda: quant.quantize_4bit(x.astype("float64")), "takes float32 or float16, not float64"),
@@ -272,10 +266,8 @@ def test_what_cannot_be_quantized_or_dequantized_is_named(xp):
         (lambda: quant.quantize_4bit(x, blocksize=48), "blocksize must be one of 32, 64, .* not 48"),
         (lambda: quant.quantize_4bit(x, blocksize=8192), "not 8192"),
         (lambda: quant.quantize_4bit(x, quant_type="nf3"), "quant_type must be one of nf4, fp4, int4, not 'nf3'"),
-        (lambda: quant.quantize_blockwise(x, blocksize=0), "positive integer, not 0"),
         (lambda: quant.dequantize_4bit(packed[:-1], state), r"66 bytes of uint8; the packed buffer holds 65 of uint8"),
         (lambda: quant.dequantize_4bit(packed.astype("float32"), state), "holds 66 of float32"),
-        (lambda: quant.dequantize_blockwise(codes[:100], state8), "3 blocks of 256"),
     ):
         with pytest.raises(quant.QuantError, match=message):
             call()
@@ -335,35 +327,17 @@ def test_the_code_books_are_shared_and_so_cannot_be_written():
 
 def test_8_bit_blockwise_keeps_the_largest_magnitude_to_the_last_bit(xp, rng):
     x = rng.standard_normal((40, 256)).astype(np.float32)
-    state = quant.quantize_blockwise(xp.asarray(x), 256)[1]
-    assert np.array_equal(to_numpy(state.absmax), np.abs(x).max(axis=1))
-    for n in (4097, 8192):  # blocks of 4096
-        assert quant.quantize_blockwise(xp.asarray(x.reshape(-1)[:n]))[1].absmax.shape == (2,)
-    assert np.array_equal(to_numpy(quant.quantize_blockwise(xp.asarray(x), 1)[1].absmax), np.abs(x).reshape(-1))
+    assert np.array_equal(to_numpy(eight_bits.quantize(xp.asarray(x))[1]), np.abs(x).max(axis=1))
+    assert np.array_equal(to_numpy(eight_bits.quantize(xp.asarray(x.reshape(-1, 1)))[1]), np.abs(x).reshape(-1))
 
 
 def test_8_bit_blocks_too_small_for_a_reciprocal_have_two_codes():
     for largest in (2.0**-128, 2.0**-140):
-        codes, state = quant.quantize_blockwise(np.array([largest, largest / 2, 0, -largest], np.float32), 4)
-        assert state.absmax[0] == np.float32(largest) and codes.tolist() == [255, 255, 0, 0]
-    x = np.array([1.5, 0.6, 0, -0.3], np.float32)
-    small, large = (quant.quantize_blockwise(x * np.float32(scale), 4)[0].tolist() for scale in (2.0**-128, 1))
+        codes, absmax = eight_bits.quantize(np.array([[largest, largest / 2, 0, -largest]], np.float32))
+        assert absmax[0] == np.float32(largest) and codes.tolist() == [[255, 255, 0, 0]]
+    x = np.array([[1.5, 0.6, 0, -0.3]], np.float32)
+    small, large = (eight_bits.quantize(x * np.float32(scale))[0].tolist() for scale in (2.0**-128, 1))
     assert small == large  # 1.5 times the least that has one
-
-
-def test_int8_rows_of_any_shape_and_size_use_all_codes(xp, rng):
-    x = rng.standard_normal((2, 3, 5)).astype(np.float32) * np.float32([[[0.01]], [[100]]])
-    codes, absmax = quant.int8_vectorwise_quant(xp.asarray(x))
-    largest = np.abs(x).max(axis=2)
-    assert np.array_equal(to_numpy(absmax), largest.reshape(-1))
-    np.testing.assert_allclose(to_numpy(codes), x * 127 / largest[..., None], atol=0.501)
-    np.testing.assert_allclose(to_numpy(quant.int8_vectorwise_dequant(codes, absmax)), x, atol=largest.max() / 250)
-    for wrong in ((codes.astype(xp.int16), absmax), (codes, absmax[:5])):
-        with pytest.raises(quant.QuantError, match="do not fit scales"):
-            quant.int8_vectorwise_dequant(*wrong)
-    x[1, 2, 3] = np.nan
-    with pytest.raises(quant.QuantError, match="among its elements 25 to 29"):
-        quant.int8_vectorwise_quant(xp.asarray(x))
 
 
 def test_what_describes_a_state_cannot_stand_in_for_its_arrays(rng):

@@ -2,36 +2,8 @@
 
 published.csv holds, row by row, what a paper or a README prints, with its source, its tolerance, what is known of it
 (`status`), and `options`: how to compute it, as JSON. The public functions compute a row from its options alone; there
-is no constant or formula for any row. A file of one's own has the same columns:
-
-    id               names the row
-    quantity         what is counted: "trainable parameters", "total parameters", "stored parameters", "share", or
-                     anything else, where `options` say it in their terms
-    unit             one of what the options compute: of a count params, elements, K, M or B; of a ratio %, fraction, x
-                     or 1; of a size bytes, KiB, MiB, GiB, KB, MB, GB or TB; of a size for each parameter bits/param or
-                     bytes/param
-    published_value  the figure, and how far from it the computed one may be:
-    tolerance
-    status           "reproduces ...", "does not reproduce ..." or "not computable ..."; empty: as if "reproduces".
-                     What follows may be "(solved)": an option was solved for from the figure itself
-    options          the fields of `Options` as a JSON object; empty where the figure is not computable, or where the
-                     status claims nothing, and the row is listed as not covered
-    source, table_or_path, model, method, hyperparameters, formula, notes    for the reader alone; may be left out
-
-Conventions, of the shipped rows too:
-
-    one layer for queries, keys and values    (GPT-2's and GPT-3's c_attn) LoRA on queries and values alone says
-                     enable_lora: [true, false, true]. VeRA has no such option: its rows of GPT-3 count on OPT's layers
-                     of the same shapes, where q_proj and v_proj stand apart
-    prompts of T5    one, as the paper has it. PEFT trains one for the encoder and one for the decoder where
-                     num_transformer_submodules is 2 or task_type is SEQ_2_SEQ_LM
-    modules_to_save  are trained as copies beside the frozen ones, which the total counts too, as PEFT does
-    other families   whose rule is not here may be counted on another's layers of the same shapes, if only they matter
-
-Example: mine.csv, for `minipeft audit mine.csv`:
-
-    id,quantity,unit,published_value,tolerance,status,options
-    mine,trainable parameters,M,0.79,0.005,,"{""model"": ""gpt2-m"", ""config"": {""peft_type"": ""LORA"", ""r"": 8}}"
+is no constant or formula for any row. A file of one's own has the same columns: `minipeft audit --help` describes them,
+the conventions of counting, and an example; `Options` describes the options.
 """
 
 from __future__ import annotations

@@ -292,11 +292,11 @@ def _use(
     return {"the prompt": lines | {"KV cache": cache * seq_len}, "the last token": last}
 
 
-def largest(fits: Any, least: int = 1, most: int = 2**24) -> int:
-    """The largest number for which `fits(number)`, of which larger ones fit never; 0 where not even `least` does."""
-    if not fits(least):
+def largest(fits: Any, most: int = 2**24) -> int:
+    """The largest number up to `most` for which `fits(number)`, of which larger ones fit never; 0 where not even 1 does."""
+    if not fits(1):
         return 0
-    low, high = least, least * 2
+    low, high = 1, 2
     while high <= most and fits(high):
         low, high = high, high * 2
     high = min(high, most + 1)

@@ -529,25 +529,18 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     if q.shape[1] == 1 and cache is not None and not is_grad_enabled():
         if attn_mask is None or (attn_mask.ndim == 4 and attn_mask.shape[1] == 1):
             return _next_token(q, k, v, cos, sin, attn_mask, cache), None
-
-    def heads(a):  # [B, T, H D] -> [B, H, T, D]
-        return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
-
-    def merged(a):
-        a = a.swapaxes(1, 2)
-        return a.reshape(*a.shape[:2], a.shape[2] * D)
-
-    (Q, rotate), (K, _), V = _rope(heads(q), cos, sin), _rope(heads(k), cos, sin), heads(v)
+    Q, K, V = (ops._heads(a, D) for a in (q, k, v))
+    (Q, rotate), (K, _) = _rope(Q, cos, sin), _rope(K, cos, sin)
     K, V = (K, V) if cache is None else ops._remembered(cache, K, V)
     a = _Attention(Q, K, V, attn_mask, True, None)
 
     def compute(g):
         found = np.empty_like(Q), np.zeros_like(K), np.zeros_like(V)
-        a.backward(heads(g), *found)
+        a.backward(ops._heads(g, D), *found)
         dq, dk, dv = found
-        return [merged(d) for d in (rotate(dq), rotate(dk), dv)]
+        return [ops._merged(d) for d in (rotate(dq), rotate(dk), dv)]
 
-    return merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
+    return ops._merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
 
 
 def _next_token(q: Array, k: Array, v: Array, cos: Array, sin: Array, mask: Array | None, cache: Any) -> Array:

@@ -645,19 +645,27 @@ def _masked_softmax(scores: Array, mask: Array | None, is_causal: bool) -> Array
 @op
 def packed_attention(qkv, num_heads, attn_mask=None, is_causal=True):
     """Attention that takes GPT-2's fused projection: qkv [B, T, 3d] -> [B, T, d], heads side by side in each d."""
-    (B, T, d3), xp = qkv.shape, xp_of(qkv)
-    d, D = d3 // 3, d3 // 3 // num_heads
-    heads = [qkv[..., i * d : (i + 1) * d].reshape(B, T, num_heads, D).swapaxes(1, 2) for i in range(3)]
+    d, xp = qkv.shape[-1] // 3, xp_of(qkv)
+    D = d // num_heads
+    heads = [_heads(qkv[..., i * d : (i + 1) * d], D) for i in range(3)]
     y, *pullbacks = scaled_dot_product_attention.definition(*heads, attn_mask, is_causal)  # of q, k, v [B, H, T, D]
 
-    def merged(a):  # [B, H, T, D] -> [B, T, d]
-        return a.swapaxes(1, 2).reshape(B, T, d)
-
     def dqkv(g):
-        split = g.reshape(B, T, num_heads, D).swapaxes(1, 2)
-        return xp.concatenate([merged(pullback(split)) for pullback in pullbacks], axis=-1)
+        split = _heads(g, D)
+        return xp.concatenate([_merged(pullback(split)) for pullback in pullbacks], axis=-1)
 
-    return merged(y), dqkv
+    return _merged(y), dqkv
+
+
+def _heads(a: Array, D: int) -> Array:
+    """[B, T, H D] -> [B, H, T, D]."""
+    return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
+
+
+def _merged(a: Array) -> Array:
+    """[B, H, T, D] -> [B, T, H D]."""
+    a = a.swapaxes(1, 2)
+    return a.reshape(*a.shape[:2], a.shape[2] * a.shape[3])
 
 
 @op
@@ -672,23 +680,16 @@ def rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """
     check.rotary(q, k, v, cos, sin)
     D = 2 * cos.shape[-1]
-
-    def heads(a):  # [B, T, H D] -> [B, H, T, D]
-        return a.reshape(*a.shape[:2], a.shape[2] // D, D).swapaxes(1, 2)
-
-    def merged(a):
-        a = a.swapaxes(1, 2)
-        return a.reshape(*a.shape[:2], a.shape[2] * D)
-
-    (Q, rotate, *_), (K, *_), V = rope.definition(heads(q), cos, sin), rope.definition(heads(k), cos, sin), heads(v)
+    Q, K, V = (_heads(a, D) for a in (q, k, v))
+    (Q, rotate, *_), (K, *_) = rope.definition(Q, cos, sin), rope.definition(K, cos, sin)
     K, V = (K, V) if cache is None else _remembered(cache, K, V)
     y, dq, dk, dv = scaled_dot_product_attention.definition(Q, K, V, attn_mask, True)
     pullbacks = [
-        lambda g: merged(rotate(dq(heads(g)))),
-        lambda g: merged(rotate(dk(heads(g)))),
-        lambda g: merged(dv(heads(g))),
+        lambda g: _merged(rotate(dq(_heads(g, D)))),
+        lambda g: _merged(rotate(dk(_heads(g, D)))),
+        lambda g: _merged(dv(_heads(g, D))),
     ]
-    return merged(y), *pullbacks[: 1 if cache is not None else 3]
+    return _merged(y), *pullbacks[: 1 if cache is not None else 3]
 
 
 def _remembered(cache: tuple[Array, Array, int], K: Array, V: Array) -> list[Array]:

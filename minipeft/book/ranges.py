@@ -10,10 +10,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from ..files import write_text
+from ..files import rewrite
 from .lessons import PACKAGE
 
 RANGE = re.compile(r"\[`(\w+)`, lines \d+-\d+\]\((minipeft/[\w/]+\.py)#L\d+-L\d+\)")
@@ -34,14 +32,5 @@ def _link(name: str, path: str) -> str:
     return f"[`{name}`, lines {first}-{last}]({path}#L{first}-L{last})"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Bring the lines in files up to date."""
-    for path in map(Path, sys.argv[1:] if argv is None else argv):
-        before = path.read_text("utf-8")
-        if (after := ranged(before)) != before:
-            write_text(path, after)
-            print(path)
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(sys.argv[1:], lambda text, _: ranged(text))

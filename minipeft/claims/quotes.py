@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from ..files import write_text
+from ..files import rewrite
 from .register import UNTRIED, Statement, Verdict, filled, judge, rule_of, statements
 
 WIDTH = 120
@@ -47,14 +45,5 @@ def quoted(text: str, lesson: str) -> str:
     return "".join(done[:-1]).rstrip("\n") + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Bring the quotations of lessons up to date."""
-    for path in map(Path, sys.argv[1:] if argv is None else argv):
-        before = path.read_text("utf-8")
-        if (after := quoted(before, path.name)) != before:
-            write_text(path, after)
-            print(path)
-
-
 if __name__ == "__main__":
-    main()
+    rewrite(sys.argv[1:], quoted)

@@ -37,7 +37,8 @@ Conventions:
     c_attn of GPT-2 and GPT-3 makes queries, keys and values: LoRA on queries and values alone says
     "target_modules": ["c_attn"], "enable_lora": [true, false, true]. VeRA has no such option: its figures of GPT-3 are
     counted on OPT's layers of the same shapes, {"model_type": "opt", ...} with q_proj and v_proj.
-    A prompt on T5 is one, as in its paper; "num_transformer_submodules": 2 makes it two, as PEFT does.
+    A prompt on T5 is one, as in its paper; "num_transformer_submodules": 2 makes it two, as PEFT does
+    (one for the encoder, one for the decoder); so does "task_type": "SEQ_2_SEQ_LM".
     modules_to_save are copies, and the total counts the frozen ones beside them, as PEFT does.
     Methods that this package counts and does not train: ADAPTION_PROMPT, BOFT, C3A, DELORA, FOURIERFT, HRA, MISS,
     RANDLORA, ROAD, SHIRA, VBLORA. AdaLoRA counts at its ranks of the start, and needs no total_step.

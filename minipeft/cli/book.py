@@ -13,32 +13,25 @@ examples:
 
 from __future__ import annotations
 
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from ..book.lessons import REDUCED, LessonError, require_extra
 from .arguments import Arguments, Parser
+from .lessons import add_reduced, execute
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("out", metavar="OUT", help="the directory that the book is written to")
-    parser.add_argument("--reduced", action="store_true", help=f"fewer steps, and fewer claims (sets {REDUCED}=1)")
+    add_reduced(parser)
 
 
 def run(args: Arguments) -> int:
-    require_extra()
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"OUT {out} is a file; a directory is to be written")
-    if args.reduced:
-        os.environ[REDUCED] = "1"
-    from ..book.site import build
 
-    try:
-        written = build(out, lambda line: print(f"── {line}", flush=True))
-    except LessonError as error:
-        print(f"minipeft: {error}", file=sys.stderr)
-        return 1
-    print(f"{out / 'index.html'}{'' if written else ': nothing has changed'}")
-    return 0
+    def write(say: Callable[[str], None]) -> None:
+        from ..book.site import build
+
+        written = build(out, say)
+        print(f"{out / 'index.html'}{'' if written else ': nothing has changed'}")
+
+    return execute(args, out, "OUT", write)

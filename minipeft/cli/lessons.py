@@ -16,16 +16,22 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..book.lessons import REDUCED, LessonError, find_lessons, require_extra, title
 from .arguments import Arguments, Parser
+from .outputs import check_no_file
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("lesson", nargs="?", metavar="NUMBER|all", help="which lesson to run (default: list them)")
     notebooks = "write them as executed notebooks, all unless one is named; one is left as it is while nothing changes"
     parser.add_argument("--notebooks", metavar="DIR", help=notebooks)
+    add_reduced(parser)
+
+
+def add_reduced(parser: Parser) -> None:
     parser.add_argument("--reduced", action="store_true", help=f"fewer steps, and fewer claims (sets {REDUCED}=1)")
 
 
@@ -39,7 +45,14 @@ def run(args: Arguments) -> int:
     if not chosen:
         raise ValueError(f"no lesson {args.lesson!r}; there are {', '.join(map(str, lessons))}, and 'all'")
     if args.notebooks is not None:
-        return write(chosen, args)
+        folder = Path(args.notebooks)
+
+        def write(say: Callable[[str], None]) -> None:
+            from ..book.site import write_notebooks
+
+            write_notebooks(chosen, folder, say)
+
+        return execute(args, folder, "--notebooks", write)
     for number, path in chosen.items():
         print(f"── lesson {number}: {title(path)}", flush=True)
         started = time.perf_counter()
@@ -53,18 +66,14 @@ def run(args: Arguments) -> int:
     return 1 if failed else 0
 
 
-def write(chosen: dict[int, Path], args: Arguments) -> int:
-    """The lessons as notebooks in --notebooks."""
+def execute(args: Arguments, folder: Path, option: str, write: Callable[[Callable[[str], None]], None]) -> int:
+    """`write(say)`, which executes lessons, as notebooks, into the folder of an option, with --reduced; 1 where a cell fails."""
     require_extra()
-    folder = Path(args.notebooks)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--notebooks {folder} is a file; a directory is to be written")
+    check_no_file(folder, option)
     if args.reduced:
         os.environ[REDUCED] = "1"
-    from ..book.site import write_notebooks
-
     try:
-        write_notebooks(chosen, folder, lambda line: print(f"── {line}", flush=True))
+        write(lambda line: print(f"── {line}", flush=True))
     except LessonError as error:
         print(f"minipeft: {error}", file=sys.stderr)
         return 1

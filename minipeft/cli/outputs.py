@@ -49,9 +49,14 @@ def hold(args: Arguments, path: Path, option: str = "--output") -> None:
 
 def check_directory(args: Arguments, path: Path, option: str = "--output") -> None:
     """ValueError where a directory that is to be written is a file, or could replace what the command reads."""
+    check_no_file(path, option)
+    mp.directory.keep_apart(path, inputs(args, path), option)
+
+
+def check_no_file(path: Path, option: str) -> None:
+    """ValueError where a directory that is to be written is a file."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} {path} is a file; a directory is to be written")
-    mp.directory.keep_apart(path, inputs(args, path), option)
 
 
 def inputs(args: Arguments, output: Path) -> Iterator[tuple[str, str]]:

@@ -96,9 +96,9 @@ def plot_memory(axes: Any, rows: Rows) -> None:
 PANELS: dict[str, Callable[[Any, Rows], None]] = {"learning": plot_learning, "trade": plot_trade, "memory": plot_memory}
 
 
-def smooth(curve: list[tuple[int, float]], width: int = 10) -> list[tuple[int, float]]:
-    """(step, value) points as means of `width` neighbors (of fewer where there are few): a noisy line made readable."""
-    width = max(1, min(width, len(curve) // 4))
+def smooth(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """(step, value) points as means of 10 neighbors (of fewer where there are few): a noisy line made readable."""
+    width = max(1, min(10, len(curve) // 4))
     return [
         (curve[i + width // 2][0], sum(value for _, value in curve[i : i + width]) / width)
         for i in range(len(curve) - width + 1)

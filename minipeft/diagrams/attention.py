@@ -15,45 +15,40 @@ SAYS = {
     "padded": "padded: nobody sees it",
     "packed": "packed: each its own text",
 }
+TOKENS, PREFIX, PADDING = 6, 2, 2  # in a row; of trained keys; of the tokens, those that only fill the row
 SHADES = {"seen": "#0072B2", "prefix": "#D55E00", "hidden": "#E9ECEF"}
 
 
-def masks(tokens: int = 6, prefix: int = 2, padding: int = 2) -> dict[str, np.ndarray]:
+def masks() -> dict[str, np.ndarray]:
     """Of "causal", "prefix", "padded" and "packed" a boolean [queries, keys]: True where the query's token sees the key's.
 
-    tokens   in a row, padding included; packed, the first half is one text and the rest another
-    prefix   trained keys in front of the tokens, which have no query
-    padding  tokens on the left that only fill the row: a key of theirs is hidden, and a row of theirs means nothing
+    There are TOKENS in a row, padding included; packed, half of them are one text and half another. A prefix of PREFIX
+    trained keys in front has no query. PADDING tokens on the left only fill the row: a key of theirs is hidden, and a row
+    of theirs means nothing.
     """
-    causal = np.tril(np.ones((tokens, tokens), bool))
-    real = np.arange(tokens) >= padding
-    lengths = [tokens // 2, tokens - tokens // 2]
-    packed = collate_packed([(np.zeros(n, np.int64), np.zeros(n, np.int64)) for n in lengths], capacity=tokens)
+    causal = np.tril(np.ones((TOKENS, TOKENS), bool))
+    real = np.arange(TOKENS) >= PADDING
+    packed = collate_packed([(np.zeros(TOKENS // 2, np.int64),) * 2] * 2, capacity=TOKENS)
     return {
         "causal": causal,
-        "prefix": np.concatenate([np.ones((tokens, prefix), bool), causal], axis=1),
+        "prefix": np.concatenate([np.ones((TOKENS, PREFIX), bool), causal], axis=1),
         "padded": causal & real & real[:, None],
         "packed": causal & packed.arguments["attention_mask"][0, 0],
     }
 
 
-def attention_mask(tokens: int = 6, prefix: int = 2, padding: int = 2) -> Any:
+def attention_mask() -> Any:
     """A figure of the four `masks`: a row for the token that looks, a column for the token that is looked at."""
     axes = sheet()
-    letters = "abcdefghijklmnopqrstuvwxyz"[:tokens]
-    half = tokens // 2
-    names = {
-        "causal": letters, "prefix": "P" * prefix + letters, "padded": "." * padding + letters[: tokens - padding],
-        "packed": letters[:half] + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: tokens - half],
-    }  # fmt: skip
-    cell = min(2.0, 15 / (tokens + prefix))
-    for i, (kind, mask) in enumerate(masks(tokens, prefix, padding).items()):
+    names = {"causal": "abcdef", "prefix": "PPabcdef", "padded": "..abcd", "packed": "abcABC"}
+    cell = 15 / (TOKENS + PREFIX)
+    for i, (kind, mask) in enumerate(masks().items()):
         left, top = 3.5 + (i % 2) * WIDTH / 2, 11 + (i // 2) * 19.5
         words(axes, left - 2, top - 4.2, SAYS[kind], ha="left", fontweight="bold")
         for k, name in enumerate(names[kind]):
             words(axes, left + (k + 0.5) * cell, top - 1.2, name, color=ORANGE if name == "P" else INK)
         for q, row in enumerate(mask):
-            words(axes, left - 1.2, top + (q + 0.5) * cell, names[kind][-tokens:][q])
+            words(axes, left - 1.2, top + (q + 0.5) * cell, names[kind][-TOKENS:][q])
             for k, seen in enumerate(row):
                 shade = "hidden" if not seen else "prefix" if names[kind][k] == "P" else "seen"
                 corner = (left + k * cell, top + q * cell)

@@ -11,10 +11,9 @@ import pickle
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from ..executors import ExecutorLost, LocalProcesses, opened
+from ..executors import ExecutorLost, opened
 from ..threads import get_num_threads, set_num_threads
 
 Outcome = dict[str, Any] | str  # what a run measured, or its "error" and "traceback"; a text: why it can be no row
@@ -26,9 +25,8 @@ def computed(
     """(key, outcome) of `run(task)` for each task, which are by key, as soon as it is known.
 
     `executor` is as `sweep` takes it. By default the threads are divided by the number of runs of the whole sweep,
-    `runs`, so that one that goes on after an interruption computes with as many threads, and to the same bytes. Where a
-    ProcessPoolExecutor breaks, LocalProcesses compute the rest, unless it prepared its processes by an initializer.
-    `show` gets a line where a process has died, the first time.
+    `runs`, so that one that goes on after an interruption computes with as many threads, and to the same bytes. `show`
+    gets a line where a process has died, the first time.
 
     Raises as `sweep`.
     """
@@ -71,15 +69,11 @@ def computed(
         finally:
             for future in futures:
                 future.cancel()
-    if not rest:
-        return
-    if not isinstance(lost, BrokenProcessPool) or getattr(executor, "_initializer", None):
+    if rest:
         why = "a worker of the executor has died, or its cluster is gone"
-        kept = "all rows so far are kept, and the same call with a new executor goes on"
-        raise ExecutorLost(f"{len(rest)} runs are not done: {why}; {kept}") from lost
-    show(f"a process of the pool died, and the pool with it: {workers} other processes compute the other runs")
-    with LocalProcesses(workers) as others:
-        yield from computed(run, rest, others, runs, show)
+        kept = "rows in a store are kept, and the same call with a new executor goes on"
+        other = "executor=N, a number of processes, loses only the run whose process dies"
+        raise ExecutorLost(f"{len(rest)} runs are not done: {why}; {kept}; {other}") from lost
 
 
 def _pickled(value: Any) -> bytes:

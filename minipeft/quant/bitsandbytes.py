@@ -1,9 +1,9 @@
-"""Four and eight bits with bitsandbytes' names, bytes and files (0.50): a port of its `functional` for the CPU.
+"""Four bits with bitsandbytes' names, bytes and files (0.50): a port of its `functional` for the CPU.
 
     quantize_4bit(A) = two codes to a byte [(n + 1) // 2, 1], and a QuantState; dequantize_4bit restores the numbers
     QuantState.as_dict, from_dict = what its files hold beside a weight
 
-The arithmetic is that of `nf4` and `eight_bits`.
+The arithmetic is that of `nf4`, and for double quantization that of `eight_bits`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, asarray, is_array, parallel_rows, to_numpy, xp_of
+from ..backend import Array, asarray, is_array, to_numpy, xp_of
 from ..files import parse_json
 from ..options import fits
-from . import eight_bits, kernels, nf4
+from . import kernels, nf4
 from .checks import QuantError, check_array, check_finite, check_options
 from .codebooks import CODES_4BIT, dynamic_map
 
@@ -40,7 +40,7 @@ class QuantState:
     shape       of the array that was quantized
     code        [16] or [256] float32: the code book, the number that each code stands for (in files: quant_map)
     blocksize   weights that share an absmax
-    quant_type  "nf4", "fp4", "int4"; None for 8-bit codes
+    quant_type  "nf4", "fp4", "int4"; None for the 8-bit codes of a `state2`
     dtype       of the array that was quantized, and of the dequantized one
     offset      the mean that was taken off the absmax, and
     state2      how the rest was quantized; both None without double quantization
@@ -177,36 +177,3 @@ def dequantize_4bit(packed: Array, state: QuantState) -> Array:
     """
     state.check(packed)
     return kernels.dequantize(packed, state)
-
-
-def quantize_blockwise(A: Array, blocksize: int = 4096) -> tuple[Array, QuantState]:
-    """(codes uint8 of A's shape, state): 8-bit codes of the dynamic map, see `eight_bits.quantize`.
-
-    Raises QuantError for a dtype other than float32 or float16, a blocksize below 1, and for NaN or infinity.
-    """
-    check_array("quantize_blockwise", A)
-    if not isinstance(blocksize, int) or blocksize < 1:
-        raise QuantError(f"blocksize must be a positive integer, not {blocksize!r}")
-    xp, blocks = xp_of(A), nf4.in_blocks(A, blocksize)
-    check_finite("quantize_blockwise", blocks, 1)
-    codes, absmax = xp.empty(blocks.shape, xp.uint8), xp.empty(blocks.shape[0], xp.float32)
-
-    def part(s: slice) -> None:
-        codes[s], absmax[s] = eight_bits.quantize(blocks[s])
-
-    parallel_rows(xp, part, *blocks.shape)
-    codes = codes.reshape(-1)[: A.size].reshape(A.shape)
-    return codes, QuantState(absmax, A.shape, _on(xp, dynamic_map), blocksize, None, A.dtype)
-
-
-def dequantize_blockwise(codes: Array, state: QuantState) -> Array:
-    """code[codes] * absmax, in the state's dtype and the codes' shape. Raises QuantError for codes that do not fit."""
-    size = state.blocksize
-    blocks = -(-codes.size // size)
-    if codes.dtype != np.uint8 or state.absmax.shape != (blocks,):
-        raise QuantError(
-            f"8-bit codes of shape {codes.shape} and dtype {codes.dtype} do not fit a state of {state.absmax.size} blocks of {size}: "
-            f"uint8 and {blocks} blocks are needed"
-        )
-    x = nf4.dequantize(codes.reshape(-1), state.absmax, state.code, size)
-    return x.reshape(codes.shape).astype(state.dtype, copy=False)

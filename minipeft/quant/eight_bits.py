@@ -1,10 +1,8 @@
-"""Eight bits a number: the dynamic map for blocks, which double quantization uses, and plain rounding for rows.
+"""Eight bits a number, in blocks: for the scales of double quantization, and for Adam's moments.
 
-    dynamic map      code = the point of `codebooks.dynamic_map` nearest to x / c,    c = max |x| over the block
-    int8 by rows     code = round(127 x / c),    x ~= code c / 127,                   c = max |x| over the row
+    code = the point of `codebooks.dynamic_map` nearest to x / c,    c = max |x| over the block
 
-Sources: "8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2022, arXiv:2110.02861, section 2.1); LLM.int8()
-(Dettmers et al. 2022, arXiv:2208.07339, section 2), with which four bits are compared. Names are bitsandbytes'.
+Source: "8-bit Optimizers via Block-wise Quantization" (Dettmers et al. 2022, arXiv:2110.02861, section 2.1).
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import numpy as np
 
 from ..backend import Array, asarray, xp_of
 from . import device
-from .checks import QuantError, check_array, check_finite
 from .codebooks import dynamic_map
 
 
@@ -46,26 +43,3 @@ def _steps(signed: bool) -> np.ndarray:
     midpoints = (code[:-1] + code[1:]) * np.float32(0.5)
     values = np.float32(-1) + np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535)
     return np.searchsorted(midpoints, values, side="left").astype(np.uint8)
-
-
-def int8_vectorwise_quant(A: Array) -> tuple[Array, Array]:
-    """(codes int8 of A's shape, absmax float32 [rows]) of A [..., d], float32 or float16: round(127 A / absmax).
-
-    A row of zeros has absmax 0 and the codes 0. Raises QuantError for another dtype, and for NaN or infinity.
-    """
-    check_array("int8_vectorwise_quant", A)
-    xp = xp_of(A)
-    x = A.reshape(-1, A.shape[-1]).astype(xp.float32, copy=False)
-    absmax = abs(x).max(axis=1)
-    check_finite("int8_vectorwise_quant", absmax, A.shape[-1])
-    scale = xp.float32(127) / xp.where(absmax > 0, absmax, 1)
-    return xp.rint(x * scale[:, None]).astype(xp.int8).reshape(A.shape), absmax
-
-
-def int8_vectorwise_dequant(codes: Array, absmax: Array) -> Array:
-    """codes * absmax / 127 in float32; codes [..., d], absmax [rows]. Raises QuantError for shapes that do not fit."""
-    xp = xp_of(codes, absmax)
-    rows = codes.reshape(-1, codes.shape[-1])
-    if codes.dtype != xp.int8 or absmax.shape != (rows.shape[0],):
-        raise QuantError(f"int8 codes of shape {codes.shape} and dtype {codes.dtype} do not fit scales of shape {absmax.shape}")
-    return (rows * (absmax / xp.float32(127))[:, None]).reshape(codes.shape)

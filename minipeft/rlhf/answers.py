@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Rng
-from ..text.examples import Example, PreferencePair
-from ..train.batches import IGNORE
+from ..text.examples import PreferencePair, example_of
 from .reward import Ranking
-from .rollouts import rollout
+from .rollouts import rollouts
 
 Answers = list[list[int]]  # token ids of the answers to one prompt
 
@@ -24,11 +22,8 @@ def sample_answers(
 
     They depend on the seed and the prompt's place alone.
     """
-    rows = [list(prompt) for prompt in prompts for _ in range(k)]
-    answers: Answers = []
-    for i in range(0, len(rows), batch_size):
-        part, stream = rows[i : i + batch_size], Rng(seed, first_row=i)
-        answers += rollout(policy, part, length, temperature, stop_token_ids, stream).responses()
+    rolls = rollouts(policy, prompts, k, length, temperature, stop_token_ids, seed, batch_size)
+    answers = [answer for roll in rolls for answer in roll.responses()]
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
@@ -44,12 +39,7 @@ def preference_pairs(
     prompts: Sequence[Sequence[int]], answers: Sequence[Answers], order: np.ndarray
 ) -> list[PreferencePair]:
     """For DPO: the first and the last of each prompt's answers, as `order` [n, k] says, with labels on the answer."""
-
-    def example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
-        ids = np.array([*prompt, *answer], np.int64)
-        return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
-
     return [
-        PreferencePair(example(prompt, own[best_first[0]]), example(prompt, own[best_first[-1]]))
+        PreferencePair(example_of(prompt, own[best_first[0]]), example_of(prompt, own[best_first[-1]]))
         for prompt, own, best_first in zip(prompts, answers, order)
     ]

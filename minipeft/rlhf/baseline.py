@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..backend import Rng
 from .online import RewardFunction, learned_reward
 from .reward import RewardModel
-from .rollouts import rollout
+from .rollouts import rollouts
 
 
 class BestOfN(NamedTuple):
@@ -51,18 +50,16 @@ def best_of_n(
     if not len(prompts):
         raise ValueError("there are no prompts")
     score = learned_reward(reward) if isinstance(reward, RewardModel) else reward
-    rows, answers, scores = [list(prompt) for prompt in prompts for _ in range(n)], [], []
-    for i in range(0, len(rows), batch_size):
-        stream = Rng(seed, first_row=i)
-        roll = rollout(policy, rows[i : i + batch_size], length, temperature, stop_token_ids, stream)
-        answers += roll.responses()
+    answers, scores = [], []
+    for roll in rollouts(policy, prompts, n, length, temperature, stop_token_ids, seed, batch_size):
         scores.append(np.asarray(score(roll), np.float64))
         if scores[-1].shape != roll.mask.shape[:1]:
             wanted = f"one score a response, {roll.mask.shape[:1]}"
             raise ValueError(f"the reward must give {wanted}, not {scores[-1].shape}")
         if bad := np.flatnonzero(~np.isfinite(scores[-1])).tolist():
-            prompt, where = (i + bad[0]) // n, f"for {len(bad)} of {len(scores[-1])} responses"
+            prompt, where = (len(answers) + bad[0]) // n, f"for {len(bad)} of {len(scores[-1])} responses"
             raise ValueError(f"the reward is NaN or infinite {where}, first of prompts[{prompt}]: none can be the best")
+        answers += roll.responses()
     table = np.concatenate(scores).reshape(-1, n)
     best = [answers[k * n + i] for k, i in enumerate(table.argmax(axis=1).tolist())]
     return BestOfN(best, table, expected_best(table).mean(axis=0), best_of_n_kl(np.arange(1, n + 1)))

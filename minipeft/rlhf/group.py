@@ -15,7 +15,7 @@ from typing import Any
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, xp_of
+from ..backend import Array
 from .advantages import masked_mean
 from .config import GroupConfig
 from .logprobs import Outputs
@@ -82,11 +82,6 @@ def grpo_loss(
     token = clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
     if beta:
         token = token + beta * k3(F.where(mask != 0, logprobs, 0), ref_logprobs * (mask != 0))
-    return mean_of_means(token, mask)
-
-
-def mean_of_means(token: Tensor, mask: Array) -> Tensor:
-    """The mean over responses of the mean over their real tokens, of which each has at least one: [B, n] -> scalar."""
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()
 
 
@@ -105,14 +100,14 @@ class RLOOTrainer(OnlineTrainer):
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`rloo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
-        cliprange, mask, advantages = self.config.cliprange, batch["mask"], batch["advantages"]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        cliprange, mask, old, advantages = self.config.cliprange, batch["mask"], batch["old_logprobs"], batch["advantages"]
+        loss = rloo_loss(new.logprobs, old, advantages, mask, cliprange)
+        change = log_ratio(new.logprobs.detach(), old, mask)  # [b, n]
         ratio = change.sum(axis=1).exp()  # of whole responses, [b]
-        loss = clipped(ratio, advantages, cliprange).mean()
         return loss, {
             "loss/policy": loss.data,
             "policy/clipfrac": clip_fraction(ratio.data, advantages, mask[:, 0], cliprange),
-            **of_ratio(change.data, xp_of(mask).exp(change.data), mask, new.entropy),
+            **of_ratio(change.data, change.exp().data, mask, new.entropy),
         }
 
 
@@ -129,16 +124,15 @@ class GRPOTrainer(OnlineTrainer):
 
     def loss(self, batch: dict[str, Array], new: Outputs) -> tuple[Tensor, dict[str, Array]]:
         """(`grpo_loss`, statistics) of a minibatch of b responses: per token [b, n], advantages [b]."""
-        c, mask, advantages = self.config, batch["mask"], batch["advantages"][:, None]
-        change = log_ratio(new.logprobs, batch["old_logprobs"], mask)  # [b, n]
+        c, mask, old, ref = self.config, batch["mask"], batch["old_logprobs"], batch["ref_logprobs"]
+        loss = grpo_loss(new.logprobs, old, ref, batch["advantages"], mask, c.cliprange, c.kl_coef)
+        now = F.where(mask != 0, new.logprobs.detach(), 0)
+        change = log_ratio(now, old, mask)  # [b, n]
         ratio = change.exp()
-        kl = k3(F.where(mask != 0, new.logprobs, 0), batch["ref_logprobs"])
-        token = clipped(ratio, advantages, c.cliprange)
-        loss = mean_of_means(token + c.kl_coef * kl if c.kl_coef else token, mask)
         return loss, {
             "loss/policy": loss.data,
-            "loss/kl": masked_mean(kl.data, mask),
-            "policy/clipfrac": clip_fraction(ratio.data, advantages, mask, c.cliprange),
+            "loss/kl": masked_mean(k3(now, ref).data, mask),
+            "policy/clipfrac": clip_fraction(ratio.data, batch["advantages"][:, None], mask, c.cliprange),
             **of_ratio(change.data, ratio.data, mask, new.entropy),
         }
 

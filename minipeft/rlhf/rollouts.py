@@ -9,7 +9,7 @@ distribution than the one whose log-probabilities are compared, and the KL estim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,20 @@ def rollout(
     whole = (np.concatenate([ids, response * mask], axis=1), np.concatenate([prompt_mask, mask], axis=1), mask, ended)
     xp = xp_of(policy.parameters()[0].data)
     return Rollout(*(asarray(array, xp) for array in whole))
+
+
+def rollouts(
+    policy: Any, prompts: Sequence[Sequence[int]], k: int, length: int, temperature: float,
+    stop_token_ids: Sequence[int], seed: int, batch_size: int,
+) -> Iterator[Rollout]:  # fmt: skip
+    """k responses to each prompt, beside each other, as rollouts of batch_size of them. Raises as `rollout`.
+
+    They depend on the seed and their place among all responses alone, and not on batch_size.
+    """
+    rows = [prompt for prompt in prompts for _ in range(k)]
+    for i in range(0, len(rows), batch_size):
+        stream = Rng(seed, first_row=i)
+        yield rollout(policy, rows[i : i + batch_size], length, temperature, stop_token_ids, stream)
 
 
 def distinct_n(responses: Sequence[Sequence[int]], n: int = 2) -> float:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..train.batches import IGNORE
 from .datasets import Completion, Document, MultipleChoice, Preference, Record, UnpairedPreference, record_of
 from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns
 from .tokenizer import Special, Tokenizer
-
-IGNORE = -100  # cross entropy's ignore_index
 
 
 class Example(NamedTuple):
@@ -154,6 +153,12 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
         learned = slice(_common(prompt, ids), _common(through_completion, ids))
         labels[learned] = ids[learned]
     return Example(np.array(ids, np.int64), labels)
+
+
+def example_of(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """Token ids of a prompt and its answer, [P] and [A]: an example [P + A] of which the answer is learned."""
+    ids = np.array([*prompt, *answer], np.int64)
+    return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .grad_scaler import GradScaler as GradScaler
     from .metrics import plot_loss as plot_loss
     from .optim import (
-        SGD as SGD, Adam as Adam, Adam8bit as Adam8bit, AdamW as AdamW, AdamW8bit as AdamW8bit,
+        SGD as SGD, Adam as Adam, AdamW as AdamW, AdamW8bit as AdamW8bit,
         NonFiniteGradient as NonFiniteGradient, Optimizer as Optimizer, clip_grad_norm as clip_grad_norm,
     )  # fmt: skip
     from .rates import usual_learning_rate as usual_learning_rate

@@ -70,16 +70,6 @@ class AdamW8bit(Optimizer):
         _store(v, state2, absmax2, signed=False)
 
 
-class Adam8bit(AdamW8bit):
-    """`AdamW8bit` with no weight decay by default. Departure from `Adam`, as in bitsandbytes: it is decoupled too."""
-
-    def __init__(
-        self, params: Params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, min_8bit_size: int = 4096,
-    ):  # fmt: skip
-        super().__init__(params, lr, betas, eps, weight_decay, min_8bit_size)
-
-
 def _values(state: Array, absmax: Array | None, signed: bool) -> Array:
     """The moments [n], float32: q[state] c; of a small parameter the state itself, which is then written in place."""
     return state if absmax is None else dequantize(state, absmax, asarray(dynamic_map(signed), xp_of(state)), BLOCK)

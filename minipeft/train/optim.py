@@ -18,7 +18,7 @@ from typing import Any
 from ..backend import Array, xp_of
 from ..nn.module import Parameter
 from . import device
-from .adam8bit import Adam8bit, AdamW8bit
+from .adam8bit import AdamW8bit
 from .finite import Finite
 from .kernels import ELEMENTS, clip, sum_of_squares
 from .loraplus import loraplus_groups
@@ -26,7 +26,7 @@ from .optimizer import Named, Optimizer, Params, Slots, with_names
 from .schedule import SCHEDULES, constant, cosine, linear
 
 __all__ = [
-    "ELEMENTS", "SCHEDULES", "SGD", "Adam", "Adam8bit", "AdamW", "AdamW8bit", "NonFiniteGradient", "Optimizer",
+    "ELEMENTS", "SCHEDULES", "SGD", "Adam", "AdamW", "AdamW8bit", "NonFiniteGradient", "Optimizer",
     "clip_grad_norm", "constant", "cosine", "linear", "loraplus_groups",
 ]  # fmt: skip
 
