@@ -96,7 +96,15 @@ def test_misuse_is_refused_in_a_sentence():
         mp.TrainingArguments(bf16=True, fp16=True)
 
 
-def test_several_losses_are_scaled_each():
+def test_not_enabled_it_does_nothing():
+    w = mp.nn.Parameter(np.ones(2, np.float32))
+    optimizer, scaler = mp.optim.SGD([w], lr=1.0), mp.GradScaler(enabled=False)
+    loss = (w * 1.0).sum()
+    assert scaler.scale(loss) is loss and scaler.get_scale() == 1 and scaler.state_dict() == {}
+    loss.backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert w.data.tolist() == [0, 0]
     both = mp.GradScaler(init_scale=2.0).scale([mp.Tensor(1.0), mp.Tensor(3.0)])
     assert [t.item() for t in both] == [2, 6]
 

@@ -31,8 +31,9 @@ class GradScaler:
         growth_factor, growth_interval: after `growth_interval` steps in a row without an overflow, S is multiplied by
             `growth_factor`.
         backoff_factor: after a step with an overflow, S is multiplied by this.
+        enabled: False makes `scale` give what it gets, and `step` the optimizer's.
 
-    Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2, and PyTorch 2.13. Departures: no `device`, no `enabled`;
+    Source: Micikevicius et al. 2018 (arXiv:1710.03740), section 3.2, and PyTorch 2.13. Departures: no `device`;
     ValueError for what there is an AssertionError; `unscale_` returns whether all gradients are finite.
 
     Raises ValueError for a growth factor of at most 1, a backoff factor outside (0, 1), a scale or interval that is
@@ -41,9 +42,9 @@ class GradScaler:
 
     def __init__(
         self, *, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
+        growth_interval: int = 2000, enabled: bool = True,
     ):  # fmt: skip
-        self._found = WeakKeyDictionary()  # optimizer -> [all gradients are finite, has stepped]
+        self._enabled, self._found = enabled, WeakKeyDictionary()  # optimizer -> [all gradients are finite, has stepped]
         self._take(init_scale, growth_factor, backoff_factor, growth_interval, 0)
 
     def _take(self, S: float, growth: float, backoff: float, interval: int, tracker: int) -> None:
@@ -61,9 +62,13 @@ class GradScaler:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(scale={self.get_scale():g})"
 
+    def is_enabled(self) -> bool:
+        """Whether it scales."""
+        return self._enabled
+
     def get_scale(self) -> float:
-        """S."""
-        return self._scale
+        """S; 1 where it is not enabled."""
+        return self._scale if self._enabled else 1.0
 
     @overload
     def scale(self, outputs: Tensor) -> Tensor: ...
@@ -73,7 +78,7 @@ class GradScaler:
         """S · loss, or of each of several."""
         if not isinstance(outputs, Tensor):
             return type(outputs)(map(self.scale, outputs))
-        return outputs * self._scale
+        return outputs * self._scale if self._enabled else outputs
 
     def unscale_(self, optimizer: Optimizer, look: bool = True) -> bool:
         """Divide the gradients of the optimizer's parameters by S, in place; returns whether all are finite.
@@ -83,6 +88,8 @@ class GradScaler:
         ValueError, "Attempting to unscale FP16 gradients", for gradients stored in float16: divided there, they would be
         flushed after all. Keep the trained weights in float32, and let `autocast` round them.
         """
+        if not self._enabled:
+            return True
         if optimizer in self._found:
             after = "is being called after step()" if self._found[optimizer][1] else "has already been called on this optimizer"
             raise RuntimeError(f"unscale_() {after} since the last update()")
@@ -105,6 +112,9 @@ class GradScaler:
 
         Raises RuntimeError where it has been called since the last `update`; and as `unscale_` and the step do.
         """
+        if not self._enabled:
+            optimizer.step(finite)
+            return
         if optimizer not in self._found:
             self.unscale_(optimizer)
         found = self._found[optimizer]
@@ -116,6 +126,8 @@ class GradScaler:
 
     def update(self) -> None:
         """Choose S for the next step, from what was found in all optimizers. Raises RuntimeError where nothing was."""
+        if not self._enabled:
+            return
         if not self._found:
             raise RuntimeError("update() comes after unscale_() or step(), which look for infinite gradients")
         if not all(finite for finite, _ in self._found.values()):
@@ -129,11 +141,13 @@ class GradScaler:
         self._found.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """S, the options, and the steps since S changed, as JSON values."""
-        return {name: getattr(self, f"_{name.strip('_')}") for name in _OPTIONS}
+        """S, the options, and the steps since S changed, as JSON values; {} where it is not enabled."""
+        return {name: getattr(self, f"_{name.strip('_')}") for name in _OPTIONS} if self._enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Raises ValueError for anything else."""
+        if not self._enabled:
+            return
         if state.keys() != set(_OPTIONS) or not all(isinstance(value, (int, float)) for value in state.values()):
             raise ValueError(f"GradScaler: the state has {', '.join(_OPTIONS)}, numbers; got {state!r}")
         self._take(*(state[name] for name in _OPTIONS))
