@@ -164,6 +164,8 @@ def test_a_missing_end_replaces_the_score_or_lowers_it():
     scores, ended = np.array([0.5, 2.0]), np.array([True, False])
     for options, second in ((dict(score=-1.0), -1.0), (dict(penalty=0.75), 1.25), ({}, 2.0)):
         assert rlhf.missing_eos(scores, ended, **options).tolist() == [0.5, second]
+    with pytest.raises(ValueError, match=r"gets the score -1.0 or loses 0.75: give one"):
+        rlhf.missing_eos(scores, ended, -1.0, 0.75)
 
 
 def test_a_mean_over_no_token_and_a_group_of_one_are_refused(xp):
@@ -271,6 +273,16 @@ def test_kl_controllers():
     edge = rlhf.KLController(0.1, 1.0, horizon=1)
     edge.update(kl=9.0, n=0)
     assert edge.beta == 0.1
+    rlhf.KLController(0.1, 1.0, horizon=10).update(0, 49)
+    for n in (-1, 50):
+        with pytest.raises(ValueError, match=f"n must be below 5 · horizon, 50, got {n}"):
+            rlhf.KLController(0.1, 1, horizon=10).update(0, n)
+    with pytest.raises(ValueError, match="n must be below 5 · horizon, 50, got 64"):
+        rlhf.KLController(0.1, 1, horizon=10).update(0, 64)
+    with pytest.raises(ValueError, match="horizon must be above 0, got 0"):
+        rlhf.KLController(0.1, 1, horizon=0)
+    with pytest.raises(ValueError, match="target must be above 0, or None, got 0"):
+        rlhf.KLController(0.1, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- reward models

@@ -79,7 +79,7 @@ class PPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:  # 5 = 1 / 0.2, see `KLController`
+        if self.kl_target is not None and not 5 * self.kl_horizon > self.batch_size:
             wanted = f"above batch_size / 5, {self.batch_size / 5:g}, or β would not stay above 0"
             raise ValueError(f"kl_horizon must be {wanted}, got {self.kl_horizon}")
         if self.kl_target is not None and self.kl_coef == 0:

@@ -47,12 +47,14 @@ _FREE = {"output_dir", "save_steps", "save_total_limit", "progress", "max_kl", "
 def missing_eos(
     scores: np.ndarray, ended: np.ndarray, score: float | None = None, penalty: float | None = None
 ) -> np.ndarray:
-    """Scores [B] where a response that nothing ended has `score` in place of its own, or else `penalty` less.
+    """Scores [B] where a response that nothing ended has `score` in place of its own, or `penalty` less.
 
     ended [B] is boolean. Without either, a policy learns that never ending costs nothing. Sources: replacing the score,
     by -1, is OpenAI's lm-human-preferences' (Huang et al. 2024, arXiv:2403.17031, calls it the EOS trick); the penalty
-    is TRL's `missing_eos_penalty`.
+    is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
     """
+    if score is not None and penalty is not None:
+        raise ValueError(f"a missing EOS either gets the score {score} or loses {penalty}: give one of them")
     if score is not None:
         return np.where(ended, scores, score)
     return scores if penalty is None else scores - penalty * ~ended

@@ -71,15 +71,22 @@ class KLController:
         β ← β (1 + clip(KL / target - 1, -0.2, 0.2) · n / horizon)    after every n responses
 
     Ziegler et al. 2019, section 2.2, have a constant gain in place of n / horizon; that factor is their code's
-    (lm-human-preferences, `AdaptiveKLController`). β stays above 0 for n < 5 · horizon, of which PPOConfig makes sure.
+    (lm-human-preferences, `AdaptiveKLController`). Raises ValueError for a target or a horizon that is not above 0, and
+    for n so large that β would not stay above 0.
     """
 
     def __init__(self, beta: float, target: float | None = None, horizon: int = 10000):
+        if target is not None and not target > 0:
+            raise ValueError(f"target must be above 0, or None, got {target}")
+        if not horizon > 0:
+            raise ValueError(f"horizon must be above 0, got {horizon}")
         self.beta, self.target, self.horizon = beta, target, horizon
 
     def update(self, kl: float, n: int) -> None:
         """Move β, given the mean KL, in nats a response, of n responses."""
         if self.target is not None:
+            if not 0 <= n < 5 * self.horizon:  # 5 = 1 / 0.2: β stays above 0
+                raise ValueError(f"n must be below 5 · horizon, {5 * self.horizon}, got {n}")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * n / self.horizon
 
