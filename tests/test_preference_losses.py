@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from test_rlhf import close, parameter
-from test_rlhf_online import EOS, base, pairs
+from test_rlhf_online import EOS, base, pairs, preference
 
 import minipeft as mp
 from minipeft import rlhf
@@ -263,6 +263,27 @@ def test_a_policy_with_virtual_tokens_is_refused_at_once():
     for loss in LOSSES:
         with pytest.raises(ValueError, match="train no virtual tokens, which this policy has: use LoRA"):
             rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_answer_without_a_label_that_counts_is_refused_by_name(loss):
+    good, none, one = preference([7], [8]), Example(np.array([3, 4, 8]), np.full(3, -100)), Example(*np.array([[8], [8]]))
+    for silent in (none, one):
+        with pytest.raises(ValueError, match=rf"rejected training example 1 \({len(silent.labels)} tokens\) has no label"):
+            rlhf.dpo_trainer(base(), [good, PreferencePair(good.chosen, silent)], loss_type=loss)
+        with pytest.raises(ValueError, match="chosen evaluation example 0 .* has no label that counts"):
+            rlhf.dpo_trainer(base(), [good] * 2, [PreferencePair(silent, good.rejected)] * 2, loss_type=loss)
+    if loss == "kto":
+        with pytest.raises(ValueError, match="^training example 1 .* has no label that counts"):
+            rlhf.dpo_trainer(base(), [UnpairedExample(good.chosen, True), UnpairedExample(none, False)], loss_type=loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_policy_with_merged_adapters_is_refused_at_once(loss):
+    policy = mp.get_peft_model(base(), mp.LoraConfig(r=2))
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged adapters get no gradient: call unmerge_adapter\(\)"):
+        rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
 
 
 def test_workers_bring_their_statistics_home():

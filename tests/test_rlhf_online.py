@@ -368,6 +368,21 @@ def test_a_policy_on_top_of_a_frozen_sft_adapter():
     assert all(np.array_equal(sft[n], p.data) for n, p in policy.named_parameters() if n in sft)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_adapters_are_refused_because_they_would_not_learn(method):
+    policy = mp.get_peft_model(base(), mp.LoraConfig(r=2))
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged adapters get no gradient: call unmerge_adapter\(\)"):
+        trainer(method, policy)
+    policy.unmerge_adapter()
+    trainer(method, policy)
+    value = mp.get_peft_model(mp.ValueModel(base()), mp.LoraConfig(r=2, modules_to_save=["v_head"]))
+    value.merge_adapter()
+    if method == "ppo":
+        with pytest.raises(ValueError, match="merged adapters get no gradient"):
+            trainer(value_model=value)
+
+
 def test_a_value_model_of_its_own_needs_a_head_that_learns():
     value = mp.ValueModel(base())
     run = trainer(value_model=value)
