@@ -271,10 +271,10 @@ def test_an_answer_without_a_label_that_counts_is_refused_by_name(loss):
     for silent in (none, one):
         with pytest.raises(ValueError, match=rf"rejected training example 1 \({len(silent.labels)} tokens\) has no label"):
             rlhf.dpo_trainer(base(), [good, PreferencePair(good.chosen, silent)], loss_type=loss)
-        with pytest.raises(ValueError, match="chosen evaluation example 0 .* has no label that counts"):
+        with pytest.raises(ValueError, match=r"chosen evaluation example 0 .* has no label that counts"):
             rlhf.dpo_trainer(base(), [good] * 2, [PreferencePair(silent, good.rejected)] * 2, loss_type=loss)
     if loss == "kto":
-        with pytest.raises(ValueError, match="^training example 1 .* has no label that counts"):
+        with pytest.raises(ValueError, match=r"^training example 1 .* has no label that counts"):
             rlhf.dpo_trainer(base(), [UnpairedExample(good.chosen, True), UnpairedExample(none, False)], loss_type=loss)
 
 
