@@ -227,6 +227,13 @@ def test_whitened_rewards_keep_their_mean(monkeypatch):
     assert white.std(ddof=1) == pytest.approx(1, abs=1e-3)
 
 
+def test_an_update_of_a_single_token_trains_the_values_alone():
+    for options in ({}, {"whiten_rewards": True}):
+        run = trainer(batch_size=1, mini_batch_size=1, num_epochs=1, response_length=1, steps=1, **options)
+        (record,) = run.train()
+        assert record["loss/policy"] == 0 and record["loss/value"] > 0 and run.v_head.weight.data.any()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_at_another_temperature_the_reference_is_still_the_policy_as_it_was(method):
     assert trainer(method, temperature=0.6).step()["objective/kl"] == pytest.approx(0, abs=1e-5)
