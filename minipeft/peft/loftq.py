@@ -44,8 +44,8 @@ def get_loftq_model(
         iterations: how many turns; the paper uses 1 to 10 and finds most of the gain in the first.
         options: of `quantize_model`.
 
-    Raises PeftError for another method or start, for a lora_alpha that is not above 0, and for an adapted layer that is not quantized (other than those of
-    modules_to_save and trainable_token_indices, which are trained themselves).
+    Raises PeftError for another method or start, for a lora_alpha that is not above 0, and for an adapted layer that is
+    not quantized (other than those of modules_to_save and trainable_token_indices, which are trained themselves).
     """
     plain = isinstance(config, LoraConfig) and config.init_lora_weights is True
     if not plain or config.use_dora or config.enable_lora:

@@ -60,7 +60,7 @@ def unpaired(examples: Sequence[PreferencePair] | Sequence[UnpairedExample]) -> 
 
 
 def mismatch(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Each prompt with the completion of the last example before it of another prompt, cut to `limit` tokens.
+    """Each prompt with the completion, and its labels, of the last example before it of another prompt, cut to `limit` tokens.
 
     Before the first example stands the last one. Where all have one prompt, it is the completion of the example before.
     Raises ValueError for a single example.

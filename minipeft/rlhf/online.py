@@ -91,7 +91,8 @@ class OnlineTrainer(ABC):
 
     Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
     policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter, adapters
-    that are merged; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function of a rollout.
+    that are merged; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function
+    of a rollout.
     """
 
     def __init__(
