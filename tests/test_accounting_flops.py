@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -38,6 +39,14 @@ def test_six_operations_a_parameter_and_token():
     assert full.forward + full.backward == pytest.approx(6 * n, rel=0.001)
     assert lora.forward + lora.backward == pytest.approx(4 * n, rel=0.01)
     assert full.recomputed == pytest.approx(2 * n, rel=0.03)
+
+
+def test_whispers_head_is_a_product_too_and_trained_alone_ends_the_backward_pass():
+    arch, t = architecture("whisper-tiny"), 10
+    head = 2 * t * 51865 * 384
+    bare, whole = (step_flops(a, None, 1, t, False).forward for a in (dataclasses.replace(arch, tied={}), arch))
+    assert whole - bare == head
+    assert step_flops(arch, "head", 1, t).backward == head
 
 
 def test_causal_attention_is_half_of_the_scores():

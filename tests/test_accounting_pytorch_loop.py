@@ -8,9 +8,9 @@ from minipeft import LoraConfig
 from minipeft.accounting import Loop, architecture, pytorch_ledger
 from minipeft.accounting.activations import block_terms, blocks_of, megatron_terms
 from minipeft.accounting.footprints import footprints, predict, summary
-from minipeft.accounting.loop import CONTEXT, WORKSPACE
+from minipeft.accounting.loop import CONTEXT, LOOP_PRECISIONS, WORKSPACE
 from minipeft.accounting.parameters import trained_parameters
-from minipeft.accounting.pytorch_loop import largest
+from minipeft.accounting.pytorch_loop import largest, optimizer_bytes
 
 LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
 N = 6_738_415_616  # LLaMA-7B
@@ -194,6 +194,30 @@ def test_every_family_of_which_there_is_a_table():
         assert ledger("frozen", 1, 128, name).total < found.total
     with pytest.raises(ValueError, match="bert-base has 512 positions"):
         ledger(None, 1, 513, "bert-base")
+
+
+@pytest.mark.parametrize(("name", "positions"), [
+    ("opt-125m", 2048), ("roberta-base", 512), ("xlm-roberta-base", 512), ("whisper-tiny", 448), ("gpt2", 1024),
+])  # fmt: skip
+def test_positions_are_those_of_text(name, positions):
+    """OPT's and RoBERTa's tables have two rows more."""
+    assert ledger(None, 1, positions, name).total
+    with pytest.raises(ValueError, match=f"{name} has {positions} positions"):
+        ledger(None, 1, positions + 1, name)
+
+
+def test_an_image_encoders_positions_do_not_limit_the_text():
+    assert ledger("frozen", 1, 8192, "gemma3-4b").total > ledger("frozen", 1, 4096, "gemma3-4b").total
+
+
+def test_whispers_head_makes_logits():
+    assert ledger(None, 1, 100, "whisper-tiny").moments["the loss"]["logits"] == 12 * 51865 * 100
+
+
+def test_adafactor_keeps_rows_and_columns_of_each_matrix_of_a_stack():
+    p = LOOP_PRECISIONS["bfloat16"]
+    for shape, numbers in (((7,), 7), ((5, 7), 5 + 7), ((3, 5, 7), 3 * (5 + 7)), ((2, 3, 5, 7), 6 * (5 + 7))):
+        assert optimizer_bytes("adafactor", {"w": shape}, p) == 4 * numbers
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [

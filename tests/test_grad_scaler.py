@@ -193,3 +193,14 @@ def test_a_forward_pass_that_overflows_names_the_remedy():
     with pytest.raises(mp.train.TrainingDiverged, match=r"float16 has nothing above 65504: .* bf16 has float32's range"):
         train(model, fp16=True)
     train(model, bf16=True)
+
+
+def test_an_evaluation_that_overflows_names_the_remedy_too():
+    class Grow(mp.train.Callback):
+        def after_step(self, model, step, record=None):
+            model.lm_head.weight.data *= 1e6
+
+    model = mp.Transformer(models.config("llama"), seed=1)
+    run = mp.Trainer(model, EXAMPLES, EXAMPLES, arguments(fp16=True, max_steps=1))
+    with np.errstate(all="ignore"), pytest.raises(mp.train.TrainingDiverged, match=r"step 1: the loss is .* float16 has nothing above 65504"):
+        run.train(callbacks=[Grow()])

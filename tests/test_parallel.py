@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -175,6 +176,21 @@ def test_a_constrained_oft_is_projected_where_the_weights_are(rng):
     with ThreadPoolExecutor(3) as executor:
         together, _ = trained(make(), examples, executor)
     same(together, trained(make(), examples)[0])
+
+
+def test_threads_that_share_a_constrained_oft_project_it_once(rng):
+    config = mp.peft.OFTConfig(oft_block_size=64, coft=True, eps=1e-2, target_modules=["0"])
+    ((_, oft),) = mp.get_peft_model(mp.nn.Sequential(mp.nn.Linear(512, 8)), config).parts("default")
+    together = threading.Barrier(4)
+    for _ in range(20):
+        start = rng.standard_normal(oft.oft_R.shape).astype(np.float32)
+        oft.oft_R.data = start.copy()
+        alone, projected = oft.rotations().data, oft.oft_R.data.copy()
+        np.testing.assert_allclose(np.sqrt(2 * (projected**2).sum(axis=1)), 1e-2 / np.sqrt(8), rtol=1e-6)
+        oft.oft_R.data = start
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda _: (together.wait(), oft.rotations().data)[1], range(4)))
+        assert all(np.array_equal(alone, R) for R in found) and np.array_equal(oft.oft_R.data, projected)
 
 
 def test_a_dask_cluster_computes_the_batches(rng):

@@ -901,6 +901,39 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_changes(tmp_path):
         mp.PeftModel.from_pretrained(base(), tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(("method", "options"), [
+    ("ia3", dict(init_ia3_weights=False)), ("lora", dict(layers_to_transform=[])), ("lora", dict(r=17, lora_alpha=17)),
+])  # fmt: skip
+def test_a_file_of_peft_is_read_with_options_that_mean_nothing_to_a_trained_adapter(method, options, tmp_path):
+    adapted = train(mp.get_peft_model(base(), METHODS[method]("llama")))
+    adapted.save_pretrained(tmp_path)
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    was = json.loads(config.read_text())
+    config.write_text(json.dumps({**was, **options}))
+    if "r" in options:  # as many rows and columns as PEFT's file has then, the last of them zero
+        scale = was["lora_alpha"] / was["r"]
+        arrays = read_safetensors(path)[0].items()
+        write_safetensors(path, {
+            k: np.pad(a, [(0, 15), (0, 0)]) if "lora_A" in k else scale * np.pad(a, [(0, 0), (0, 15)]) for k, a in arrays
+        })  # fmt: skip
+    close(logits(mp.PeftModel.from_pretrained(base(), tmp_path)), logits(adapted))
+
+
+def test_an_empty_list_of_layers_means_all():
+    config = mp.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[])
+    assert len(mp.get_peft_model(base(), config).layers) == 2
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_file_cannot_start_from_more_directions_than_its_base_has(start, tmp_path):
+    options = dict(r=2, target_modules=["q_proj"], init_lora_weights=start)
+    mp.get_peft_model(base(), mp.LoraConfig(**options)).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 17}))
+    with pytest.raises(PeftError, match="q_proj: a start from W has a rank of 16 at most there, not 17"):
+        mp.PeftModel.from_pretrained(base(), tmp_path)
+
+
 @pytest.mark.parametrize(("dialect", "method"), ALL)
 def test_of_every_method_an_option_that_is_unknown_and_an_array_that_is_missing_are_refused_by_name(
     dialect, method, tmp_path

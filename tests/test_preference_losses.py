@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from test_rlhf import close, parameter
-from test_rlhf_online import EOS, base, pairs
+from test_rlhf_online import EOS, base, pairs, preference
 
 import minipeft as mp
 from minipeft import rlhf
@@ -249,6 +250,14 @@ def test_a_mismatched_answer_is_the_one_before_it_cut_to_the_models_length():
     assert [e.labels.tolist() for e in found] == [[-100, -100, 9, EOS], [-100, 7, EOS], [-100] * 3 + [8, 9]]
 
 
+def test_a_mismatched_answer_keeps_its_labels():
+    """A conversation's answer has turns of the user inside, which no one learns."""
+    talk = Example(np.array([3, 4, 7, 8, 9, EOS]), np.array([-100, -100, 7, -100, 9, EOS]))
+    found = mismatch([talk, Example(np.array([5, 6]), np.array([-100, 6]))], limit=8)
+    assert found[1].input_ids.tolist() == [5, 7, 8, 9, EOS] and found[1].labels.tolist() == [-100, 7, -100, 9, EOS]
+    assert found[0].input_ids.tolist() == [3, 4, 6] and found[0].labels.tolist() == [-100, -100, 6]
+
+
 def test_a_mismatched_answer_is_to_another_prompt_where_answers_of_prompts_are_interleaved():
     texts = [Example(np.array(ids), np.array([-100, ids[1]])) for ids in ([1, 10], [1, 11], [2, 20], [2, 21], [1, 12])]
     found = mismatch(texts, limit=5)
@@ -263,6 +272,27 @@ def test_a_policy_with_virtual_tokens_is_refused_at_once():
     for loss in LOSSES:
         with pytest.raises(ValueError, match="train no virtual tokens, which this policy has: use LoRA"):
             rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_answer_without_a_label_that_counts_is_refused_by_name(loss):
+    good, none, one = preference([7], [8]), Example(np.array([3, 4, 8]), np.full(3, -100)), Example(*np.array([[8], [8]]))
+    for silent in (none, one):
+        with pytest.raises(ValueError, match=rf"rejected training example 1 \({len(silent.labels)} tokens\) has no label"):
+            rlhf.dpo_trainer(base(), [good, PreferencePair(good.chosen, silent)], loss_type=loss)
+        with pytest.raises(ValueError, match=r"chosen evaluation example 0 .* has no label that counts"):
+            rlhf.dpo_trainer(base(), [good] * 2, [PreferencePair(silent, good.rejected)] * 2, loss_type=loss)
+    if loss == "kto":
+        with pytest.raises(ValueError, match=r"^training example 1 .* has no label that counts"):
+            rlhf.dpo_trainer(base(), [UnpairedExample(good.chosen, True), UnpairedExample(none, False)], loss_type=loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_policy_with_merged_adapters_is_refused_at_once(loss):
+    policy = mp.get_peft_model(base(), mp.LoraConfig(r=2))
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged adapters get no gradient: call unmerge_adapter\(\)"):
+        rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)
 
 
 def test_workers_bring_their_statistics_home():
@@ -335,3 +365,14 @@ def test_statistics_of_a_loss_are_means_over_units_that_have_a_number():
     run = mp.Trainer(base(), [(r, r) for r in rows], [(r, r) for r in rows[1:2]], args, loss=loss)
     step, evaluation = run.train().history
     assert step["first"] == 6 and "eval_first" not in evaluation and math.isfinite(evaluation["eval_loss"])
+
+
+def test_a_statistic_that_is_infinite_stops_no_run(tmp_path):
+    def loss(model, input_ids, labels, attention_mask, rng=None):
+        return model.loss(input_ids, labels), {"wild": np.full(len(input_ids), -np.inf)}
+
+    row = np.array([3, 4, 5])
+    args = mp.TrainingArguments(max_steps=1, per_device_train_batch_size=1, progress=False, output_dir=tmp_path)
+    history = mp.Trainer(base(), [(row, row)], [(row, row)], args, loss=loss).train().history
+    assert [r.get("wild", r.get("eval_wild")) for r in history] == [None, None] and "wild" in history[0]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history

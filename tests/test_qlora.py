@@ -162,6 +162,8 @@ def test_loftq_refuses_what_it_does_not_start():
         (dict(options=config(use_dora=True)), "plain LoRA"),
         (dict(options=config(init_lora_weights="pissa")), "plain LoRA"),
         (dict(options=config(), iterations=0), "positive integer, not 0"),
+        (dict(options=config(lora_alpha=0)), r"LoftQ starts from \(W - Q\) / s, so lora_alpha must be positive, got 0"),
+        (dict(options=config(alpha_pattern={"q_proj": -1})), "lora_alpha must be positive, got -1"),
         (dict(options=config(), skip=("lm_head", "o_proj")), "o_proj: LoftQ is for quantized layers; this one is a Linear"),
     ):
         with pytest.raises(PeftError, match=message):

@@ -74,8 +74,11 @@ def test_whitening_rewards_rescales_and_keeps_the_mean(xp):
     assert white[real].mean() == pytest.approx(REWARDS[real].mean())
     assert white[real].std(ddof=1) == pytest.approx(1, abs=1e-6) and not white[~real].any()
     assert rlhf.whiten(np.array([[1.0, 3.0, 9.0]]), np.array([[1, 1, 0]]))[0] == pytest.approx([-(0.5**0.5), 0.5**0.5, 0])
-    with pytest.raises(ValueError, match="at least two real tokens, the mask marks 1"):
-        rlhf.whiten(REWARDS, np.eye(4)[:2] * np.eye(2)[:, :1])
+    alone = np.array([[0, 1, 0]])  # of one token there is no variance
+    assert rlhf.whiten(np.array([[5.0, 3.0, 9.0]]), alone).tolist() == [[0, 0, 0]]
+    assert rlhf.whiten(np.array([[5.0, 3.0, 9.0]]), alone, keep_mean=True).tolist() == [[0, 3, 0]]
+    with pytest.raises(ValueError, match="a mean over no token"):
+        rlhf.whiten(np.ones((1, 3)), np.zeros((1, 3)))
 
 
 def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():

@@ -227,6 +227,13 @@ def test_whitened_rewards_keep_their_mean(monkeypatch):
     assert white.std(ddof=1) == pytest.approx(1, abs=1e-3)
 
 
+def test_an_update_of_a_single_token_trains_the_values_alone():
+    for options in ({}, {"whiten_rewards": True}):
+        run = trainer(batch_size=1, mini_batch_size=1, num_epochs=1, response_length=1, steps=1, **options)
+        (record,) = run.train()
+        assert record["loss/policy"] == 0 and record["loss/value"] > 0 and run.v_head.weight.data.any()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_at_another_temperature_the_reference_is_still_the_policy_as_it_was(method):
     assert trainer(method, temperature=0.6).step()["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -366,6 +373,21 @@ def test_a_policy_on_top_of_a_frozen_sft_adapter():
     first, _ = trainer(policy=policy, steps=2, learning_rate=1e-2).train()
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5), "the reference is base plus SFT adapter"
     assert all(np.array_equal(sft[n], p.data) for n, p in policy.named_parameters() if n in sft)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_adapters_are_refused_because_they_would_not_learn(method):
+    policy = mp.get_peft_model(base(), mp.LoraConfig(r=2))
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged adapters get no gradient: call unmerge_adapter\(\)"):
+        trainer(method, policy)
+    policy.unmerge_adapter()
+    trainer(method, policy)
+    value = mp.get_peft_model(mp.ValueModel(base()), mp.LoraConfig(r=2, modules_to_save=["v_head"]))
+    value.merge_adapter()
+    if method == "ppo":
+        with pytest.raises(ValueError, match="merged adapters get no gradient"):
+            trainer(value_model=value)
 
 
 def test_a_value_model_of_its_own_needs_a_head_that_learns():

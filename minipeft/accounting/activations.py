@@ -137,12 +137,21 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
     )  # fmt: skip
 
 
+def head_of(arch: Architecture) -> tuple[str, str] | None:
+    """(a language model's head, the matrix that it is: its own, or the embedding's table) by name; else None.
+
+    The head is Whisper's proj_out, all others' lm_head.
+    """
+    owners = {name: arch.tied.get(name, name) for name in ("lm_head.weight", "proj_out.weight")}
+    return next(((name, owner) for name, owner in owners.items() if owner in arch), None)
+
+
 def first_trained(arch: Architecture, blocks: list[Block], trained: Mapping[str, Shape]) -> tuple[int, bool]:
     """(the first block that gradients reach, whether they reach its input): the number of blocks for none.
 
     They reach all blocks where something in front of them is trained, an embedding or a prompt.
     """
-    head = ("lm_head", "score", "classifier", "pooler", "qa_outputs")
+    head = ("lm_head", "proj_out", "score", "classifier", "pooler", "qa_outputs")
     behind = {name: shape for name, shape in trained.items() if name.startswith(head) or _is_last_norm(arch, name)}
     if elements(trained) > elements(behind) + sum(block.trained for block in blocks):
         return 0, True

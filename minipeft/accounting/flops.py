@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .activations import Block, Layer, blocks_of, first_trained
+from .activations import Block, Layer, blocks_of, first_trained, head_of
 from .architectures import Architecture, architecture
 from .cards import CARDS
 from .parameters import trained_parameters
@@ -78,11 +78,9 @@ def step_flops(
                 added = 2 * t * layer.share * math.prod(shape)
                 own, back = own + added, back + added * (1 + (stage > reach or shape[1] != layer.n_in))
         forward, backward, again = forward + own, backward + back, again + own * (checkpointing and i >= first)
-    owner = arch.tied.get("lm_head.weight", "lm_head.weight")
-    if owner in arch:
-        head = 2 * t * math.prod(arch[owner])
-        mine = owner in trained or "lm_head.weight" in trained
-        forward, backward = forward + head, backward + head * (mine + (first < len(blocks)))
+    if head := head_of(arch):
+        product, mine = 2 * t * math.prod(arch[head[1]]), any(name in trained for name in head)
+        forward, backward = forward + product, backward + product * (mine + (first < len(blocks)))
     return Flops(round(forward), round(backward), round(again))
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .activations import Block, block_terms, blocks_of, first_trained
+from .activations import Block, block_terms, blocks_of, first_trained, head_of
 from .architectures import Architecture, Shape, architecture
 from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
 from .memory import MemoryLedger, states_from_shapes
@@ -131,8 +131,9 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
 def optimizer_bytes(optimizer: str, trained: Mapping[str, Shape], p: Precision) -> int:
     """Bytes of an optimizer's states of trained parameters of these shapes."""
     sizes = [math.prod(shape) for shape in trained.values()]
-    if optimizer == "adafactor":  # a row and a column of float32 for each matrix, all of a vector
-        return sum(4 * (sum(shape) if len(shape) > 1 else shape[0]) for shape in trained.values())
+    if optimizer == "adafactor":  # float32 for each row and each column of a matrix, also of several in one; all of a vector
+        factored = ((s[:-1], (*s[:-2], s[-1])) if len(s) > 1 else (s,) for s in trained.values())
+        return 4 * sum(math.prod(shape) for shapes in factored for shape in shapes)
     if "8bit" in optimizer:  # bitsandbytes: two bytes, a float32 scale of 256 numbers; float32 under 4,096 numbers
         return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
     return LOOP_OPTIMIZERS[optimizer][0] * p.states * sum(sizes)
@@ -258,14 +259,16 @@ def _gathered(arch: Architecture, blocks: list[Block], whole: int, loop: Loop) -
 
 def _words(arch: Architecture) -> int:
     """V, of a language model's head; of another, 0."""
-    owner = arch.tied.get("lm_head.weight", "lm_head.weight")
-    return arch[owner][0] if owner in arch else 0
+    head = head_of(arch)
+    return arch[head[1]][0] if head else 0
 
 
 def positions_of(arch: Architecture) -> int:
-    """The positions that a model has a table of; without one, far more than fit anywhere."""
-    tables = [shape[0] for name, shape in arch.items() if arch.kinds[name] == "embedding" and re.search("wpe|position", name)]
-    return min(tables, default=2**24)
+    """The positions of text that a model has a table of; without one, far more than fit anywhere."""
+    named = {name: shape for name, shape in arch.items() if arch.kinds[name] == "embedding" and "vision_tower" not in name}
+    tables = [shape[0] for name, shape in named.items() if re.search("wpe|position", name)]
+    unused = 2 if arch.model_type in ("opt", "roberta", "xlm-roberta") else 0  # the first rows, for padding
+    return min(tables, default=2**24) - unused
 
 
 def _use(

@@ -256,7 +256,7 @@ class AdaLoraConfig(PeftConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         r = self.rank(name)
-        check_rank(name, r, n_out, n_in)
+        check_rank(self, name, r, n_out, n_in)
         return {"lora_A": (r, n_in), "lora_E": (r, 1), "lora_B": (n_out, r)}
 
     def training_callback(self, model: Any, adapter_name: str) -> AdaLoraCallback:

@@ -59,6 +59,7 @@ NEUTRAL = frozenset(
 )
 NEUTRAL_OF = {
     "ADALORA": {"r", "fan_in_fan_out"},
+    "IA3": {"init_ia3_weights"},
     "PROMPT_TUNING": {"tokenizer_kwargs"},
     "P_TUNING": {"encoder_num_layers", "encoder_dropout"},
 }
@@ -94,13 +95,14 @@ def from_dict(cls: type[PeftConfig], options: dict[str, Any]) -> Any:
     the result; and each that the method needs and the file lacks.
     """
     known = {field.name for field in dataclasses.fields(cls)}
-    neutral = NEUTRAL | NEUTRAL_OF.get(cls.peft_type, set())
+    own = NEUTRAL_OF.get(cls.peft_type, set())
+    neutral = NEUTRAL | own
     unset = [None, False, "none", [], {}]
     refused = {k: v for k, v in options.items() if k not in known | neutral and v not in unset}
     if refused:
         listed = ", ".join(f"{k}={v!r}" for k, v in sorted(refused.items()))
         raise PeftError(f"the adapter uses options that {cls.__name__} does not have: {listed}")
-    given = {k: v for k, v in options.items() if k in known}
+    given = {k: v for k, v in options.items() if k in known - own}
     needed = [f.name for f in dataclasses.fields(cls) if dataclasses.MISSING is f.default is f.default_factory]
     if lacking := [name for name in needed if name not in given]:
         raise PeftError(f"the adapter's configuration lacks {', '.join(lacking)}, which {cls.__name__} needs")

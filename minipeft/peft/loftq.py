@@ -29,6 +29,7 @@ from .layer import AdaptedLayer
 from .lora import LoraConfig
 from .model import PeftModel, get_peft_model, independent
 from .pissa import PissaLinear
+from .variants import check_alpha
 from .weights import dense_weight, fill, out_in
 
 
@@ -43,14 +44,15 @@ def get_loftq_model(
         iterations: how many turns; the paper uses 1 to 10 and finds most of the gain in the first.
         options: of `quantize_model`.
 
-    Raises PeftError for another method or start, and for an adapted layer that is not quantized (other than those of
-    modules_to_save and trainable_token_indices, which are trained themselves).
+    Raises PeftError for another method or start, for a lora_alpha that is not above 0, and for an adapted layer that is
+    not quantized (other than those of modules_to_save and trainable_token_indices, which are trained themselves).
     """
     plain = isinstance(config, LoraConfig) and config.init_lora_weights is True
     if not plain or config.use_dora or config.enable_lora:
         raise PeftError("LoftQ starts a plain LoRA: init_lora_weights=True, without use_dora and enable_lora")
     if not isinstance(iterations, int) or iterations < 1:
         raise PeftError(f"iterations must be a positive integer, not {iterations!r}")
+    check_alpha(config, "LoftQ starts from (W - Q) / s")
     peft = get_peft_model(quantize_model(model, **options), config, adapter_name, seed)
     for path, layer in peft.layers.items():
         base, adapter = layer.base_layer, layer.adapters[adapter_name]

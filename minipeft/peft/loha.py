@@ -52,5 +52,5 @@ class LoHaConfig(LycorisConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         r = self.rank(name)
-        check_rank(name, r, n_out, n_in)
+        check_rank(self, name, r, n_out, n_in)
         return {"hada_w1_a": (n_out, r), "hada_w1_b": (r, n_in), "hada_w2_a": (n_out, r), "hada_w2_b": (r, n_in)}

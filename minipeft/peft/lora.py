@@ -115,7 +115,7 @@ class LoraConfig(WithTokenRows, Ranked):
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
-        check_rank(name, self.rank(name), n_out, n_in)
+        check_rank(self, name, self.rank(name), n_out, n_in)
         return variant_class(self, name, kind).factor_shapes(self, name, self.rank(name), n_out, n_in)
 
     def adapter(self, name: str, layer: Module, shapes: dict[str, Shape], seed: Seed) -> LoraLinear:

@@ -140,9 +140,8 @@ class PeftModel(Module, Generic[M]):
         gradient comes from its own rows; `set_requires_grad` says which learn. Raises PeftError where gradients would
         be recorded for merged adapters, which get none.
         """
-        merged = any(layer.merged_names for layer in self.layers.values())
-        if merged and is_grad_enabled() and self.get_nb_trainable_parameters()[0]:
-            raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
+        if is_grad_enabled():
+            self.check_unmerged()
         with self._call(adapter_names, input_ids) as prompt:
             if prompt is None:
                 return self.base_model.loss(input_ids, labels, **arguments)
@@ -379,6 +378,12 @@ class PeftModel(Module, Generic[M]):
         """Drop the merged weights; the base's, which were kept, are used again: nothing is subtracted or rounded."""
         for layer in self.layers.values():
             layer.merged, layer.merged_names = None, []
+
+    def check_unmerged(self) -> None:
+        """Raises PeftError where something is to be trained and adapters are merged: they would get no gradient."""
+        merged = any(layer.merged_names for layer in self.layers.values())
+        if merged and self.get_nb_trainable_parameters()[0]:
+            raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
 
     def _mergeable(self, adapter_names: list[str] | None) -> list[str]:
         """These names, or the active ones. Raises PeftError for those that no plain model equals."""

@@ -21,6 +21,7 @@ Departures, 1 from the equation above, 2 and 3 from PEFT:
 from __future__ import annotations
 
 import math
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +37,7 @@ from .layer import Adapter, Inner, kept
 from .weights import dense_weight, fill, out_in, with_weight
 
 SINCE = "0.18.0"  # the version of PEFT whose series this is; files of earlier ones mean another
+_projecting = threading.Lock()
 
 
 class OFTLayer(Adapter):
@@ -62,8 +64,7 @@ class OFTLayer(Adapter):
         v, c = self.oft_R, self.config
         xp, b = xp_of(v.data), self.blocks[1]
         if c.coft:  # so that a step starts from there
-            most, length = c.eps / math.sqrt(len(v)), xp.sqrt(2 * (v.data**2).sum(axis=1, keepdims=True))
-            v.data *= most / xp.maximum(length, most)
+            self.project(v.data, c.eps / math.sqrt(len(v)))
         place, sign = _skew(b, xp)
         Q, I = v[:, place] * sign, xp.eye(b, dtype=v.dtype)
         if not c.use_cayley_neumann:
@@ -72,6 +73,18 @@ class OFTLayer(Adapter):
         for _ in range(c.num_cayley_neumann_terms - 3):
             P = Q @ P + 2 * I
         return Q @ P + I
+
+    @staticmethod
+    def project(v: Array, most: float) -> None:
+        """Scale the rows of v [k, n], in place, whose Q is longer than `most`: ||Q||² = 2 Σ v².
+
+        Rows of a batch may be computed on several threads, of which only the first finds something to scale: what is
+        longer by rounding alone stays as it is.
+        """
+        xp = xp_of(v)
+        with _projecting:
+            length = xp.sqrt(2 * (v**2).sum(axis=1, keepdims=True))
+            v *= xp.where(length > most * (1 + 1e-5), most / xp.maximum(length, most), 1)
 
     def merge(self, layer: Module, base: Module) -> Module:
         """W' = W Rᵀ, in a new layer; a four-bit W is dequantized."""

@@ -16,7 +16,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from ..backend import one_blas_thread, to_numpy
 from ..nn.module import Module, Parameter
-from .config import Seed, Shape
+from .config import PeftError, Seed, Shape
 from .lora import LoraConfig, LoraLinear
 from .weights import dense_weight, fill, out_in
 
@@ -37,10 +37,15 @@ class PissaLinear(LoraLinear):
         self.lora_A.data, self.lora_B.data = self.start_A.data.copy(), self.start_B.data.copy()
 
     def loading(self, base: Module) -> None:
-        """Compute the start: once, and once more from the same base layer when a file is loaded."""
-        W = to_numpy(out_in(base, dense_weight(base))).astype(self.lora_A.dtype)
+        """Compute the start: once, and once more from the same base layer when a file is loaded.
+
+        Raises PeftError for a rank that W does not have.
+        """
+        W, r = to_numpy(out_in(base, dense_weight(base))).astype(self.lora_A.dtype), self.lora_A.shape[0]
+        if r > min(W.shape):
+            raise PeftError(f"{self.path}: a start from W has a rank of {min(W.shape)} at most there, not {r}")
         with one_blas_thread():  # thousands of small products, for each of which a second thread would only wait
-            A, B = self.decompose(W, self.lora_A.shape[0], self.scaling)
+            A, B = self.decompose(W, r, self.scaling)
         fill(self.start_A, A)
         fill(self.start_B, B)
 

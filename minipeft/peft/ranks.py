@@ -42,7 +42,10 @@ def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if match(rf"(.*\.)?({pattern})$", name)), default)
 
 
-def check_rank(name: str, r: int, n_out: int, n_in: int) -> None:
-    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have."""
-    if r > min(n_in, n_out):
+def check_rank(config: PeftConfig, name: str, r: int, n_out: int, n_in: int) -> None:
+    """Raises PeftError for a rank that the matrix [n_out, n_in] at a path does not have.
+
+    An adapter that is read from a file (inference_mode) may have any rank, as in PEFT.
+    """
+    if r > min(n_in, n_out) and not config.inference_mode:
         raise PeftError(f"{name}: a rank of {r} is larger than the matrix [{n_out}, {n_in}]; take a smaller one")

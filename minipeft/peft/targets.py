@@ -89,7 +89,7 @@ class Targets:
         None, "ends of paths, a regular expression for whole paths, or all-linear; None: the architecture's usual ones"
     )
     exclude_modules: list[str] | str | None = option(None, "names or a regular expression; what matches is no target")
-    layers_to_transform: list[int] | int | None = option(None, "only layers of these numbers", least=0)
+    layers_to_transform: list[int] | int | None = option(None, "only layers of these numbers; None or []: all", least=0)
     layers_pattern: list[str] | str | None = option(None, "what stands before that number, where a path has several")
     modules_to_save: list[str] | str | None = option(None, "ends of paths of modules that are trained whole, as copies")
 
@@ -141,11 +141,12 @@ class Targets:
             return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in HEADS
         if not matches(self.target_modules, name):
             return False
-        if self.layers_to_transform is None or name in self.target_modules:
+        layers = as_list(self.layers_to_transform)
+        if not layers or name in self.target_modules:
             return True
         patterns = as_list(self.layers_pattern) or [r"[^.]*"]
         found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name))), None)
-        return found is not None and int(found.groups()[-1]) in as_list(self.layers_to_transform)
+        return found is not None and int(found.groups()[-1]) in layers
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.

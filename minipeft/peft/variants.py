@@ -24,13 +24,19 @@ VARIANTS = {
 def check_variant(config: Any) -> None:
     """Raises PeftError for options of a LoraConfig that contradict each other."""
     start, enabled = config.init_lora_weights, config.enable_lora
-    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
-        if start == "pissa" and alpha <= 0:
-            raise PeftError(f"PiSSA starts from W / s, so lora_alpha must be positive, got {alpha!r}")
+    if start == "pissa":
+        check_alpha(config, "PiSSA starts from W / s")
     if enabled is not None and not any(enabled):
         raise PeftError(f"enable_lora must name at least one projection to adapt, got {enabled}")
     if enabled and (config.use_dora or start in ("pissa", "olora")):
         raise PeftError("enable_lora adapts parts of a matrix; DoRA, PiSSA and OLoRA are about whole ones")
+
+
+def check_alpha(config: Any, why: str) -> None:
+    """Raises PeftError for a lora_alpha, also of alpha_pattern, by which a start cannot be divided."""
+    for alpha in (config.lora_alpha, *config.alpha_pattern.values()):
+        if alpha <= 0:
+            raise PeftError(f"{why}, so lora_alpha must be positive, got {alpha!r}")
 
 
 def variant_class(config: Any, name: str, kind: str) -> Any:

@@ -38,15 +38,14 @@ def whiten(x: Array, mask: Array, keep_mean: bool = False) -> Array:
     """(x - mean) / sqrt(var + 1e-8) over the real positions, 0 elsewhere: x, mask [B, T] -> [B, T].
 
     The variance is with Bessel's correction. `keep_mean=True` rescales only, for rewards: (x - mean) / sqrt(var + 1e-8)
-    + mean. Source: TRL's `masked_whiten`. Raises ValueError for fewer than two real positions.
+    + mean. Source: TRL's `masked_whiten`, which gives NaN for a single real position; here that is its own mean, so 0, or
+    kept. Raises ValueError for a mask without any.
     """
     xp, real = xp_of(x, mask), mask != 0
     n = int(real.sum().item())
-    if n < 2:
-        raise ValueError(f"whitening needs at least two real tokens, the mask marks {n}")
     mean = masked_mean(x, mask)
     centered = xp.where(real, x - mean, 0)
-    white = centered / xp.sqrt((centered**2).sum() / (n - 1) + 1e-8)
+    white = centered / xp.sqrt((centered**2).sum() / max(n - 1, 1) + 1e-8)
     return xp.where(real, white + mean, 0) if keep_mean else white
 
 

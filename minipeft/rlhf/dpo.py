@@ -28,7 +28,7 @@ from ..autograd.tensor import Tensor
 from ..backend import Array, Rng
 from ..nn.module import Module
 from ..text.examples import PreferencePair, UnpairedExample
-from ..train.batches import Batch, collate
+from ..train.batches import Batch, check_examples, collate
 from ..train.evaluation import Statistics, example_losses
 from ..train.rates import with_learning_rate
 from ..train.trainer import Trainer, TrainingArguments
@@ -127,11 +127,16 @@ def dpo_trainer(
     run is resumed with the same one, from the policy that it began with. "orpo" and "simpo" have none. Where `args` give
     no learning rate it is a tenth of the method's usual one (`train.rates`).
 
-    Raises ValueError as `DPOConfig` does, for unpaired examples where pairs are wanted, and for a policy with virtual
-    tokens.
+    Raises ValueError as `DPOConfig` does, for unpaired examples where pairs are wanted, for an answer without a label that
+    counts, and for a policy with virtual tokens or merged adapters.
     """
     if getattr(policy, "virtual_tokens", 0):
         raise ValueError("preferences train no virtual tokens, which this policy has: use LoRA, or another adapter inside")
+    if hasattr(policy, "peft_config"):  # the losses read the backbone, not the PeftModel's own loss
+        policy.check_unmerged()
+    for what, given in (("training", pairs), ("evaluation", eval_pairs or ())):
+        for field, answer in (("chosen", "chosen "), ("rejected", "rejected "), ("example", "")):
+            check_examples([getattr(e, field) for e in given if hasattr(e, field)], answer + what)
     c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)
     if c.loss_type == "kto":
         return kto_trainer(policy, pairs, eval_pairs, args, c)

@@ -40,7 +40,7 @@ def rank(scores: np.ndarray, rng: np.random.Generator, temperature: float = 0.1,
 
     (of K answers the order has Plackett and Luce's distribution: Yellott 1977). At temperature 0 the better one
     always wins, and equals are ordered at random. With probability `flip` the rater reads the scale the wrong way round
-    and the order is reversed, so no reward model can agree with more than 1 - flip of such labels.
+    and the order is reversed, so no reward model can agree with more than max(flip, 1 - flip) of such labels.
 
     Raises ValueError for a temperature below 0 and a flip outside of [0, 1].
     """

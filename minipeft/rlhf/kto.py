@@ -60,7 +60,7 @@ def unpaired(examples: Sequence[PreferencePair] | Sequence[UnpairedExample]) -> 
 
 
 def mismatch(examples: Sequence[Example], limit: int) -> list[Example]:
-    """Each prompt with the completion of the last example before it of another prompt, cut to `limit` tokens.
+    """Each prompt with the completion, and its labels, of the last example before it of another prompt, cut to `limit` tokens.
 
     Before the first example stands the last one. Where all have one prompt, it is the completion of the example before.
     Raises ValueError for a single example.
@@ -73,8 +73,8 @@ def mismatch(examples: Sequence[Example], limit: int) -> list[Example]:
     for i, start in enumerate(starts):
         other = i - 1 if i and prompts[i - 1] != prompts[i] else other  # the last one of another prompt
         j = other if prompts[other] != prompts[i] else i - 1  # all of one prompt
-        ids = np.concatenate([examples[i].input_ids[:start], examples[j].input_ids[starts[j] :]])[:limit]
-        mismatched.append(Example(ids, np.where(np.arange(len(ids)) < start, IGNORE, ids)))
+        prompt, answer = (a[:start] for a in examples[i]), (a[starts[j] :] for a in examples[j])  # of ids, and of labels
+        mismatched.append(Example(*(np.concatenate(parts)[:limit] for parts in zip(prompt, answer))))
     return mismatched
 
 

@@ -90,8 +90,9 @@ class OnlineTrainer(ABC):
     The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
 
     Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
-    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter;
-    TypeError for the config of another trainer, prompts that are texts, and a reward that is no function of a rollout.
+    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter, adapters
+    that are merged; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function
+    of a rollout.
     """
 
     def __init__(
@@ -133,6 +134,9 @@ class OnlineTrainer(ABC):
         self.optimizer = Adam(self.trainable.items(), lr=config.learning_rate, eps=1e-5)
         self.precision = "bfloat16" if config.bf16 else None
         self._modules = (policy, *beside.values())
+        for module in self._modules:
+            if hasattr(module, "peft_config"):  # the losses read the backbone, not the PeftModel's own loss
+                module.check_unmerged()
         self._callbacks = Callbacks(*self._modules)
         self.updates, self.history = 0, []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ class Metrics:
             self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record."""
+        """Add a record; a number that is not finite, which JSON does not have, becomes None."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.history.append(record)
         if self._file is not None:
             self.lines.append(json.dumps(record, allow_nan=False) + "\n")

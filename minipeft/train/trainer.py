@@ -161,8 +161,9 @@ class Trainer:
         collate: for other kinds of examples: a function from a list of them to a `Batch`.
         loss: for other objectives: a function `loss(model, **batch.arguments, rng=None)` that gives a scalar Tensor,
             the mean over the batch's `weight` units; or (that, statistics), arrays [units] by name (NaN does not
-            count), whose means are recorded beside it, "eval_<name>" held out. By default the model's own. A run is resumed with the same one:
-            options are compared where `functools.partial` has bound them.
+            count), whose means are recorded beside it, "eval_<name>" held out; None for one that is infinite. By default
+            the model's own. A run is resumed with the same one: options are compared where `functools.partial` has bound
+            them.
         optimizer: over exactly the trainable parameters, in place of the one that `args` describe; the schedule
             multiplies the learning rate of each of its groups.
 
@@ -344,7 +345,7 @@ class Trainer:
         measured, best = self.measure(), self._best
         loss = measured["loss"]
         if not math.isfinite(loss):
-            raise diverged(step, loss, self.trainable, self.optimizer)
+            raise diverged(step, loss, self.trainable, self.optimizer, self.precision)
         if best.best_eval_loss is None or loss < best.best_eval_loss:
             best.best_eval_loss, best.best_step = loss, step
             if self.args.early_stopping_patience:

@@ -476,3 +476,15 @@ def test_trained_rows_beside_an_untied_head_are_pefts_both_ways(case, tmp_path):
     theirs = train_theirs(peft.get_peft_model(twin_of(model), configs("llama", case)[1]))
     theirs.save_pretrained(tmp_path / "theirs")
     close(mp.PeftModel.from_pretrained(model, tmp_path / "theirs")(IDS).data, logits(theirs), 1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    peft.LoraConfig(r=40, target_modules=["q_proj"]), peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[]),
+    peft.IA3Config(init_ia3_weights=False),
+], ids=["a rank above the width", "no layers", "another start"])  # fmt: skip
+def test_what_peft_allows_is_read(config, tmp_path):
+    torch.manual_seed(0)
+    model, twin = base("llama")
+    theirs = train_theirs(peft.get_peft_model(twin, config))
+    theirs.save_pretrained(tmp_path)
+    close(mp.PeftModel.from_pretrained(model, tmp_path)(IDS).data, logits(theirs))
