@@ -1,5 +1,9 @@
 """Comparisons of tuned methods as evidence: an experiment made of searches, and what differences say.
 
+    Search, Gentle, Seen ──► Trial ──► Report ─────────► Difference ────► Verdict
+    how one is chosen        chosen    on test, of each  of a Pair of     of a rule, from
+    on validation                      seed and item     reports          its pairs (`judged`)
+
     a case        one task and number of examples
     difference    a - b on the test items under the five seeds, with its 95 % interval (`protocol.difference`);
                   of losses in nats per token, of choices in shares; in its direction, so that above 0 a is better
@@ -27,7 +31,7 @@ from typing import Any, NamedTuple
 from ..evaluation.intervals import Estimate
 from ..experiments.rows import described, finder, read_rows
 from . import protocol
-from .protocol import SEEDS, Find, Gentle, Report, Search, Trial, search, tuned, untrained
+from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, search, tuned, untrained
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "not told apart"
@@ -44,10 +48,10 @@ KEYS = {"rewrite": "nll", "source": "right"}  # what a task is judged by
 class Searches(Experiment):
     """An experiment whose runs depend on the rows so far: each search tunes, then reports (`protocol`)."""
 
-    searches: tuple[protocol.Way, ...] = ()
+    searches: tuple[Choice, ...] = ()
 
     @classmethod
-    def of(cls, name: str, searches: Iterable[protocol.Way]) -> Searches:
+    def of(cls, name: str, searches: Iterable[Choice]) -> Searches:
         return cls(name, protocol.run, (), searches=tuple(searches))
 
     @classmethod
@@ -160,7 +164,7 @@ def compare(a: Report, b: Report, key: str, level: float = 0.95) -> Difference:
     return Difference(found, NEAR[key])
 
 
-Way = protocol.Way | Trial  # how a thing is done: what is tuned and reported, or a trial without training
+Way = Choice | Trial  # how a thing is done: what is tuned and reported, or a trial without training
 
 
 def way(method: str, case: Case, **fixed: Any) -> Way:

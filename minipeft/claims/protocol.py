@@ -311,10 +311,10 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
-Way = Search | Gentle | Seen  # in which a trial is chosen
+Choice = Search | Gentle | Seen  # how a trial is chosen
 
 
-def chosen(find: Find, of: Way) -> tuple[Trial, list[Trial]]:
+def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     """(the trial that is reported, the trials still to be run to choose it)."""
     if isinstance(of, Search):
         return tuned(find, of)
@@ -333,7 +333,7 @@ def chosen(find: Find, of: Way) -> tuple[Trial, list[Trial]]:
     return min(kept, key=lambda trial: (sum(find(described(trial)).get("general", {}).values()), seen.get(trial, 0))), []
 
 
-def wanted(find: Find, searches: Iterable[Way]) -> list[Trial]:
+def wanted(find: Find, searches: Iterable[Choice]) -> list[Trial]:
     """The trials that are needed next: of the tuning, and where it has ended, of the report."""
     trials = []
     for of in searches:
@@ -349,7 +349,7 @@ def version() -> str:
     return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
-def compute(searches: Sequence[Way], store: str | os.PathLike, executor: Any = None, **options: Any) -> list[Row]:
+def compute(searches: Sequence[Choice], store: str | os.PathLike, executor: Any = None, **options: Any) -> list[Row]:
     """All rows of the searches: those in the store, and those that are missing, computed and added, round by round.
     `executor` and the options are those of `experiments.sweep`.
 
@@ -378,7 +378,7 @@ class Report(NamedTuple):
         return crossed(self.values, self.weights)
 
 
-def report(find: Find, of: Way | Trial, key: str = "nll") -> Report | None:
+def report(find: Find, of: Choice | Trial, key: str = "nll") -> Report | None:
     """What is chosen, or a trial without training, on every test item under every seed; None where rows are missing.
 
     key   nll: nats per token; right, cloze: shares
