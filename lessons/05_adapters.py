@@ -373,7 +373,7 @@ print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bot
 
 # %% [markdown]
 # On `rewrite` LoRA learns more, at both sizes, and for half of the computation: the adapters went on to four epochs, the
-# most that the protocol allows, and might gain by more. On `source` nothing tells LoRA and an adapter of its size apart.
+# most that the protocol allows, and might gain from more. On `source` the smaller pair is equal, the larger undecided.
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:

@@ -365,7 +365,7 @@ assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 #
 # The textbook's statement is judged on another task, the league's `source` (Lesson 3): which of three books is a
 # sentence from, with 80 % of 500 examples from one of them. Of full fine-tuning and LoRA only the second clearly loses
-# by the skew, if this is counted as the only comparison, and not if as one of two. What repeating does is undecided
+# by the skew, and only if this is counted as a single comparison, not as one of two. What repeating does is undecided
 # again.
 
 # %% [markdown]

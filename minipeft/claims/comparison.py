@@ -239,7 +239,7 @@ def in_cases(a: str, cases: Iterable[Case], b: str, **fixed: Any) -> list[Pair]:
 
 
 def at_equal_quality(a: str, cases: Iterable[Case], b: str) -> list[Pair]:
-    """The same, each as it forgets least among what learns as much as the other."""
+    """The same, each as it forgets least within ROOM of the weaker's best loss on the task."""
     tuned = [(case.name, way(a, case), way(b, case)) for case in cases]
     return [Pair(name, a, Gentle(one, two), b, Gentle(two, one)) for name, one, two in tuned]
 
@@ -253,7 +253,7 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 class Beside(NamedTuple):
     """Two reports on the same items under the same seeds, where each comes from, and what is measured.
 
-    limit      said where it may explain the difference: the worse of the two stopped at the most epochs allowed
+    limit      said where it may explain the difference: only the worse of the two stopped at the most epochs allowed
     learned    the losses on the task of two that are compared in something else, at equal quality of the task
     """
 
@@ -317,7 +317,8 @@ def told(found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[
     """The same of reports. `failed`: of pairs without a report, why; they are not told."""
     so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
     surely = [each.so(holds, 1 - 0.05 / len(so)) for each in found]
-    words = [each.told for each in found] + [*failed]
+    unclear = [one is None and each.difference().word != UNDECIDED for each, one in zip(found, so)]  # it must be said
+    words = [each.told + ", not told" * more for each, more in zip(found, unclear)] + [*failed]
     if not found:
         return Verdict(UNTESTABLE, itemized(words))
     undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
