@@ -61,8 +61,8 @@ REPEATED = differing("80 % of one class, the others repeated", {"data": "oversam
 
 @claim("best-2", lesson="14_best_practices.py", section="7 · A class that is rare", experiment=Searches.pairs("league", SKEWED + REPEATED))
 def balance(rows: Rows) -> Verdict:
-    """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, Jane Austen's sentences, and repeating the rare ones clearly beats not
-    repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
+    """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, Jane Austen's sentences, and repeating the rare
+    ones clearly beats not repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
     return both(judged(finder(rows), SKEWED, better), judged(finder(rows), REPEATED, better))
 
 
