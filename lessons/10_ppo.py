@@ -560,7 +560,7 @@ print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening be
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 
 # %% [markdown]
-# One half: the value head is told that it is wrong by 1. Whitened advantages have that standard deviation.
+# One half: its targets now differ from its values by the whitened advantages, whose mean square is 1.
 #
 # The chain of section 8 was broken in this way and in five others. The verdict below says how much gold each costs, and
 # which number of the log first leaves the range of unbroken runs. Of this bug three seeds show no loss, but their

@@ -360,8 +360,8 @@ print("replay's share of the tokens in the loss: " + ", ".join(f"{share:.0%} at 
 assert shares[0] > 0.4 and shares[1] > 0.7
 
 # %% [markdown]
-# - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. Beside no
-#   remedy it forgets less than half, and its task loss is no higher. In section 2's parabola it puts $\alpha$ for $H$:
+# - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. It
+#   forgets less than half of what no remedy does, at no higher a task loss. In section 2's parabola it puts $\alpha$ for $H$:
 #   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the
 #   posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and
 #   puts for $H$ the diagonal of the Fisher information, the mean square of each weight's gradient over answers that the
@@ -386,7 +386,7 @@ assert shares[0] > 0.4 and shares[1] > 0.7
 # weights: Learning without Forgetting (Li and Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask
 # that the model answer as it did. At equal accuracy on a new task, reinforcement learning from the model's own answers
 # (Lesson 10) forgot less than supervised fine-tuning, and the KL divergence from the base on the *new* task
-# foretold forgetting (Shenfeld et al. 2025, arXiv:2509.04259).
+# predicted forgetting (Shenfeld et al. 2025, arXiv:2509.04259).
 #
 # The verdict has the league's rows, 500 examples and five seeds: a quarter of the usual rate beside four times it, each
 # at its gentlest setting. Who may have learned less by more than 0.02 has shown nothing: so one comparison is not told.

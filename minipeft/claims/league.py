@@ -224,7 +224,7 @@ def rates(rows: Rows) -> Verdict:
         ratio, low, high = (float(2 ** (middle + sign * half)) for sign in (0, -1, 1))
         numbers.append(Number(f"best rate of {method}, over full's", ratio, "times", low, high))
     outcome = {"full between 1e-5 and 5e-5": all(1e-5 <= rate <= 5e-5 for rate in full)}
-    outcome |= {f"{m} above it": n.low is not None and n.low > 1 for m, n in zip(MAIN[1:], numbers)}
+    outcome |= {f"{m} above it": n.low > 1 for m, n in zip(MAIN[1:], numbers)}
     ratios = listed([f"{n.value:.1f} for {m} ({n.low:.1f} to {n.high:.1f})" for m, n in zip(MAIN[1:], numbers)])
     return Verdict(
         graded(outcome), f"The best rates of full fine-tuning are {min(full):.0e} to {max(full):.0e}; of the other methods they are higher "
