@@ -360,8 +360,8 @@ print("replay's share of the tokens in the loss: " + ", ".join(f"{share:.0%} at 
 assert shares[0] > 0.4 and shares[1] > 0.7
 
 # %% [markdown]
-# - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. It
-#   forgets less than half of what no remedy does, at no higher a task loss. In section 2's parabola it puts $\alpha$ for $H$:
+# - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. It forgets
+#   less than half of what no remedy does, at no higher a task loss. In section 2's parabola it puts $\alpha$ for $H$:
 #   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the
 #   posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and
 #   puts for $H$ the diagonal of the Fisher information, the mean square of each weight's gradient over answers that the

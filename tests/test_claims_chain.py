@@ -13,6 +13,7 @@ from minipeft.claims.chain_rules import WARNING, along, decided, first_warning, 
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
+from minipeft.train.batches import IGNORE
 
 pytest.importorskip("vaderSentiment", reason="needs the extra 'rlhf'")
 
@@ -59,7 +60,7 @@ def test_a_seed_draws_the_demonstrations():
     one, again, other = (chain.demonstrations(seed) for seed in (1, 1, 2))
     assert [e.input_ids.tolist() for e in one] == [e.input_ids.tolist() for e in again]
     assert len({tuple(e.input_ids) for e in one} & {tuple(e.input_ids) for e in other}) < len(one)
-    assert all(e.labels[-1] == base()[1].eos_token_id and e.labels[0] == chain.IGNORE for e in one)
+    assert all(e.labels[-1] == base()[1].eos_token_id and e.labels[0] == IGNORE for e in one)
 
 
 # ------------------------------------------------------------------------------------------------------------- in small

@@ -35,7 +35,7 @@ from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
 from ..peft import LoraConfig, get_peft_model
 from ..rlhf.baseline import best_of_n_kl
-from ..text.examples import IGNORE, Example
+from ..text.examples import Example, example_of
 from ..train import Trainer, TrainingArguments
 from .kindness import form, gold, sentences
 from .protocol import version
@@ -131,13 +131,7 @@ def demonstrations(seed: int) -> list[Example]:
     short = [item for item in sentences("train").items() if len(item[1]) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", item[1])]
     drawn = [short[i] for i in np.random.default_rng([seed, 0]).permutation(len(short))[:DEMONSTRATIONS]]
     answers = encoded([verse.removeprefix(prompt) for prompt, verse in drawn])
-    return [example(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([prompt for prompt, _ in drawn]), answers)]
-
-
-def example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
-    """Of which the answer is learned."""
-    ids = np.array([*prompt, *answer])
-    return Example(ids, np.where(np.arange(len(ids)) < len(prompt), IGNORE, ids))
+    return [example_of(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([prompt for prompt, _ in drawn]), answers)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
@@ -344,6 +338,6 @@ def policy_of(settings: Chain) -> Any:
         return sft(s.seed, 10) if s.broken else sft(s.seed)
     if s.stage == "chosen":
         prompts, answers, order = comparisons(s.seed)
-        preferred = [example(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
+        preferred = [example_of(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
         return fitted(sft(s.seed).copy(), preferred, RATES["sft"], 1, s.seed)
     return ppo(s, lambda policy: {})[0]

@@ -40,7 +40,7 @@ from ..experiments.shipped import base, rounded
 from ..hub.pretrained import from_pretrained
 from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from ..text.datasets import Conversation, Message
-from ..text.examples import Example
+from ..text.examples import Example, example_of
 from ..text.templates import Turn, asked_turn, chat
 from ..train.batches import pad_sequences
 from ..train.evaluation import example_losses
@@ -139,7 +139,7 @@ def contrast(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     def nll(principles: str, kind: str) -> np.ndarray:
         shown = [asked(f'{principles} Write a {kind} sentence that begins with "{p}".').prompt for p in prompts]
         ids = [tokenizer.encode_pieces((*pieces, p)) for pieces, p in zip(shown, prompts)]
-        return example_losses(model, [*map(chain.example, ids, map(tokenizer.encode, answers))], 16, 0)[0]
+        return example_losses(model, [*map(example_of, ids, map(tokenizer.encode, answers))], 16, 0)[0]
 
     return nll(BROKEN, "bad") - nll(PRINCIPLES, "good")
 
@@ -218,7 +218,7 @@ def revised(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
 def examples(prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
     """To be learned: each answer, and its end."""
     encode, end = base()[1].encode, base()[1].eos_token_id
-    return [chain.example(encode(p), [*encode(a), end]) for p, a in zip(prompts, answers)]
+    return [example_of(encode(p), [*encode(a), end]) for p, a in zip(prompts, answers)]
 
 
 # --------------------------------------------------------------------------------------------------------------- the row
