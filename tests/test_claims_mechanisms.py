@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.backend import to_numpy
-from minipeft.claims import intrinsic_dimension, mechanism_rules, memorization, speed, width
+from minipeft.claims import intrinsic_dimension, memorization, speed, width
 from minipeft.claims.intrinsic_dimension import (
     GRID,
     RANKS,
@@ -24,6 +24,7 @@ from minipeft.claims.intrinsic_dimension import (
 from minipeft.claims.mechanisms import HOLDS, IF, NOT, best_rate, curve, geometric, train
 from minipeft.claims.memorization import Memory, memorized, random_answers
 from minipeft.claims.protocol import SEEDS
+from minipeft.claims.register import Number, Verdict
 from minipeft.claims.speed import Curve, Pace, product, steps_to
 from minipeft.claims.width import Law, Width, vertex
 from minipeft.evaluation.intervals import Estimate
@@ -41,6 +42,10 @@ def toy(seed: int = 0) -> Transformer:
 def sequences(n: int = 8) -> list[Example]:
     drawn = np.random.default_rng(0).integers(1, 16, (n, 8))
     return [Example(ids, ids) for ids in drawn]
+
+
+def evidence(verdict: Verdict) -> dict[str, Number]:
+    return {number.name: number for number in verdict.evidence}
 
 
 @pytest.fixture
@@ -184,7 +189,7 @@ def test_the_rule_of_the_intrinsic_dimension_comes_out_each_way():
     low = intrinsic_dimension.verdict(subspace_rows({"base": 100, "random": 1e5}, 0.5, 10))
     assert low.verdict == HOLDS
     assert low.effect.value == pytest.approx(900, rel=0.5)  # d / (d + 100) = 0.9
-    assert low.effect.low < low.effect.value < low.effect.high < low.evidence["d90 from random"].value
+    assert low.effect.low < low.effect.value < low.effect.high < evidence(low)["d90 from random"].value
     assert intrinsic_dimension.verdict(subspace_rows({"base": 100, "random": 1e5}, 0.5, 50)).verdict == IF
     high = intrinsic_dimension.verdict(subspace_rows({"base": 2e5, "random": 1e5}, 30, 50))
     assert high.verdict == NOT
@@ -198,7 +203,7 @@ def test_the_rule_of_the_intrinsic_dimension_takes_no_gain_for_an_answer():
             row["accuracy"] = [0.4] * 5
     found = intrinsic_dimension.verdict(rows)
     assert found.verdict == HOLDS
-    assert "d90 from random" not in found.evidence
+    assert "d90 from random" not in evidence(found)
     assert "nothing is gained under some seed" in found.because
     rows = subspace_rows({"base": 100, "random": 1e5}, 0.5, 10)
     for row in rows:
@@ -267,7 +272,7 @@ def test_the_rule_of_memorization_comes_out_each_way():
     found = memorization.verdict(memory_rows({"full": 9000, "lora": 4000, "head": 500}))
     assert found.verdict == HOLDS
     assert found.effect.value == pytest.approx(5000, rel=0.05)
-    assert found.evidence["lora: bits a trainable parameter"].value == pytest.approx(40, rel=0.05)
+    assert evidence(found)["lora: bits a trainable parameter"].value == pytest.approx(40, rel=0.05)
     assert memorization.verdict(memory_rows({"full": 4000, "lora": 4000, "head": 500})).verdict == IF
     found = memorization.verdict(memory_rows({"full": 4000, "lora": 5000, "prefix": 100}))
     assert found.verdict == NOT, "prefix trains more than all"
@@ -308,18 +313,18 @@ def width_rows(at_4096: float, pretraining: float, model: bool = False) -> list[
 
 
 def test_the_rules_of_the_rates_come_out_each_way():
-    assert width.small_rates(width_rows(3e-5, 8)).verdict == HOLDS
-    assert width.small_rates(width_rows(3e-4, 8)).verdict == IF
-    low = width.small_rates(width_rows(3e-4, 1))
+    assert width.verdict(width_rows(3e-5, 8)).verdict == HOLDS
+    assert width.verdict(width_rows(3e-4, 8)).verdict == IF
+    low = width.verdict(width_rows(3e-4, 1))
     assert low.verdict == NOT
-    assert low.evidence["a of fine-tuning"].value == pytest.approx(1, abs=0.1)
+    assert evidence(low)["a of fine-tuning"].value == pytest.approx(1, abs=0.1)
 
 
 def test_the_prediction_is_compared_where_the_large_model_has_run():
     assert width.compared(width_rows(3e-5, 8)) is None
     predicted, measured = width.compared(width_rows(3e-5, 8, model=True))
     assert predicted.value == pytest.approx(measured.value, rel=0.2)
-    assert "135M model's best" in width.small_rates(width_rows(3e-5, 8, model=True)).because
+    assert "135M model's best" in width.verdict(width_rows(3e-5, 8, model=True)).because
 
 
 def test_a_cell_of_a_width(short):
@@ -373,8 +378,8 @@ def speed_rows(pace: dict[str, float], fall: dict[str, float]) -> list[dict]:
 def test_the_rule_of_speed_comes_out_each_way():
     fast = speed.verdict(speed_rows({"full": 0.3, "lora": 0.2, "ia3": 0.2}, {"full": 30, "lora": 30, "ia3": 36}))
     assert fast.verdict == HOLDS
-    assert fast.evidence["lora: seconds to 50% of the gain"].value == pytest.approx(2 / 3, rel=0.02)
-    assert fast.evidence["lora: FLOPs to 90% of the gain"].value == pytest.approx(2 / 3)
+    assert evidence(fast)["lora: seconds to 50% of the gain"].value == pytest.approx(2 / 3, rel=0.02)
+    assert evidence(fast)["lora: FLOPs to 90% of the gain"].value == pytest.approx(2 / 3)
     slow = speed.verdict(speed_rows({"full": 0.3, "lora": 0.2}, {"full": 30, "lora": 90}))
     assert slow.verdict == IF
     assert "lora a step" in slow.because.partition("not:")[0]
@@ -401,9 +406,9 @@ def test_every_experiment_names_its_runs_once_and_has_five_seeds():
 
 def test_the_register_takes_what_is_found():
     rules = {
-        mechanism_rules.low_dimension: subspace_rows({"base": 100, "random": 1e5}, 0.5, 10),
-        mechanism_rules.capacity: memory_rows({"full": 9000, "lora": 4000, "head": 500}),
-        mechanism_rules.faster: speed_rows({"full": 0.3, "lora": 0.2, "ia3": 0.2}, {"full": 30, "lora": 30, "ia3": 36}),
+        intrinsic_dimension.verdict: subspace_rows({"base": 100, "random": 1e5}, 0.5, 10),
+        memorization.verdict: memory_rows({"full": 9000, "lora": 4000, "head": 500}),
+        speed.verdict: speed_rows({"full": 0.3, "lora": 0.2, "ia3": 0.2}, {"full": 30, "lora": 30, "ia3": 36}),
     }
     for rule, rows in rules.items():
         verdict = rule(rows)

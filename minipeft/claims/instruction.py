@@ -10,9 +10,8 @@ from ..text.examples import encode_turns
 from ..text.instructions import HELD_OUT, TASKS, TRAINED
 from ..text.templates import ALPACA_WITH_INPUT, alpaca
 from ..train.batches import IGNORE
-from . import following, knowledge
+from . import following
 from .inputs import base
-from .mechanisms import judged
 from .register import NOT, UNTESTABLE, Number, Verdict, claim, graded
 
 WITH = Instruction("Give the meaning of this word.", "stone", "a hard piece of rock")
@@ -82,19 +81,3 @@ def schemes() -> Verdict:
         Number("tasks to train on", len(TRAINED)),
         [Number("tasks held out", len(HELD_OUT)), *(Number(f"phrasings of {name}", n) for name, n in zip(TRAINED, phrasings))],
     )  # fmt: skip
-
-
-@claim(
-    "inst-4",
-    lesson="08_instruction_tuning.py",
-    section="4 · Train: one task, three, seven",
-    experiment=knowledge.EXPERIMENT,
-)
-def aligned(rows: Rows) -> Verdict:
-    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that
-    it was not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more
-    than the base in its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than
-    being told others. Holds if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the
-    last, and one that knows more when asked than the base ever showed refutes the third."""
-    found = knowledge.verdict(rows)
-    return judged(found, "asked for facts in no text of the base's: known by being told them", "of the facts", 5, 256, "facts")

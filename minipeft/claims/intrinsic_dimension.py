@@ -42,8 +42,9 @@ from ..peft.methods import FULL
 from ..train.finite import Finite
 from ..train.optim import Adam
 from . import data
-from .mechanisms import Finding, accuracy, best_rate, curve, geometric, graded, loss_on, steps_of, those, train
+from .mechanisms import accuracy, best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS, TUNING
+from .register import Experiment, Verdict, claim
 
 SHARE = 0.9  # of a gain, of a squared norm
 GRID = tuple(2**k for k in range(4, 20, 3))
@@ -250,11 +251,15 @@ def d90(rows: Sequence[Mapping[str, Any]], start: str) -> list[float | None]:
     return found
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
-    """Holds if fine-tuning from the base is low in all three senses: d90 is below a hundredth of all weights (upper end of its
-    interval); the best part of rank 16 of every update reaches 90 % of the gain (its mean rank's upper end); and the rank that
-    holds 90 % of an update's squared norm is below half of noise's, in the median matrix; holds if in some, does not hold here
-    if in none."""
+EXPERIMENT = Experiment("intrinsic_dimension", run, runs)
+
+
+@claim("lora-3", lesson="18_lora_questioned.py", section="1 · Is the update of low rank?", experiment=EXPERIMENT)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Holds if fine-tuning from the base is low in three senses: d90, the size of a random subspace that has 90 % of the gain, is below a
+    hundredth of all weights (upper end of its interval); the best part of rank 16 of every update has 90 % of the gain (its mean
+    rank's upper end); the rank that holds 90 % of an update's squared norm is below half of noise's, in the median matrix. Holds
+    if in some of these; does not hold here if in none."""
     full = next(row for row in rows if row["start"] == "base" and not row["d"])
     found, D = {start: d90(rows, start) for start in ("base", "random")}, full["D"]
     if None in found["base"]:
@@ -281,4 +286,4 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
         + (f"{other.value:,.0f} from random weights" if other else "and from random weights nothing is gained under some seed")
         + f"; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
     )
-    return Finding(graded(cases), because, effect, evidence)
+    return judged(graded(cases), because, "d90 from the base", effect, "numbers", evidence, 512, "source")

@@ -44,9 +44,9 @@ from ..text.examples import encode_examples
 from ..text.instructions import TASKS, TRAINED, Pair, pairs
 from ..train.evaluation import example_losses
 from .following import LEAST, Question, drawn, encode
-from .mechanisms import ByItem, Finding, best_rate, curve, loss_on, train
+from .mechanisms import ByItem, best_rate, curve, judged, loss_on, train
 from .protocol import SEEDS, TUNING, version
-from .register import HOLDS, IF, NOT, UNTESTABLE, itemized
+from .register import HOLDS, IF, NOT, UNTESTABLE, Verdict, claim, itemized
 from .statistics import crossed
 
 KINDS = {"define": "{}:", "continue": "{}"}  # a task whose records are facts, and how the base's own text asks
@@ -158,19 +158,18 @@ def apart(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Estima
     return Estimate(value, value - error, value + error)
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
-    """Whether each part of the statement is so, is not so, or is not told apart. Facts of both kinds count together, but in the
-    first part. As in `comparison`, that some parts are so takes an interval that is clear among as many.
-
-    it has the knowledge    in its own text, the base knows clearly more present facts than absent ones, of each kind
-    tuning aligns           asked, "others" clearly knows more present facts than the base when asked
-    to what was there       and by less than SMALL more than the base knows in its own text
-    it does not teach       asked, "these" knows the absent facts by less than SMALL better than "others"
-    """
+@claim("inst-4", lesson="08_instruction_tuning.py", section="4 · Train: one task, three, seven", experiment=EXPERIMENT)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that
+    it was not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more
+    than the base in its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than
+    being told others. Holds if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the
+    last, and one that knows more when asked than the base ever showed refutes the third."""
+    # facts of both kinds count together, but in the first part; "some parts" takes intervals that are clear among as many
     of = {row["arm"]: row["known"] for row in rows}
     read = next(row["read"] for row in rows if row["arm"] == "base")
     if any(None in values for found in of.values() for values in found.values()):
-        return Finding(UNTESTABLE, "A model diverged under one of the seeds, tuned as it is", Estimate(0.0), {})
+        return Verdict(UNTESTABLE, "A model diverged under one of the seeds, tuned as it is.")
 
     def less(one: str, other: str, where: str, way: str = "asked", of_other: str = "asked", level: float = 0.95) -> Estimate:
         """What one arm knows less what the other does, of both kinds."""
@@ -210,7 +209,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
         f"A part that asks for more is not so where the interval lies below {100 * SMALL:g} points."
     )
-    return Finding(verdict, because, taught, evidence)
+    effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
+    return judged(verdict, because, *effect, evidence, 256, "facts")
 
 
 def points(e: Estimate) -> str:

@@ -1,4 +1,4 @@
-"""What the experiments on mechanisms share: a tuned rate, a training run, the scores of a task, and what a rule finds.
+"""What the experiments on mechanisms share: a tuned rate, a training run, the scores of a task, and how a verdict is made.
 
 One row of these experiments is a whole cell: its rate is tuned on validation under the seed TUNING of the protocol, on
 its lattice (rate x 2, to the best neighbor, until none is better), then the cell is measured under the seeds that its
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -50,20 +50,12 @@ def _mean(value: Any) -> Any:
     return float(np.mean(means)) if means and all(isinstance(one, (int, float)) for one in means) else means
 
 
-class Finding(NamedTuple):
-    """What a rule finds: its verdict, one sentence that says why, the number that decided, and those beside it."""
-
-    verdict: str
-    because: str
-    effect: Estimate
-    evidence: dict[str, Estimate]
-
-
-def judged(found: Finding, name: str, unit: str, seeds: int, items: int | None, task: str) -> Verdict:
-    """A finding as the register has it; `name` and `unit` are those of the number that decided."""
-    numbers = [Number(key, e.value, "", e.low, e.high) for key, e in found.evidence.items()]
-    effect = Number(name, found.effect.value, unit, found.effect.low, found.effect.high)
-    return Verdict(found.verdict, found.because.rstrip(". \n") + ".", effect, numbers, seeds, items, "the shipped base", task)
+def judged(
+    verdict: str, because: str, name: str, effect: Estimate, unit: str, evidence: Mapping[str, Estimate], items: int | None, task: str
+) -> Verdict:
+    """A verdict of five seeds on the shipped base: `name` and `unit` are of the number that decided, `evidence` of those beside it."""
+    numbers = [Number(key, e.value, "", e.low, e.high) for key, e in evidence.items()]
+    return Verdict(verdict, because, Number(name, effect.value, unit, effect.low, effect.high), numbers, 5, items, "the shipped base", task)
 
 
 def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:

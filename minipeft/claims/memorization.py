@@ -31,8 +31,9 @@ from ..experiments.shipped import base, rounded
 from ..text.examples import IGNORE, Example
 from ..train.evaluation import example_losses
 from . import data
-from .mechanisms import Finding, best_rate, curve, graded, steps_of, those, train
+from .mechanisms import best_rate, curve, graded, judged, steps_of, those, train
 from .protocol import SEEDS, TABLE, TUNING
+from .register import Experiment, Verdict, claim
 
 METHODS = ("ia3", "prompt", "bottleneck", "lora-r1", "lora", "lora-r64", "full")
 SIZES = (64, 192, 576)  # examples
@@ -125,9 +126,13 @@ def capacity(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[Mapping[st
     return max(mine, key=lambda pair: pair[1].mean())
 
 
-def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
-    """Holds if full fine-tuning memorizes clearly more bits than every method that trains fewer parameters, of the data at which
-    each memorizes most; holds if clearly more than some; does not hold here if than none."""
+EXPERIMENT = Experiment("memorization", run, runs)
+
+
+@claim("full-7", lesson="03_full_finetuning.py", section="The memory bill", experiment=EXPERIMENT)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Holds if full fine-tuning memorizes clearly more bits of random answers than every method that trains fewer parameters, of the
+    data at which each memorizes most; holds if clearly more than some; does not hold here if than none."""
     full, best = capacity(rows, "full")
     evidence = {"full: share of all bits": mean(best / full["bits"]), "full: bits a trainable parameter": mean(best / full["trainable"])}
     cases: dict[str, bool] = {}
@@ -145,4 +150,5 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Finding:
         f"Full fine-tuning fits {best.mean():,.0f} of {full['bits']:,.0f} bits, clearly more than {those(cases)}, and not than "
         f"{those(cases, False)}; the nearest is {nearest}."
     )
-    return Finding(graded(cases), because, Estimate(*margins[nearest]), evidence)
+    effect = "bits more than the nearest method", margins[nearest], "bits"
+    return judged(graded(cases), because, *effect, evidence, None, "random answers")

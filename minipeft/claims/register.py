@@ -42,6 +42,7 @@ HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
     "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
 )  # fmt: skip
 ROWS = Path(__file__).with_name("rows")
+EXPERIMENTS = "knowledge", "intrinsic_dimension", "memorization", "speed", "width"  # modules, each with its rule
 UNCOMPARED = ("processor", "date", "qualname")  # of a row: what is no measurement
 
 
@@ -292,8 +293,8 @@ def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
 
 
 def _modules(section: str) -> tuple[str, ...]:
-    """Where the rules of a section are: in its own module, and of those that train, in four others."""
-    names = (section.replace(" ", "_"), "league", "forgetting", "mechanism_rules", "chain_rules")
+    """Where the rules of a section are: in its own module, or in one of an experiment."""
+    names = (section.replace(" ", "_"), "league", "forgetting", "chain_rules", *EXPERIMENTS)
     return tuple(f"{__package__}.{name}" for name in names)
 
 

@@ -35,8 +35,9 @@ from ..text.datasets import Completion
 from ..text.examples import Example, encode_examples
 from ..train import Trainer, TrainingArguments
 from . import data
-from .mechanisms import Finding, best_rate, curve, geometric, graded, loss_on, those, train
+from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, those, train
 from .protocol import LEAST, SEEDS, TABLE, TUNING
+from .register import Experiment, Verdict, claim
 
 METHODS = ("full", "head", "ia3", "prompt", "prefix", "bottleneck", "lora", "lora-qv")
 SHARES = (0.5, 0.9)  # of full fine-tuning's gain
@@ -176,11 +177,15 @@ def ratio(mine: Sequence[float], full: Sequence[float]) -> Estimate | None:
     return geometric(logs) if np.isfinite(logs).all() else None
 
 
-def verdict(rows: Sequence[Mapping[str, Any]], model: str = "base") -> Finding:
-    """Holds if every method that trains fewer parameters than all is clearly faster than full fine-tuning in seconds a step and
-    in seconds to both losses; holds if clearly faster in some of these; does not hold here if in none. A method that never
-    reaches a loss is not faster to it."""
-    mine = [row for row in rows if row["model"] == model]
+EXPERIMENT = Experiment("speed", run, runs, timed=True)
+
+
+@claim("peft-3", lesson="16_which_method.py", section="2 · What it costs on this machine", experiment=EXPERIMENT)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Holds if every method that trains fewer parameters is clearly faster than full fine-tuning, in seconds a step and in seconds to
+    two fixed losses; holds if clearly faster in some of these; does not hold here if in none. A method that never reaches a loss
+    is not faster to it."""
+    mine = [row for row in rows if row["model"] == "base"]
     curves = {row["method"]: row for row in mine if "curves" in row}
     seconds = {name: [row["seconds"][name] for row in mine if "seconds" in row] for name in curves}
     full, cases, evidence = curves["full"], {}, {}
@@ -204,7 +209,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], model: str = "base") -> Finding:
     if not cases:
         raise ValueError("there is no row of a method that trains fewer parameters than full fine-tuning")
     slowest = max((x for name, x in evidence.items() if name.endswith("seconds a step")), key=lambda x: x.value)
-    return Finding(graded(cases), f"Faster than full fine-tuning: {those(cases)}; not: {those(cases, False)}.", slowest, evidence)
+    because = f"Faster than full fine-tuning: {those(cases)}; not: {those(cases, False)}."
+    effect = "seconds a step of the slowest, over full fine-tuning's", slowest, "times"
+    return judged(graded(cases), because, *effect, evidence, 96, "rewrite")
 
 
 def product(a: Estimate, b: Estimate) -> Estimate:

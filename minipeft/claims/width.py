@@ -38,8 +38,9 @@ from ..text.corpora import general_text
 from ..text.datasets import Completion
 from ..text.examples import Example, chunk_text, encode_documents, encode_examples
 from . import data
-from .mechanisms import Finding, best_rate, curve, geometric, graded, loss_on, steps_of, those, train
+from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS
+from .register import Experiment, Verdict, claim
 
 WIDTHS = 32, 64, 128, 256
 SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
@@ -187,10 +188,13 @@ def _overlap(a: Estimate, low: float, high: float) -> bool:
     return a.low is not None and a.low <= high and a.high >= low
 
 
-def small_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
-    """Of full-3. Holds if at every width the best rate of full fine-tuning is clearly below half of pretraining's, and the rate
-    predicted at the width of a 7B model (its interval) meets 1e-5 to 5e-5; holds if one of the two is so, or the first at some
-    widths; does not hold here if nothing is."""
+EXPERIMENT = Experiment("width", run, runs)
+
+
+@claim("full-3", lesson="14_best_practices.py", section="2 · The learning rate", experiment=EXPERIMENT)
+def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Holds if at every width, 32 to 256, the best rate of full fine-tuning is clearly below half of pretraining's, and the rate predicted
+    at a 7B model's width (its interval) meets 1e-5 to 5e-5; holds if some of this is so; does not hold here if nothing is."""
     (widths, tuning), (_, before) = table(rows, "full"), table(rows, "pretraining")
     laws = {"fine-tuning": Law(widths, tuning), "pretraining": Law(widths, before)}
     evidence = {f"a of {name}": law.exponent for name, law in laws.items()}
@@ -208,4 +212,5 @@ def small_rates(rows: Sequence[Mapping[str, Any]]) -> Finding:
     if (pair := compared(rows)) is not None:
         evidence["SmolLM2-135M, measured"] = pair[1]
         because += f"; at width {SMALL} it predicts {pair[0].value:.1e}, and the 135M model's best is {pair[1].value:.1e}"
-    return Finding(graded(cases), because + ".", there, evidence)
+    effect = f"predicted at width {SEVEN_B}", there, "rate"
+    return judged(graded(cases), because + ".", *effect, evidence, 256, "pretraining, then source")
