@@ -44,7 +44,7 @@ from ..train.optim import Adam
 from . import data
 from .mechanisms import accuracy, best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS, TUNING
-from .register import Experiment, Verdict, claim
+from .register import UNTESTABLE, Experiment, Verdict, claim
 
 SHARE = 0.9  # of a gain, of a squared norm
 GRID = tuple(2**k for k in range(4, 20, 3))
@@ -263,7 +263,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     full = next(row for row in rows if row["start"] == "base" and not row["d"])
     found, D = {start: d90(rows, start) for start in ("base", "random")}, full["D"]
     if None in found["base"]:
-        raise ValueError("full fine-tuning of the base gains nothing under some seed: there is no 90 % of it to reach")
+        return Verdict(UNTESTABLE, "Full fine-tuning of the base gains nothing under some seed: there is no 90 % of it to reach.")
     evidence = {"d90 from base": geometric(found["base"])}
     if None not in found["random"]:
         evidence["d90 from random"] = geometric(found["random"])

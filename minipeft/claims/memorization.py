@@ -33,11 +33,11 @@ from ..train.evaluation import example_losses
 from . import data
 from .mechanisms import best_rate, curve, graded, judged, steps_of, those, train
 from .protocol import SEEDS, TABLE, TUNING
-from .register import Experiment, Verdict, claim
+from .register import UNTESTABLE, Experiment, Verdict, claim
 
 METHODS = ("ia3", "prompt", "bottleneck", "lora-r1", "lora", "lora-r64", "full")
 SIZES = (64, 192, 576)  # examples
-LEAST = 0.01  # of all bits: a rate that is better by less is not better
+LEAST = 0.01  # of all bits: a rate that is better by less is not better, and a method that remembers less by less is not behind
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Memory:
     epochs: int = 32
     batch_size: int = 32
     prompt: int = 8  # tokens
-    answer: int = 4
+    answer: int = 16
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -131,18 +131,20 @@ EXPERIMENT = Experiment("memorization", run, runs)
 
 @claim("full-7", lesson="03_full_finetuning.py", section="The memory bill", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Holds if full fine-tuning memorizes clearly more bits of random answers than every method that trains fewer parameters, of the
-    data at which each memorizes most; holds if clearly more than some; does not hold here if than none."""
+    """Holds if full fine-tuning memorizes clearly more bits of random answers (by more than a hundredth of all) than every method that
+    trains fewer parameters, of the data at which each memorizes most; holds if than some; does not hold here if than none. Of a
+    method that remembers 99 % of all there is, nothing is told: it cannot be tested here if that is so of some, and it holds of none."""
     full, best = capacity(rows, "full")
     evidence = {"full: share of all bits": mean(best / full["bits"]), "full: bits a trainable parameter": mean(best / full["trainable"])}
-    cases: dict[str, bool] = {}
+    cases: dict[str, bool | None] = {}
     margins: dict[str, Estimate] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         row, bits = capacity(rows, method)
         if row["trainable"] >= full["trainable"]:
             continue
         margins[method] = margin = mean(best - bits)
-        cases[method] = margin.low is not None and margin.low > 0
+        ahead = margin.low is not None and margin.low > LEAST * full["bits"]
+        cases[method] = True if ahead else None if bits.mean() >= (1 - LEAST) * row["bits"] else False
         evidence[f"{method}: bits a trainable parameter"] = mean(bits / row["trainable"])
         evidence[f"{method}: bits"] = mean(bits)
     nearest = min(margins, key=lambda method: margins[method].value)
@@ -150,5 +152,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"Full fine-tuning fits {best.mean():,.0f} of {full['bits']:,.0f} bits, clearly more than {those(cases)}, and not than "
         f"{those(cases, False)}; the nearest is {nearest}."
     )
+    if None in cases.values():
+        because += f" Nothing is told of {those(cases, None)}: nearly all there is fits in there, too."
+    found = UNTESTABLE if None in cases.values() and True not in cases.values() else graded(cases)
     effect = "bits more than the nearest method", margins[nearest], "bits"
-    return judged(graded(cases), because, *effect, evidence, None, "random answers")
+    return judged(found, because, *effect, evidence, None, "random answers")
