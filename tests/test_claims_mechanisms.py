@@ -307,13 +307,12 @@ def test_a_known_law_is_recovered():
         Law([32], np.ones((5, 1)))
 
 
-def width_rows(at_4096: float, pretraining: float, model: bool = False) -> list[dict]:
+def width_rows(at_4096: float, pretraining: float) -> list[dict]:
     """Rates that fall as 1 / width to one at 4096, and pretraining's a multiple of them."""
     rows = []
-    for one in [*width.runs(), *(width.LARGE if model else [])]:
+    for one in width.runs():
         rate = at_4096 * 4096 / one.width * 2 ** np.random.default_rng(one.seed + one.width).normal(scale=0.1)
-        row = described(one) | {"full": rate}
-        rows.append(row if one.model else row | {"pretraining": pretraining * rate})
+        rows.append(described(one) | {"full": rate, "pretraining": pretraining * rate})
     return rows
 
 
@@ -323,13 +322,6 @@ def test_the_rules_of_the_rates_come_out_each_way():
     low = width.verdict(width_rows(3e-4, 1))
     assert low.verdict == NOT
     assert evidence(low)["a of fine-tuning"].value == pytest.approx(1, abs=0.1)
-
-
-def test_the_prediction_is_compared_where_the_large_model_has_run():
-    assert width.compared(width_rows(3e-5, 8)) is None
-    predicted, measured = width.compared(width_rows(3e-5, 8, model=True))
-    assert predicted.value == pytest.approx(measured.value, rel=0.2)
-    assert "135M model's best" in width.verdict(width_rows(3e-5, 8, model=True)).because
 
 
 def test_a_cell_of_a_width(short):

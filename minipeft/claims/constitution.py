@@ -27,8 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import numpy as np
 
@@ -37,14 +36,13 @@ from ..evaluation.answers import answer_turns
 from ..evaluation.config import GenerationConfig
 from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
-from ..hub.pretrained import from_pretrained
-from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from ..text.datasets import Conversation, Message
 from ..text.examples import Example, example_of
 from ..text.templates import Turn, asked_turn, chat
 from ..train.batches import pad_sequences
 from ..train.evaluation import example_losses
 from . import chain
+from .inputs import smollm2
 from .protocol import SEEDS, TUNING, version
 
 PRINCIPLES = "A good sentence is kind and peaceful, is complete, says enough, and says nothing twice."
@@ -76,15 +74,6 @@ def runs() -> list[Constitution]:
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
-
-
-@cache
-def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer). Raises FileNotFoundError, with how to get it, where it is not."""
-    path = find_smollm2()
-    if path is None:
-        raise FileNotFoundError(HOW_TO_GET)
-    return from_pretrained(path)
 
 
 def asked(*texts: str) -> Turn:

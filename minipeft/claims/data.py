@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,9 +53,9 @@ def questions(task: str, split: str) -> list[Question]:
     return [q for q in found if q.choices or len(q.prompt + q.completion) <= CHARACTERS]
 
 
-def encode(asked: Iterable[Question]) -> list[Example]:
-    """As examples whose labels are the completions."""
-    return encode_examples([Completion(q.prompt, q.completion) for q in asked], base()[1], LENGTH).examples
+def encode(asked: Iterable[Question], tokenizer: Any = None) -> list[Example]:
+    """As examples whose labels are the completions; of the base's tokens, or another tokenizer's."""
+    return encode_examples([Completion(q.prompt, q.completion) for q in asked], tokenizer or base()[1], LENGTH).examples
 
 
 def asked(task: str, split: str, n: int, shots: int = 0) -> list[Question]:
@@ -64,7 +64,7 @@ def asked(task: str, split: str, n: int, shots: int = 0) -> list[Question]:
     return [q._replace(prompt=shown + q.prompt) for q in spaced(questions(task, split), n)]
 
 
-def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
+def drawn(task: str, n: int, seed: int, kind: str = "drawn", tokenizer: Any = None) -> list[Example]:
     """`n` examples to learn from, which the seed draws. Raises ValueError for another kind."""
     rng, pool = np.random.default_rng(seed), questions(task, "train")
     order, (kind, _, share) = rng.permutation(len(pool)), kind.partition(":")
@@ -78,7 +78,7 @@ def drawn(task: str, n: int, seed: int, kind: str = "drawn") -> list[Example]:
         chosen = _wrong(task, chosen, wrong, kind)
     elif kind != "drawn":
         raise ValueError(f"there are no {kind!r} examples; see minipeft.claims.data")
-    return encode(chosen)
+    return encode(chosen, tokenizer)
 
 
 def _wrong(task: str, chosen: list[Question], wrong: Sequence[int], kind: str) -> list[Question]:
@@ -126,8 +126,8 @@ def _skewed(pool: list[Question], n: int, share: float, level: bool) -> list[Que
 
 
 @cache
-def general(n: int, length: int) -> dict[str, list[Example]]:
+def general(n: int, length: int, tokenizer: Any = None) -> dict[str, list[Example]]:
     """`n` whole held-out blocks of each of the base's own corpora."""
-    tokenizer = base()[1]
+    tokenizer = tokenizer or base()[1]
     streams = {name: encode_documents(texts, tokenizer) for name, texts in general_corpora("validation").items()}
     return {name: [Example(b, b) for b in spaced(chunk_text(ids, length)[:-1], n)] for name, ids in streams.items()}

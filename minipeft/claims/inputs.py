@@ -1,4 +1,4 @@
-"""What the rules that compute in place work on: the shipped base, a few sentences, and published models as shapes."""
+"""What the rules work on: the shipped base, a few sentences, published models as shapes, and a real language model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..hub.base import load_base
+from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from ..text.examples import Example, encode_examples
 
 SIZES = {"7B": "llama-7b", "70B": "llama2-70b"}  # the models that stand for these sizes
@@ -33,6 +34,17 @@ def base() -> tuple[Any, Any]:
     """(model, tokenizer) of the shipped base; in host memory, whatever the backend is."""
     model, tokenizer = load_base()
     return model.to("numpy"), tokenizer
+
+
+@cache
+def smollm2() -> tuple[Any, Any]:
+    """(model, tokenizer) of SmolLM2-135M-Instruct. Raises FileNotFoundError, with how to get it, where it is not."""
+    from ..hub.pretrained import from_pretrained
+
+    path = find_smollm2()
+    if path is None:
+        raise FileNotFoundError(HOW_TO_GET)
+    return from_pretrained(path)
 
 
 @cache

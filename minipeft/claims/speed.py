@@ -28,11 +28,7 @@ from ..accounting import architecture, step_flops
 from ..evaluation.intervals import Estimate
 from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
-from ..hub.pretrained import from_pretrained
-from ..hub.smollm2 import HOW_TO_GET, find_smollm2
-from ..peft.methods import at_width
-from ..text.datasets import Completion
-from ..text.examples import Example, encode_examples
+from ..text.examples import Example
 from ..train import Trainer, TrainingArguments
 from . import data
 from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, those, train
@@ -45,10 +41,9 @@ SHARES = (0.5, 0.9)  # of full fine-tuning's gain
 
 @dataclass(frozen=True)
 class Curve:
-    """A cell: how a method's loss falls, step by step, on "base" or "smollm2"."""
+    """A cell: how a method's loss falls, step by step."""
 
     method: str
-    model: str = "base"
     task: str = "rewrite"
     steps: int = 240
     every: int = 12
@@ -62,7 +57,6 @@ class Pace:
     """A repeat: seconds a step of all methods, in turn; `rounds` times, `steps` steps each."""
 
     repeat: int
-    model: str = "base"
     methods: tuple[str, ...] = METHODS
     task: str = "rewrite"
     steps: int = 8
@@ -71,33 +65,12 @@ class Pace:
 
 
 def runs() -> list[Curve | Pace]:
-    """All cells on the base: the curves, and the seconds."""
+    """All cells: the curves, and the seconds."""
     return [*(Curve(method) for method in METHODS), *map(Pace, SEEDS)]
 
 
-_LARGE = ("full", "ia3", "prompt", "lora")
-LARGE = [  # on the 135M model: hours
-    *(Curve(method, "smollm2", steps=32, every=4, validation=24) for method in _LARGE),
-    *(Pace(repeat, "smollm2", _LARGE, steps=3, rounds=2) for repeat in SEEDS),
-]
-
-
-def _model(name: str) -> tuple[Any, Any]:
-    if name == "base":
-        return base()
-    if (path := find_smollm2()) is None:
-        raise FileNotFoundError(HOW_TO_GET)
-    return from_pretrained(path)
-
-
-def _encoded(questions: Sequence[data.Question], tokenizer: Any) -> list[Example]:
-    return encode_examples([Completion(q.prompt, q.completion) for q in questions], tokenizer, data.LENGTH).examples
-
-
-def _drawn(s: Curve | Pace, tokenizer: Any, seed: int, steps: int) -> list[Example]:
-    pool = data.questions(s.task, "train")
-    order = np.random.default_rng(seed).permutation(len(pool))[: steps * s.batch_size]
-    return _encoded([pool[i] for i in order], tokenizer)
+def _drawn(s: Curve | Pace, seed: int, steps: int) -> list[Example]:
+    return data.drawn(s.task, steps * s.batch_size, seed)
 
 
 def run(settings: Curve | Pace) -> Row:
@@ -108,11 +81,11 @@ def run(settings: Curve | Pace) -> Row:
 def falls(s: Curve) -> Row:
     """trainable, flops (of a step), rate, rates ([[rate, mean of the curve], ...]), before (the held-out loss of the model as
     it is), and curves [seeds][steps / every]: the held-out losses; None for a seed whose training diverged."""
-    model, tokenizer = _model(s.model)
-    method, held_out = TABLE[s.method], _encoded(data.asked(s.task, "validation", s.validation), tokenizer)
+    model, tokenizer = base()
+    method, held_out = TABLE[s.method], data.encode(data.asked(s.task, "validation", s.validation))
 
     def losses(rate: float, seed: int) -> list[float] | None:
-        trained, examples = method.prepare(model, s.steps, seed), _drawn(s, tokenizer, seed, s.steps)
+        trained, examples = method.prepare(model, s.steps, seed), _drawn(s, seed, s.steps)
         found = train(
             trained, examples, rate, s.steps, s.batch_size, seed,
             pad_token_id=tokenizer.pad_token_id, held_out=held_out, every=s.every, schedule="constant",
@@ -123,9 +96,8 @@ def falls(s: Curve) -> Row:
         found = losses(rate, TUNING)
         return None if found is None else statistics.mean(found)
 
-    usual = at_width(method.learning_rate, model)
-    rate, tried = best_rate(score, 2.0 ** round(math.log2(usual)), LEAST)
-    examples = _drawn(s, tokenizer, TUNING, s.steps)
+    rate, tried = best_rate(score, method.learning_rate, LEAST)
+    examples = _drawn(s, TUNING, s.steps)
     lengths = [max(len(e.input_ids) for e in examples[i : i + s.batch_size]) for i in range(0, len(examples), s.batch_size)]
     prepared, arch = method.prepare(model, s.steps), architecture(model.config)
     flops = step_flops(arch, method.config(s.steps), s.batch_size, round(statistics.mean(lengths)), checkpointing=False)
@@ -138,8 +110,8 @@ def falls(s: Curve) -> Row:
 
 def paces(s: Pace) -> Row:
     """seconds: the least over the rounds of the median of a round's steps, by method; the first step of a round is left out."""
-    model, tokenizer = _model(s.model)
-    examples, medians = _drawn(s, tokenizer, 0, s.steps + 1), {name: [] for name in s.methods}
+    model, tokenizer = base()
+    examples, medians = _drawn(s, 0, s.steps + 1), {name: [] for name in s.methods}
     for _ in range(s.rounds):
         for name, found in medians.items():
             arguments = TrainingArguments(
@@ -185,9 +157,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Holds if every method that trains fewer parameters is clearly faster than full fine-tuning, in seconds a step and in seconds to
     two fixed losses; holds if clearly faster in some of these; does not hold here if in none. A method that never reaches a loss
     is not faster to it."""
-    mine = [row for row in rows if row["model"] == "base"]
-    curves = {row["method"]: row for row in mine if "curves" in row}
-    seconds = {name: [row["seconds"][name] for row in mine if "seconds" in row] for name in curves}
+    curves = {row["method"]: row for row in rows if "curves" in row}
+    seconds = {name: [row["seconds"][name] for row in rows if "seconds" in row] for name in curves}
     full, cases, evidence = curves["full"], {}, {}
     pace = {name: ratio(seconds[name], seconds["full"]) for name in curves}
     for name, row in curves.items():

@@ -13,8 +13,8 @@ matrices falls as 1 / width, a = 1; that for embeddings and norms does not. Rate
 (arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5), and the textbooks after it.
 
 Departures: pretraining is short (153,600 tokens), so that the start is far from what a 7B model has seen; one depth; all
-weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. It can be
-compared at 576 with SmolLM2-135M (`LARGE`, 30 layers), which others have pretrained.
+weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. At 576 it is
+compared with SmolLM2-135M (`large`; 30 layers), which others have pretrained.
 """
 
 from __future__ import annotations
@@ -30,13 +30,10 @@ import numpy as np
 from ..evaluation.intervals import Estimate, mean
 from ..experiments.rows import Row
 from ..experiments.shipped import base
-from ..hub.pretrained import from_pretrained
-from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from ..nn.transformer import Transformer, TransformerConfig
 from ..peft.methods import METHODS, at_width
 from ..text.corpora import general_text
-from ..text.datasets import Completion
-from ..text.examples import Example, chunk_text, encode_documents, encode_examples
+from ..text.examples import Example, chunk_text, encode_documents
 from . import data
 from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS
@@ -49,11 +46,10 @@ MUCH = 1 / 2  # a rate below this share of another is much smaller
 
 @dataclass(frozen=True)
 class Width:
-    """A seed of a width: pretrained here ("" for `model`), or "smollm2", which is not."""
+    """A seed of a width."""
 
     width: int
     seed: int
-    model: str = ""
     pretraining: int = 150  # steps of `blocks` blocks of `length` tokens
     blocks: int = 8
     length: int = 128
@@ -66,9 +62,6 @@ class Width:
 def runs() -> list[Width]:
     """All cells of the widths that are pretrained here."""
     return [Width(width, seed) for width in WIDTHS for seed in SEEDS]
-
-
-LARGE = [Width(SMALL, seed, "smollm2", 0, validation=64) for seed in SEEDS]  # hours each
 
 
 def shape(width: int, tokenizer: Any, layers: int = 4) -> TransformerConfig:
@@ -96,33 +89,22 @@ def text(split: str, n: int, length: int) -> list[Example]:
 def run(settings: Width) -> Row:
     """The row of a cell. Of "pretraining" and of "full" fine-tuning: the best rate, between the lattice's, and the
     [[rate, loss on validation], ...] of those tried: {"pretraining": 3e-3, "pretraining_rates": ..., "full": ..., ...}."""
-    s, row = settings, {}
-    if s.model:
-        path = find_smollm2()
-        if path is None:
-            raise FileNotFoundError(HOW_TO_GET)
-        start, tokenizer = from_pretrained(path)
-    else:
-        tokenizer, models = base()[1], {}
-        read = text("train", s.pretraining * s.blocks, s.length)
-        held_out = text("validation", 64, s.length)
+    s, tokenizer, models = settings, base()[1], {}
+    read = text("train", s.pretraining * s.blocks, s.length)
+    held_out = text("validation", 64, s.length)
 
-        def pretrain(rate: float) -> float | None:
-            model = Transformer(shape(s.width, tokenizer), seed=s.seed)
-            done = train(model, read, rate, s.pretraining, s.blocks, s.seed, pad_token_id=tokenizer.pad_token_id)
-            models[rate] = model
-            return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
+    def pretrain(rate: float) -> float | None:
+        model = Transformer(shape(s.width, tokenizer), seed=s.seed)
+        done = train(model, read, rate, s.pretraining, s.blocks, s.seed, pad_token_id=tokenizer.pad_token_id)
+        models[rate] = model
+        return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
 
-        best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
-        row, start = {"pretraining": vertex(tried, best), "pretraining_rates": curve(tried)}, models[best]
-        models.clear()
+    best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
+    row, start = {"pretraining": vertex(tried, best), "pretraining_rates": curve(tried)}, models[best]
+    models.clear()
 
-    def encode(records: list[data.Question]) -> list[Example]:
-        return encode_examples([Completion(q.prompt, q.completion) for q in records], tokenizer, data.LENGTH).examples
-
-    pool, steps = data.questions("source", "train"), steps_of(s.examples, s.epochs, s.batch_size)
-    drawn = encode([pool[i] for i in np.random.default_rng(s.seed).permutation(len(pool))[: s.examples]])
-    validation = encode(data.asked("source", "validation", s.validation))
+    steps, validation = steps_of(s.examples, s.epochs, s.batch_size), data.encode(data.asked("source", "validation", s.validation))
+    drawn = data.drawn("source", s.examples, s.seed)
 
     def tune(rate: float) -> float | None:
         model = METHODS["full"].prepare(start, steps, s.seed)
@@ -172,16 +154,9 @@ class Law:
 
 def table(rows: Sequence[Mapping[str, Any]], of: str) -> tuple[list[int], np.ndarray]:
     """(widths, best rates [seeds, widths]) of "pretraining" or "full" fine-tuning, of the models pretrained here."""
-    mine = [row for row in rows if not row["model"]]
-    widths, seeds = (sorted({row[key] for row in mine}) for key in ("width", "seed"))
-    found = {(row["seed"], row["width"]): row[of] for row in mine}
+    widths, seeds = (sorted({row[key] for row in rows}) for key in ("width", "seed"))
+    found = {(row["seed"], row["width"]): row[of] for row in rows}
     return widths, np.array([[found[seed, width] for width in widths] for seed in seeds])
-
-
-def compared(rows: Sequence[Mapping[str, Any]]) -> tuple[Estimate, Estimate] | None:
-    """(what the law predicts for SmolLM2-135M, what is best there) in fine-tuning; None without its rows."""
-    there = [math.log2(row["full"]) for row in rows if row["model"]]
-    return (Law(*table(rows, "full")).at(SMALL), geometric(there)) if there else None
 
 
 def _overlap(a: Estimate, low: float, high: float) -> bool:
@@ -207,10 +182,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     evidence |= {f"at width {SEVEN_B}": there, f"at width {SMALL}": laws["fine-tuning"].at(SMALL)}
     because = (
         f"It is so for {those(cases)}, and not for {those(cases, False)}: the best rate falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
-        f"to {there.value:.1e} at width {SEVEN_B}"
+        f"to {there.value:.1e} at width {SEVEN_B}."
     )
-    if (pair := compared(rows)) is not None:
-        evidence["SmolLM2-135M, measured"] = pair[1]
-        because += f"; at width {SMALL} it predicts {pair[0].value:.1e}, and the 135M model's best is {pair[1].value:.1e}"
     effect = f"predicted at width {SEVEN_B}", there, "rate"
-    return judged(graded(cases), because + ".", *effect, evidence, 256, "pretraining, then source")
+    return judged(graded(cases), because, *effect, evidence, 256, "pretraining, then source")

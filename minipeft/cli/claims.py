@@ -2,7 +2,8 @@
 
 A rule says when its statement holds, and computes the verdict: from counts, equations and code that it runs, or from the
 rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
-tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence.
+tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence; of some, beside the
+verdict, what the same comparison gives on SmolLM2-135M.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared.
@@ -28,6 +29,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..claims import large
 from ..claims.register import (
     ROWS,
     VERDICTS,
@@ -152,7 +154,7 @@ def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
     out = console()
     out.print(f"{statement.id} ({statement.section}, {statement.kind})", style="bold")
     lines = {"statement": statement.statement, "rule": rule.words if rule else "none"}
-    lines |= {"verdict": verdict.verdict, "because": verdict.because}
+    lines |= {"verdict": verdict.verdict, "because": verdict.because, "SmolLM2": large.told(statement.id)}
     if verdict.effect:
         between = interval(verdict.effect)
         lines["effect"] = f"{verdict.effect.name}: {figure(verdict.effect)}" + f", 95 % interval {between}" * bool(between)
@@ -179,7 +181,7 @@ def as_json(statement: Statement, rule: Rule | None, verdict: Verdict) -> dict[s
         "verdict": verdict.verdict, "because": verdict.because, "rule": rule.words if rule else None,
         "effect": finite(effect.value) if effect else None, "effect_name": effect.name if effect else None,
         "unit": effect.unit if effect else None, "interval": bounds(effect) if effect else None, "seeds": verdict.seeds,
-        "test_size": verdict.items, "base": verdict.base, "task": verdict.task,
+        "test_size": verdict.items, "smollm2": large.told(statement.id) or None, "base": verdict.base, "task": verdict.task,
         "lesson": rule.lesson if rule else None, "lesson_section": rule.section if rule else None,
         "rows": experiment.path().name if experiment else None,
         "number_of_rows": len(experiment.rows()) if experiment else None,

@@ -1,0 +1,166 @@
+"""The main comparisons once more, on a real language model: SmolLM2-135M-Instruct, ninety times the shipped base.
+
+    a row      a method learns the task "source" from `examples` records that the seed draws, once through, in batches of 8
+    tuning     of the rate alone, by `mechanisms.best_rate`: from the method's usual one at the model's width, by factors of 2
+               to the better neighbor, until none is better by LEAST; judged on validation under TUNING
+    report     the best rate under the five SEEDS: the nats of each test answer, and of a token of each block of general text
+    difference over seeds and items, as everywhere (`statistics.crossed`); above 0 the first is better, in nats per token
+
+So what `protocol` asks of the shipped base in six cases, with epochs and batches tuned too, is asked here in one. That is
+what hours on two cores allow: it says whether a comparison comes out alike on a model that others have pretrained, and no
+verdict rests on it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..experiments.rows import Row
+from ..experiments.shipped import rounded
+from ..peft.methods import at_width
+from ..train.evaluation import example_losses
+from . import data
+from .comparison import NEAR, Difference
+from .inputs import smollm2
+from .mechanisms import ByItem, best_rate, curve, loss_on, steps_of, train
+from .protocol import LEAST, SEEDS, TABLE, TUNING
+from .register import UNTRIED, filled, judge, listed, rule_of
+from .statistics import crossed
+from .width import SMALL, vertex
+
+METHODS = ("full", "lora", "lora-qv", "qlora", "prompt")
+QUESTIONS = {  # statements, and who is compared with whom in what
+    "lora-12": [("lora", "full", "nll")],
+    "lora-8": [("lora", "lora-qv", "nll")],
+    "qlora-5": [("qlora", "lora", "nll")],
+    "soft-8": [("prompt", "lora", "nll")],
+    "forget-1": [(method, "base", "general") for method in METHODS],
+}
+
+
+@dataclass(frozen=True)
+class Large:
+    """A cell: a method, or "base", the model as it is."""
+
+    method: str
+    task: str = "source"
+    examples: int = 320
+    batch_size: int = 8
+    validation: int = 64
+    items: int = 256
+    blocks: int = 8  # of each of the four corpora of general text
+    length: int = 128
+    seeds: tuple[int, ...] = SEEDS
+
+
+def runs() -> list[Large]:
+    """All cells."""
+    return [Large(method) for method in ("base", *METHODS)]
+
+
+def run(settings: Large) -> Row:
+    """The row of a cell: nll [seeds, items], general [seeds, blocks]; of "base" both have one row, and tokens [items] are
+    those of the answers; of the others None for a seed whose training diverged, and rate, rates, trainable.
+
+    Raises FileNotFoundError where the model is not on this machine."""
+    s, (model, tokenizer) = settings, smollm2()
+    test, validation = (
+        data.encode(data.asked(s.task, *split), tokenizer) for split in (("test", s.items), ("validation", s.validation))
+    )
+    blocks = [block for corpus in data.general(s.blocks, s.length, tokenizer).values() for block in corpus]
+
+    def scores(model: Any) -> tuple[Any, ...] | None:
+        """nats of each answer, its tokens, nats per token of each block."""
+        if model is None:
+            return None
+        try:
+            (nll, tokens), (general, n) = (example_losses(model, of, 16, tokenizer.pad_token_id) for of in (test, blocks))
+        except FloatingPointError:
+            return None
+        return nll.round(3).tolist(), tokens.tolist(), (general / n).round(4).tolist()
+
+    if s.method == "base":
+        nll, tokens, general = scores(model)
+        return {"nll": [nll], "general": [general], "tokens": tokens}
+    method, steps = TABLE[s.method], steps_of(s.examples, 1, s.batch_size)
+
+    def fitted(rate: float, seed: int) -> Any:
+        drawn, tuned = data.drawn(s.task, s.examples, seed, tokenizer=tokenizer), method.prepare(model, steps, seed)
+        return train(tuned, drawn, rate, steps, s.batch_size, seed, pad_token_id=tokenizer.pad_token_id) and tuned
+
+    def loss(rate: float) -> float | None:
+        tuned = fitted(rate, TUNING)
+        return None if tuned is None else loss_on(tuned, validation, tokenizer.pad_token_id)
+
+    rate, tried = best_rate(loss, 2.0 ** round(math.log2(at_width(method.learning_rate, model))), LEAST)
+    found = [scores(fitted(rate, seed)) for seed in s.seeds]
+    trainable = sum(p.size for p in method.prepare(model, steps).parameters() if p.requires_grad)
+    row = {"trainable": trainable, "nll": [one and one[0] for one in found], "general": [one and one[2] for one in found]}
+    return rounded(row) | {"rate": rate, "rates": curve(tried)}
+
+
+EXPERIMENT = ByItem("smollm2", run, runs)
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def compared(rows: Sequence[Mapping[str, Any]], a: str, b: str, key: str) -> Difference | None:
+    """How much lower a's losses are than b's; None where one diverged under some seed."""
+    of = {row["method"]: row for row in rows}
+    if None in of[a][key] or None in of[b][key]:
+        return None
+    one, other = (np.array(of[name][key], float) for name in (a, b))
+    return Difference(crossed(other - one, np.array(of["base"]["tokens"], float) if key == "nll" else None), NEAR["nll"])
+
+
+def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """{method: its best rate, between the lattice's}."""
+    of = {row["method"]: row for row in rows if row["method"] != "base"}
+    return {name: vertex({r: math.inf if x is None else x for r, x in row["rates"]}, row["rate"]) for name, row in of.items()}
+
+
+def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """What the rows (default: those shipped) say of what a statement is about; "" where nothing."""
+    rows = EXPERIMENT.rows() if rows is None else rows
+    if EXPERIMENT.missing(rows):
+        return ""
+    n, rates = rows[0]["examples"], best_rates(rows)
+    if id == "best-4":
+        others = [f"{name} {rate / rates['full']:.1f}" for name, rate in rates.items() if name != "full"]
+        return f"The best rate of full fine-tuning is {rates['full']:.1e}; times this, the others': {listed(others)}."
+    if id == "full-3":
+        law = {number.name: number for number in judge(id).evidence}.get(f"at width {SMALL}")
+        expected = f"; full-3's law predicts {law.value:.1e} [{law.low:.1e}, {law.high:.1e}]" if law else ""
+        return f"The best rate of full fine-tuning is {rates['full']:.1e}{expected}."
+    lines = []
+    for a, b, key in QUESTIONS.get(id, ()):
+        found, what = compared(rows, a, b, key), "general text, " * (key == "general")
+        said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
+        lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
+    return "; ".join(lines) + "." * bool(lines)
+
+
+def table() -> str:
+    """Each statement, its verdict on the shipped base, and what the large model says."""
+    lines = []
+    for id in (*QUESTIONS, "best-4", "full-3"):
+        if text := told(id):
+            rule, verdict = rule_of(id), judge(id).verdict
+            lines.append(filled(f"{verdict if rule else UNTRIED} on the base. {text}", 120, f"{id:10}", 10 * " "))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compute the rows, in hours: `python -m minipeft.claims.large DIRECTORY`, resumable method by method."""
+    EXPERIMENT.compute(argv[0])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
