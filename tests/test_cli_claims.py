@@ -85,6 +85,15 @@ def test_rows_are_computed_again_and_compared(capsys, tmp_path):
     assert "5 numbers differ by more than 2% from the shipped rows" in out and "5 of 5 rows are in the store" in err
 
 
+def test_all_rows_are_computed_again_by_one_command(capsys, monkeypatch, tmp_path):
+    from minipeft.cli import claims as command
+
+    some = {id: claims.statements()[id] for id in ("lora-6", "soft-7")}
+    monkeypatch.setattr(command, "statements", lambda: some)
+    status, out, _ = output(capsys, "claims", "--run", "all", "--store", tmp_path)
+    assert status == 0 and out.startswith("soft-7: ") and "all 5 rows agree" in out and "lora-6" not in out
+
+
 def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
     from minipeft.cli.claims import user_directory
 

@@ -6,13 +6,15 @@ tested here; not tried yet. Of an ID it prints the statement, the rule, the reas
 verdict, what the same comparison gives on SmolLM2-135M.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
-where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared.
+where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared. --run all
+does so for all statements, in days on one core.
 
 examples:
   minipeft claims                                  the table of all
   minipeft claims lora-6 lora-9                    two of them in full
   minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
+  minipeft claims --run all --executor 16          those of all, in 16 processes
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
   minipeft claims --league source --examples 500   the table of all methods, tuned on 500 examples of a task
   minipeft claims --json
@@ -54,7 +56,7 @@ COLUMNS = 140  # of the table where standard output is no terminal
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
-    parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again")
+    parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or of all")
     parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
     parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
     parser.add_argument("--recompute", type=int, metavar="N", help="compute N of the shipped rows again, drawn at random")
@@ -91,7 +93,7 @@ def run(args: Arguments) -> int:
 
 def check(args: Arguments) -> None:
     """ValueError for an unknown ID, and for options that do not go together."""
-    for id in (*(args.ids or ()), *filter(None, [args.again])):
+    for id in (*(args.ids or ()), *({args.again} - {None, "all"})):
         if id not in statements():
             near = nearest(id, statements()) or "; `minipeft claims` lists all"
             raise ValueError(f"there is no statement {id!r}{near}")
@@ -237,20 +239,28 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
 
 
 def compute_again(args: Arguments) -> int:
-    """The rows of a statement's experiment in --store, held against the shipped ones; 1 where they disagree."""
+    """The rows of a statement's experiment in --store, or of all, held against the shipped ones; 1 where they disagree."""
     from ..experiments.sweep import executor_of
 
-    rule = rule_of(args.again)
-    if rule is None or rule.experiment is None:
-        what = "no rule judges it" if rule is None else "its rule computes its numbers each time that it is asked"
-        raise ValueError(f"{args.again} has no rows to compute again: {what}")
     store = Path(args.store) if args.store else user_directory()
     if store.resolve() == ROWS.resolve():
         raise ValueError(f"--store {store} holds the shipped rows; choose another")
+    rule, executor = rule_of(args.again) if args.again != "all" else None, executor_of(args.executor)
+    if args.again == "all":
+        rules = [rule for id in statements() if (rule := rule_of(id)) and rule.experiment]
+        return max([again(rule, store, executor) for rule in rules])
+    if rule is None or rule.experiment is None:
+        what = "no rule judges it" if rule is None else "its rule computes its numbers each time that it is asked"
+        raise ValueError(f"{args.again} has no rows to compute again: {what}")
+    return again(rule, store, executor)
+
+
+def again(rule: Rule, store: Path, executor: Any) -> int:
+    """The rows of one statement; 1 where they disagree with the shipped ones."""
     shipped = rule.experiment.rows()
-    rows = rule.experiment.compute(store, executor_of(args.executor))
+    rows = rule.experiment.compute(store, executor)
     verdict = rule.judge(rows)
-    print(f"{args.again}: {verdict.verdict}. {verdict.because}\nrows: {rule.experiment.path(store)}")
+    print(f"{rule.id}: {verdict.verdict}. {verdict.because}\nrows: {rule.experiment.path(store)}")
     if len(shipped) < len(rows):
         print(f"the package has {len(shipped)} of these {len(rows)} rows: there is nothing to compare with")
         return 0
