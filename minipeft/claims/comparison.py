@@ -23,9 +23,12 @@ one comparison and not thirty.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import Estimate
@@ -64,7 +67,8 @@ class Searches(Experiment):
         """The rows that are there, of today's base and of what is compared."""
         compared = {(of.start.task, of.start.method, of.start.examples) for of in self.searches}
         compared |= {(task, "base", 0) for task, _, _ in compared}
-        rows = [row for row in read_rows(self.path(store)) if row.get("version") == protocol.version()]
+        path = self.path(store)
+        rows = _of_today(path, os.stat(path).st_mtime_ns) if path.exists() else []
         return [row for row in rows if (row["task"], row["method"], row["examples"]) in compared]
 
     def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
@@ -95,6 +99,12 @@ class Searches(Experiment):
     def compute(self, store: Any, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
         """All rows: those in `store`, and the others, computed and added there. Raises as `protocol.compute`."""
         return protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
+
+
+@lru_cache(maxsize=2)
+def _of_today(path: Path, changed: int) -> list[dict[str, Any]]:
+    """The rows of a file that are of today's base: many statements read one file."""
+    return [row for row in read_rows(path) if row.get("version") == protocol.version()]
 
 
 def spread(rows: Sequence[Mapping[str, Any]]) -> float:
