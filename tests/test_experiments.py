@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import decision, forgetting, practice
+from experiments import forgetting, practice
 from experiments.practice import Classification
 
 import minipeft as mp
@@ -271,17 +271,12 @@ def test_nothing_beats_a_point_of_the_frontier():
         assert (p in edge) == (not beaten)
 
 
-def test_overlap_is_rouge_1():
-    assert decision.overlap("a b b", "b b c c") == pytest.approx(2 * 2 / 7)
-    assert decision.overlap("The end", "the END") == 1 and decision.overlap("", "x") == 0
-
-
 # -------------------------------------------------------------------------------------------------- what is shipped
 
 
 @pytest.mark.parametrize(
     ("name", "runs"),
-    [("14_best_practices", practice.RUNS), ("15_forgetting", forgetting.RUNS), ("16_which_method", decision.RUNS)],
+    [("14_best_practices", practice.RUNS), ("15_forgetting", forgetting.RUNS)],
 )
 def test_the_shipped_rows_are_those_of_the_sweep(name, runs):
     rows = read_rows(RESULTS / f"{name}.jsonl")

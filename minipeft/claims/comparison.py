@@ -38,6 +38,7 @@ from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, search
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "not told apart"
+MANY = 12  # comparisons: of more, those that are as stated are counted, and stand in the evidence alone
 SPREADS = 4  # standard deviations
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
 NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02, "followed": 0.02}  # nats per token; shares
@@ -334,10 +335,13 @@ def told(found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[
     undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
     verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
     items = max(each.one.values.shape[1] for each in found)
-    counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so) + ": "
+    counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
+    shown = [word for word, one in zip(words, so) if not one or len(so) <= MANY]
+    listed_ = itemized(shown) if len(shown) > 2 or len(so) <= MANY else "; ".join(shown) + "."
+    because = f"{counts}{': ' if len(so) <= MANY else '; the others: '}{listed_}" if shown else f"{counts}."
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     return Verdict(
-        verdict, counts * (len(so) > 2) + itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, because if len(so) > 2 else itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 
@@ -347,6 +351,7 @@ def both(one: Verdict, other: Verdict) -> Verdict:
     parts = {one.verdict, other.verdict}
     verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
     numbers = [*one.evidence, *filter(None, [other.effect]), *other.evidence]
+    apart = "\n\n" if one.because.rpartition("\n")[2].startswith("- ") else " "  # behind a list
     return Verdict(
-        verdict, f"{one.because} {other.because}", one.effect, numbers, one.seeds, one.items, one.base, one.task
+        verdict, f"{one.because}{apart}{other.because}", one.effect, numbers, one.seeds, one.items, one.base, one.task
     )  # fmt: skip

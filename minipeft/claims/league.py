@@ -257,12 +257,13 @@ def selection(rows: Rows) -> Verdict:
         costs.append(float(np.mean(blind)))
         flattery.append(float(np.mean(luck)))
     paid = measured("loss on validation of the setting with the lowest training loss, less that of the one chosen", costs, "nats per token")
+    each = listed([f"{cost:+.3f} of {case.name}" for case, cost in zip(CASES, costs)])
     lucky = measured("loss under other seeds, less the loss that was chosen by", flattery, "nats per token")
     return Verdict(
         above_zero(paid), f"Chosen by its training loss, a setting ends {paid.value:+.3f} nats per token above the one chosen on validation "
-        f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases). Under other seeds the loss that was chosen by is "
+        f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the loss that was chosen by is "
         f"{lucky.value:+.3f} higher ({lucky.low:+.3f} to {lucky.high:+.3f}).",
-        paid, [lucky], len(SEEDS), 256, "the shipped base", "rewrite and source",
+        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), 256, "the shipped base", "rewrite and source",
     )  # fmt: skip
 
 
