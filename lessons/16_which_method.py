@@ -8,7 +8,7 @@
 # Ovadia et al. 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and
 # on new ones. Training helped more where it met each fact in many wordings.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 20 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 21 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once; what is
 # learned and forgotten it reads from the league of Lesson 3, whose rows are in the package. For your own data,
@@ -26,7 +26,7 @@ import numpy as np
 
 import minipeft as mp
 from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger
-from minipeft.claims.comparison import CASES, KEYS, Case, above, compare
+from minipeft.claims.comparison import CASES, KEYS, Case, above, best, compare
 from minipeft.claims.league import MAIN, league
 from minipeft.claims.protocol import report, search, untrained
 from minipeft.claims.standings import as_text, standings
@@ -118,7 +118,8 @@ assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * 
 # Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients and
 # Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so most of the
 # activations stay: those of attention, norms and nonlinearities. (The input of a frozen matrix goes, as only the
-# gradient of the matrix needs it; LoRA's $A$ keeps it.) For the same reason a frozen base saves no more than a third of
+# gradient of the matrix needs it; LoRA's $A$ keeps it. And a prompt makes every sequence longer by 20, where a prefix
+# lengthens keys and values alone.) For the same reason a frozen base saves no more than a third of
 # a step's operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. Unmerged, QLoRA has to turn
@@ -126,7 +127,8 @@ assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * 
 # merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
 # first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So each
 # answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and values,
-# over which each new token attends. Merging serves one task: a server that answers many tasks in one
+# over which each new token attends. (Full fine-tuning's two times are of one and the same model: so far apart may two
+# timings be, more so where other programs run.) Merging serves one task: a server that answers many tasks in one
 # batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 #
 # ## 3 · The table
@@ -134,10 +136,10 @@ assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * 
 # The league of Lesson 3 has six of the eight ways, on two tasks: `rewrite`, judged by the loss in nats a token, and
 # `source`, judged by the share of sentences whose book is found. Each method has its own rate, epochs and batch size,
 # chosen on validation with the same effort; what is printed comes from 512 test items and five other seeds, and ± is
-# half of a 95 % interval over both. (Most of it is the luck of the items, which all methods share. A comparison takes
-# the difference item by item and seed by seed, so its interval is much narrower.) "Forgets" is by how much the loss on
-# general text rose; "cloze" by how many of 640 general items, in points, fewer or more are answered right than by the
-# base; and "TFLOPs" what the chosen run computes.
+# half of a 95 % interval over both. (On `rewrite` most of it is the luck of the items, which all methods share: a
+# comparison takes the difference item by item and seed by seed, and is much sharper. On `source` it is often that of
+# the seeds.) "Forgets" is by how much the loss on general text rose; "cloze" by how many of 640 general items, in
+# points, fewer or more are answered right than by the base; and "TFLOPs" what the chosen run computes.
 #
 # **Predict:** with 50 examples, and with 5,000: for which does the choice of the method matter more?
 
@@ -157,8 +159,9 @@ for case in CASES:
     cells = (f"{shown[m].value:9.3f} ± {(shown[m].high - shown[m].low) / 2:.3f}" if m in shown else "" for m in MAIN)
     APART[case] = max(e.value for e in shown.values()) - min(e.value for e in shown.values())
     print(f"{case.name:24s}base {base_row:6.3f}" + "".join(f"{cell:>17s}" for cell in cells) + f"; apart {APART[case]:.3f}")
-few = report(find, search("source", "prefix", 50), "right"), report(find, untrained("source"), "right")
-print(f"a prefix of 50 examples beside the base, source: {compare(*few, 'right').word} ({compare(*few, 'right').interval})")
+for m in ("prefix", "prompt"):
+    found = compare(report(find, search("source", m, 50), "right"), report(find, untrained("source"), "right"), "right")
+    print(f"a {m} of 50 examples beside the base, source: {found.word} ({found.interval})")
 assert APART[CASES[0]] < 0.1 and APART[CASES[2]] > 0.5 and APART[CASES[3]] > 0.4 > 0.2 > APART[CASES[5]]
 for m in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[m].config())
@@ -171,15 +174,20 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # %% [markdown]
 # On `rewrite` with 5,000: from 0.09 nats between the best and the worst to more than half a nat. Full fine-tuning, LoRA
 # and QLoRA go on learning from more data, full the most, and a prompt hardly does. On `source` it is the other way
-# round: a prompt and a prefix need examples to come near to the others; with 50 a prefix is not told apart from the
-# base. One limit is the same for all, and not equally hard for all: 32 epochs of 50 examples, 4 of 500, one of
-# 5,000. A method that learns slowly might gain from more.
+# round: from 42 points to 14. With 50 examples neither a prefix nor a prompt is told apart from the base there. One
+# limit is the same for all, and not equally hard for all: 32 epochs of 50 examples, 4 of 500, one of 5,000. A method
+# that learns slowly might gain from more.
+#
+# In the verdicts below, *equal* is an interval within ±0.02, nats or shares; *as stated* is what the statement's rule
+# asks (`minipeft claims ID` prints it): of `adapter-6` and `which-1` that the interval lies above -0.02, of `soft-8`
+# that it lies below 0. *Not told* is an interval with the rule's limit inside. "Bottleneck" are the adapters.
 #
 # What holds of this model need not hold of a large one. Prompts, for example, matched full fine-tuning in T5 models of
 # billions of parameters (Lester et al. 2021, arXiv:2104.08691). A prefix only mixes vectors into what attention gives,
 # by the share that it takes (Lesson 6, section 2): how a layer weighs the words of the text beside each other it cannot
-# change. And on 20 billion tokens of code LoRA fell behind full fine-tuning, and forgot less (Biderman et al. 2024,
-# arXiv:2405.09673): there full fine-tuning's updates had 10 to 100 times the rank of usual LoRAs (Lessons 15 and 18).
+# change by itself. And on 20 billion tokens of code LoRA fell behind full fine-tuning, and forgot less (Biderman et al.
+# 2024, arXiv:2405.09673): there full fine-tuning's updates had 10 to 100 times the rank of usual LoRAs (Lessons 15 and
+# 18).
 #
 # Where a verdict below the table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained. It counts in
 # bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
@@ -226,62 +234,69 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # %% [markdown]
 # ## 4 · Let the table decide
 #
-# A decision is a wish under a condition: *the smallest file that keeps up with full fine-tuning.* The condition needs a
-# number, what one is ready to lose: here 0.05 nats a token of `rewrite`, or 3 points of the right answers of `source`.
-# A method keeps up where it loses less than that to full fine-tuning with its whole interval, and does not where it
-# loses more with its whole interval; between, it is **undecided**, which is not *equal*: more seeds and more items
-# might tell. Of those that keep up, the least of a column is taken. Change wishes and numbers to yours.
+# A decision is a wish under a condition: *the smallest file that keeps up with the best.* The best of a case is the
+# method that was best on validation. The condition needs a number, what one is ready to lose: here 0.05 nats a token of
+# `rewrite`, or 3 points of the right answers of `source`. A method keeps up where it loses less than that with its
+# whole interval, and does not where it loses more with its whole interval; between, it is **undecided**, which is not
+# *equal*: more seeds and more items might tell. As five methods are put beside the best, each interval is one of 99 %,
+# so that all five hold at once 95 times out of a hundred. Of those that keep up, the least of a column is taken. Change
+# wishes and numbers to yours.
 #
-# **Predict:** for which numbers of examples is the smallest file that keeps up a prompt's?
+# **Predict:** a prompt is the smallest file by far. In how many of the six cases does it keep up?
 
 # %%
 LOSE = {"rewrite": 0.05, "source": 0.03}
 REPORTS = {case: {m: report(find, search(case.task, m, case.examples), KEYS[case.task]) for m in MAIN} for case in CASES}
+BEST = {case: best(find, case, MAIN) for case in CASES}
 
 
 def keeps_up(case, method):
-    """Whether it loses less than LOSE to full fine-tuning on the test items (True), more (False), or neither (None)."""
-    found = compare(REPORTS[case][method], REPORTS[case]["full"], KEYS[case.task])
-    return above(-LOSE[case.task], found)
+    """Whether it loses less than LOSE to the best on the test items (True), more (False), or neither is told (None)."""
+    found = compare(REPORTS[case][method], REPORTS[case][BEST[case]], KEYS[case.task], level=1 - 0.05 / 5)
+    return method == BEST[case] or above(-LOSE[case.task], found)
 
 
-def decide(case, cost, condition=keeps_up):
-    """(the method of the least cost that meets the condition, those that cost less and are undecided)."""
-    held = {m: condition(case, m) for m in MAIN if REPORTS[case][m]}
-    best = min((m for m in held if held[m]), key=lambda m: cost(TABLE[case][m]))
-    return best, [m for m in held if held[m] is None and cost(TABLE[case][m]) < cost(TABLE[case][best])]
+def names(methods):
+    return ", ".join(NAMES[m] for m in methods)
 
 
-WISHES = {
-    "the smallest file": lambda line: line.storage,
-    "the least computation": lambda line: line.flops,
-    "the most general items kept": lambda line: -line.cloze.value,
-}
+WISHES = {"the smallest file": lambda line: line.storage, "the least computation": lambda line: line.flops}
 if not REDUCED:
-    WISHES["the least memory"] = lambda line: peak[line.method]
+    WISHES["the least memory (of section 2)"] = lambda line: peak[line.method]
 CHOSEN = {}
-for wish, cost_of in WISHES.items():
-    print(f"\n{wish}, of those that keep up with full fine-tuning")
-    for case in CASES:
-        best, unsure = CHOSEN[wish, case] = decide(case, cost_of)
-        print(f"  {case.name:24s} {NAMES[best]}" + f"; undecided: {', '.join(NAMES[m] for m in unsure)}" * bool(unsure))
+for case in CASES:
+    held = {m: keeps_up(case, m) for m in MAIN}
+    able, unsure = ([m for m in MAIN if held[m] is value] for value in (True, None))
+    CHOSEN[case] = {"able": able, "unsure": unsure}
+    print(f"\n{case.name}: best on validation {NAMES[BEST[case]]}; keep up: {names(able)}; undecided: {names(unsure) or 'none'}")
+    for wish, column in WISHES.items():
+        CHOSEN[case][wish] = min(able, key=lambda m: column(TABLE[case][m]))
+        print(f"  {wish}: {NAMES[CHOSEN[case][wish]]}")
+    items = {m: report(find, search(case.task, m, case.examples), "cloze") for m in able}
+    most = max(able, key=lambda m: items[m].mean.value)
+    near = [m for m in able if m != most and not compare(items[most], items[m], "cloze").clearly_better]
+    CHOSEN[case]["most items"] = [most, *near]
+    print(f"  the most general items kept: {NAMES[most]}" + f"; not told apart from it: {names(near)}" * bool(near))
+    both = min([most, *near], key=lambda m: TABLE[case][m].storage)
+    print(f"  the smallest file of these: {NAMES[both]}")
+for m, n in {"lora": 4, "qlora": 3, "full": 3, "bottleneck": 2, "prefix": 0, "prompt": 0}.items():
+    assert sum(m in found["able"] for found in CHOSEN.values()) == n
+assert sum("prompt" in found["unsure"] for found in CHOSEN.values()) == 4 and CHOSEN[Case("rewrite", 5000)]["able"] == ["full"]
+assert all(found["most items"][0] == "lora" for found in CHOSEN.values() if len(found["able"]) > 1)
 disk = {m: 100 * line.storage + (m != "full") * 4 * N for m, line in TABLE[Case("rewrite", 500)].items()}
-up = {m: sum(keeps_up(case, m) is True for case in CASES) for m in MAIN}
-print("\nin how many of the six cases it keeps up: " + ", ".join(f"{NAMES[m]} {n}" for m, n in up.items()))
-file = {case: CHOSEN["the smallest file", case] for case in CASES}
-assert [file[case] for case in CASES[:3]] == [("prompt", []), ("bottleneck", []), ("full", [])], "rewrite"
-assert file[CASES[3]] == ("bottleneck", ["prompt"]) and file[CASES[4]] == ("bottleneck", []) and "prompt" in file[CASES[5]][1], "source"
-assert up == {"full": 6, "lora": 5, "qlora": 5, "bottleneck": 4, "prefix": 0, "prompt": 1}
-assert all(CHOSEN["the most general items kept", case][0] == "lora" for case in CASES[3:])
-print("disk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" for m, total in disk.items()))
+print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" for m, total in disk.items()))
 
 # %% [markdown]
-# Of `rewrite` with 50 examples alone; of `source` it is undecided with 50 and with 5,000. With more data the smallest
-# file grows: with 500 examples it is an adapter's, and with 5,000 of `rewrite` nothing but full fine-tuning keeps up.
-# LoRA and QLoRA keep up in five of the six cases, adapters in four, a prompt in one, and a prefix in none for sure. The
-# least computation changes from case to case, as the epochs are tuned too. On `source` LoRA keeps the most general
-# items of those that keep up. (The test items both choose here and report, so what is chosen by a column with a wide
-# interval, as by general items, looks a little better than it is. Bytes and FLOPs are exact.)
+# In none for sure: with 500 and 5,000 examples of `rewrite` it does not, and in the other four cases it is undecided.
+# LoRA keeps up in four, QLoRA and full fine-tuning in three, adapters in two; with 5,000 examples of `rewrite` only
+# full fine-tuning does. Wherever more than one keeps up, LoRA has kept the most general items of these, though QLoRA is
+# mostly not told apart from it. (That column is noisy, and the same test items choose here and report; bytes and FLOPs
+# are exact. The FLOPs are those of the run with the best loss: what is the cheapest that would do, the league has not
+# asked.)
+#
+# The verdicts have a stricter limit, 0.02, and both tasks' three sizes. In `which-2` the first eighteen comparisons ask
+# whether LoRA is better than what stores less, the other twelve whether it is not inferior to what stores as much or
+# more.
 
 # %% [markdown]
 # > `which-1` full: maximum quality, if there is compute and storage: **holds if**. 2 of 6 comparisons are as stated, 3
@@ -381,20 +396,21 @@ print("picture:", OUT / "16_which_method.png")
 
 # %% [markdown]
 # What learns more need not forget more: on `source` a prefix loses the most general items with every number of
-# examples, and learns the least or nearly. Its 20 positions stand before every text, whatever is asked. Full
-# fine-tuning loses more with 5,000 examples than with 500.
+# examples, and finds fewer books than LoRA or adapters (`soft-8`). Full fine-tuning loses more with 5,000 examples than
+# with 500.
 #
 # ## Break it: decide by one column
 #
 # Methods are often praised by one number, such as "trains 0.2 % of the parameters". Choose by it, then by two others.
 #
-# **Predict:** which method is least in trained parameters, which forgets least, and does either keep up?
+# **Predict:** which method is least in trained parameters, which loses the fewest general items, and does either keep
+# up?
 
 # %%
 print("\ndecided by one column alone, with 500 examples:")
 for task in KEYS:
     case = Case(task, 500)
-    for name, column in (("trained parameters", lambda l: l.trainable), ("forgotten", lambda l: -l.cloze.value), ("FLOPs", lambda l: l.flops)):
+    for name, column in (("trained parameters", lambda l: l.trainable), ("general items lost", lambda l: -l.cloze.value), ("FLOPs", lambda l: l.flops)):
         one = min(TABLE[case].values(), key=column)
         kept = {True: "keeps up", False: "does not keep up", None: "undecided"}[keeps_up(case, one.method)]
         memory_share = f", with {peak[one.method] / peak['full']:.0%} of full's memory" if one.method in peak else ""
@@ -403,11 +419,11 @@ if not REDUCED:
     assert 16 * N < peak["full"] / 3, "weights, gradients and Adam's moments are less than a third of full's memory"
 
 # %% [markdown]
-# A prompt trains least, and it does not keep up on either task, though it takes most of full fine-tuning's memory. The
-# memory of a small model's step is mostly activations, of which every method has to keep most; the share of trained
-# parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters the weights are most of the
-# memory: Lesson 7.) Of the other two columns, what is chosen happens to keep up here; the column did not ask for it,
-# and the base itself, untrained, forgets nothing and costs nothing.
+# A prompt trains least. It does not keep up on `rewrite`, and on `source` that is undecided, though it takes most of
+# full fine-tuning's memory. The memory of a small model's step is mostly activations, of which every method has to keep
+# most; the share of trained parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters the
+# weights are most of the memory: Lesson 7.) Adapters lose the fewest items on `rewrite`, and do not keep up either. The
+# base itself loses none and costs nothing.
 
 # %% [markdown]
 # ## Quiz
@@ -481,7 +497,7 @@ if not REDUCED:
 #   come out differently, and is the spread over the seeds small enough to say so?
 # - **A bigger model.** Multiply: for a model of 7 billion parameters (Lesson 12's ledger), which columns of the table
 #   grow with the parameters, which with the batch? Which decision turns?
-# - **Half the examples.** Run section 3 again with 20 steps. Does the order in "learned" stay?
+# - **Ready to lose less.** Halve `LOSE` in section 4. Which decisions change, and how many more are undecided?
 #
 # <details><summary>Solution of 16.1</summary>
 #
