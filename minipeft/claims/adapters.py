@@ -16,11 +16,11 @@ from ..peft.config import PeftConfig
 from ..peft.methods import METHODS
 from . import units
 from .comparison import better, told
-from .decoding import DECODING, TOKENS, decode, repeats, slowdown, where
+from .decoding import DECODING, TOKENS, decode, repeats, slowdown
 from .full import method_lines
 from .inputs import BASE, arrays, base, batch, moved, steps
 from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, graded, measured, those
-from .timing import in_turns, machine
+from .timing import in_turns, machine, where
 
 BY_HAND = {
     "relu": lambda z: np.maximum(z, 0), "silu": lambda z: z / (1 + np.exp(-z)),

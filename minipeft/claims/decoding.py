@@ -66,10 +66,3 @@ def slowdown(rows: list[dict[str, Any]], what: str) -> dict[str, Number]:
 def repeats(rows: list[dict[str, Any]]) -> int:
     """How often each was timed."""
     return len({row["seed"] for row in rows})
-
-
-def where(rows: list[dict[str, Any]]) -> str:
-    """The processor and the day of the rows."""
-    return "; ".join(
-        sorted({f"{row['processor']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, {row['date']}" for row in rows})
-    )

@@ -16,10 +16,10 @@ from ..accounting.architectures import architecture
 from ..accounting.parameters import count_parameters
 from ..accounting.published import read_published, recompute
 from ..backend import asarray, to_numpy, xp_of
-from .decoding import DECODING, random_model, repeats, slowdown, where
+from .decoding import DECODING, random_model, repeats, slowdown
 from .inputs import SIZES
 from .register import UNTESTABLE, Experiment, Number, Verdict, claim, graded, listed, measured, those
-from .timing import in_turns, machine, steady
+from .timing import in_turns, machine, steady, where
 
 LAYER = """\
 class LoRALayer(nn.Module):

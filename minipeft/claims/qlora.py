@@ -18,10 +18,10 @@ from ..backend import asarray, synchronize, to_numpy, xp_of
 from ..quant import eight_bits, nf4
 from ..quant.linear import Linear4bit
 from ..quant.surgery import dequantize_model, quantizable_layers, quantize_model
-from .decoding import random_model, repeats, where
+from .decoding import random_model, repeats
 from .inputs import BASE, SIZES, arrays, base, examples, moved, steps
 from .register import Experiment, Number, Verdict, claim, graded, itemized, listed, measured, those
-from .timing import in_turns, machine
+from .timing import in_turns, machine, where
 
 LORA = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 NEAR = 0.1  # of "4 times": within 10 %

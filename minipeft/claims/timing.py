@@ -33,6 +33,13 @@ def machine() -> dict[str, Any]:
     return {"processor": processor(), "threads": get_num_threads(), "date": time.strftime("%Y-%m-%d")}
 
 
+def where(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The processor and the day of the rows."""
+    return "; ".join(
+        sorted({f"{row['processor']}, {row['threads']} thread{'s' * (row['threads'] > 1)}, {row['date']}" for row in rows})
+    )
+
+
 def processor() -> str:
     """Its name, family and model, by which a virtual machine's can be told; of a system without /proc, what it says."""
     if not os.path.exists("/proc/cpuinfo"):
