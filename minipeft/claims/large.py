@@ -30,7 +30,7 @@ from .comparison import NEAR, Difference
 from .inputs import smollm2
 from .mechanisms import ByItem, best_rate, curve, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS, TABLE, TUNING
-from .register import UNTRIED, filled, judge, listed, rule_of
+from .register import judge, listed
 from .statistics import crossed
 from .width import SMALL, vertex
 
@@ -145,16 +145,6 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
         lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
     return "; ".join(lines) + "." * bool(lines)
-
-
-def table() -> str:
-    """Each statement, its verdict on the shipped base, and what the large model says."""
-    lines = []
-    for id in (*QUESTIONS, "best-4", "full-3"):
-        if text := told(id):
-            rule, verdict = rule_of(id), judge(id).verdict
-            lines.append(filled(f"{verdict if rule else UNTRIED} on the base. {text}", 120, f"{id:10}", 10 * " "))
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
