@@ -13,10 +13,11 @@ verdict rests on it.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,12 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     return "; ".join(lines) + "." * bool(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Compute the rows, in hours: `python -m minipeft.claims.large DIRECTORY`, resumable method by method."""
-    EXPERIMENT.compute(argv[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute the rows, in hours; what is there already is not computed again, method by method."""
+    parser = argparse.ArgumentParser(prog="python -m minipeft.claims.large", description=main.__doc__)
+    parser.add_argument("directory", type=Path, help="where smollm2.jsonl is, or is made")
+    EXPERIMENT.compute(parser.parse_args(argv).directory)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
