@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.intervals import mean
-from .rows import Row, is_of
+from .rows import Row, described, failed
+from .rows import key as identity
 
 SEEDS = (0, 1, 2)
 
@@ -23,7 +23,9 @@ def over_seeds(rows: Sequence[Row], settings: Any, key: str = "task_loss") -> np
 
     Raises ValueError where there is no such row.
     """
-    found = {row["seed"]: row[key] for row in rows if is_of(row, replace(settings, seed=row["seed"]))}
+    same = [(name, identity(value)) for name, value in described(settings).items() if name != "seed"]
+    mine = [row for row in rows if not failed(row) and all(name in row and identity(row[name]) == value for name, value in same)]
+    found = {row["seed"]: row[key] for row in mine}
     if not found:
         raise ValueError(f"there is no row of {settings}")
     return np.array([found[seed] for seed in sorted(found)], float)  # None becomes NaN
