@@ -129,18 +129,18 @@ print("\nchosen by the training loss, nats a token more on validation: " + ", ".
 assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples"] < 0.01 for task in ("rewrite", "source"))
 
 # %% [markdown]
-# With 50 examples of `rewrite`: more than half a nat in the mean over six methods, as the lowest training loss is
-# mostly that of a much higher rate (of full fine-tuning 32 times). With 5,000 it costs nothing that one sees, for no
-# run sees an example twice, and so its training loss is a validation loss nearly. The six cases are so unlike that the
-# interval of their mean leaves the sign open, and so does the verdict. (The searches went where validation led them:
-# who has none would have gone elsewhere, and might pay more.)
+# With 50 examples of `rewrite`: more than half a nat in the mean over six methods. The setting with the lowest training
+# loss mostly has a much higher rate there (of full fine-tuning 32 times). With 5,000 it costs nothing that one sees,
+# for no run sees an example twice, and so its training loss is a validation loss nearly. The six cases are so unlike
+# that the interval of their mean leaves the sign open, and so does the verdict. (The searches went where validation led
+# them: who has none would have gone elsewhere, and might pay more.)
 
 # %% [markdown]
 # > `best-8` hold out a validation set; watch the gap; test on diverse examples: **cannot be tested here**. Chosen by
 # > its training loss, a setting ends +0.113 nats per token above the one chosen on validation (95 % -0.141 to +0.368
 # > over 6 cases: +0.606 of rewrite, 50 examples, +0.043 of rewrite, 500 examples, -0.006 of rewrite, 5000 examples,
 # > +0.041 of source, 50 examples, +0.001 of source, 500 examples and -0.005 of source, 5000 examples). Under other
-# > seeds the loss that was chosen by is +0.009 higher (+0.003 to +0.016). (5 seeds, 256 test items)
+# > seeds the loss that was chosen by is +0.009 higher (+0.003 to +0.016). (5 seeds)
 
 # %% [markdown]
 # ## 2 · The learning rate
@@ -307,8 +307,7 @@ assert below(full[1], full[2]) and sum(interval(lora[2] - lora[3])) < (lora[15] 
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
-# > validation is +0.014 nats per token lower (-0.032 to +0.061 over 4 cases, with 34 pairs of settings). (256 test
-# > items)
+# > validation is +0.014 nats per token lower (-0.032 to +0.061 over 4 cases, with 34 pairs of settings).
 
 # %% [markdown]
 # ## 5 · Warm-up

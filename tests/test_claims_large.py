@@ -7,7 +7,7 @@ import pytest
 
 from minipeft.claims import large
 from minipeft.claims.large import METHODS, QUESTIONS, Large, best_rates, compared, told
-from minipeft.claims.register import statements
+from minipeft.claims.register import HOLDS, Number, Verdict, statements
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
 
@@ -44,12 +44,15 @@ def test_a_comparison_is_in_nats_a_token_and_above_0_where_the_first_is_better()
     assert compared(rows(prompt=3.5), "prompt", "base", "general").better.value == pytest.approx(-0.5, abs=0.02)
 
 
-def test_what_is_told_of_each_statement():
+def test_what_is_told_of_each_statement(monkeypatch):
     given = rows(lora=1.5, full=2.0)
     assert told("lora-12", given).startswith("lora beside full, 320 examples of source: better (+0.50")
     assert told("forget-1", given).count("general text") == len(METHODS)
     assert told("best-4", given) == "The best rate of full fine-tuning is 1.0e-03; times this, the others': lora 1.0, lora-qv 1.0, qlora 1.0 and prompt 1.0."
-    assert "1.0e-03" in told("full-3", given)
+    assert told("full-3", given) == "The best rate of full fine-tuning is 1.0e-03."
+    law = Verdict(HOLDS, "so", evidence=[Number("at width 576", 2e-3, "rate", 1e-3, 4e-3)])
+    monkeypatch.setattr(large, "judge", lambda id: law)
+    assert told("full-3", given).endswith("is 1.0e-03; full-3's law predicts 2.0e-03 [1.0e-03, 4.0e-03].")
     assert told("lora-6", given) == "" == told("lora-12", given[:-1]), "of other statements, and with a row missing, nothing"
     assert {*QUESTIONS} < {*statements()}
 

@@ -245,7 +245,7 @@ def test_of_many_comparisons_those_that_are_not_as_stated_are_listed_and_a_secon
     found = [beside(i, 1.0 if i > 2 else -1.0) for i in range(16)]
     few, many = (comparison.told(some, comparison.better, "source") for some in (found[:12], found))
     assert few.because.count("better") == 9 and few.because.count("worse") == 3
-    assert many.because.startswith("13 of 16 comparisons are as stated; the others:")
+    assert many.because.startswith("13 of 16 comparisons are as stated.")
     assert (many.because.count("better"), many.because.count("worse"), len(many.evidence)) == (0, 3, 15)
     joined = comparison.both(few, many).because
     assert "\n\n13 of 16" in joined and ") 13 of 16" not in joined, "behind a list a paragraph of its own"

@@ -23,7 +23,6 @@ one comparison and not thirty.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ class Searches(Experiment):
         compared = {(of.start.task, of.start.method, of.start.examples) for of in self.searches}
         compared |= {(task, "base", 0) for task, _, _ in compared}
         path = self.path(store)
-        rows = _of_today(path, os.stat(path).st_mtime_ns) if path.exists() else []
+        rows = _of_today(path, path.stat().st_mtime_ns) if path.exists() else []
         return [row for row in rows if (row["task"], row["method"], row["examples"]) in compared]
 
     def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
@@ -337,8 +336,7 @@ def told(found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[
     items = max(each.one.values.shape[1] for each in found)
     counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
     shown = [word for word, one in zip(words, so) if not one or len(so) <= MANY]
-    listed_ = itemized(shown) if len(shown) > 2 or len(so) <= MANY else "; ".join(shown) + "."
-    because = f"{counts}{': ' if len(so) <= MANY else '; the others: '}{listed_}" if shown else f"{counts}."
+    because = f"{counts}{': ' if len(so) <= MANY else '. '}{itemized(shown) if shown else ''}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     return Verdict(
         verdict, because if len(so) > 2 else itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks

@@ -263,7 +263,8 @@ def selection(rows: Rows) -> Verdict:
         above_zero(paid), f"Chosen by its training loss, a setting ends {paid.value:+.3f} nats per token above the one chosen on validation "
         f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the loss that was chosen by is "
         f"{lucky.value:+.3f} higher ({lucky.low:+.3f} to {lucky.high:+.3f}).",
-        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), 256, "the shipped base", "rewrite and source",
+        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), None,
+        "the shipped base", "rewrite and source, 256 validation records",
     )  # fmt: skip
 
 
@@ -310,7 +311,7 @@ def overfitting(rows: Rows) -> Verdict:
     return Verdict(
         above_zero(found), f"At equal training loss LoRA's loss on validation is {found.value:+.3f} nats per token lower ({found.low:+.3f} to "
         f"{found.high:+.3f} over {len(gaps)} cases, with {pairs} pairs of settings).",
-        found, items=256, base="the shipped base", task="rewrite and source",
+        found, base="the shipped base", task="rewrite and source, 256 validation records",
     )  # fmt: skip
 
 

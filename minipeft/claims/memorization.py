@@ -132,8 +132,9 @@ EXPERIMENT = Experiment("memorization", run, runs)
 @claim("full-7", lesson="03_full_finetuning.py", section="The memory bill", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Holds if full fine-tuning memorizes clearly more bits of random answers (by more than a hundredth of all) than every method that
-    trains fewer parameters, of the data at which each memorizes most; holds if than some; does not hold here if than none. Of a
-    method that remembers 99 % of all there is, nothing is told: it cannot be tested here if that is so of some, and it holds of none."""
+    trains fewer parameters, of the data at which each memorizes most; holds if than some; does not hold here if than none. A method
+    that remembers 99 % of all bits might remember more, were there more: where full fine-tuning is ahead of nobody, and some
+    method has reached this limit, it cannot be tested here."""
     full, best = capacity(rows, "full")
     evidence = {"full: share of all bits": mean(best / full["bits"]), "full: bits a trainable parameter": mean(best / full["trainable"])}
     cases: dict[str, bool | None] = {}
@@ -153,7 +154,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"{those(cases, False)}; the nearest is {nearest}."
     )
     if None in cases.values():
-        because += f" Nothing is told of {those(cases, None)}: nearly all there is fits in there, too."
+        because += f" The data are too few to compare {those(cases, None)}: that remembers nearly all bits, too."
     found = UNTESTABLE if None in cases.values() and True not in cases.values() else graded(cases)
     effect = "bits more than the nearest method", margins[nearest], "bits"
     return judged(found, because, *effect, evidence, None, "random answers")
