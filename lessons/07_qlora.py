@@ -364,14 +364,14 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 
 # %% [markdown]
 # Yes, and the estimate is no smaller than before. Four bits cost QLoRA 1 to 3 % of what LoRA learned: the adapter
-# learned the task, and did not give back the error of four bits. LoftQ starts better, although rank 8 holds less than a
-# quarter of the squared error, and ends worse here. (Li et al. find that it helps most where fewer bits are used: two,
-# or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not of other seeds.
-# The last verdict below has five seeds, and tunes both methods (the league, Lesson 3): on `rewrite` four bits clearly
-# cost something with 50 and with 500 examples, 0.022 and 0.013 nats, and in the other four cases no cost is clear. The
-# paper finds no loss against 16 bits on its benchmarks, with LoRA on all
-# linear layers, whatever its rank (section 4, appendix A); with FP4 it lost about one percentage point on MMLU, a test
-# of knowledge. With LoRA on query and value alone it did not reach full fine-tuning.
+# learned the task, and did not give back the error of four bits. LoftQ starts better, although rank 8 holds less than
+# a quarter of the squared error, and ends worse here. (Li et al. find that it helps most where fewer bits are used:
+# two, or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not of other
+# seeds. The last verdict below has five seeds, and tunes both methods (the league, Lesson 3): on `rewrite` four bits
+# clearly cost something with 50 and with 500 examples, 0.022 and 0.013 nats, and in the other four cases no cost is
+# clear. The paper finds no loss against 16 bits on its benchmarks, with LoRA on all linear layers, whatever its rank
+# (section 4, appendix A); with FP4 it lost about one percentage point on MMLU, a test of knowledge. With LoRA on
+# query and value alone it did not reach full fine-tuning.
 #
 # The embedding is not packed, and in a model this small it is most of what is left. LLaMA-65B's is less than one
 # percent.

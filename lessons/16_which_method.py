@@ -115,27 +115,27 @@ for method in ("full", "lora") if REDUCED else MAIN:
 assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * peak["full"], "few parameters is not little memory"
 
 # %% [markdown]
-# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients and
-# Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so most of the
-# activations stay: those of attention, norms and nonlinearities. (The input of a frozen matrix goes, as only the
+# Nearer to the whole: prompt tuning takes more than three quarters of full fine-tuning's memory. It saves gradients
+# and Adam's moments of the weights, but backward has to run through the whole model to reach the prompt, so most of
+# the activations stay: those of attention, norms and nonlinearities. (The input of a frozen matrix goes, as only the
 # gradient of the matrix needs it; LoRA's $A$ keeps it. And a prompt makes every sequence longer by 20, where a prefix
-# lengthens keys and values alone.) For the same reason a frozen base saves no more than a third of
-# a step's operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
+# lengthens keys and values alone.) For the same reason a frozen base saves no more than a third of a step's
+# operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. Unmerged, QLoRA has to turn
 # its four-bit weights back into numbers for every product (Lesson 7), in training and in each token of an answer. A
 # merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
-# first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So each
-# answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and values,
-# over which each new token attends. (Full fine-tuning's two times are of one and the same model: so far apart may two
-# timings be, more so where other programs run.) Merging serves one task: a server that answers many tasks in one
-# batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+# first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So
+# each answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and
+# values, over which each new token attends. (Full fine-tuning's two times are of one and the same model: so far apart
+# may two timings be, more so where other programs run.) Merging serves one task: a server that answers many tasks in
+# one batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 #
 # A step is not yet a result. `peft-3` also counts the seconds until half, and nine tenths, of what full fine-tuning
 # gains in 240 steps of `rewrite`, each method at its own best rate. In FLOPs a frozen base makes a step cheaper, but
-# all methods except LoRA on all layers need clearly more steps to nine tenths, or do not come there; LoRA is there with
-# 0.71 of full's FLOPs (0.65 to 0.76), and in seconds 1.04 (0.86 to 1.27): earlier or later is open. (The losses are
-# those of 96 validation records, by which the rates were chosen too, under another seed.)
+# all methods except LoRA on all layers need clearly more steps to nine tenths, or do not come there; LoRA is there
+# with 0.71 of full's FLOPs (0.65 to 0.76), and in seconds 1.04 (0.86 to 1.27): earlier or later is open. (The losses
+# are those of 96 validation records, by which the rates were chosen too, under another seed.)
 
 # %% [markdown]
 # > `peft-3` faster training with fewer parameters: **holds if**. Clearly faster than full fine-tuning are, of 7
@@ -432,11 +432,10 @@ if not REDUCED:
 
 # %% [markdown]
 # A prompt trains least. It does not keep up on `rewrite`, and on `source` that is undecided, though it takes most of
-# full fine-tuning's memory. The memory of a small model's step is mostly activations, of which every method has to keep
-# most; the share of trained parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters the
-# weights are most of the memory: Lesson 7.) Adapters lose the fewest items on `rewrite` in
-# the mean, and do not keep up. The
-# base itself loses none and costs nothing.
+# full fine-tuning's memory. The memory of a small model's step is mostly activations, of which every method has to
+# keep most; the share of trained parameters says, but for prefixes, what is on the *disk*. (For 65 billion parameters
+# the weights are most of the memory: Lesson 7.) Adapters lose the fewest items on `rewrite` in the mean, and do not
+# keep up. The base itself loses none and costs nothing.
 
 # %% [markdown]
 # ## Quiz
