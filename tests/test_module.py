@@ -132,6 +132,7 @@ def test_a_state_loads_as_copies_under_any_tied_name(xp):
     [
         (lambda s: s.pop("scale"), "missing scale; unexpected nothing"),
         (lambda s: s.update(extra=s["scale"]), "missing nothing; unexpected extra"),
+        (lambda s: s.update({"rest.0.weight": np.zeros((3, 3))}), "first.weight and rest.0.weight are one parameter"),
         (
             lambda s: s.update({"rest.1.0.bias": np.zeros(4)}),
             r"rest.1.0.bias: the state has shape \(4,\), the model \(3,\)",
@@ -173,6 +174,11 @@ def test_requires_grad_zero_grad_and_moves(xp):
     assert model.requires_grad_(False) is model and not any(p.requires_grad for p in model.parameters())
     assert model.to("numpy") is model and all(type(p.data) is np.ndarray for p in model.parameters())
     assert model.rest[0].weight is model.first.weight
+
+
+def test_a_model_is_moved_to_an_array_library_and_not_to_a_type():
+    with pytest.raises(BackendError, match=r"to\(\) takes an array library, 'numpy', 'cupy' or a module, not float64"):
+        Tied().to(np.float64)
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [

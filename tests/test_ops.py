@@ -476,7 +476,60 @@ def test_kl_div_is_a_mean_over_distributions_zero_where_they_agree_and_takes_a_p
 
 @pytest.mark.parametrize("loss", [F.nll_loss, F.cross_entropy])
 def test_a_loss_of_no_target_is_nan_as_in_pytorch(loss):
-    assert math.isnan(loss(Tensor(C.normal(2, 3)), np.array([-100, -100])).item())
+    """And changes nothing: its gradient is zero."""
+    for ways in (contextlib.nullcontext(), by_definition()):
+        x = Tensor(C.normal(2, 3), requires_grad=True)
+        with ways:
+            y = loss(x, np.array([-100, -100]))
+            y.backward()
+        assert math.isnan(y.item()) and x.grad.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.1])
+def test_what_does_not_count_adds_nothing_whatever_its_logits_are(smoothing, xp):
+    counted, bad = C.normal(1, 4), np.array([[-np.inf, 1, 2, 3], [math.nan] * 4])
+    for ways in (contextlib.nullcontext(), by_definition()):
+        x = Tensor(xp.asarray(np.concatenate([bad, counted])), requires_grad=True)
+        alone = Tensor(xp.asarray(counted), requires_grad=True)
+        with ways, np.errstate(invalid="ignore"):
+            y = F.cross_entropy(x, xp.asarray(np.array([-100, -100, 2])), label_smoothing=smoothing)
+            F.cross_entropy(alone, xp.asarray(np.array([2])), label_smoothing=smoothing).backward()
+            y.backward()
+        assert math.isfinite(y.item())
+        np.testing.assert_allclose(to_numpy(x.grad)[2:], to_numpy(alone.grad), rtol=1e-12)
+        assert not to_numpy(x.grad)[:2].any()
+
+
+def test_a_target_without_probability_costs_infinitely_much_smoothed_or_not(xp):
+    x = Tensor(xp.asarray(np.array([[-np.inf, 1.0, 2.0]])))
+    for smoothing in (0, 0.1):
+        assert F.cross_entropy(x, xp.asarray(np.array([0])), label_smoothing=smoothing).item() == math.inf
+
+
+def test_logsumexp_of_infinities_is_infinite():
+    x = np.array([[-np.inf, -np.inf], [np.inf, 1]])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        assert F.logsumexp(Tensor(x)).data.tolist() == [-np.inf, np.inf]
+
+
+def test_an_element_named_twice_gets_both_gradients():
+    """In whatever form the index names it."""
+    for index in [((0, 0), (1, 1)), ([0, 0], [1, 1]), (np.array([0, 0]), 1), (Tensor([0, 0]), Tensor([1, 1]))]:
+        x = Tensor(np.ones((2, 2)), requires_grad=True)
+        x[index].sum().backward()
+        assert x.grad.tolist() == [[0, 2], [0, 0]]
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "silu", "gelu", "softmax"])
+def test_float16_is_computed_by_the_definition(name):
+    """As the kernels' sums of squares would overflow, and their exponentials leave its range earlier."""
+    x = (10 * C.normal(2, 1024)).astype(np.float16)
+    weights = {"layer_norm": 2, "rms_norm": 1}.get(name, 0)
+    y = getattr(F, name)(Tensor(x), *[Tensor(np.ones(1024, np.float16))] * weights)
+    with by_definition():
+        expected = getattr(F, name)(Tensor(x), *[Tensor(np.ones(1024, np.float16))] * weights)
+    assert y.dtype == np.float16 and np.abs(y.data).max() > 0
+    np.testing.assert_array_equal(y.data, expected.data)
 
 
 def test_argmax_gives_plain_integers_and_records_no_graph(xp):
@@ -729,6 +782,11 @@ MISUSE = [
     (lambda: ones(2, 3).reshape(4, 2), ValueError, r"\(2, 3\) cannot be seen as \(4, 2\)"),
     (lambda: F.cat([ones(2, 3), ones(2, 4)]), ValueError, r"\(2, 3\), \(2, 4\) differ outside axis 0"),
     (lambda: F.gather(ones(2, 3), np.zeros((3, 1), int)), ValueError, r"\(3, 1\).*\(2, 3\)"),
+    (lambda: F.gather(ones(2, 3), np.full((2, 1), -1)), IndexError, r"^gather: index -1 .*0\.\.2"),
+    (lambda: F.gather(ones(2, 3), np.full((2, 1), 3)), IndexError, r"^gather: index 3 .*0\.\.2"),
+    (lambda: F.cat([ones(2, 3), ones(2, 4)], axis=2), IndexError, "axis 2 is out of range"),
+    (lambda: F.cat([]), ValueError, "^cat: there are no tensors to join"),
+    (lambda: F.reshape(ones(6), 5), ValueError, r"\(6,\) cannot be seen as \(5,\)"),
     (lambda: F.dropout(ones(3), 1.0, Rng(0)), ValueError, r"\[0, 1\), not 1.0"),
     (misused_attention(3, 2, 2), ValueError, r"q \(1, 3, 2, 4\), k \(1, 2, 2, 4\)"),
     (misused_attention(2, 2, 2, mask=np.ones((3, 3), bool)), ValueError, r"\(3, 3\).*\(1, 2, 2, 2\)"),

@@ -193,6 +193,19 @@ def test_gradients_flow_into_embeddings_and_past_key_values(dialect, checkpointi
     assert all(p.grad is None for p in model.parameters())
 
 
+@dialects
+def test_gradients_behind_a_cache_are_those_behind_its_keys_and_values(dialect, rng):
+    model, ids = build(dialect), tokens(rng, 2, 4)
+    cache, gradients = mp.KVCache(pairs(model, tokens(rng, 2, 3))), []
+    for past in (list(cache), cache):
+        model.zero_grad()
+        model.loss(ids, ids, past_key_values=past).backward()
+        gradients.append({path: p.grad for path, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(cache) == 7
+    for path, g in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][path], g, rtol=1e-6, atol=1e-9, err_msg=path)
+
+
 # ------------------------------------------------------------------------------------------------ dropout and memory
 
 
@@ -424,6 +437,7 @@ def test_input_that_does_not_fit_says_why(dialect, xp, rng):
         (IndexError, r"token id 40 is out of range; ids must lie in 0\.\.39", dict(input_ids=unknown)),
         (IndexError, r"token id -37 is out of range", dict(input_ids=unknown - 40)),
         (TypeError, "ids must be integers, not float64", dict(input_ids=ids.astype("float64"))),
+        (ValueError, r"\(k, v\) of each of the 2 layers, not of 0", dict(input_ids=ids, past_key_values=[])),
     ]:
         with pytest.raises(error, match=message):
             model(**arguments)

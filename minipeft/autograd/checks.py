@@ -5,6 +5,8 @@ They raise ValueError for shapes and options, TypeError for dtypes, IndexError f
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..backend import Array
 
 
@@ -16,11 +18,16 @@ def axis(axis: int, ndim: int) -> int:
 
 
 def gather(shape: tuple[int, ...], indices: Array, axis: int) -> None:
-    """Indices have x's shape on every other axis."""
+    """Indices have x's shape on every other axis, and lie in it on theirs; on a device they are not read."""
     if indices.shape[:axis] != shape[:axis] or indices.shape[axis + 1 :] != shape[axis + 1 :]:
         raise ValueError(
             f"gather: indices of shape {indices.shape} must equal x's shape {shape} on every axis but {axis}"
         )
+    if isinstance(indices, np.ndarray) and indices.size:
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= shape[axis]:
+            bad = low if low < 0 else high
+            raise IndexError(f"gather: index {bad} is out of range; indices must lie in 0..{shape[axis] - 1}")
 
 
 def probability(p: float) -> None:

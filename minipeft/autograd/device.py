@@ -498,7 +498,7 @@ nll = rows(
     e = sum(e), mean = smoothing ? sum(mean) / d : T(0);
     if (threadIdx.x == 0) {
         long long t = targets[blockIdx.x];
-        T picked = t < 0 || t >= d ? NOT_A_NUMBER : x[t] + T(smoothing) * (mean - x[t]);
+        T picked = t < 0 || t >= d ? NOT_A_NUMBER : smoothing ? T(1 - smoothing) * x[t] + T(smoothing) * mean : x[t];
         top[blockIdx.x] = most, total[blockIdx.x] = e;
         loss[blockIdx.x] = t == ignored ? T(0) : log(e) + (most - picked), counts[blockIdx.x] = t != ignored;
     }""",
@@ -510,9 +510,9 @@ nll_gradient = rows(
     const T* total, const T* g, const T* n, T* out""", """
     x += blockIdx.x * d, out += blockIdx.x * d;
     long long t = targets[blockIdx.x];
-    T w = t == ignored ? T(0) : t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
+    T w = t < 0 || t >= d ? NOT_A_NUMBER : g[0] / n[0], shift = top[blockIdx.x];
     T scale = w / total[blockIdx.x], q = w * T(smoothing) / d, hit = w * T(1 - smoothing);
-    EACH(j, d) out[j] = exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));""",
+    EACH(j, d) out[j] = t == ignored ? T(0) : exp(x[j] - shift) * scale - q - (j == t ? hit : T(0));""",
 )  # fmt: skip
 
 

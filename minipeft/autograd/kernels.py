@@ -45,13 +45,13 @@ def _large(name: str, a: Array, b: Array) -> Array:
 
 
 def _exp_limit(dtype: Any) -> float:
-    return {2: 11.0, 4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
+    return {4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
 
 
 def _needs_shift(x: Array) -> bool:
     """Whether some e^x, or a sum of them, may leave the dtype's range; else e^x is as precise as e^(x - max x)."""
     limit = 0.6 * _exp_limit(x.dtype)
-    return x.dtype.itemsize == 2 or not (-limit < x.min() and x.max() < limit)
+    return not (-limit < x.min() and x.max() < limit)
 
 
 def _clip(x: Array) -> None:
@@ -571,14 +571,15 @@ def _nll(logits: Array, targets: Array, counts: Array, smoothing: float, e: Arra
         x = logits[s]
         picked[s, 0] = x[np.arange(x.shape[0]), targets[s]]
         if smoothing:
-            picked[s] += smoothing * (np.einsum("nv->n", x)[:, None] / classes - picked[s])
+            picked[s] = (1 - smoothing) * picked[s] + smoothing / classes * np.einsum("nv->n", x)[:, None]
         top[s] = x.max(axis=1, keepdims=True)
         exp = np.subtract(x, top[s], out=None if e is None else e[s])
         np.exp(exp, out=exp)
         total[s] = exp @ ones
 
     parallel_rows(np, block, rows, classes)
-    return ((np.log(total) + (top - picked))[:, 0] * counts).sum(), total
+    losses = (np.log(total) + (top - picked))[:, 0]
+    return np.where(counts, losses, 0).sum(), total  # what does not count may be infinite
 
 
 def _nll_gradient(e: Array, targets: Array, counts: Array, smoothing: float, total: Array, g: Array) -> None:
@@ -614,9 +615,11 @@ def _cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     e = np.empty_like(flat) if is_grad_enabled() else None
     total, divisor = _nll(flat, t, counts, label_smoothing, e)
     loss = total / n if n else total * np.nan
+    if e is not None and n < t.size:  # a product with 0 would keep a NaN
+        e[counts == 0], divisor[counts == 0] = 0, 1
 
     def dlogits(g):
-        _nll_gradient(e, t, counts, label_smoothing, divisor, g / n)
+        _nll_gradient(e, t, counts, label_smoothing, divisor, g / n if n else g)
         return e.reshape(shape)
 
     return loss, dlogits

@@ -313,6 +313,7 @@ def logsumexp(x, axis=-1, keepdims=False):
     """log(sum(exp(x))) over `axis`, shifted by the maximum so that it never overflows."""
     xp = xp_of(x)
     m = x.max(axis=axis, keepdims=True)
+    m = xp.where(xp.isfinite(m), m, 0)  # inf - inf would be NaN
     e = xp.exp(x - m)
     total = e.sum(axis=axis, keepdims=True)
     y = xp.log(total) + m
@@ -350,7 +351,7 @@ def log_softmax(x, axis=-1):
 @op
 def reshape(x, shape):
     """The same elements in another shape."""
-    before = x.shape
+    before, shape = x.shape, (shape,) if isinstance(shape, int) else shape
     try:
         return x.reshape(shape), lambda g: g.reshape(before)
     except ValueError as error:
@@ -388,7 +389,7 @@ def _repeats(index: Any, rows: tuple[int, ...]) -> bool:
     if isinstance(index, np.ndarray) and index.ndim == 1 and index.dtype.kind != "b":
         return len(set((index % rows[0]).tolist())) < index.size
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(i, list) or (is_array(i) and i.dtype.kind != "b") for i in parts)
+    return any(isinstance(i, (list, tuple, range, Tensor)) or (is_array(i) and i.dtype.kind != "b") for i in parts)
 
 
 @op
@@ -411,17 +412,20 @@ def gather(x, indices, axis=-1):
 @op
 def _cat(*arrays, axis):
     xp = xp_of(*arrays)
+    axis = check.axis(axis, arrays[0].ndim)
     try:
         y = xp.concatenate(arrays, axis=axis)
     except ValueError as error:
         raise ValueError(f"cat: shapes {', '.join(str(a.shape) for a in arrays)} differ outside axis {axis}") from error
-    before = (slice(None),) * (axis % y.ndim)
+    before = (slice(None),) * axis
     ends = np.cumsum([a.shape[axis] for a in arrays]).tolist()
     return y, *[lambda g, i=(*before, slice(end - a.shape[axis], end)): g[i] for a, end in zip(arrays, ends)]
 
 
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors one after the other along an axis: [..., n_i, ...] each -> [..., Σ n_i, ...] (torch.cat)."""
+    if not tensors:
+        raise ValueError("cat: there are no tensors to join")
     return _cat(*tensors, axis=axis)
 
 
@@ -742,15 +746,16 @@ def nll_loss(log_probs, targets, ignore_index=-100):
     Departure from PyTorch: the class axis is the last.
     """
     onehot, _, n = _counted("nll_loss", log_probs, targets, ignore_index)
-    return -xp_of(log_probs).where(onehot, log_probs, 0).sum() / n, lambda g: onehot * (-g / n)
+    loss = -xp_of(log_probs).where(onehot, log_probs, 0).sum() / (n or math.nan)
+    return loss, lambda g: onehot * (-g / (n or 1))
 
 
-def _counted(name: str, logits: Array, targets: Array, ignore_index: int) -> tuple[Array, Array, float]:
-    """(onehot [..., V], which targets count [..., 1], how many do, or NaN for none) of logits [..., V]."""
+def _counted(name: str, logits: Array, targets: Array, ignore_index: int) -> tuple[Array, Array, int]:
+    """(onehot [..., V], which targets count [..., 1], how many do) of logits [..., V]."""
     check.targets(name, targets, logits.shape[:-1], logits.shape[-1], ignore_index)
     counts = (targets != ignore_index)[..., None]
     onehot = counts & (targets[..., None] == xp_of(logits, targets).arange(logits.shape[-1]))
-    return onehot, counts, int(counts.sum().item()) or math.nan
+    return onehot, counts, int(counts.sum().item())
 
 
 @op
@@ -758,7 +763,7 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     """Mean over the targets that count of -Σ_v q_v log softmax(logits)_v, in nats; logits [..., V], targets [...].
 
     q = (1 - ε) onehot(target) + ε / V, with ε = `label_smoothing` (Szegedy et al. 2016, arXiv:1512.00567, section 7).
-    Targets equal to `ignore_index` do not count. When none counts the loss is NaN, as in PyTorch.
+    Targets equal to `ignore_index` do not count. When none counts the loss is NaN and its gradient 0, as in PyTorch.
     Pullback: (softmax - q) / n, in the n rows that count. Departure from PyTorch: the class axis is the last.
     """
     check.smoothing(label_smoothing)
@@ -766,8 +771,8 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0):
     xp, classes = xp_of(logits, targets), logits.shape[-1]
     log_p, *_ = log_softmax.definition(logits)
     q = ((1 - label_smoothing) * onehot + label_smoothing / classes * counts).astype(log_p.dtype)  # [..., V]
-    loss = -(q * xp.where(q > 0, log_p, 0)).sum() / n
-    return loss, lambda g: (xp.exp(log_p) * counts - q) * (g / n)
+    loss = -(q * xp.where(q > 0, log_p, 0)).sum() / (n or math.nan)
+    return loss, lambda g: (xp.where(counts, xp.exp(log_p), 0) - q) * (g / (n or 1))
 
 
 @op

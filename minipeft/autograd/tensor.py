@@ -177,7 +177,10 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
             arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
         form = forms[""]
         if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
-            form = forms.get("numpy" if type(arrays[0]) is _NUMPY else xp_of(*arrays).__name__, form)
+            numpy = type(arrays[0]) is _NUMPY
+            form = forms.get("numpy" if numpy else xp_of(*arrays).__name__, form)
+            if numpy and arrays[0].dtype.char == "e":  # float16: the kernels' sums would overflow
+                form = definition
         if _mode.evaluate is not None:
             form = functools.partial(_mode.evaluate, name, form)
         try:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import Array, BackendError, asarray, get_backend, xp_of
+from ..backend import Array, BackendError, asarray, get_backend, to_numpy, xp_of
 
 NARROW = {"bfloat16": ("bfloat16", "torch.bfloat16", "bf16"), "float16": ("float16", "torch.float16", "fp16", "half")}
 
@@ -158,6 +158,8 @@ class Module:
         Raises as `get_backend`, and for a 16-bit type, in which a model computes inside `mp.autocast` alone.
         """
         name = xp if isinstance(xp, str) else getattr(xp, "__name__", str(xp))
+        if not isinstance(xp, (str, ModuleType)) and not any(name in names for names in NARROW.values()):
+            raise BackendError(f"to() takes an array library, 'numpy', 'cupy' or a module, not {name}")
         if dtype := next((dtype for dtype, names in NARROW.items() if name in names), None):
             why = "weights stay float32, as NumPy has no bfloat16"
             raise BackendError(f"to() takes no dtype: {why}; compute in {dtype} inside mp.autocast({dtype!r})")
@@ -191,7 +193,7 @@ class Module:
         """Give the parameters new arrays (copies, of each parameter's dtype and device).
 
         A tied parameter may be given under any of its names. Raises ValueError naming missing and unexpected keys
-        (unless `strict=False`) and shapes that differ; nothing is changed then.
+        (unless `strict=False`), shapes that differ, and tied names with different values; nothing is changed then.
         """
         names = self.parameter_paths()
         found = {p: [path for path in paths if path in arrays] for p, paths in names.items()}
@@ -206,6 +208,9 @@ class Module:
         for p, path in given.items():
             if arrays[path].shape != p.shape:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
+            for other in found[p][1:]:
+                if not np.array_equal(to_numpy(arrays[path]), to_numpy(arrays[other])):
+                    raise ValueError(f"{path} and {other} are one parameter of this model, and the state has two values of it")
         for p, path in given.items():
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)
             p._version += 1

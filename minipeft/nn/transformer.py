@@ -217,7 +217,11 @@ def _extend(k: Tensor, v: Tensor, past: KVCache | Sequence[KeyValue] | None, lay
     if past is None:
         return k, v
     if isinstance(past, KVCache):
-        return past.append(layer, k.data, v.data)
+        keys, values = past.append(layer, k.data, v.data)
+        if not is_grad_enabled():
+            return keys, values
+        n = keys.shape[2] - k.shape[2]
+        past = {layer: (keys[:, :, :n], values[:, :, :n])}  # the new ones keep their graph
     return F.cat([past[layer][0], k], axis=2), F.cat([past[layer][1], v], axis=2)
 
 
@@ -427,6 +431,10 @@ class Backbone(Module):
                     f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}"
                 )
             x = inputs_embeds
+        if isinstance(past_key_values, (list, tuple)) and len(past_key_values) != len(self.blocks):
+            raise ValueError(
+                f"past_key_values must hold (k, v) of each of the {len(self.blocks)} layers, not of {len(past_key_values)}"
+            )
         (B, T, _), past, xp = x.shape, past_length(past_key_values), xp_of(x.data)
         mask, positions = self._mask_and_positions(attention_mask, position_ids, B, past, T)
         mask, positions = from_host(mask, xp), from_host(positions, xp)

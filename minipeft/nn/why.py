@@ -20,7 +20,7 @@ Edge = tuple[Node, int]  # a node, and which of its inputs
 
 
 def why_unmoved(model: Module, loss: Callable[[], Tensor], optimizer: Any = None) -> dict[str, str]:
-    """{path of a parameter: why a step leaves it as it is} of all that would not move. Nothing is changed.
+    """{path of a parameter: why its gradient does not move it} of all that have such a reason. Nothing is changed.
 
     Args:
         model: the parameters, and the modules through which the gradients go.
