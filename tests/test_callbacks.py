@@ -1,5 +1,6 @@
 """The callbacks that are ready to be used, on a Trainer and on an online trainer."""
 
+import json
 import shutil
 
 import numpy as np
@@ -136,6 +137,16 @@ def test_a_log_sees_every_record_and_a_callback_reaches_record_model_and_gradien
     assert all(norm == pytest.approx(1e-3, rel=1e-2) for _, norm in norms), "clipped"
     run = online(build("llama"))
     assert run.train(callbacks=[Log(updates.append)]) == updates and len(updates) == 4
+
+
+def test_what_a_callback_adds_to_a_record_may_be_numpys(tmp_path):
+    class Adds(Callback):
+        def after_step(self, model, step, record):
+            record |= {"a": np.float32(0.5), "b": np.int64(step)}
+
+    result = trainer(model(), EXAMPLES[:4], output_dir=tmp_path, max_steps=1).train(callbacks=[Adds()])
+    assert (result.history[0]["a"], result.history[0]["b"]) == (0.5, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["a"] == 0.5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

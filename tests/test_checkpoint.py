@@ -12,6 +12,7 @@ from test_train import assert_same_bytes, bradley_terry, collate_scored, countin
 import minipeft as mp
 from minipeft.files import read_safetensors, write_safetensors
 from minipeft.train import Callback, CheckpointError, Trainer, TrainingArguments, load_checkpoint, save_checkpoint
+from minipeft.train.checkpoint import arrays_in, fingerprint
 
 STEPS = 9
 EXAMPLES = counting(20, np.random.default_rng(5))
@@ -199,6 +200,14 @@ def test_a_run_on_another_objective_knows_its_pairs_and_its_loss(tmp_path):
         run(1, loss=bradley_terry).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"other loss \(bradley_terry there, model_loss here\)"):
         run(0).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.float32, np.bool_])
+def test_a_number_in_an_example_is_part_of_the_data_set(kind):
+    def numbers(label):
+        return fingerprint(arrays_in([(np.arange(3), kind(label))]))
+
+    assert numbers(0) == numbers(0) != numbers(1)
 
 
 def test_data_and_base_are_hashed_once_and_not_at_each_checkpoint(tmp_path, monkeypatch):

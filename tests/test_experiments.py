@@ -101,6 +101,8 @@ def test_a_step_in_parts_is_the_same_step(base, task):
     assert parts == pytest.approx(whole, abs=1e-4)
     with pytest.raises(ValueError, match="8 examples cannot be cut into 3 equal parts"):
         fine_tune(base, task, replace(S, accumulation=3))
+    with pytest.raises(ValueError, match="15 examples cannot be cut into 4 equal parts"):
+        fine_tune(base, task, replace(S, accumulation=4, replay=0.9))
 
 
 def test_replay_keeps_what_it_replays(base, task):

@@ -94,6 +94,7 @@ def test_neither_threads_nor_the_cut_into_parameters_change_a_byte(xp, rng, thre
 
 
 def test_blocks_cover_every_element_once():
+    assert pack([0], 8) == [] and pack([0, 3], 8) == [[(1, 0, 3)]]
     blocks = pack([10, 0, 3, 4, 25, 1], 8)
     assert all(sum(stop - start for _, start, stop in block) <= 8 for block in blocks)
     seen = [(i, k) for block in blocks for i, start, stop in block for k in range(start, stop)]
@@ -271,7 +272,9 @@ def test_misuse_is_named():
         (ValueError, "more than once", lambda: AdamW([{"params": p}, {"params": [p]}])),
         (ValueError, "no option 'rate'; it has lr", lambda: AdamW([{"params": [p], "rate": 1}])),
         (ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)", lambda: AdamW([p], betas=(0.9, 1.0))),
+        (ValueError, r"betas must be two numbers, got \(0.9,\)", lambda: AdamW([p], betas=(0.9,))),
         (ValueError, "lr must not be negative, got -1", lambda: AdamW([p], lr=-1)),
+        (ValueError, "dampening must not be negative, got -1", lambda: SGD([p], dampening=-1)),
         (ValueError, "nesterov needs a momentum", lambda: SGD([p], nesterov=True)),
         (TypeError, r"head.weight of shape .* float16", lambda: AdamW([("head.weight", half)])),
         (ValueError, r"parameter 0 of group 0 .* not allocated", lambda: AdamW([unloaded])),

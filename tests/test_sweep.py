@@ -13,6 +13,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -213,6 +214,22 @@ def test_settings_are_known_by_all_their_names(tmp_path):
     nan = mp.grid(x=[math.nan, (1, 2)])
     mp.sweep(lambda x: {"y": str(x)}, nan, 1, path, "1")
     assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path, "1")] == ["nan", "(1, 2)"]
+    kinds = mp.grid(x=[True, 1, 0, False, [], {}])
+    assert [row["y"] for row in mp.sweep(lambda x: {"y": repr(x)}, kinds, 1, path, "2")] == ["True", "1", "0", "False", "[]", "{}"]
+
+
+def test_what_a_partial_has_bound_is_in_no_row(tmp_path):
+    """So its rows are not those of another: it needs a version, or settings."""
+    path, grid = tmp_path / "rows.jsonl", mp.grid(x=[1])
+
+    def run(x, times):
+        return {"y": x * times}
+
+    bound = [partial(run, times=times) for times in (1, 100)]
+    with pytest.raises(ValueError, match="do not say what a partial has bound"):
+        mp.sweep(bound[0], grid, 1, path)
+    assert [mp.sweep(run, grid, 1, path, str(i))[0]["y"] for i, run in enumerate(bound)] == [1, 100]
+    assert mp.sweep(bound[1], grid, 1)[0]["y"] == 100
 
 
 def test_rows_of_another_version_are_not_used_and_not_deleted(tmp_path):
@@ -496,6 +513,9 @@ def test_a_mean_over_different_settings_is_refused():
     with pytest.raises(ValueError, match="a dataclass: name those"):
         means([described(RUNS[0]) | {"loss": 1}], "loss")
     assert means(rows[:3], "loss", by=())[0]["n"] == 3
+    for name in ("n", "failed"):
+        with pytest.raises(ValueError, match=f"have a column '{name}' of their own"):
+            table([row | {name: 7} for row in rows], ["loss", name], ["r", "lr"])
     with pytest.raises(ValueError, match=r"'loss' of the row {'lr': 0.001, .*} is a list: \[\[1, 2.5\]\]"):
         table([rows[0], rows[-1] | {"loss": [[1, 2.5]]}], "loss")
 

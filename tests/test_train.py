@@ -214,6 +214,26 @@ def test_early_stopping_ends_with_the_best_weights(rng):
     assert trainer.evaluate() == result.best_eval_loss
 
 
+def test_patience_without_evaluations_is_refused(rng):
+    examples = counting(4, rng)
+    with pytest.raises(ValueError, match="early_stopping_patience needs eval_steps"):
+        train(tiny_model(), examples, examples, max_steps=2, early_stopping_patience=1)
+
+
+def test_an_optimizer_that_is_given_again_begins_at_its_rate(rng):
+    model, examples = tiny_model(), counting(8, rng)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    rates = [train(model, examples, optimizer=optimizer, max_steps=3)[1].losses("learning_rate") for _ in range(2)]
+    assert rates[0] == rates[1] and rates[0][0][1] > rates[0][-1][1]
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "learning_rate", "tokens", "grad_norm", "seconds"])
+def test_a_statistic_cannot_take_the_place_of_what_is_recorded(rng, name):
+    loss = lambda model, rng=None, **arguments: (model.loss(**arguments), {name: np.array([7.5])})  # noqa: E731
+    with pytest.raises(ValueError, match=f"cannot be called '{name}': a record has that field"):
+        train(tiny_model(), counting(4, rng), loss=loss, max_steps=1)
+
+
 def test_another_kind_of_example_and_an_optimizer_of_ones_own(rng):
     model = mp.SequenceClassifier(tiny_model(), num_labels=2)
     examples = [(ids, int(ids[0] >= 16)) for ids, _ in counting(64, rng, shortest=6, longest=6)]
@@ -273,6 +293,9 @@ def test_evaluating_needs_nothing_to_train_and_no_batch_size(xp, rng):
     for wrong, reason in (([], "no examples to evaluate on"), ([(ids, labels * 0 - 100)], "no label counts in any")):
         with pytest.raises(ValueError, match=reason):
             mp.train.evaluate(model, wrong)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            mp.train.evaluation.example_losses(model, examples, size)
 
 
 def test_training_runs_on_the_device(xp, rng):

@@ -107,12 +107,12 @@ def _json(value: Any) -> Any:
 
 
 def key(value: Any) -> Any:
-    """A plain value as a key of dictionaries; NaN is equal to NaN."""
+    """A plain value as a key of dictionaries; NaN is equal to NaN, and True is not 1."""
     if isinstance(value, dict):
-        return tuple(sorted((name, key(v)) for name, v in value.items()))
+        return dict, *sorted((name, key(v)) for name, v in value.items())
     if isinstance(value, list):
         return tuple(map(key, value))
-    return "NaN" if value != value else value
+    return "NaN" if value != value else (bool, value) if isinstance(value, bool) else value
 
 
 def failed(row: Row) -> bool:

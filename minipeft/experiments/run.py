@@ -98,8 +98,8 @@ def fine_tune(
     Raises ValueError for settings that make no sense together, PeftError for a method that does not fit the base.
     """
     s, method = settings, method or METHODS[settings.method]
-    if s.batch_size % s.accumulation:
-        raise ValueError(f"a batch of {s.batch_size} examples cannot be cut into {s.accumulation} equal parts")
+    if (rows := round(s.batch_size * (1 + s.replay))) % s.accumulation:
+        raise ValueError(f"a batch of {rows} examples cannot be cut into {s.accumulation} equal parts")
     if s.replay and not task.replay:
         raise ValueError("the task has no general text to replay")
     model = method.prepare(with_dropout(base, s.dropout) if s.dropout else base, s.steps, s.seed)
@@ -108,7 +108,7 @@ def fine_tune(
     arguments = TrainingArguments(
         learning_rate=s.learning_rate,
         max_steps=s.steps,
-        per_device_train_batch_size=round(s.batch_size * (1 + s.replay)) // s.accumulation,
+        per_device_train_batch_size=rows // s.accumulation,
         gradient_accumulation_steps=s.accumulation,
         per_device_eval_batch_size=s.batch_size,
         lr_scheduler_type="cosine",

@@ -86,7 +86,8 @@ def sweep(
         store: the JSONL file, in a directory that is made where it is missing. A row is appended as soon as it is
             known, and none is ever taken out. Several sweeps may write to it at once; each computes all that was not
             there when it began.
-        version: to be changed where `run` or its data change: rows of another version, or of none, are not used.
+        version: to be changed where `run`, what a partial has bound, or the data change: rows of another version, or of
+            none, are not used.
         show: gets a line after each run; one before the first where rows are in the store already; and one where a
             process has died.
 
@@ -113,6 +114,8 @@ def sweep(
     function = qualname(run)
     if store is not None and version is None and function.endswith("<lambda>"):
         raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
+    if store is not None and version is None and isinstance(run, partial) and (run.args or run.keywords):
+        raise ValueError("rows do not say what a partial has bound: make it a setting, or give version=")
     there = [] if store is None else read_rows(store)
     find = finder(row for row in there if row.get("version") == version and row.get("qualname", function) == function)
     keys = [key(row) for row in wanted]

@@ -43,7 +43,7 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
         means(rows, "loss", by="r")  ->  [{"r": 4, "loss": 2.314, "loss ±": 0.024, "n": 5, "failed": 0}, ...]
 
     By default `by` is all settings but the seed that have several values. None (training diverged) counts as NaN.
-    Raises ValueError for a name that the rows do not have, and where a seed occurs twice in a mean: the runs then
+    Raises ValueError for a name that the rows do not have, for "n" and "failed", and where a seed occurs twice in a mean: the runs then
     differ in another setting, too. And for a value that is no number, as a curve is.
     """
     found = []
@@ -58,6 +58,8 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
 def _groups(rows: Sequence[Row], values: list[str], by: Names | None) -> list[Group]:
     """The groups, in the order of their settings. Raises as `means`."""
     by = _varying(rows) if by is None else _names(by)
+    for name in {"n", "failed"} & {*by, *values}:
+        raise ValueError(f"the tables have a column {name!r} of their own: give the rows' {name!r} another name")
     done = [row for row in rows if not failed(row)]
     for some, names in ((rows, by), (done, values)):
         for name in names:
@@ -176,7 +178,7 @@ def _varying(rows: Sequence[Row]) -> list[str]:
 
 def _order(value: Any) -> Any:
     """Numbers by size, before texts by the alphabet."""
-    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
+    return (0, value, "") if isinstance(value, (int, float)) and value == value else (1, 0, str(value))
 
 
 def _cell(value: Any) -> str:

@@ -59,7 +59,8 @@ def arrays_in(value: Any, name: str = "") -> Iterator[tuple[str, Array]]:
     """The arrays, numbers and texts inside lists, tuples and dictionaries, by path; other objects are left out."""
     if is_array(value):
         yield name, value.astype(np.int64) if value.dtype.kind in "iu" else value  # the same in every width of integers
-    elif isinstance(value, (str, int, float)):
+    elif isinstance(value, (str, int, float, np.generic)):
+        value = value.item() if isinstance(value, np.generic) else value
         yield name, np.frombuffer(repr(value).encode(), np.uint8)
     elif isinstance(value, dict):
         for key, part in value.items():

@@ -18,6 +18,8 @@ from .batches import collate as collate_pairs
 Statistics = dict[str, Array]  # numbers [units] by name, NaN for a unit that has none
 # loss(model, **batch.arguments, rng=None): a scalar, the mean over `batch.weight` units; or (that, its Statistics)
 Loss = Callable[..., Tensor | tuple[Tensor, Statistics]]
+# of a record, so that no statistic can be called so
+OWN = {"step", "loss", "learning_rate", "tokens", "grad_norm", "loss_scale", "epoch", "seconds", "tokens_per_second", "bytes_moved"}
 Collate = Callable[[list[Any]], Batch]
 
 
@@ -45,6 +47,8 @@ def _headed(model: Module) -> bool:
 def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
     """What a loss gave as (loss, a scalar; statistics)."""
     loss, given = result if isinstance(result, tuple) else (result, {})
+    if taken := sorted(given.keys() & OWN):
+        raise ValueError(f"a statistic of the loss cannot be called {taken[0]!r}: a record has that field already")
     return loss, {name: n if is_array(n) else np.asarray(n) for name, n in given.items()}
 
 
@@ -125,8 +129,10 @@ def example_losses(
         nll_i = -Σ_t log softmax(logits_{t-1})[labels_t]        over the tokens_i labels that count, from t = 1 on
 
     So Σ nll / Σ tokens is what `evaluate` gives, and -nll_i the log-probability of a completion. Examples of about the
-    same length share a batch. Raises FloatingPointError where a loss is not a finite number.
+    same length share a batch. Raises FloatingPointError where a loss is not a finite number, ValueError for a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     nll, tokens = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     xp = xp_of(*[p.data for p in model.parameters()])

@@ -67,7 +67,7 @@ def pack(sizes: Sequence[int], limit: int) -> list[list[Piece]]:
     blocks: list[list[Piece]] = []
     room = 0
     for i, size in enumerate(sizes):
-        if size <= room:
+        if blocks and size <= room:
             blocks[-1].append((i, 0, size))
             room -= size
         else:

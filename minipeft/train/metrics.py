@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files import naming, write_atomic, write_text
 from ..lazy import extra
 
@@ -33,7 +35,8 @@ class Metrics:
             self._file = open(path, "a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record; a number that is not finite, which JSON does not have, becomes None."""
+        """Add a record; NumPy's numbers become Python's, and one that is not finite, which JSON does not have, None."""
+        record = {k: v.item() if isinstance(v, np.generic) else v for k, v in record.items()}
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.history.append(record)
         if self._file is not None:

@@ -88,9 +88,11 @@ class Optimizer:
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for options out of range."""
-        for name in ("lr", "weight_decay", "eps", "momentum"):
+        for name in ("lr", "weight_decay", "eps", "momentum", "dampening"):
             if not group.get(name, 0.0) >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
+        if len(group.get("betas", (0, 0))) != 2:
+            raise ValueError(f"{type(self).__name__}: betas must be two numbers, got {group['betas']}")
         for beta in group.get("betas", ()):
             if not 0 <= beta < 1:
                 raise ValueError(f"{type(self).__name__}: betas must lie in [0, 1), got {group['betas']}")

@@ -203,6 +203,8 @@ class Trainer:
             raise ValueError("eval_examples is empty; leave it out to train without evaluation")
         if eval_examples is None and (self.args.early_stopping_patience or self.args.eval_steps):
             raise ValueError("eval_steps and early_stopping_patience need eval_examples")
+        if self.args.early_stopping_patience and not self.args.eval_steps:
+            raise ValueError("early_stopping_patience needs eval_steps: without it nothing is evaluated before the end")
         if collate is None:
             check_examples(train_examples, "training")
             check_examples(eval_examples or [], "evaluation")
@@ -220,7 +222,8 @@ class Trainer:
         self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
         self.precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
         self.scaler = GradScaler() if self.args.fp16 else None
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        # an optimizer that another trainer has used begins anew, as with PyTorch's schedules
+        self._base_rates = [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
