@@ -79,12 +79,23 @@ def test_kto_takes_answers_that_were_liked_or_not(model, tmp_path, capsys):  # n
     assert dpo(tmp_path / "out", *options, "--loss", "kto", "--undesirable-weight", 2) == 0
     assert "answers to the right side of the KL" in capsys.readouterr().out
     assert "preference pairs are wanted" in refused(capsys, "dpo", *options, "--output", tmp_path / "x")
+    few = [{"prompt": f"Number {i}:", "completion": " yes", "label": i % 2 == 0} for i in range(10)]
+    few = ("dpo", "--data", jsonl(tmp_path / "few.jsonl", few), "--model", model, "--loss", "kto", "--output", tmp_path / "x")
+    assert "KTO needs two held-out answers at least, and --validation holds out one" in refused(capsys, *few)
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a", "completion": "b", "label": 1}')
     wrong = ("dpo", "--data", tmp_path / "wrong.jsonl", "--loss", "kto", "--output", tmp_path / "x")
     assert "field 'label' must be true (desirable) or false, got a number" in refused(capsys, *wrong)
     assert "preferences are not something to imitate" in refused(
         capsys, "finetune", "--data", liked, "--model", model, "--output", tmp_path / "x"
     )
+
+
+def test_an_epoch_of_kto_has_both_answers_of_every_pair(model, data, tmp_path, capsys):  # noqa: F811
+    assert dpo(tmp_path / "out", "--data", data, "--model", model, "--epochs", 1, "--batch-size", 4, "--loss", "kto") == 0
+    pairs = written(tmp_path / "out")["pairs"]
+    assert f"{2 * pairs['training']} answers to learn from, {2 * pairs['held_out']} held out" in capsys.readouterr().err
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1]["step"] == math.ceil(2 * pairs["training"] / 4) and steps[-2]["epoch"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from minipeft.rlhf.dpo import collate_pairs, completion_logprobs, dpo_objective
 from minipeft.rlhf.kto import kto_objective, mismatch
 from minipeft.rlhf.preference_losses import log_odds
 from minipeft.text.examples import Example, PreferencePair, UnpairedExample
+from minipeft.train import TrainingArguments
 
 LOSSES = ("sigmoid", "ipo", "kto", "orpo", "simpo")
 CHOSEN, REJECTED = np.array([-1.7, -1.6]), np.array([-1.5, -2.5])
@@ -218,6 +219,12 @@ def test_at_the_reference_no_answer_is_preferred():
     np.testing.assert_allclose(np.stack(list(at.values()), axis=1), logps, rtol=1e-4)
     _, found = dpo_objective(base(), **batch, **at)
     assert found["rewards/accuracies"].tolist() == [0.5] * 3 and not found["rewards/margins"].any()
+
+
+@pytest.mark.parametrize(("loss", "at"), [("sigmoid", math.log(2)), ("ipo", 25), ("kto", 0.5)])
+def test_the_reference_is_the_policy_in_its_own_precision(loss, at):
+    trainer = rlhf.dpo_trainer(base(), pairs(8, 0), pairs(8, 0), TrainingArguments(max_steps=1, bf16=True), loss_type=loss)
+    assert trainer.measure()["loss"] == pytest.approx(at, rel=1e-4)
 
 
 def test_kto_takes_answers_one_by_one():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -338,6 +340,8 @@ def test_advantages_of_groups(xp):
     close(rlhf.rloo_advantages(xp.asarray(rewards), 2), [-1, 1, 1, -1, 0, 0])
     first = (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4)
     close(rlhf.grpo_advantages(xp.asarray(rewards), 3), [*first, 0, 0, 0])
+    equal = rlhf.grpo_advantages(xp.asarray(np.full(21, 1000.1, np.float32)), 3)
+    assert equal.dtype == np.float32 and abs(to_numpy(equal)).max() < 1e-6, "rounding is no difference"
 
 
 def test_rloo_ratio_is_that_of_the_whole_response(xp):
@@ -400,7 +404,8 @@ def test_a_function_of_texts_is_a_reward_and_must_give_finite_numbers():
     length = rlhf.text_reward(lambda prompts, completions: [len(p) + 10 * len(c) for p, c in zip(prompts, completions)], Tokenizer())
     assert length(roll).tolist() == [32, 12]
     assert list(rlhf.gold_reward(Tokenizer(), lambda texts: [len(t) for t in texts])(roll)) == [3, 1]
-    for given, said in (([1.0], "list, 1 of them"), (3.0, "float, 3.0")):
+    assert rlhf.text_reward(partial(lambda prompts, completions, n: [n] * len(prompts), n=4), Tokenizer())(roll).tolist() == [4, 4]
+    for given, said in (([1.0], "list, 1 of them"), (3.0, "float, 3.0"), (np.array(3.0), "ndarray, array\\(3.\\)")):
         with pytest.raises(ValueError, match=f"a list of 2 numbers, one for each completion; it returned {said}"):
             rlhf.text_reward(lambda prompts, completions, given=given: given, Tokenizer())(roll)
     with pytest.raises(ValueError, match="gave nan to the completion 'x'"):

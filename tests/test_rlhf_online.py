@@ -199,6 +199,19 @@ def test_bf16_is_autocast_around_each_update(method):
     assert all(array.dtype == np.float32 for array in after["bf16"].values())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_in_bf16_another_place_in_a_batch_is_no_alarm(method):
+    """It rounds to another number, by more than float32 would ever differ."""
+    run = trainer(method, policy=base(hidden_size=128), batch_size=12, mini_batch_size=3, learning_rate=1e-3, bf16=True)
+    assert len(run.train()) == 4
+
+
+def test_what_was_done_step_by_step_stays_in_the_history():
+    run = trainer()
+    run.step()
+    assert [r["step"] for r in run.train()] == [1, 2, 3, 4] == [r["step"] for r in run.train()]
+
+
 def test_a_run_is_resumed_in_its_own_precision(tmp_path):
     trainer(output_dir=tmp_path, save_steps=1, steps=2, bf16=True).train()
     with pytest.raises(CheckpointError, match="bf16"):
@@ -755,11 +768,17 @@ def test_what_belongs_to_another_trainer_or_is_text_is_named():
         trainer(reward=lambda prompts, completions: [1.0] * len(prompts))
     with pytest.raises(TypeError, match="lists of token ids, not texts"):
         trainer(prompts=["She was"])
+    adapted = mp.get_peft_model(rlhf.RewardModel(base()), mp.LoraConfig(r=2))
+    with pytest.raises(TypeError, match="the reward is a PeftModel: merge its adapters into a RewardModel first"):
+        trainer(reward=adapted)
 
 
 def test_what_a_rollout_and_an_update_cannot_work_with():
-    with pytest.raises(ValueError, match="virtual tokens do not fit"):
-        trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))).step()
+    with pytest.raises(ValueError, match="this trains no virtual tokens"):
+        trainer(policy=mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2)))
+    for k, size in ((0, 8), (2, 0)):
+        with pytest.raises(ValueError, match="k and batch_size must be at least 1"):
+            rlhf.sample_answers(base(), PROMPTS, k, batch_size=size)
     with pytest.raises(TypeError, match="abstract"):
         rlhf.OnlineTrainer(base(), liked, PROMPTS, rlhf.OnlineConfig(**SMALL))
     for prompts in ([], [[3], []]):

@@ -327,6 +327,11 @@ def test_two_ratings_are_enough_for_a_preference_and_one_is_not(tmp_path):
         rlhf.human_preferences(source_archive(tmp_path, tables(texts=300, ratings="[1]")), pairs=20)
 
 
+def test_a_split_of_one_text_leaves_no_pair_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="has no two texts whose ratings differ"):
+        rlhf.human_preferences(source_archive(tmp_path, tables(texts=1, ratings="[1, 2]")), pairs=20)
+
+
 @pytest.mark.parametrize(
     "files, message",
     [

@@ -59,11 +59,16 @@ def run(args: Arguments) -> None:
     key, method, policy, tokenizer = load_trained(args)
     name, template = template_of(args, tokenizer)
     pairs, held_out = load_pairs(args, policy, tokenizer, template, unpaired=loss == "kto")
+    counts = {"training": len(pairs), "held_out": len(held_out)}
+    if loss == "kto":
+        pairs, held_out = map(rlhf.kto.unpaired, (pairs, held_out))
+        if len(held_out) == 1:
+            raise ValueError("KTO needs two held-out answers at least, and --validation holds out one: raise it, or give 0")
     arguments = runs.training_arguments(args, len(pairs), bool(held_out))
     if method:
         policy = method.prepare(policy, arguments.max_steps, args.seed)
     trainer = rlhf.dpo_trainer(policy, pairs, held_out or None, arguments, **vars(config))
-    runs.announce(trainer, before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
+    runs.announce(trainer, "answers" if loss == "kto" else "pairs", before=f"method {key}; ", after=f", loss {loss}, beta {config.beta:g}")
     judged, of = trainer.eval_examples or trainer.train_examples, "held-out" if held_out else "training"
     before = trainer.measure(judged)
     result = outputs.run_training(args, trainer)
@@ -73,7 +78,7 @@ def run(args: Arguments) -> None:
         rlhf.plot_preferences(result.history, path)
     accuracy, margin = after["rewards/accuracies"], after.get("rewards/margins")
     results = {
-        "pairs": {"training": len(pairs), "held_out": len(held_out)},
+        "pairs": counts,
         "accuracy": accuracy,
         "accuracy_of": f"{of} {'answers' if loss == 'kto' else 'pairs'}",
         "margin": margin,

@@ -30,6 +30,7 @@ from ..nn.module import Module
 from ..text.examples import PreferencePair, UnpairedExample
 from ..train.batches import Batch, check_examples, collate
 from ..train.evaluation import Statistics, example_losses
+from ..train.parallel import in_precision
 from ..train.rates import with_learning_rate
 from ..train.trainer import Trainer, TrainingArguments
 from .config import OPTIONS_OF_LOSS, DPOConfig
@@ -147,6 +148,7 @@ def dpo_trainer(
     objective = partial(dpo_objective, loss_type=c.loss_type, **own)
     if "reference_batch_size" not in names:
         return Trainer(policy, pairs, eval_pairs, args, collate=collate_pairs, loss=objective)
-    train = with_reference(policy, pairs, c.reference_batch_size)
-    held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, c.reference_batch_size)
+    with in_precision(args.precision):  # in which the policy will be computed
+        train = with_reference(policy, pairs, c.reference_batch_size)
+        held_out = None if eval_pairs is None else with_reference(policy, eval_pairs, c.reference_batch_size)
     return Trainer(policy, train, held_out, args, collate=collate_referenced, loss=objective)

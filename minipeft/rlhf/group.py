@@ -48,9 +48,9 @@ def grpo_advantages(rewards: Array, k: int) -> Array:
 
     Raises as `rloo_advantages`.
     """
-    groups = _groups(rewards, k)
+    groups = _groups(rewards, k).astype("float64")  # where all are equal, 1e-4 would magnify what float32 rounds
     centered = groups - groups.mean(axis=1, keepdims=True)
-    return (centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
+    return (centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1).astype(rewards.dtype)
 
 
 def _groups(rewards: Array, k: int) -> Array:

@@ -28,6 +28,7 @@ from ..nn.module import Module
 from ..text.examples import Example, PreferencePair, UnpairedExample
 from ..train.batches import IGNORE, Batch, collate
 from ..train.evaluation import Statistics, example_losses
+from ..train.parallel import in_precision
 from ..train.trainer import Trainer, TrainingArguments
 from .config import DPOConfig
 from .logprobs import sequence_logprobs
@@ -126,14 +127,15 @@ def kto_objective(
 
 def kto_trainer(
     policy: Module, examples: Sequence[PreferencePair] | Sequence[UnpairedExample],
-    eval_examples: Sequence[PreferencePair] | Sequence[UnpairedExample] | None, args: TrainingArguments | None,
+    eval_examples: Sequence[PreferencePair] | Sequence[UnpairedExample] | None, args: TrainingArguments,
     config: DPOConfig,
 ) -> Trainer:  # fmt: skip
     """What `dpo_trainer(..., loss_type="kto")` returns; options and errors are described there."""
-    referenced = [
-        None if given is None else with_reference(policy, unpaired(given), config.reference_batch_size)
-        for given in (examples, eval_examples)
-    ]
+    with in_precision(args.precision):
+        referenced = [
+            None if given is None else with_reference(policy, unpaired(given), config.reference_batch_size)
+            for given in (examples, eval_examples)
+        ]
     names = ("beta", "desirable_weight", "undesirable_weight")
     objective = partial(kto_objective, **{name: getattr(config, name) for name in names})
     return Trainer(policy, *referenced, args, collate=collate_answers, loss=objective)

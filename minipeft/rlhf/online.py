@@ -91,7 +91,7 @@ class OnlineTrainer(ABC):
 
     Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
     policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter, adapters
-    that are merged; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function
+    that are merged or have virtual tokens; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function
     of a rollout.
     """
 
@@ -101,6 +101,8 @@ class OnlineTrainer(ABC):
     ):  # fmt: skip
         if not isinstance(config, needed := get_type_hints(type(self))["config"]):
             raise TypeError(f"{type(self).__name__} takes a {needed.__name__}, not a {type(config).__name__}")
+        if isinstance(reward, Module) != isinstance(reward, RewardModel):
+            raise TypeError(f"the reward is a {type(reward).__name__}: merge its adapters into a RewardModel first")
         if not isinstance(reward, RewardModel) and "completions" in inspect.signature(reward).parameters:
             raise TypeError("the reward is a RewardModel or a function of a rollout: rlhf.text_reward(function, tokenizer)")
         if any(isinstance(prompt, str) for prompt in prompts):
@@ -126,6 +128,8 @@ class OnlineTrainer(ABC):
         if not self.trainable:
             raise ValueError("no parameter of the policy requires gradients, so there is nothing to train")
         self._xp = xp_of(*[p.data for p in self.trainable.values()])
+        if getattr(policy, "virtual_tokens", 0):
+            raise ValueError("this trains no virtual tokens, which the policy has: use LoRA, or another adapter inside")
         self.reference = frozen_copy(policy)
         beside = beside or {}
         for name, module in beside.items():
@@ -159,7 +163,7 @@ class OnlineTrainer(ABC):
         Raises RLHFError, naming the update and what helps, for a score that is NaN or infinite, a KL above max_kl, a
         loss or a gradient that is NaN or infinite, and where `check_first_minibatch` does. FloatingPointError where the
         policy's logits are NaN while it samples; ValueError where a reward or a watcher does not give one number a
-        response, and for a policy whose hidden states cannot be read, as one with virtual tokens.
+        response.
         """
         rate = self.config.learning_rate * SCHEDULES[self.config.lr_scheduler_type](self.updates, 0, self.config.steps)
         for group in self.optimizer.param_groups:
@@ -260,7 +264,7 @@ class OnlineTrainer(ABC):
             finite = clipped(gradients, c.max_grad_norm or math.inf, [loss.data], given.values())
             _, L, *numbers = map(float, finite.numbers)  # the minibatch's one wait
             stats = dict(zip(given, numbers))
-            if not seen:
+            if not seen and not self.precision:  # in 16 bits, another place in a batch may round to another number
                 check_first_minibatch(stats)
             if not math.isfinite(L):
                 raise self._error(f"the loss is {L:g}; {self._advice()}")
@@ -310,7 +314,7 @@ class OnlineTrainer(ABC):
         run = Run(self, c, c.steps, self._callbacks, show, unit="update")
         with run.start(resume_from_checkpoint):
             self.updates = run.step = max(run.step, self.updates)
-            self.history = list(run.history)
+            self.history = list(run.history) or self.history  # those of a checkpoint; else of steps before
             for number in run:
                 record = self.step()
                 run.record(record)

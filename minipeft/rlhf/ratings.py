@@ -84,7 +84,8 @@ def human_preferences(
     check_split(split)
     rated = [text for text in human_ratings(path) if side(text.document) == split]
     groups = {kind: [text for text in rated if text.kind == kind] for kind in KINDS.values()}
-    groups = {kind: texts for kind, texts in groups.items() if len({r for t in texts for r in t.ratings}) > 1}
+    several = lambda texts: len({t.text for t in texts}) > 1 and len({r for t in texts for r in t.ratings}) > 1  # noqa: E731
+    groups = {kind: texts for kind, texts in groups.items() if several(texts)}  # so that some pair can be drawn
     if not groups and pairs:
         raise ValueError(f"{path}: the split {split!r} has no two texts whose ratings differ")
     names = list(groups)

@@ -21,7 +21,7 @@ def text_reward(function: Callable[..., Any], tokenizer: Any, name: str | None =
     Both are lists of B texts, without special tokens. `name` is what errors call the function, and what a run that is
     resumed must share. Raises ValueError where the function raises, or does not give B finite numbers.
     """
-    name = name or f"{function.__module__}:{function.__qualname__}"
+    name = name or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__qualname__)}"
 
     def scores(roll: Rollout) -> np.ndarray:
         prompts, completions = (
@@ -34,10 +34,10 @@ def text_reward(function: Callable[..., Any], tokenizer: Any, name: str | None =
             raise ValueError(f"the reward function {name} raised {type(error).__name__}: {error}") from error
         try:
             found = np.asarray(given, np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # a tensor of PyTorch that requires gradients
             found = np.empty(())
         if found.shape != (len(completions),):
-            n = f"{len(given)} of them" if hasattr(given, "__len__") else f"{given!r:.60}"
+            n = f"{len(given)} of them" if hasattr(given, "__len__") and getattr(given, "shape", None) != () else f"{given!r:.60}"
             wanted = f"a list of {len(completions)} numbers, one for each completion"
             raise ValueError(
                 f"the reward function {name} must return {wanted}; it returned {type(given).__name__}, {n}"

@@ -101,6 +101,8 @@ def rollouts(
 
     They depend on the seed and their place among all responses alone, and not on batch_size.
     """
+    if min(k, batch_size) < 1:
+        raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
     rows = [prompt for prompt in prompts for _ in range(k)]
     for i in range(0, len(rows), batch_size):
         stream = Rng(seed, first_row=i)

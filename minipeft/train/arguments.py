@@ -69,3 +69,8 @@ class TrainingArguments:
             raise ValueError("bf16 and fp16 are two precisions: set one of them")
         if self.save_steps is not None and self.output_dir is None:
             raise ValueError("save_steps needs an output_dir to save to")
+
+    @property
+    def precision(self) -> str | None:
+        """In which the losses are computed, as `autocast` names it; None: as the weights are."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None

@@ -220,7 +220,7 @@ class Trainer:
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
         self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
-        self.precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        self.precision = self.args.precision
         self.scaler = GradScaler() if self.args.fp16 else None
         # an optimizer that another trainer has used begins anew, as with PyTorch's schedules
         self._base_rates = [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
