@@ -166,9 +166,10 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike) -> Iterator[Path]:
+def replacing(directory: str | os.PathLike, old: Iterable[str] = ()) -> Iterator[Path]:
     """An empty directory: when the block ends, what is in it is in `directory`, in place of the files of the same names.
 
+    The files called `old` are gone then, too: they would say something else of the new ones.
     Where the block raises, nothing has changed. Raises DirectoryInUse.
     """
     directory = Path(directory)
@@ -177,7 +178,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
         fresh.mkdir()
         try:
             yield fresh
-            publish(fresh, directory)
+            publish(fresh, directory, old)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise

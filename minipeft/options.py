@@ -100,16 +100,15 @@ def _naming_neighbors(cls: type) -> Callable[..., None]:
 def check(config: Any, error: type[Exception] = ValueError) -> None:
     """Raises `error`, "<name> must be <what>, got <value>", for the first option whose type or value is wrong.
 
-    NumPy's scalars become Python's.
+    NumPy's scalars become Python's, and sets sorted lists, so that a file can hold them.
     """
     for field in _options(type(config)):
-        value = getattr(config, field.name)
-        numpy = sys.modules.get("numpy")  # not imported here: a value of its types exists only where it has been
-        if numpy and isinstance(value, numpy.generic):
-            value = value.item()
+        given = getattr(config, field.name)
+        value = _plain(given)
+        if value is not given:
             object.__setattr__(config, field.name, value)
         if not fits(value, _hints(type(config))[field.name]) or not (value is None or _within(value, field.metadata)):
-            raise error(f"{field.name} must be {_wanted(type(config), field)}, got {value!r}")
+            raise error(f"{field.name} must be {_wanted(type(config), field)}, got {given!r}")
 
 
 def add_options(
@@ -208,6 +207,20 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
     return hint is Any or not isinstance(origin or hint, type) or isinstance(value, origin or hint)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's and sets as sorted lists, in containers too; what has none of them as it is."""
+    numpy = sys.modules.get("numpy")  # not imported here: a value of its types exists only where it has been
+    if numpy and isinstance(value, numpy.generic):
+        return value.item()
+    if isinstance(value, (set, frozenset)):
+        return [_plain(v) for v in sorted(value, key=lambda v: (str(type(v)), v))]
+    if isinstance(value, dict) and any(_plain(v) is not v for v in value.values()):
+        return {k: _plain(v) for k, v in value.items()}
+    if type(value) in (list, tuple) and any(_plain(v) is not v for v in value):
+        return type(value)(map(_plain, value))
+    return value
 
 
 _LARGEST = {int: 2**63 - 1, float: sys.float_info.max}

@@ -34,6 +34,7 @@ def test_a_frozen_model_trains_nothing():
 METHODS = {
     **{name: config for name, config in accounting_cases.METHODS.items() if hasattr(config, "peft_type")},
     "the embedding": mp.LoraConfig(r=2, target_modules=["wte", "embed_tokens"]),
+    "bitfit of linear layers": mp.BitFitConfig(target_modules="all-linear"),
     "one layer": mp.LoraConfig(r=2, target_modules=["c_fc", "up_proj"], layers_to_transform=[1]),
     "ranks by name": mp.LoraConfig(r=2, target_modules="all-linear", rank_pattern={"(c_attn|q_proj)": 5}),
     "a parallel bottleneck's size": mp.BottleneckConfig(placement="parallel", bottleneck_size=7),

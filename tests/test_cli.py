@@ -104,7 +104,7 @@ def test_no_command_shows_the_help(capsys):
         (["finetune", "--data", "{data}", "--output", "{model}"], "is not empty"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "nowhere"], "nowhere"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "999"], "192 posit"),
-        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "5"], "longer than 5"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "5"], "pairs.jsonl: 11 of 11 records are longer than 5"),
         (["finetune", "--data", "{data}", "--output", "o", "--template", "alpacca"], "alpaca"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--template", "{{input}}"], "{input}"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "2"], "--validation"),

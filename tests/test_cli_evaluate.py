@@ -118,6 +118,7 @@ def test_the_shipped_items(capsys, tmp_path):
         (["--loss-only", "--metric", "operator:eq"], "metric is for answers that are generated"),
         (["--loss-only", "--temperature", "1"], "temperature is for answers"),
         (["--json", "no/such/file.json"], "--json no/such/file.json: there is no directory no/such"),
+        (["--json", "."], "--json .: is a directory; name a file"),
         (["--max-length", "500"], "max_length 500 is more than the 192 positions"),
         (["--max-new-tokens", "500"], "this model has 192 positions"),
         (["--template", "alpacca"], "alpaca"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import models
 import numpy as np
 import pytest
@@ -290,5 +292,11 @@ def test_a_prefix_of_another_batch_size_and_unknown_ids_say_why():
 def test_logits_that_are_not_numbers_are_an_error():
     model = build("llama")
     model.lm_head.weight.data[3, 0] = np.nan
-    with pytest.raises(FloatingPointError, match="NaN at generation step 0"):
+    with pytest.raises(FloatingPointError, match="NaN or infinite at generation step 0"):
         model.generate([[1, 2]])
+    for temperature in (0.0, 1.0):
+        for infinite in (math.inf, -math.inf):  # +inf - inf is NaN, of which no token can be drawn
+            logits = np.full((1, 6), infinite)
+            assert next_tokens(logits, temperature, None, None, Rng(0), np.arange(1), 0).tolist() == [-1]
+    logits[0, 2] = 0
+    assert next_tokens(logits, 1.0, None, None, Rng(0), np.arange(1), 0).tolist() == [2]

@@ -290,6 +290,8 @@ def test_sentencepiece_vocabulary(made):
         (lambda w: w.add_expert_count(8), "llama.expert_count is 8: only 0 is supported"),
         (lambda w: w.add_sliding_window(8), "llama.attention.sliding_window is 8: only 256 is supported"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type is 'yarn': only 'none'"),
+        (lambda w: w.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor is 4.0: only 1.0 is supported"),
+        (lambda w: w.add_float32("llama.rope.scale_linear", 4.0), "llama.rope.scale_linear is 4.0: only 1.0 is supported"),
         (lambda w: w.add_string("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model is 'bert': only 'gpt2' and 'llama'"),
         (byte_level("tekken"), "tokenizer.ggml.pre is 'tekken': only 'gpt-2', 'smollm', 'llama-bpe', 'qwen2' are supported"),
         (byte_level(None), "tokenizer.ggml.pre is None"),

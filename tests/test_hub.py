@@ -249,6 +249,9 @@ def test_a_model_saved_over_itself(saved):
     model, _ = mp.from_pretrained(directory)
     model.model.norm.weight.data *= 2
     mp.save_pretrained(model, directory)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')  # of the model before
+    mp.save_pretrained(model, directory)
+    assert not (directory / "generation_config.json").exists()
     again, _ = mp.from_pretrained(directory)
     assert same(again, model) and not same(again, build("llama"))
 

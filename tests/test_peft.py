@@ -440,6 +440,10 @@ def test_merged_adapters_are_not_trained_and_move_with_the_model(xp):
     assert not adapted(IDS).requires_grad
     copy = adapted.copy().to(xp)
     close(logits(copy), logits(adapted))
+    adapted.add_adapter("other", mp.LoraConfig(r=2))
+    adapted.set_adapter("other")  # for which nothing is merged
+    adapted.loss(IDS, IDS).backward()
+    adapted.set_adapter("default")
     adapted.unmerge_adapter()
     with mp.no_grad():
         assert abs(adapted.loss(IDS, IDS).item() - merged) < 1e-5
@@ -519,12 +523,24 @@ def test_cat_is_the_exact_sum_and_survives_a_file(tmp_path):
 def test_dare_drops_and_rescales():
     adapted = three()
     for seed, name in ((1, "d"), (1, "e"), (2, "f")):
-        adapted.add_weighted_adapter(["a"], [1.0], name, combination_type="dare", density=0.5, seed=seed)
+        adapted.add_weighted_adapter(["a", "a"], [1.0, 0.0], name, combination_type="dare", density=0.5, seed=seed)
     A = {n: adapted.layers["model.layers.0.mlp.down_proj"].adapters[n].lora_A.data for n in "adef"}
     kept = A["d"] != 0
     assert 0.3 < kept.mean() < 0.7
     close(A["d"][kept], 2 * A["a"][kept] * np.sqrt(8 / 2))
     assert np.array_equal(A["d"], A["e"]) and not np.array_equal(A["d"], A["f"])
+
+
+@pytest.mark.parametrize("kind", ["ties", "dare", "magnitude_prune", "cat"])
+def test_one_adapter_alone_gives_itself(kind):
+    """As in PEFT, which takes nothing away from one."""
+    adapted = three()
+    options = {} if kind == "cat" else {"density": 0.3}
+    adapted.add_weighted_adapter(np.array(["a"]), np.array([1.0]), "alone", combination_type=kind, **options)
+    for layer in adapted.layers.values():
+        if "a" in layer.adapters:
+            (A, B), (C, D) = (layer.adapters[n].factors() for n in ("a", "alone"))
+            close(layer.adapters["alone"].scaling * (D.data @ C.data), layer.adapters["a"].scaling * (B.data @ A.data))
 
 
 def test_what_cannot_be_combined_is_refused():
@@ -718,6 +734,9 @@ def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
         ("Lora", dict(rank_pattern={"z_proj": 4}), "rank_pattern: 'z_proj' matches none"),
         ("Lora", dict(modules_to_save=["score"]), "modules_to_save: no module is called 'score'"),
         ("Lora", dict(target_modules=["down_proj"], modules_to_save=["self_attn"]), "takes more than one input"),
+        ("Lora", dict(target_modules=["q_proj"], modules_to_save=["mlp", "up_proj"]), "mlp.up_proj lies inside of .*mlp, which"),
+        ("Lora", dict(target_modules=["q_proj"], modules_to_save=["proj"]), "q_proj is a target and in modules_to_save"),
+        ("PromptTuning", dict(num_virtual_tokens=2, prompt_tuning_init_ids=[1]), "are the tokens of prompt_tuning_init='TEXT'"),
         ("Lora", dict(enable_lora=[True, False, True]), "fuses 3 projections"),
         ("Lora", dict(target_modules=["embed_tokens"], init_lora_weights="pissa"), "not for an embedding"),
         ("Lora", dict(target_modules=["q_proj"], layers_to_transform=[7]), "matches no module"),
@@ -925,6 +944,14 @@ def test_an_empty_list_of_layers_means_all():
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_from_the_weight_keeps_nothing_but_its_factors(start):
+    adapted = mp.get_peft_model(base(), mp.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    for _, part in adapted.parts("default"):
+        for p in part.parameters():
+            assert p.data.base is None or p.data.base.size == p.size
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_file_cannot_start_from_more_directions_than_its_base_has(start, tmp_path):
     options = dict(r=2, target_modules=["q_proj"], init_lora_weights=start)
     mp.get_peft_model(base(), mp.LoraConfig(**options)).save_pretrained(tmp_path)
@@ -1008,6 +1035,23 @@ def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
     adapted.save_pretrained(tmp_path)
     loaded = mp.PeftModel.from_pretrained(model, tmp_path)
     np.testing.assert_array_equal(loaded(IDS).data, adapted(IDS).data)
+
+
+def test_options_of_any_container_are_saved(tmp_path):
+    ids = np.unique(IDS)[:3]
+    for name, config in {
+        "tokens": mp.TrainableTokensConfig(token_indices=list(ids)),
+        "ranks": mp.LoraConfig(r=2, rank_pattern={"q_proj": np.int64(1)}, target_modules={"v_proj", "q_proj"}, layers_to_transform={0}),
+        "ia3": mp.IA3Config(target_modules={"v_proj", "down_proj"}, feedforward_modules={"down_proj"}),
+    }.items():
+        adapted = train(mp.get_peft_model(base(), config))
+        adapted.save_pretrained(tmp_path / name)
+        np.testing.assert_array_equal(logits(mp.PeftModel.from_pretrained(base(), tmp_path / name)), logits(adapted))
+
+
+def test_generation_takes_its_arguments_in_the_models_order():
+    adapted, mask = mp.get_peft_model(base(), mp.LoraConfig(r=2)), np.ones_like(IDS)
+    np.testing.assert_array_equal(adapted.generate(IDS, mask, 3), base().generate(IDS, mask, 3))
 
 
 def test_generation_uses_the_adapter():

@@ -74,6 +74,13 @@ def test_the_count_is_2dm_and_the_biases(dialect, placement, ln_before):
         assert built == counted.trainable == counted.stored == n
 
 
+def test_a_sublayer_and_the_layer_that_ends_it_are_both_counted():
+    made = mp.BottleneckConfig(bottleneck_size=2, target_modules=["mlp", "down_proj"])
+    model = base("llama")
+    counted = mp.accounting.count_parameters(mp.accounting.architecture(model.config), made)
+    assert counted.trainable == mp.get_peft_model(model, made).get_nb_trainable_parameters()[0]
+
+
 def test_what_is_not_said_is_adapterhubs_preset():
     presets = {p: mp.BottleneckConfig(placement=p) for p in ("houlsby", "pfeiffer", "parallel")}
     assert {p: (c.reduction_factor, c.non_linearity, c.scaling) for p, c in presets.items()} == {

@@ -44,6 +44,8 @@ def test_what_a_template_may_use():
     assert render("{{ tools | tojson(indent=1) }}", tools={"a": 1}) == '{\n "a": 1\n}'
     assert render("{{ strftime_now('%Y') }}").isdigit()
     assert render("{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}") == "2"
+    assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}!") == "hi!"
+    assert render("{% if tools is none and documents is none %}none{% else %}some{% endif %}") == "none"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,19 @@ def test_names_of_the_special_tokens_and_other_variables():
     t = tokenizer("{{ eos_token }}{{ pad_token }}{{ bos_token is defined }}{{ mood }}")
     assert t.apply_chat_template(MESSAGES, tokenize=False, mood="<|im_end|>") == "<|endoftext|><|pad|>False<|im_end|>"
     assert t.apply_chat_template(MESSAGES, mood="<|im_end|>").count(t.token_to_id("<|im_end|>")) == 0
+
+
+def test_arguments_of_hugging_face_that_are_not_here_are_refused():
+    for name in ("continue_final_message", "chat_template", "return_tensors"):
+        with pytest.raises(TypeError, match=f"apply_chat_template has no argument '{name}' here"):
+            tokenizer().apply_chat_template(MESSAGES, **{name: True})
+
+
+def test_a_message_keeps_the_code_points_that_no_text_has():
+    t, content = tokenizer(), "a \ufdd00\ufdd0 b <|im_end|>"
+    assert f"user\n{content}<|im_end|>" in "".join(t.chat_pieces([Message("user", content)]))
+    with pytest.raises(ValueError, match="hold all of the code points"):
+        t.chat_pieces([Message("user", "\ufdd0\ufdd1\ufdd2\ufdd3")])
 
 
 def test_several_templates_and_none():

@@ -84,6 +84,38 @@ def test_save_and_load(tmp_path):
         assert (tmp_path / "saved" / name).read_bytes() == BASE.joinpath(name).read_bytes()
 
 
+def test_nothing_of_another_tokenizer_stays_beside_a_saved_one(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("OLD")
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
+    (tmp_path / "weights.bin").write_text("kept")
+    TOKENIZER.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json", "weights.bin"]
+    assert Tokenizer.load(tmp_path).config == TOKENIZER.config
+
+
+def test_special_tokens_are_a_list_and_not_the_letters_of_a_text():
+    with pytest.raises(TypeError, match="must be a list of texts, got '<think>'"):
+        TOKENIZER.add_special_tokens({"additional_special_tokens": "<think>"})
+
+
+def test_pieces_begin_as_the_tokenizer_says_and_do_not_end(tmp_path):
+    """What it puts behind a text is no part of a prompt, which is to be continued."""
+    TOKENIZER.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    bos, eos = ({"id": name, "ids": [TOKENIZER.token_to_id(name)], "tokens": [name]} for name in ("<|pad|>", "<|endoftext|>"))
+    single = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+              {"SpecialToken": {"id": eos["id"], "type_id": 0}}]  # fmt: skip
+    content["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+                                 "special_tokens": {one["id"]: one for one in (bos, eos)}}  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    t, (b, e) = Tokenizer.load(tmp_path), (*bos["ids"], *eos["ids"])
+    assert t.encode("hello", add_special_tokens=True) == [b, *t.encode("hello"), e]
+    assert t.encode_pieces(["hello"], add_special_tokens=True) == [b, *t.encode("hello")]
+    assert t.encode_pieces(["<|pad|>"], add_special_tokens=True) == [b, *t.encode("<|pad|>")]
+    assert t.encode_pieces(["hello"]) == t.encode("hello")
+
+
 def test_training_is_deterministic_and_uses_the_size_it_is_given():
     documents = [f"the quick brown fox number {number} jumped over {number % 7} lazy dogs" for number in range(300)]
     one, two = (build_tokenizer.build_tokenizer(documents) for _ in range(2))

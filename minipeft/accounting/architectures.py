@@ -83,8 +83,10 @@ def architecture(
     """
     if num_labels is not None:
         return _with_head(architecture(model), num_labels, task)
-    if isinstance(model, int):
-        if isinstance(model, bool) or model < 1:
+    if isinstance(model, float) and model.is_integer():
+        model = int(model)
+    if isinstance(model, (int, float)):
+        if isinstance(model, (bool, float)) or model < 1:
             raise ValueError(f"a model given by its number of parameters must have at least one, not {model!r}")
         return Architecture(f"{model:,} parameters", "nominal", {"model.weight": (model,)}, {"model.weight": "nominal"})
     if isinstance(model, TransformerConfig):

@@ -87,7 +87,7 @@ def predict(options: dict[str, Any]) -> float:
     return ledger.total - CONTEXT + context
 
 
-def summary(found: Sequence[Footprint]) -> dict[str, dict[str, float]]:
+def summary(found: Sequence[Footprint]) -> dict[str, dict[str, float | None]]:
     """Runs, runs predicted, those within 15 % and the median of predicted / measured: by split, and of allocated memory.
 
     That is what a ledger predicts; what an allocator reserves, and NVML sees, is more.
@@ -99,7 +99,7 @@ def summary(found: Sequence[Footprint]) -> dict[str, dict[str, float]]:
         ratios = [f.ratio for f in here if f.ratio is not None]
         counts[name] = {
             "runs": len(here), "predicted": len(ratios), "within 15 %": sum(f.close for f in here),
-            "median": statistics.median(ratios) if ratios else float("nan"),
+            "median": statistics.median(ratios) if ratios else None,
         }  # fmt: skip
     counts["held out"]["at first"] = sum(f.first_close for f in found)
     return counts

@@ -100,6 +100,8 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
         if any(f"{path}.".startswith(f"{module}.") for module in saved):
             trained[f"{path}.modules_to_save.{attribute}"] = shape
             continue
+        if kind == "bias" and config.target_modules == "all-linear" and paths.get(path) not in ("linear", "conv1d"):
+            continue
         for key, added in _added(config, path, kind, shape).items():
             copied = "modules_to_save." if f"{path}.{key}" in arch else ""  # BitFit's bias, beside the frozen one
             trained[f"{path}.{copied}{key}"] = added

@@ -66,6 +66,8 @@ def ppo_ledger(
     p, optimizer = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
     check_positive(batch=batch, prompt_len=prompt_len, response_len=response_len, mini_batch=mini_batch)
     rows = mini_batch or batch
+    if batch % rows:
+        raise ValueError(f"mini_batch must divide the batch, {batch}; got {rows}")
     (held, trained, _), build = states_and_model(model, config, p, quantization, double_quantization)
     policy = build()
     held["reference"] = sum(trained) * p.frozen

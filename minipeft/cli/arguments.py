@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
 
 def unknown(what: str, value: object, known: Iterable[str]) -> str:
     """`unknown command 'comparre'; did you mean compare? (known: compare, finetune, ...)`"""
-    known = list(known)
+    known = [*map(str, known)]
     return f"unknown {what} {value!r}{nearest(str(value), known)} (known: {', '.join(known)})"
 
 

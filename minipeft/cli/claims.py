@@ -47,6 +47,7 @@ from ..claims.register import (
     rule_of,
     statements,
 )
+from ..experiments.sweep import executor_of
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import console, grid, print_json
 
@@ -64,7 +65,7 @@ def add_arguments(parser: Parser) -> None:
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
     parser.add_argument("--store", metavar="DIR", help=store)
     parser.add_argument(
-        "--executor", default="1", metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)"
+        "--executor", type=executor_of, default=1, metavar="N|ADDRESS", help="of --run: processes, or a Dask scheduler (default: 1)"
     )
     parser.options(Common, "json")
 
@@ -240,12 +241,10 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
 
 def compute_again(args: Arguments) -> int:
     """The rows of a statement's experiment in --store, or of all, held against the shipped ones; 1 where they disagree."""
-    from ..experiments.sweep import executor_of
-
     store = Path(args.store) if args.store else user_directory()
     if store.resolve() == ROWS.resolve():
         raise ValueError(f"--store {store} holds the shipped rows; choose another")
-    rule, executor = rule_of(args.again) if args.again != "all" else None, executor_of(args.executor)
+    rule, executor = rule_of(args.again) if args.again != "all" else None, args.executor
     if args.again == "all":
         rules = [rule for id in statements() if (rule := rule_of(id)) and rule.experiment]
         return max([again(rule, store, executor) for rule in rules])

@@ -90,7 +90,8 @@ def encode(
     """Both sides encoded; `held_out` is records, or the fraction of `train` to split off (0 holds nothing out).
 
     A single document is split by its blocks: the last ones are held out. Raises ValueError where it is too short for
-    that, where no record of a side fits, and as `split_off` and `encode_examples`.
+    that, where no record of a side fits, and as `split_off` and `encode_examples`, which names a record by its number
+    in the whole of `train`.
     """
     encode_examples = mp.text.examples.encode_examples
     if isinstance(held_out, float) and len(train) == 1 and isinstance(train[0], mp.text.datasets.Document):
@@ -99,11 +100,16 @@ def encode(
             raise ValueError(f"to hold a block of {max_length} tokens out it takes two; the text has {len(blocks)}")
         cut = len(blocks) - (max(1, round(held_out * len(blocks))) if held_out else 0)
         return Data(blocks[:cut], blocks[cut:], [], "")
+    whole = train
     if isinstance(held_out, float):
         train, held_out = split_off(train, held_out) if held_out else (train, [])
     notes, sides = [], []
     for name, records in (("training", train), ("held-out", held_out)):
-        encoded = encode_examples(records, tokenizer, max_length, template, on_overflow)
+        try:
+            encoded = encode_examples(records, tokenizer, max_length, template, on_overflow)
+        except ValueError:
+            encode_examples(whole, tokenizer, max_length, template, on_overflow)
+            raise
         if records and not encoded.examples:
             raise ValueError(f"none of the {len(records)} {name} records fits into {max_length} tokens")
         if found := [f"{n} {what}" for n, what in ((encoded.truncated, "cut"), (encoded.dropped, "left out")) if n]:

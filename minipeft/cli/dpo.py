@@ -61,7 +61,9 @@ def run(args: Arguments) -> None:
     pairs, held_out = load_pairs(args, policy, tokenizer, template, unpaired=loss == "kto")
     counts = {"training": len(pairs), "held_out": len(held_out)}
     if loss == "kto":
-        pairs, held_out = map(rlhf.kto.unpaired, (pairs, held_out))
+        from ..rlhf.kto import unpaired
+
+        pairs, held_out = unpaired(pairs), unpaired(held_out)
         if len(held_out) == 1:
             raise ValueError("KTO needs two held-out answers at least, and --validation holds out one: raise it, or give 0")
     arguments = runs.training_arguments(args, len(pairs), bool(held_out))

@@ -71,6 +71,8 @@ def run(args: Arguments) -> None:
     metric = None if args.metric is None else load_function(args.metric, "--metric")
     if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
+    if isinstance(args.json, str) and Path(args.json).is_dir():
+        raise ValueError(f"--json {args.json}: is a directory; name a file")
     if isinstance(args.json, str):
         mp.directory.keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
     datasets = mp.text.datasets

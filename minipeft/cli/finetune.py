@@ -98,7 +98,10 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     base, tokenizer = load_model(args, method.quantized)
     name, template = chosen_template(args.template, records[0], tokenizer)
     max_length = longest(base, method.virtual_tokens, args.max_length, insisted="max_length" in args.given)
-    data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
+    try:
+        data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
+    except ValueError as error:
+        raise ValueError(f"{args.data}: {error}" if args.data else str(error)) from error
     if not data.held_out:
         args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from typing import Any
 
@@ -67,7 +66,7 @@ def mark(ratio: float) -> str:
 def sentence(split: str, count: dict[str, float]) -> str:
     """The summary of one split."""
     share = f"{count['within 15 %']} of {count['predicted']} within 15 %"
-    median = "" if math.isnan(count["median"]) else f", median ratio {count['median']:.2f}"
+    median = "" if count["median"] is None else f", median ratio {count['median']:.2f}"
     first = f" ({count['at first']} when first predicted)" if "at first" in count else ""
     more = count["runs"] - count["predicted"]
     return f"{split}: {share}{first}{median}{f'; {more} more runs are not covered' * bool(more)}"

@@ -38,6 +38,7 @@ def add_reduced(parser: Parser) -> None:
 def run(args: Arguments) -> int:
     lessons, failed = find_lessons(), []
     if args.lesson is None and args.notebooks is None:
+        args.refuse(("reduced",), "without the NUMBER of a lesson, or all")
         listed = (f"{number:>3}  {title(path)}  ({path.name})" for number, path in lessons.items())
         print(*listed, "\nRun one with: minipeft lessons NUMBER", sep="\n")
         return 0

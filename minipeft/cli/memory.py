@@ -170,6 +170,12 @@ def _check(args: Arguments, mode: str, engine: str, quantization: str | None) ->
         args.refuse(("optimizer", "checkpointing"), f"with --{mode}, which trains nothing")
         of_training = ("adapters", "logits", "accumulation", "reentrant", "offload", *OF_TIME)
         args.refuse(of_training, f"with --{mode}, which trains nothing")
+    if args.method == "frozen":
+        of_training = ("optimizer", "accumulation", *OF_TIME)
+        args.refuse(of_training, "with --method frozen, which trains nothing")
+    method = args.method or "full"
+    if mode == "training" and method in ("full", "head", "frozen"):
+        args.refuse(("adapters",), f"with --method {method}, which has no adapter")
     if mode != "generate":
         args.refuse(("cache_bits",), "without --generate, which has a cache")
     if quantization is None:

@@ -61,6 +61,8 @@ def chosen_template(option: str | None, record: Any, tokenizer: Any) -> tuple[st
     (None, None) for running text, which takes none.
     """
     templates = mp.text.templates
+    if option is not None and isinstance(record, mp.text.datasets.Document):
+        raise ValueError("--template is of prompts and completions; running text takes none")
     if option is not None:
         option = option.replace("\\n", "\n")
         return option, templates.get_template(option, tokenizer)

@@ -190,8 +190,10 @@ def _configuration(architecture: str, header: _Header) -> dict[str, Any]:
     head_dim = value("attention.key_length", d // heads if isinstance(d, int) and isinstance(heads, int) and heads else None)
     supported = dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim)
     supported |= {"rope.scaling.type": "none", "expert_count": 0, "attention.sliding_window": value("context_length")}
+    if value("rope.scaling.type") != "none":  # without a type, llama.cpp scales linearly
+        supported |= dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), 1.0)
     for key, only in supported.items():
-        if value(key) not in (None, only):
+        if value(key) not in (None, only) and not (key.startswith("rope.scal") and value(key) == 0):
             raise HubError(f"{architecture}.{key} is {value(key)!r}: only {only!r} is supported")
     return content | {
         "num_key_value_heads": value("attention.head_count_kv", heads),

@@ -26,7 +26,7 @@ from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer, TransformerConfig
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers, quantized_layers
-from ..text.tokenizer import Tokenizer
+from ..text.tokenizer import OTHERS, Tokenizer
 from .configuration import HubError, from_hugging_face, naming, to_hugging_face
 from .gguf import read_gguf
 from .quantized import dense_parameters, quantization_config, split_quantization, take_quantized
@@ -88,7 +88,7 @@ def save_pretrained(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HubError(f"{path}: is a file; a model is written as a directory")
-    with replacing(path) as fresh:
+    with replacing(path, ("generation_config.json", *(OTHERS if tokenizer is not None else ()))) as fresh:
         write_json(fresh / _CONFIG, dict(sorted(content.items())))
         if tokenizer is not None:
             tokenizer.save(fresh)

@@ -54,7 +54,7 @@ extern "C" __global__ void pick(const T* logits, const double* uniform, double* 
     }
     const T top = reduce(first < V ? logits[first] : logits[0], [](T a, T b) { return a > b ? a : b; });
     first = reduce(first < V && logits[first] == top ? first : V, [](long long a, long long b) { return a < b ? a : b; });
-    wrong = sum(wrong);
+    wrong = sum(wrong | isinf(top));
     if (threadIdx.x == 0) *token = wrong ? -1 : first;
     if (wrong || temperature == 0) return;
     Key least = 0;  // the key of the k-th largest logit, one bit after the other

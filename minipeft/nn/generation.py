@@ -95,7 +95,7 @@ def generate_stream(
         chosen = next_tokens(logits, temperature, top_k, top_p, stream, rows, step)
         tokens = to_numpy(chosen)  # the step's one wait for the device
         if (tokens < 0).any():
-            raise FloatingPointError(f"the model's logits are NaN at generation step {step}; check its weights")
+            raise FloatingPointError(f"the model's logits are NaN or infinite at generation step {step}; check its weights")
         out = np.full(B, pad, np.int64)
         out[rows] = tokens
         yield out
@@ -117,13 +117,13 @@ def generate_stream(
 def next_tokens(
     logits: Array, temperature: float, top_k: int | None, top_p: float | None, stream: Rng, rows: np.ndarray, step: int
 ) -> Array:
-    """The tokens of a step, int64 [b], where the logits [b, V] of these rows are; -1 where a logit is NaN."""
+    """The tokens of a step, int64 [b], where the logits [b, V] of these rows are; -1 where one is NaN, or the largest is infinite."""
     xp = xp_of(logits)
     u = [uniform(stream, row, step) for row in rows] if temperature else None
     if xp.__name__ == "cupy":
         return device.pick(logits, temperature, top_k, top_p, None if u is None else xp.asarray(u))
     logits = to_numpy(logits)
-    if np.isnan(logits).any():
+    if not np.isfinite(logits.max(axis=-1)).all():  # NaN is the maximum of all
         return xp.full(len(rows), -1)
     if temperature == 0:
         return xp.asarray(logits.argmax(axis=-1))

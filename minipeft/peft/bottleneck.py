@@ -124,11 +124,11 @@ class BottleneckConfig(PeftConfig):
             return {}
         n_out, n_in = out_in_shape(kind, shape)
         parent, _, last = name.rpartition(".")
-        if self.targets(name, kind):
-            return self.bottleneck_shapes(name, n_in, n_out)
-        if last in LAST and self.targets(parent, ""):
-            return self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
-        return {}
+        own = self.bottleneck_shapes(name, n_in, n_out) if self.targets(name, kind) else {}
+        if last not in LAST or not self.targets(parent, ""):
+            return own
+        around = self.bottleneck_shapes(parent, n_out, n_out)  # a residual connection: as wide before as after
+        return own | {f"sublayer.{key}": shape for key, shape in around.items()} if own else around
 
     def layer_shapes(self, name: str, layer: Module) -> dict[str, Shape]:
         return self.bottleneck_shapes(name, *_widths(name, layer))

@@ -4,7 +4,8 @@
     adapter_model.safetensors   base_model.model.<path of the layer>.<key>: lora_A.weight, lora_embedding_A, ia3_l, ...;
                                 modules_to_save as base_model.model.<path>.weight; prompts as prompt_embeddings
 
-Where a target is called embed_tokens or lm_head, PEFT also writes the layer's own weight, <path>.base_layer.weight.
+Where a target is called embed_tokens or lm_head, PEFT also writes the weights of all adapted embeddings and heads,
+<path>.base_layer.weight. Around a model with a prompt, modules_to_save are base_model.<path>.weight.
 
 PEFT has no LoRA on parts of a fused layer, and its OLoRA decomposes the transposed weights of GPT-2's [in, out] layers.
 Such an adapter is saved as the plain LoRA of a higher rank that it equals.
@@ -151,20 +152,31 @@ def state(model: Any, adapter_name: str) -> dict[str, Parameter]:
         if plain and hasattr(adapter, "factors"):
             saved |= {f"lora_{key}.weight": Parameter(p.data) for key, p in zip("AB", adapter.factors())}
         for key, parameter in saved.items():
-            found[key if key.startswith(PREFIX) or not path else f"{PREFIX}model.{path}.{key}"] = parameter
+            found[key if key.startswith(PREFIX) or not path else f"{_prefix(model, adapter_name)}{path}.{key}"] = parameter
     return found
 
 
-def _base_weights(model: Any, adapter_name: str) -> dict[str, Parameter]:
-    """The weights of adapted embeddings and heads under the keys that PEFT gives them; none beside trained tokens."""
+def _prefix(model: Any, adapter_name: str) -> str:
+    """Before a module's path in a file; around a model with a prompt alone PEFT puts one module less."""
+    return PREFIX if isinstance(model.peft_config[adapter_name], PromptLearningConfig) else f"{PREFIX}model."
+
+
+def _base_weights(model: Any, adapter_name: str, read: bool = False) -> dict[str, Parameter]:
+    """The weights of adapted embeddings and heads under the keys that PEFT gives them; none beside trained tokens.
+
+    Not of 4-bit layers, whose bytes are no weight, nor where the start is taken off the weight (PiSSA, OLoRA): PEFT's
+    is another one then. To `read`, of embeddings under any name: PEFT writes all where one is so called.
+    """
     saved, found = state(model, adapter_name), {}
     config = model.peft_config[adapter_name]
     if config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None):
         return found
-    for path, _ in model.parts(adapter_name):
-        named = path.rpartition(".")[2] in EMBEDDINGS and f"{PREFIX}model.{path}.weight" not in saved
-        if named and hasattr(model.layers[path].base_layer, "weight"):
-            found[f"{PREFIX}model.{path}.base_layer.weight"] = model.layers[path].base_layer.weight
+    for path, adapter in model.parts(adapter_name):
+        layer = model.layers[path].base_layer if path else None
+        named = path.rpartition(".")[2] in EMBEDDINGS or (read and kind_of(layer) == "embedding")
+        if named and f"{PREFIX}model.{path}.weight" not in saved and hasattr(layer, "weight"):
+            if layer.weight.dtype.kind == "f" and not adapter.frozen:
+                found[f"{PREFIX}model.{path}.base_layer.weight"] = layer.weight
     return found
 
 
@@ -239,7 +251,9 @@ def load_arrays(model: Any, adapter_name: str, arrays: dict[str, np.ndarray], di
         raise PeftError(f"{directory}: {what} is read from a file; PEFT's OLoRA does not start at the base there")
     for path, adapter in model.parts(adapter_name):
         adapter.loading(model.layers[path].base_layer if path else model.base_model)
-    expected, optional = state(model, adapter_name), _base_weights(model, adapter_name)
+    expected, optional = state(model, adapter_name), _base_weights(model, adapter_name, read=True)
+    of_base = {f"{PREFIX}model.{path}.base_layer.weight" for path, _ in model.parts(adapter_name)} - {*optional}
+    arrays = {key: array for key, array in arrays.items() if key not in of_base}  # the base's own are meant
     missing = [key for key in expected if key not in arrays]
     unexpected = [key for key in arrays if key not in expected and key not in optional]
     if missing or unexpected:

@@ -8,6 +8,8 @@ The factors start at 1. Merged, they scale W's rows (and b), or its columns.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from ..autograd.tensor import Tensor
@@ -71,8 +73,8 @@ class IA3Config(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
-            extra = sorted(set(self.feedforward_modules) - set(self.target_modules))
+        if isinstance(self.feedforward_modules, (list, tuple)) and isinstance(self.target_modules, list):
+            extra = sorted(name for name in self.feedforward_modules if not _named(name, self.target_modules))
             if extra:
                 raise PeftError(f"feedforward_modules must be among target_modules; {', '.join(extra)} is not")
 
@@ -84,7 +86,13 @@ class IA3Config(PeftConfig):
         if model_type not in SCALED:
             raise PeftError(f"IA3Config needs feedforward_modules (or []) for a model of type {model_type!r}")
         usual = [name for name in SCALED[model_type] if name in FEEDFORWARD]
-        return config.replace(feedforward_modules=[n for n in usual if isinstance(targets, str) or n in targets])
+        if isinstance(targets, str):
+            return config.replace(feedforward_modules=usual)
+        meant = [name for name in usual if _named(name, targets)]
+        if set(meant) <= set(targets):
+            return config.replace(feedforward_modules=meant)
+        # the targets are called otherwise, and PEFT reads a list only of their names
+        return config.replace(feedforward_modules=rf".*({'|'.join(map(re.escape, meant))})")
 
     def is_feedforward(self, name: str) -> bool:
         """Whether the module at a path has its input scaled."""
@@ -94,3 +102,8 @@ class IA3Config(PeftConfig):
 
     def shapes(self, name: str, kind: str, n_out: int, n_in: int) -> dict[str, Shape]:
         return {"ia3_l": (1, n_in) if self.is_feedforward(name) else (n_out, 1)}
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    """Whether this end of a path and one of the targets can be ends of the same path."""
+    return any(f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}") for target in targets)

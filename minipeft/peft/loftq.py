@@ -103,7 +103,7 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
     names, errors = model._mergeable(adapter_names), {}
 
     def made(path: str, layer: AdaptedLayer) -> Module:
-        merged, base = layer.merge(names), layer.base_layer
+        merged, base, layer.merged_names = layer.merge(names), layer.base_layer, []
         if not isinstance(base, Linear4bit) or merged is base:
             return merged
         again = base.quantize(out_in(merged, merged.weight.data))
@@ -113,9 +113,10 @@ def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = Non
         with no_grad():
             adapted = layer.compute(names, x, ()).data
             dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
+        size = _norm(adapted) or 1.0  # an output of zeros is met exactly
         errors[path] = MergeError(
-            dense / _norm(adapted),
-            requantized / _norm(adapted),
+            dense / size,
+            requantized / size,
             requantized / plain if plain else math.inf,
             float((again.weight.data != base.weight.data).mean().item()),
         )

@@ -171,8 +171,9 @@ class PeftModel(Module, Generic[M]):
         return [callback for callback in callbacks if callback is not None]
 
     def generate(
-        self, input_ids: Any, attention_mask: Any = None, *, adapter_names: list[str] | None = None, **options: Any
-    ) -> np.ndarray:
+        self, input_ids: Any, attention_mask: Any = None, max_new_tokens: int = 20, *,
+        adapter_names: list[str] | None = None, **options: Any,
+    ) -> np.ndarray:  # fmt: skip
         """Continue the prompts, [B, T] -> int64 [B, T + n]; see `minipeft.nn.generation.generate`.
 
             model.generate(ids, mask, adapter_names=["a", "b", "__base__"], temperature=1, seed=1)
@@ -186,7 +187,7 @@ class PeftModel(Module, Generic[M]):
         names = self.active_adapters if adapter_names is None else adapter_names
         if any(self.virtual_tokens_of(names)) and options.get("past_key_values"):
             raise PeftError("with virtual tokens, generation starts from the prompt: past_key_values cannot be given")
-        return generate(self, input_ids, attention_mask, adapter_names=adapter_names, **options)
+        return generate(self, input_ids, attention_mask, max_new_tokens, adapter_names=adapter_names, **options)
 
     @property
     def virtual_tokens(self) -> int:
@@ -242,6 +243,11 @@ class PeftModel(Module, Generic[M]):
             config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
         targets, copied = config.resolve(modules), config.resolve_saved(modules)
+        for path in copied:
+            if path in targets:
+                raise PeftError(f"{path} is a target and in modules_to_save: name it in one of them")
+            if inside := next((other for other in copied if other.startswith(f"{path}.")), None):
+                raise PeftError(f"modules_to_save: {inside} lies inside of {path}, which is trained whole")
         seeds = {path: None if seed is None else (seed, numbers[path]) for path in targets}
         adapters: dict[str, Adapter] = config.adapters(targets, seeds)
         prompt = config.prompt(self.base_model, None if seed is None else (seed, len(modules)))
@@ -381,7 +387,11 @@ class PeftModel(Module, Generic[M]):
 
     def check_unmerged(self) -> None:
         """Raises PeftError where something is to be trained and adapters are merged: they would get no gradient."""
-        merged = any(layer.merged_names for layer in self.layers.values())
+        names = self.active_adapters  # those merged beside others are not used
+        merged = any(
+            layer.merged_names and layer.merged_names == [n for n in names if n in layer.adapters]
+            for layer in self.layers.values()
+        )
         if merged and self.get_nb_trainable_parameters()[0]:
             raise PeftError("merged adapters get no gradient: call unmerge_adapter() first, or compute in no_grad()")
 

@@ -20,4 +20,4 @@ class OloraLinear(PissaLinear):
     def decompose(W: np.ndarray, r: int, s: float) -> tuple[np.ndarray, np.ndarray]:
         """(A0 [r, in], B0 [out, r]) of W [out, in]."""
         Q, R = np.linalg.qr(W)
-        return np.ascontiguousarray(R[:r]), np.ascontiguousarray(Q[:, :r])
+        return R[:r].copy(), Q[:, :r].copy()  # views would keep the whole of R and Q

@@ -70,6 +70,8 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = self.prompt_tuning_init_ids or (self.prompt_tuning_init_text and self.tokenizer_name_or_path)
+        if self.prompt_tuning_init_ids and self.prompt_tuning_init != "TEXT":
+            raise PeftError("prompt_tuning_init_ids are the tokens of prompt_tuning_init='TEXT': set it, too")
         if self.prompt_tuning_init == "TEXT" and not given:
             needed = "prompt_tuning_init_ids, or prompt_tuning_init_text and tokenizer_name_or_path"
             raise PeftError(f"prompt_tuning_init='TEXT' needs {needed}")

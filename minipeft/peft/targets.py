@@ -99,7 +99,7 @@ class Targets:
     def __post_init__(self) -> None:
         check(self, PeftError)
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            if isinstance(getattr(self, name), (set, frozenset, tuple)):
+            if isinstance(getattr(self, name), tuple):
                 setattr(self, name, sorted(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]

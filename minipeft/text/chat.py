@@ -2,7 +2,7 @@
 
 A template is a stranger's code, so it runs in Jinja's immutable sandbox: it can read its variables and write text,
 and do nothing else. Beside Jinja itself it may use what `transformers` offers: `raise_exception`, `strftime_now`, the
-filter `tojson`, `break` and `continue`. Blocks are trimmed as in `transformers`.
+filter `tojson`, `break` and `continue`, and the mark `generation`. Blocks are trimmed as in `transformers`.
 
 The sandbox does not keep a program from running, or writing, without end. So the templates are rendered in a process of
 their own, this file, which the system limits (not on Windows): one line of JSON in, one line out, until its input ends.
@@ -107,7 +107,7 @@ def _answer(template: str, messages: list[dict[str, Any]], variables: dict[str, 
     import jinja2.sandbox
 
     try:
-        text = _compiled(template).render(messages=messages, **variables)
+        text = _compiled(template).render(messages=messages, **{"tools": None, "documents": None} | variables)
     except jinja2.TemplateSyntaxError as error:
         return {"problem": f"is not valid Jinja: {error.message} (line {error.lineno})"}
     except jinja2.sandbox.SecurityError as error:
@@ -121,10 +121,20 @@ def _answer(template: str, messages: list[dict[str, Any]], variables: dict[str, 
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
+    import jinja2.ext
     import jinja2.sandbox
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %}, around what the assistant writes: a mark, which changes no text."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}

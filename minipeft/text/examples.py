@@ -94,7 +94,7 @@ def encode_preferences(
     _check_lengths(max_length, "error")
     rendered = [preference_turns(record, template) for record in records]
     pairs = [PreferencePair(*(encode_turns([turn], tokenizer) for turn in turns)) for turns in rendered]
-    _refuse_overlong([max(len(example.input_ids) for example in pair) for pair in pairs], max_length)
+    _refuse_overlong([max(len(example.input_ids) for example in pair) for pair in pairs], max_length, "shorten them")
     return pairs
 
 
@@ -127,7 +127,7 @@ def encode_choices(
             shared.append(_common(prompt, ids[-1]))
         labels = [[IGNORE] * min(shared) + own[min(shared) :] for own in ids]
         found.append([Example(np.array(i, np.int64), np.array(l, np.int64)) for i, l in zip(ids, labels)])
-    _refuse_overlong([max(len(example.input_ids) for example in own) for own in found], max_length)
+    _refuse_overlong([max(len(example.input_ids) for example in own) for own in found], max_length, "shorten them")
     return found
 
 
@@ -195,10 +195,10 @@ def _check_lengths(max_length: int, on_overflow: str) -> None:
         raise ValueError(f"on_overflow must be 'error', 'truncate' or 'drop', got {on_overflow!r}")
 
 
-def _refuse_overlong(lengths: Sequence[int], max_length: int) -> None:
+def _refuse_overlong(lengths: Sequence[int], max_length: int, remedy: str = "truncate or drop them") -> None:
     overlong = [number for number, length in enumerate(lengths, start=1) if length > max_length]
     if overlong:
         raise ValueError(
             f"{len(overlong)} of {len(lengths)} records are longer than {max_length} tokens, the first of them record "
-            f"{overlong[0]} with {lengths[overlong[0] - 1]}; raise max_length, or truncate or drop them"
+            f"{overlong[0]} with {lengths[overlong[0] - 1]}; raise max_length, or {remedy}"
         )

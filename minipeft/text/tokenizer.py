@@ -7,6 +7,7 @@ never because a user's text happens to spell one.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ..files import FileError, expecting, read_json, write_json, write_text
 from ..train.batches import pad_sequences
 from . import chat
 
+OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # files beside another tokenizer's
+NOT_HERE = "chat_template continue_final_message padding truncation max_length return_tensors return_dict".split()
 _GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
 
 
@@ -110,8 +113,11 @@ class Tokenizer:
         return cls(backend, config)
 
     def save(self, directory: str | Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are."""
-        with replacing(directory) as fresh:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as they are.
+
+        Another tokenizer's files of special tokens and of a template, which would be read beside them, are removed.
+        """
+        with replacing(directory, OTHERS) as fresh:
             write_text(fresh / "tokenizer.json", self._control.to_str(pretty=True) + "\n")
             write_json(fresh / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **self.config})
 
@@ -153,7 +159,9 @@ class Tokenizer:
         for name in special_tokens:
             if name not in (*known, "additional_special_tokens"):
                 raise ValueError(f"special tokens are {', '.join(known)} and additional_special_tokens; not {name!r}")
-        more = list(special_tokens.get("additional_special_tokens", ()))
+        more = special_tokens.get("additional_special_tokens", ())
+        if isinstance(more, str):
+            raise TypeError(f"additional_special_tokens must be a list of texts, got {more!r}")
         named = {name: special_tokens[name] for name in known if name in special_tokens}
         count = self.add_tokens([*named.values(), *more], special_tokens=True)
         self.config |= named
@@ -208,9 +216,10 @@ class Tokenizer:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
 
         Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then each
-        run of plain text between special tokens is encoded by itself. `add_special_tokens` adds nothing to pieces
-        that begin with a special token: they say themselves how a text begins. Raises ValueError where a Special
-        piece is not a token of this tokenizer.
+        run of plain text between special tokens is encoded by itself. `add_special_tokens` adds what the tokenizer
+        puts before a text, and nothing after it, as the pieces are to be continued; nor anything to pieces that begin
+        with a special token: they say themselves how a text begins. Raises ValueError where a Special piece is not a
+        token of this tokenizer.
         """
         runs: list[str] = []  # plain text and Special, never two plain ones in a row
         for piece in pieces:
@@ -220,13 +229,17 @@ class Tokenizer:
                 runs.append(piece)
             else:
                 runs[-1] += piece
-        add_special_tokens = add_special_tokens and not (runs and isinstance(runs[0], Special))
+        ids = self._opening() if add_special_tokens and not (runs and isinstance(runs[0], Special)) else []
         if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
-            return self.encode("".join(runs), True, add_special_tokens)
-        ids: list[int] = self.encode("", False, add_special_tokens)
+            return ids + self.encode("".join(runs), True)
         for run in runs:
             ids += [self.token_to_id(run)] if isinstance(run, Special) else self.encode(run)
         return ids
+
+    def _opening(self) -> list[int]:
+        """The ids that the post-processor puts before a text."""
+        plain, whole = (self.encode("a", False, add) for add in (False, True))
+        return whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)]
 
     def apply_chat_template(
         self, messages: Sequence[Any], add_generation_prompt: bool = False, tokenize: bool = True, **variables: Any
@@ -238,8 +251,11 @@ class Tokenizer:
         variables              further names for the template
 
         As in Hugging Face, except that a message that spells a special token stays text. Raises ValueError where the
-        tokenizer has no template, or the template cannot write these messages.
+        tokenizer has no template, or the template cannot write these messages; TypeError for arguments of Hugging
+        Face's that this has not.
         """
+        if missing := [name for name in NOT_HERE if name in variables]:
+            raise TypeError(f"apply_chat_template has no argument {missing[0]!r} here; other names are the template's variables")
         pieces = self.chat_pieces(messages, add_generation_prompt, **variables)
         return self.encode_pieces(pieces) if tokenize else "".join(pieces)
 
@@ -253,7 +269,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("the tokenizer has no chat template")
         content = [_as_mapping(message) for message in messages]
-        said = repr((content, variables))
+        said = json.dumps((content, variables), ensure_ascii=False, default=repr)  # repr escapes these characters
         guard = next((mark for mark in _GUARDS if mark not in said), None)
         if guard is None:
             raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")

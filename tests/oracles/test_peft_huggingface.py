@@ -21,14 +21,14 @@ SHAPE = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_h
 IDS = np.random.default_rng(3).integers(0, 60, (3, 9))
 
 
-def base(dialect, dtype="float64", gaps=False):
+def base(dialect, dtype="float64", gaps=False, tied=True):
     """Our model and the transformers model with the same weights, both in float64, where only real differences show.
 
     With `gaps`, each singular value of a matrix is 0.7 of the one before: a singular direction is known only to the
     rounding error divided by the gap beside it, and a random matrix has gaps of any size.
     """
     grouped = dict(num_key_value_heads=2, intermediate_size=48) if dialect == "llama" else {}
-    model = mp.Transformer(mp.TransformerConfig(model_type=dialect, initializer_range=0.2, **SHAPE, **grouped), seed=5)
+    model = mp.Transformer(mp.TransformerConfig(model_type=dialect, initializer_range=0.2, tie_word_embeddings=tied, **SHAPE, **grouped), seed=5)
     generator = np.random.default_rng(6)
     for p in model.parameters():  # biases and norms that are not zeros and ones
         noise = generator.standard_normal(p.shape) * 0.1 if p.ndim == 1 else 0
@@ -110,10 +110,15 @@ CASES = {
     ),
     "ia3": ("IA3", lambda d: dict()),
     "ia3 chosen": ("IA3", lambda d: dict(target_modules=LINEAR[d], feedforward_modules=LINEAR[d][1:])),
+    "ia3 by other ends of the usual paths": (
+        "IA3",
+        lambda d: dict(target_modules={"gpt2": ["c_proj"], "llama": ["mlp.down_proj", "v_proj"]}[d]),
+    ),
     "ln_tuning": ("LNTuning", lambda d: dict()),
     "vera": ("Vera", lambda d: dict(r=8, target_modules=LINEAR[d])),
     "adalora": ("AdaLora", lambda d: dict(ADALORA, target_modules=LINEAR[d])),
 }
+CASES["embedding and head"] = ("Lora", lambda d: dict(r=4, target_modules=[EMBEDDING[d], "lm_head"]))
 LLAMA = {  # methods that PEFT does not put on GPT-2's [in, out] layers
     "loha": ("LoHa", lambda d: dict(r=4, alpha=6, target_modules=LINEAR[d])),
     "loha patterns": (
@@ -139,12 +144,15 @@ both = [(d, c) for d in ("gpt2", "llama") for c in CASES if d == "llama" or c no
 CASES["olora"] = ("Lora", lambda d: dict(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=LINEAR[d]))
 
 
-IN_FLOAT32 = ("pissa", "olora")  # PEFT decomposes float32 weights only
+for start in ("pissa", "olora"):  # of a head that has its own weight
+    CASES[f"{start} head"] = ("Lora", lambda d, s=start: dict(r=4, init_lora_weights=s, target_modules=["lm_head"]))
+    both.append(("llama", f"{start} head"))
+IN_FLOAT32 = ("pissa", "olora", "pissa head", "olora head")  # PEFT decomposes float32 weights only
 
 
 def bases(dialect, case):
     """(ours, theirs, how close two results are)."""
-    return (*base(dialect, "float32", gaps=True), 3e-5) if case in IN_FLOAT32 else (*base(dialect), 1e-7)
+    return (*base(dialect, "float32", gaps=True, tied=not case.endswith(" head")), 3e-5) if case in IN_FLOAT32 else (*base(dialect), 1e-7)
 
 
 def configs(dialect, case):

@@ -100,6 +100,19 @@ def test_the_loss_gradients_and_one_step_are_pefts(dialect, case):
         assert (p.data == before[path]).all(), path
 
 
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+@pytest.mark.parametrize("method", ["PromptTuning", "PrefixTuning"])
+def test_a_head_trained_beside_is_in_the_file_under_pefts_name(dialect, method, tmp_path):
+    options = {"num_virtual_tokens": P, "modules_to_save": ["lm_head"]}
+    model, twin = base(dialect)
+    ours = train_ours(mp.get_peft_model(model, getattr(mp, f"{method}Config")(**options)))
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "ours").eval()
+    close(their_logits(theirs), ours(IDS).data, IN_FLOAT32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    close(mp.PeftModel.from_pretrained(model, tmp_path / "theirs")(IDS).data, ours(IDS).data, IN_FLOAT32)
+
+
 @pytest.mark.parametrize(("dialect", "case"), both)
 def test_our_file_gives_the_same_logits_in_peft(dialect, case, tmp_path):
     model, ours, theirs = trained(dialect, case, tmp_path)
