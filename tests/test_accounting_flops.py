@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from minipeft import LoraConfig
+from minipeft import LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from minipeft.accounting import architecture, step_flops
 from minipeft.accounting.flops import Flops, counted_flops
 
@@ -29,6 +29,26 @@ def test_the_formula_counts_the_products_of_the_engines_own_graph(name, method, 
     arch = architecture(name)
     unlabeled = passes * 2 * batch * math.prod(arch[arch.tied["lm_head.weight"]])  # the engine skips the last positions
     assert ours.total - unlabeled == counted_flops(name, config, batch, length, checkpointing)
+
+
+@pytest.mark.parametrize("config", [
+    LoraConfig(r=2, modules_to_save=["lm_head"]), LoraConfig(r=2, target_modules=["lm_head"]),
+    LNTuningConfig(target_modules=["norm"]),
+])  # fmt: skip
+def test_what_a_method_trains_behind_the_blocks_is_counted(config):
+    ours = step_flops("smollm2-135m", config, 1, 64, False, causal=False).total
+    assert ours == pytest.approx(counted_flops("smollm2-135m", config, 1, 64, False), rel=0.01)  # the last position
+
+
+def test_virtual_tokens_are_computed_too():
+    """A prompt's as positions, which have logits in PEFT's loop and none in this engine; a prefix's as keys."""
+    arch, t, v = architecture("smollm2-135m"), 64, 128
+    head = math.prod(arch[arch.tied["lm_head.weight"]])
+    for config, logits in ((PromptTuningConfig(num_virtual_tokens=v), v), (PrefixTuningConfig(num_virtual_tokens=v), 0)):
+        ours = step_flops(arch, config, 1, t, False, causal=False).total - 2 * 2 * (logits + 1) * head
+        assert ours == pytest.approx(counted_flops(arch, config, 1, t, False), rel=0.02)
+    one, many = (step_flops(arch, PromptTuningConfig(num_virtual_tokens=n), 1, t) for n in (1, 65))
+    assert 1.9 < many.total / one.total < 2.2
 
 
 def test_six_operations_a_parameter_and_token():

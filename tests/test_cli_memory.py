@@ -216,6 +216,8 @@ def test_time_and_money(capsys):
     ("gpt2 --seq 64 --batch 2 --fit 8", "--fit looks for the batch or for the length"),
     ("llama-7b --fit 8", "not even one fits in 8 GB: 71.2 GB are needed at least (optimizer step)"),
     ("gpt2 --seq 1000 --generate 50", "gpt2 has 1024 positions"),
+    ("gpt2 --method prompt --virtual-tokens 20 --seq 1024", "20 virtual tokens leave 1004 of them"),
+    ("gpt2 --method prompt --virtual-tokens 1024 --fit 24", "1024 virtual tokens leave none"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     assert message in refused(capsys, "memory", *argv.split())

@@ -1029,7 +1029,8 @@ def test_on_a_base_in_float16_what_is_trained_is_float32_and_merges_into_float16
 
 def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
     model = mp.SequenceClassifier(base(), num_labels=3)
-    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS", modules_to_save=["score"]))
+    adapted = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS"))  # its head is random: it is trained
+    assert adapted.get_nb_trainable_parameters()[0] > model.score.weight.size
     train(adapted, steps=2, labels=np.array([0, 1, 2]))
     mp.assert_learning(adapted)
     adapted.save_pretrained(tmp_path)

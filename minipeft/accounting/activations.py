@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .architectures import Architecture, Shape
-from .parameters import elements
+from .parameters import elements, trained_name
 
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "o")  # what families call the layer that reads attention's output
 # families whose activation is gelu_new or its like: tanh GELU in Python, which keeps x, x / 2, tanh and 1 + tanh, not x alone
-PYTHON_GELU = ("gpt2", "bloom", "phi", "gptj", "gpt_neo")
+PYTHON_GELU = ("gpt2", "phi", "gptj", "mt5")
 TOP_K = {"mixtral": 2, "phimoe": 2, "qwen2_moe": 4, "qwen3_moe": 8}  # experts a token goes to, by default
 NARROW_SOFTMAX = ("gpt2", "bert", "roberta", "xlm-roberta", "deberta-v2")  # families whose eager softmax is not widened
 DROPOUT = ("gpt2", "gpt_bigcode", "bert", "roberta", "xlm-roberta", "deberta-v2", "t5", "mt5", "opt")  # families with dropout of 0.1 by default
@@ -98,12 +98,12 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
     d = arch.dimensions
     h, heads, width = d["hidden_size"], d["num_attention_heads"], d["head_dim"]
     queries = heads * width
-    norms = []
+    norms, copies = [], {trained_name(name) for name in trained}
     for name, shape in shapes.items():
         if arch.kinds[name] == "norm" and name.endswith(".weight"):
             per_head = {"q_norm": heads, "k_norm": d["num_key_value_heads"]}.get(name.split(".")[-2], 1)
             n = shape[0] * (per_head if shape[0] == width else 1)
-            norms.append(Norm(n, name[:-6] + "bias" not in shapes, name in trained))
+            norms.append(Norm(n, name[:-6] + "bias" not in shapes, name in copies))
     beside = sum(norm.width == h for norm in norms) == 1  # the MLP reads what attention reads
     layers, outs, inner, entering, made, first, stacked = [], 0, 0.0, 0.0, 0, "", set(arch.experts)
     for name, shape in shapes.items():
@@ -152,14 +152,16 @@ def first_trained(arch: Architecture, blocks: list[Block], trained: Mapping[str,
     They reach all blocks where something in front of them is trained, an embedding or a prompt.
     """
     head = ("lm_head", "proj_out", "score", "classifier", "pooler", "qa_outputs")
-    behind = {name: shape for name, shape in trained.items() if name.startswith(head) or _is_last_norm(arch, name)}
+    behind = {name: shape for name, shape in trained.items() if name.startswith(head) or is_last_norm(arch, name)}
     if elements(trained) > elements(behind) + sum(block.trained for block in blocks):
         return 0, True
     return next((i for i, block in enumerate(blocks) if block.trained), len(blocks)), False
 
 
-def _is_last_norm(arch: Architecture, name: str) -> bool:
-    return arch.kinds.get(name) == "norm" and not re.search(r"\.\d+\.|embed", name)
+def is_last_norm(arch: Architecture, name: str) -> bool:
+    """Whether a trained parameter is of the norm behind the last block."""
+    weight = trained_name(name).rpartition(".")[0] + ".weight"
+    return arch.kinds.get(weight) == "norm" and not re.search(r"\.\d+\.|embed", weight)
 
 
 def block_terms(

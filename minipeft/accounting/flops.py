@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .activations import Block, Layer, blocks_of, first_trained, head_of
+from .activations import Block, Layer, blocks_of, first_trained, head_of, is_last_norm
 from .architectures import Architecture, architecture
 from .cards import CARDS
-from .parameters import trained_parameters
+from .parameters import trained_name, trained_parameters, virtual_tokens
 from .precision import PRECISIONS, check_positive
 
 
@@ -52,6 +52,7 @@ def step_flops(
     """The FLOPs of one forward and backward pass over [batch, seq_len] tokens.
 
     Arguments as in `pytorch_ledger`; with `causal`, attention computes what it may see alone, as flash attention does.
+    A prompt's positions have logits, as in PEFT; in this package's engine they have none (`counted_flops`).
     Raises ValueError where a model's blocks are not known.
     """
     check_positive(batch=batch, seq_len=seq_len)
@@ -60,6 +61,8 @@ def step_flops(
     blocks = blocks_of(arch, trained)
     if not blocks:
         raise ValueError(f"FLOPs need the shapes of blocks; {arch.name} has none")
+    before_input, before_keys = virtual_tokens(config)
+    seq_len += before_input
     t = batch * seq_len
     first, before = first_trained(arch, blocks, trained)
     forward = backward = again = 0.0
@@ -69,7 +72,8 @@ def step_flops(
         mine = [stage for layer, stage in zip(block.layers, stages) if layer.trained or layer.added]
         reach = -1 if i > first or before or any(norm.trained for norm in block.norms) else min(mine, default=-1)
         reach = 4 if i < first else reach
-        attention = 4 * t * seq_len * block.queries * block.attentions / (2 if causal else 1)
+        keys = seq_len / (2 if causal else 1) + before_keys
+        attention = 4 * t * keys * block.queries * block.attentions
         own, back = attention, 2 * attention * (reach < 1)
         for layer, stage in zip(block.layers, stages):
             product = 2 * t * layer.share * layer.size
@@ -79,8 +83,13 @@ def step_flops(
                 own, back = own + added, back + added * (1 + (stage > reach or shape[1] != layer.n_in))
         forward, backward, again = forward + own, backward + back, again + own * (checkpointing and i >= first)
     if head := head_of(arch):
-        product, mine = 2 * t * math.prod(arch[head[1]]), any(name in trained for name in head)
-        forward, backward = forward + product, backward + product * (mine + (first < len(blocks)))
+        path, beyond = head[0].rpartition(".")[0], first < len(blocks) or any(is_last_norm(arch, n) for n in trained)
+        product, names = 2 * t * math.prod(arch[head[1]]), {trained_name(name) for name in trained}
+        forward, backward = forward + product, backward + product * (any(n in names for n in head) + beyond)
+        for name, shape in trained.items():
+            if name.startswith(f"{path}.") and trained_name(name) not in head and len(shape) == 2:  # a method's matrix
+                product = 2 * t * math.prod(shape)
+                forward, backward = forward + product, backward + product * (1 + (beyond or shape[1] != arch[head[1]][1]))
     return Flops(round(forward), round(backward), round(again))
 
 
@@ -133,6 +142,7 @@ def counted_flops(model: Any, config: Any = None, batch: int = 1, seq_len: int =
 # The ops that multiply matrices, and which of their inputs are factors.
 FACTORS = {
     "linear": (0, 1), "addmm": (1, 2), "linear_cross_entropy": (0, 1), "rotary_attention": (0, 1, 2), "packed_attention": (0,),
+    "scaled_dot_product_attention": (0, 1, 2),
 }  # fmt: skip
 
 
@@ -145,6 +155,8 @@ def _product(name: str, arrays: tuple, y: Any) -> int:
     if name == "linear_cross_entropy":
         weight, targets = arrays[1:3]
         return 2 * int((targets != -100).sum()) * weight.size
+    if name == "scaled_dot_product_attention":
+        return 4 * arrays[0].size * arrays[1].shape[2]
     if name in FACTORS:
         B, T, d = y.shape
         return 4 * B * T * T * d

@@ -19,6 +19,7 @@ modules are built with: for a weight or bias of the module called `name`, the pa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -116,6 +117,17 @@ def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, S
         raise ValueError(f"{type(config).__name__} trains nothing of {arch.name}: no parameter there is of its kind")
     config.check_names(paths, trained)
     return trained
+
+
+def virtual_tokens(config: Any) -> tuple[int, int]:
+    """(how many positions a method puts in front of the input, how many keys and values in front of every layer's)."""
+    n = getattr(config, "num_virtual_tokens", 0)
+    return (0, n) if getattr(config, "peft_type", "") == "PREFIX_TUNING" else (n, 0)
+
+
+def trained_name(name: str) -> str:
+    """The model's own name of a parameter that a method trains as a copy."""
+    return re.sub(r"\.(modules_to_save|ln_tuning_layers)\.", ".", name)
 
 
 EXPERTS = ("router", "experts")  # kinds

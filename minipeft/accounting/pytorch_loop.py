@@ -25,7 +25,7 @@ from .activations import Block, block_terms, blocks_of, first_trained, head_of
 from .architectures import Architecture, Shape, architecture
 from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
 from .memory import MemoryLedger, states_from_shapes
-from .parameters import elements, trained_parameters
+from .parameters import elements, trained_parameters, virtual_tokens
 from .precision import Precision, check_positive, named
 
 
@@ -61,8 +61,11 @@ def pytorch_ledger(
     named("mode", mode, ("train", "evaluate", "generate"))
     check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
     arch = model if isinstance(model, Architecture) else architecture(model)
-    if seq_len is not None and seq_len + (max_new_tokens or 1) - 1 > positions_of(arch):
-        raise ValueError(f"{arch.name} has {positions_of(arch)} positions: give a seq_len of at most as many")
+    virtual, _ = virtual_tokens(config)
+    if seq_len is not None and virtual + seq_len + (max_new_tokens or 1) - 1 > positions_of(arch):
+        left = f"{virtual} virtual tokens leave {max(0, positions_of(arch) - virtual) or 'none'} of them"
+        advice = left if virtual else "give a seq_len of at most as many"
+        raise ValueError(f"{arch.name} has {positions_of(arch)} positions: {advice}")
     if loop.quantization and config is None and mode == "train":
         raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
     config = "frozen" if config is None and mode != "train" else config
@@ -70,6 +73,7 @@ def pytorch_ledger(
     states = _states(arch, config, trained, loop, mode == "train")
     if seq_len is None:
         return _ledger(states, {"model states": states.gradients}, {}, loop)
+    seq_len += virtual
     blocks = blocks_of(arch, trained)
     if not blocks:
         raise ValueError(f"activations need the shapes of blocks; {arch.name} has none: leave seq_len out")

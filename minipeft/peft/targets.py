@@ -160,12 +160,12 @@ class Targets:
         return found
 
     def resolve_saved(self, modules: dict[str, Any]) -> dict[str, Any]:
-        """{path: module} of modules_to_save. Raises PeftError for a name that matches nothing."""
+        """{path: module} of modules_to_save, and of a classifier's head. Raises PeftError for a name that matches nothing."""
         found = {}
-        for target in self.modules_to_save or ():
+        heads = ("classifier", "score") if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
+        for target in dict.fromkeys((*(self.modules_to_save or ()), *heads)):
             matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
-            either = self.task_type in ("SEQ_CLS", "TOKEN_CLS") and target in ("classifier", "score")  # PEFT names both
-            if not matched and not either:
+            if not matched and target not in heads:  # PEFT names both
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)
         return found
