@@ -236,7 +236,7 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # > (5 seeds, 512 test items)
 #
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
-# > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.04
+# > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.08
 # > of its computation, as the whole model runs forward and backward for either.
 #
 # > `which-5` QLoRA: large models, one GPU: **holds**. On one card only QLoRA fits at 7B 16 GB, at 70B 80 GB (so for 7B

@@ -35,7 +35,8 @@ class ParameterCount:
 
     What is trained is stored, but for what only computes it (a prefix's or a prompt's network); constants are stored
     too, unless they follow from the base (PiSSA's start). Zeros that a file format makes explicit (a fused layer's
-    projections that are not adapted) are not counted.
+    projections that are not adapted) are not counted, nor the base's own embedding or head, which PEFT's format holds
+    too where it is adapted.
     """
 
     trainable: int
