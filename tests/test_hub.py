@@ -249,9 +249,11 @@ def test_a_model_saved_over_itself(saved):
     model, _ = mp.from_pretrained(directory)
     model.model.norm.weight.data *= 2
     mp.save_pretrained(model, directory)
-    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')  # of the model before
-    mp.save_pretrained(model, directory)
-    assert not (directory / "generation_config.json").exists()
+    own = np.atleast_1d(model.config.eos_token_id).tolist()
+    for ends, kept in (([*own, 5], True), ([77, 78], False)):  # the second is of another model
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "temperature": 0.6}))
+        mp.save_pretrained(model, directory)
+        assert (directory / "generation_config.json").exists() == kept
     again, _ = mp.from_pretrained(directory)
     assert same(again, model) and not same(again, build("llama"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -147,6 +149,13 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
     with pytest.raises(ValueError, match=message):
         model.load_state_dict(state)
     assert all(np.array_equal(a, before[path]) for path, a in model.state_dict().items())
+
+
+def test_a_tied_parameter_may_be_in_a_state_twice():
+    weight = np.full((3, 3), math.nan, np.float32)
+    for twice in ({"first.weight": weight, "rest.0.weight": weight}, {"first.weight": weight, "rest.0.weight": weight.astype(np.float16)}):
+        model = Tied()
+        model.load_state_dict(model.state_dict() | twice)
 
 
 def test_loading_without_strict_takes_what_fits():

@@ -1036,6 +1036,10 @@ def test_a_classifier_keeps_its_head_with_the_adapter(tmp_path):
     adapted.save_pretrained(tmp_path)
     loaded = mp.PeftModel.from_pretrained(model, tmp_path)
     np.testing.assert_array_equal(loaded(IDS).data, adapted(IDS).data)
+    with pytest.raises(PeftError, match="'default' uses modules_to_save"):
+        adapted.add_weighted_adapter(["default"], [1.0], "twice")
+    named = mp.get_peft_model(model, mp.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj", "score"]))
+    assert named.get_nb_trainable_parameters()[0] > model.score.weight.size
 
 
 def test_options_of_any_container_are_saved(tmp_path):

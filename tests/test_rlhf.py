@@ -341,6 +341,7 @@ def test_advantages_of_groups(xp):
     first = (rewards[:3] - 3) / (np.std([1, 2, 6], ddof=1) + 1e-4)
     close(rlhf.grpo_advantages(xp.asarray(rewards), 3), [*first, 0, 0, 0])
     equal = rlhf.grpo_advantages(xp.asarray(np.full(21, 1000.1, np.float32)), 3)
+    assert rlhf.grpo_advantages(xp.asarray(np.array([1, 0])), 2).dtype == np.float64, "of integers, too, numbers"
     assert equal.dtype == np.float32 and abs(to_numpy(equal)).max() < 1e-6, "rounding is no difference"
 
 

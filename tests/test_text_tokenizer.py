@@ -87,6 +87,8 @@ def test_save_and_load(tmp_path):
 def test_nothing_of_another_tokenizer_stays_beside_a_saved_one(tmp_path):
     TOKENIZER.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("OLD")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<|im_start|>"}')
+    assert Tokenizer.load(tmp_path).config["bos_token"] == "<|im_start|>", "what is read there, a saved one has"
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
     (tmp_path / "weights.bin").write_text("kept")
     TOKENIZER.save(tmp_path)

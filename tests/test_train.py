@@ -102,17 +102,24 @@ def test_the_only_step_of_a_run_is_no_warm_up(schedule, rng):
 
 
 def test_loraplus_rates_follow_the_schedule_and_are_those_of_its_groups(rng):
-    examples, ends = counting(8, rng), []
+    examples, ends, rates = counting(8, rng), [], []
+
+    class Rates(Callback):
+        def after_step(self, model, step, record):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
     for ratio in (16, None):
         model = mp.get_peft_model(tiny_model(), mp.LoraConfig(r=2))
         optimizer = None if ratio else AdamW(mp.optim.loraplus_groups(model, 0.01, 16, weight_decay=0.1))
         options = {"learning_rate": 0.01, "weight_decay": 0.1, "max_steps": 4, "warmup_steps": 2}
-        trainer, result = train(model, examples, optimizer=optimizer, loraplus_lr_ratio=ratio, **options)
+        callbacks = [] if ratio else [Rates()]
+        trainer, result = train(model, examples, optimizer=optimizer, loraplus_lr_ratio=ratio, callbacks=callbacks, **options)
         factor = SCHEDULES["linear"](3, 2, 4)
-        assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.01 * factor, 0.16 * factor]
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.01, 0.16], "afterwards as before"
         assert result.losses("learning_rate")[-1] == (4, 0.01 * factor)
         ends.append(weights(model))
     assert_same_bytes(*ends)
+    assert rates[-1] == [0.01 * factor, 0.16 * factor]
     with pytest.raises(ValueError, match="no lora_B"):
         train(tiny_model(), examples, loraplus_lr_ratio=16)
 

@@ -45,13 +45,13 @@ def _large(name: str, a: Array, b: Array) -> Array:
 
 
 def _exp_limit(dtype: Any) -> float:
-    return {4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
+    return {2: 11.0, 4: 88.0, 8: 709.0}[dtype.itemsize]  # the largest x whose e^x is finite
 
 
 def _needs_shift(x: Array) -> bool:
     """Whether some e^x, or a sum of them, may leave the dtype's range; else e^x is as precise as e^(x - max x)."""
     limit = 0.6 * _exp_limit(x.dtype)
-    return not (-limit < x.min() and x.max() < limit)
+    return x.dtype.itemsize == 2 or not (-limit < x.min() and x.max() < limit)
 
 
 def _clip(x: Array) -> None:

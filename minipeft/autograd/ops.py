@@ -424,7 +424,7 @@ def _cat(*arrays, axis):
 
 def cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """The tensors one after the other along an axis: [..., n_i, ...] each -> [..., Σ n_i, ...] (torch.cat)."""
-    if not tensors:
+    if not len(tensors):
         raise ValueError("cat: there are no tensors to join")
     return _cat(*tensors, axis=axis)
 

@@ -101,7 +101,8 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     try:
         data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
     except ValueError as error:
-        raise ValueError(f"{args.data}: {error}" if args.data else str(error)) from error
+        split = args.data and isinstance(held_out, float)  # else it may be a record of another file
+        raise ValueError(f"{args.data}: {error}" if split else str(error)) from error
     if not data.held_out:
         args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after

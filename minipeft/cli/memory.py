@@ -47,7 +47,6 @@ from ..accounting.loop import (
     WORKSPACE,
     Loop,
 )  # fmt: skip
-from ..accounting.parameters import virtual_tokens
 from ..accounting.precision import OPTIMIZERS
 from ..options import configuration, option
 from . import timeline
@@ -204,7 +203,7 @@ def _pytorch(args: Arguments, mode: str, arch: Any, name: str, config: Any, quan
     what = {"inference": "evaluate", "generate": "generate"}.get(mode, "train")
     more = {"mode": what, "max_new_tokens": args.generate}
     ledger_of = partial(accounting.pytorch_ledger, arch, config, loop=loop, **more)
-    answer, batch, seq = _fit(args, arch, ledger_of, virtual_tokens(config)[0]) if args.fit is not None else ("", args.batch, args.seq)
+    answer, batch, seq = _fit(args, arch, config, ledger_of) if args.fit is not None else ("", args.batch, args.seq)
     ledger = ledger_of(batch, seq)
     fits = [gb for gb in DEVICES if ledger.total <= gb * 1e9]
     assumed = list(_assumptions(args, mode, loop, arch, name, config, seq))
@@ -297,11 +296,12 @@ def _assumptions(
         yield f"{args.utilization:.0%} of the {args.card}'s {CARDS[args.card][1]} TFLOP/s", "--card --utilization"
 
 
-def _fit(args: Arguments, arch: Any, ledger_of: Callable[..., Any], virtual: int) -> tuple[str, int, int]:
-    """(the answer of --fit, its batch, its length), where a method takes some positions for virtual tokens."""
+def _fit(args: Arguments, arch: Any, config: Any, ledger_of: Callable[..., Any]) -> tuple[str, int, int]:
+    """(the answer of --fit, its batch, its length)."""
+    from ..accounting.parameters import virtual_tokens
     from ..accounting.pytorch_loop import largest, positions_of
 
-    room, most = args.fit * 1e9, positions_of(arch) - virtual
+    room, most = args.fit * 1e9, positions_of(arch) - virtual_tokens(config)[0]
     if args.seq is not None and "batch" in args.given:
         raise ValueError("--fit looks for the batch or for the length: leave --batch or --seq out")
     if args.seq is not None:

@@ -47,7 +47,7 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
     differ in another setting, too. And for a value that is no number, as a curve is.
     """
     found = []
-    for group in _groups(rows, _names(value), by):
+    for group in _with_counts(_groups(rows, _names(value), by)):
         mean = dict(group.settings)
         for name, numbers in group.numbers.items():
             mean[name], mean[f"{name} ±"] = interval(numbers)
@@ -58,8 +58,6 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
 def _groups(rows: Sequence[Row], values: list[str], by: Names | None) -> list[Group]:
     """The groups, in the order of their settings. Raises as `means`."""
     by = _varying(rows) if by is None else _names(by)
-    for name in {"n", "failed"} & {*by, *values}:
-        raise ValueError(f"the tables have a column {name!r} of their own: give the rows' {name!r} another name")
     done = [row for row in rows if not failed(row)]
     for some, names in ((rows, by), (done, values)):
         for name in names:
@@ -81,6 +79,13 @@ def _groups(rows: Sequence[Row], values: list[str], by: Names | None) -> list[Gr
     return found
 
 
+def _with_counts(groups: list[Group]) -> list[Group]:
+    """Groups for a table, which has their counts in columns. Raises ValueError for a setting or value with their names."""
+    for name in {"n", "failed"} & {name for group in groups for name in (*group.settings, *group.numbers)}:
+        raise ValueError(f"the tables have a column {name!r} of their own: give the rows' {name!r} another name")
+    return groups
+
+
 def _number(row: Row, name: str) -> float:
     """The value in a row; NaN for None. Raises ValueError for what is no number."""
     if row[name] is None:
@@ -97,7 +102,7 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 
     A mean that is NaN says in how many runs the value is a number: "nan (4 of 5)". Raises as `means`.
     """
-    groups, lines = _groups(rows, _names(value), by), []
+    groups, lines = _with_counts(_groups(rows, _names(value), by)), []
     for group in groups:
         cells = {name: _cell(v) for name, v in group.settings.items()}
         for name, numbers in group.numbers.items():

@@ -88,11 +88,24 @@ def save_pretrained(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HubError(f"{path}: is a file; a model is written as a directory")
-    with replacing(path, ("generation_config.json", *(OTHERS if tokenizer is not None else ()))) as fresh:
+    with replacing(path, (*_stale(path, model), *(OTHERS if tokenizer is not None else ()))) as fresh:
         write_json(fresh / _CONFIG, dict(sorted(content.items())))
         if tokenizer is not None:
             tokenizer.save(fresh)
         write_safetensors(fresh / _WEIGHTS, weights, {"format": "pt"})
+
+
+def _stale(path: Path, model: Module) -> list[str]:
+    """The generation_config.json that is there, where it does not end texts as the model's configuration does."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        there = read_json(file).get("eos_token_id")
+    except FileError:
+        return []  # nothing that would be read
+    ends = [set(np.atleast_1d(ids).tolist()) if ids is not None else set() for ids in (there, model.config.eos_token_id)]
+    return [file.name] if ends[0] and not ends[1] <= ends[0] else []
 
 
 def _architecture(model: Module) -> str:

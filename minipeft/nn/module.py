@@ -208,8 +208,8 @@ class Module:
         for p, path in given.items():
             if arrays[path].shape != p.shape:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
-            for other in found[p][1:]:
-                if not np.array_equal(to_numpy(arrays[path]), to_numpy(arrays[other])):
+            for other in found[p][1:] if strict else ():
+                if not np.array_equal(*(to_numpy(arrays[name]).astype(p.dtype) for name in (path, other)), equal_nan=True):
                     raise ValueError(f"{path} and {other} are one parameter of this model, and the state has two values of it")
         for p, path in given.items():
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)

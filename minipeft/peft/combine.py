@@ -25,6 +25,7 @@ import numpy as np
 from ..backend import one_blas_thread, to_numpy
 from ..options import check, configuration, option
 from .config import PeftError
+from .layer import TrainedCopy
 from .targets import listed
 from .weights import fill
 
@@ -127,6 +128,7 @@ def add_weighted_adapter(
         config = model.peft_config[name]
         beside = ("modules_to_save", "trainable_token_indices", "use_dora")
         used = [n for n in beside if getattr(config, n)] if config.peft_type == "LORA" else [config.peft_type]
+        used += ["modules_to_save"] * any(isinstance(part, TrainedCopy) for _, part in model.parts(name))
         if used:
             raise PeftError(f"only plain LoRA adapters can be combined; {name!r} uses {used[0]}")
     combined: dict[str, Arrays] = {}

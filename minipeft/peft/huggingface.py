@@ -174,7 +174,7 @@ def _base_weights(model: Any, adapter_name: str, read: bool = False) -> dict[str
     for path, adapter in model.parts(adapter_name):
         layer = model.layers[path].base_layer if path else None
         named = path.rpartition(".")[2] in EMBEDDINGS or (read and kind_of(layer) == "embedding")
-        if named and f"{PREFIX}model.{path}.weight" not in saved and hasattr(layer, "weight"):
+        if named and f"{_prefix(model, adapter_name)}{path}.weight" not in saved and hasattr(layer, "weight"):
             if layer.weight.dtype.kind == "f" and not adapter.frozen:
                 found[f"{PREFIX}model.{path}.base_layer.weight"] = layer.weight
     return found

@@ -73,8 +73,9 @@ class IA3Config(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, (list, tuple)) and isinstance(self.target_modules, list):
-            extra = sorted(name for name in self.feedforward_modules if not _named(name, self.target_modules))
+        lists = isinstance(self.feedforward_modules, (list, tuple)) and isinstance(self.target_modules, list)
+        if lists and not self.inference_mode:  # PEFT writes files that are otherwise
+            extra = sorted(set(self.feedforward_modules) - set(self.target_modules))
             if extra:
                 raise PeftError(f"feedforward_modules must be among target_modules; {', '.join(extra)} is not")
 

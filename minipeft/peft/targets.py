@@ -75,6 +75,10 @@ def family_of(model: Any, known: Container[str]) -> str | None:
     return "llama" if model_type in ("mistral", "qwen2") and model_type not in known else model_type
 
 
+CLASSIFIES = ("SEQ_CLS", "TOKEN_CLS")  # task types
+CLASSIFIERS = ("classifier", "score")  # what PEFT takes their heads to be called
+
+
 @configuration(kw_only=True)
 class Targets:
     """The options that say which layers a method is put on.
@@ -134,7 +138,7 @@ class Targets:
 
     def targets(self, name: str, kind: str) -> bool:
         """Whether the method is put on the module at this path, of this kind."""
-        saved = any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in self.modules_to_save or ())
+        saved = any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in self.trained_whole)
         if not name or saved or matches(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
@@ -147,6 +151,11 @@ class Targets:
         patterns = as_list(self.layers_pattern) or [r"[^.]*"]
         found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name))), None)
         return found is not None and int(found.groups()[-1]) in layers
+
+    @property
+    def trained_whole(self) -> list[str]:
+        """modules_to_save, and of a classifier its head, which is random, as in PEFT."""
+        return list(dict.fromkeys((*(self.modules_to_save or ()), *(self.task_type in CLASSIFIES) * CLASSIFIERS)))
 
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         """{path: layer} of every target among a model's modules.
@@ -162,10 +171,9 @@ class Targets:
     def resolve_saved(self, modules: dict[str, Any]) -> dict[str, Any]:
         """{path: module} of modules_to_save, and of a classifier's head. Raises PeftError for a name that matches nothing."""
         found = {}
-        heads = ("classifier", "score") if self.task_type in ("SEQ_CLS", "TOKEN_CLS") else ()
-        for target in dict.fromkeys((*(self.modules_to_save or ()), *heads)):
+        for target in self.trained_whole:
             matched = {name: m for name, m in modules.items() if name.endswith(target)}  # PEFT's rule: no dot before it
-            if not matched and target not in heads:  # PEFT names both
+            if not matched and target not in (self.task_type in CLASSIFIES) * CLASSIFIERS:  # PEFT names both
                 raise PeftError(f"modules_to_save: no module is called {target!r}{_near(target, modules)}")
             found.update(matched)
         return found

@@ -101,7 +101,7 @@ class OnlineTrainer(ABC):
     ):  # fmt: skip
         if not isinstance(config, needed := get_type_hints(type(self))["config"]):
             raise TypeError(f"{type(self).__name__} takes a {needed.__name__}, not a {type(config).__name__}")
-        if isinstance(reward, Module) != isinstance(reward, RewardModel):
+        if hasattr(reward, "peft_config"):
             raise TypeError(f"the reward is a {type(reward).__name__}: merge its adapters into a RewardModel first")
         if not isinstance(reward, RewardModel) and "completions" in inspect.signature(reward).parameters:
             raise TypeError("the reward is a RewardModel or a function of a rollout: rlhf.text_reward(function, tokenizer)")

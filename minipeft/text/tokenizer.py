@@ -104,9 +104,9 @@ class Tokenizer:
         with of_library(FileError, f"{path}: not a tokenizer that the tokenizers library reads"):
             backend = tokenizers.Tokenizer.from_buffer(text)
         config: dict[str, Any] = {}
-        for name, wanted in (("special_tokens_map.json", ("eos_token", "pad_token")), ("tokenizer_config.json", None)):
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
             content = read_json(directory / name) if (directory / name).is_file() else {}
-            config |= {key: content[key] for key in wanted or content if content.get(key) is not None}
+            config |= {key: value for key, value in content.items() if value is not None}
         if (directory / "chat_template.jinja").is_file():  # where newer versions of transformers put it
             with expecting("text in UTF-8", directory / "chat_template.jinja"):
                 config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
@@ -229,17 +229,15 @@ class Tokenizer:
                 runs.append(piece)
             else:
                 runs[-1] += piece
-        ids = self._opening() if add_special_tokens and not (runs and isinstance(runs[0], Special)) else []
+        ids: list[int] = []
+        if add_special_tokens and not (runs and isinstance(runs[0], Special)):
+            begun = self._plain.encode(runs[0] if runs else "", add_special_tokens=True)
+            ids = begun.ids[: [*begun.special_tokens_mask, 0].index(0)]
         if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
             return ids + self.encode("".join(runs), True)
         for run in runs:
             ids += [self.token_to_id(run)] if isinstance(run, Special) else self.encode(run)
         return ids
-
-    def _opening(self) -> list[int]:
-        """The ids that the post-processor puts before a text."""
-        plain, whole = (self.encode("a", False, add) for add in (False, True))
-        return whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)]
 
     def apply_chat_template(
         self, messages: Sequence[Any], add_generation_prompt: bool = False, tokenize: bool = True, **variables: Any

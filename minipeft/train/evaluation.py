@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -44,10 +44,10 @@ def _headed(model: Module) -> bool:
     return hasattr(model, "backbone") and hasattr(model, "lm_head")
 
 
-def with_statistics(result: Tensor | tuple[Tensor, Statistics]) -> tuple[Tensor, Statistics]:
-    """What a loss gave as (loss, a scalar; statistics)."""
+def with_statistics(result: Tensor | tuple[Tensor, Statistics], own: Set[str] = OWN) -> tuple[Tensor, Statistics]:
+    """What a loss gave as (loss, a scalar; statistics). Raises ValueError for a statistic with a name of `own`."""
     loss, given = result if isinstance(result, tuple) else (result, {})
-    if taken := sorted(given.keys() & OWN):
+    if taken := sorted(given.keys() & own):
         raise ValueError(f"a statistic of the loss cannot be called {taken[0]!r}: a record has that field already")
     return loss, {name: n if is_array(n) else np.asarray(n) for name, n in given.items()}
 
@@ -108,7 +108,7 @@ def measure(
         for i in range(0, len(examples), batch_size):
             batch = collate([examples[k] for k in range(i, min(i + batch_size, len(examples)))])
             if batch.weight:
-                value, statistics = with_statistics(loss(model, **on_device(batch, model, loss)))
+                value, statistics = with_statistics(loss(model, **on_device(batch, model, loss)), {"loss"})
                 weights.append(batch.weight)
                 results.append((value.data, statistics))
     if not weights:

@@ -222,8 +222,7 @@ class Trainer:
         self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
         self.precision = self.args.precision
         self.scaler = GradScaler() if self.args.fp16 else None
-        # an optimizer that another trainer has used begins anew, as with PyTorch's schedules
-        self._base_rates = [group.setdefault("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.rows_per_step, self.steps_per_epoch = rows, -(-len(train_examples) // rows)
         self.total_steps = self.args.max_steps or math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
@@ -302,6 +301,8 @@ class Trainer:
                         plot_loss(run.history, path)
             finally:
                 self.model.zero_grad()
+                for group, rate in zip(self.optimizer.param_groups, self._base_rates):
+                    group["lr"] = rate  # the schedule leaves nothing in an optimizer that was given
         seconds, best = time.perf_counter() - began, self._best
         return TrainingResult(run.step, run.stopped, best.best_eval_loss, best.best_step, seconds, run.history)
 
