@@ -22,6 +22,7 @@ from ..backend import asarray, get_backend, to_numpy
 from ..directory import replacing
 from ..files import FileError, StoredTensor, map_safetensors, read_json, unfinished, write_json, write_safetensors
 from ..nn.heads import SequenceClassifier
+from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer, TransformerConfig
 from ..quant import Linear4bit
@@ -72,6 +73,7 @@ def save_pretrained(
         raise HubError(f"save_pretrained writes {what}")
     if dtype is not None and dtype not in _DTYPES:
         raise HubError(f"dtype must be 'float32' or 'float16', not {dtype!r}")
+    model = _with_conv1d(model)
     _check_plain(model)
     floats = dense_parameters(model)
     weights = {n: _cast(n, to_numpy(a), dtype if n in floats else None) for n, a in model.state_dict().items()}
@@ -110,6 +112,19 @@ def _stale(path: Path, model: Module) -> list[str]:
 
 def _architecture(model: Module) -> str:
     return (_CLASSIFIER if isinstance(model, SequenceClassifier) else _LANGUAGE_MODEL)[model.config.model_type]
+
+
+def _with_conv1d(model: Any) -> Any:
+    """The model, with GPT-2's layers [in, out] again where four bits, merged or dequantized, have left them [out, in]."""
+    ours, here = Transformer(model.config, seed=None).named_modules(), dict(model.named_modules())
+    turned = [path for path, m in ours if isinstance(m, Conv1D) and type(here.get(path)) is Linear]
+    made = model.copy(share=True) if turned else model
+    for path in turned:
+        layer = made.get_submodule(path)
+        conv = Conv1D(layer.in_features, layer.out_features, seed=None)
+        conv.weight, conv.bias = Parameter(layer.weight.data.T), layer.bias
+        made.replace(path, conv)
+    return made
 
 
 def _check_plain(model: Transformer | SequenceClassifier) -> None:
