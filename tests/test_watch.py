@@ -67,6 +67,15 @@ def test_watching_leaves_nothing_behind(rng):
         gc.enable()
 
 
+def test_a_copy_made_inside_is_of_the_plain_classes(rng):
+    model = build("llama")
+    classes = {path: type(m) for path, m in model.named_modules()}
+    with model.watch(), model.watch("*mlp"):
+        copy = model.copy()
+    assert {path: type(m) for path, m in copy.named_modules()} == classes
+    copy.resize_token_embeddings(model.config.vocab_size + 2)
+
+
 def test_the_gradient_comes_after_the_with_and_only_to_who_asks(rng):
     model, ids = build("llama"), tokens(rng, 2, 4)
     with model.watch("model.layers.0") as seen:

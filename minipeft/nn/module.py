@@ -233,7 +233,7 @@ def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:
     if isinstance(value, Parameter):
         twin = Parameter(value.data if share else value.data.copy(), value.requires_grad)
     elif isinstance(value, Module):
-        twin = object.__new__(type(value))
+        twin = object.__new__(getattr(type(value), "unwatched", type(value)))
         memo[id(value)] = twin
         twin.__dict__.update({name: _copied(v, memo, share) for name, v in value.__dict__.items()})
     elif isinstance(value, list):

@@ -107,7 +107,8 @@ def _through(cls: type, watched: int, path: str, live: list[Callable]) -> type:
         call = functools.partial(cls.forward, self, *args, **options)
         return live[0](path, call) if live and id(self) == watched else call()
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    plain = getattr(cls, "unwatched", cls)  # the class that a copy has
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "unwatched": plain})
 
 
 def gradient_norms(model: Module, pattern: str = "*") -> dict[str, float]:
