@@ -53,7 +53,8 @@ def pytorch_ledger(
         model, config: as in `memory_ledger`, by name or shapes; any family of which there is a table.
         batch, seq_len: sequences on one GPU and their length; without a length, the states alone.
         loop: the settings.
-        mode, max_new_tokens: as in `memory_ledger`.
+        mode, max_new_tokens: as in `memory_ledger`; but "evaluate" is the forward pass alone, without what a loss makes
+            of its logits.
 
     Raises ValueError for what `memory_ledger` refuses, but for families that this package does not build.
     """
