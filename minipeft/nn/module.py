@@ -209,7 +209,8 @@ class Module:
             if arrays[path].shape != p.shape:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
             for other in found[p][1:] if strict else ():
-                if not np.array_equal(*(to_numpy(arrays[name]).astype(p.dtype) for name in (path, other)), equal_nan=True):
+                a, b = (to_numpy(arrays[name]).astype(p.dtype) for name in (path, other))
+                if a.shape != b.shape or not ((a == b) | ((a != a) & (b != b))).all():  # NaN is not equal to itself
                     raise ValueError(f"{path} and {other} are one parameter of this model, and the state has two values of it")
         for p, path in given.items():
             p.data = asarray(arrays[path], xp_of(p.data)).astype(p.dtype, copy=True)

@@ -116,14 +116,14 @@ def add_weighted_adapter(
     ties, which add factors elementwise), ranks whose sum is larger than a matrix has (cat); and for an option that the
     type does not have.
     """
-    how, adapters, weights = Combination(combination_type, **more), list(adapters), [float(w) for w in weights]
+    how, adapters, weights = Combination(combination_type, **more), listed("adapters", adapters), [float(w) for w in weights]
     if len(adapters) == 1 and combination_type != "svd":
         how = Combination("linear")  # of one nothing is taken away
     if not adapters or len(adapters) != len(weights):
         raise PeftError(f"{len(adapters)} adapters were given {len(weights)} weights; each needs one")
     if not all(math.isfinite(w) for w in weights):
         raise PeftError(f"the weights must be finite, not {weights}")
-    for name in listed("adapters", adapters):
+    for name in adapters:
         model._known(name)
         config = model.peft_config[name]
         beside = ("modules_to_save", "trainable_token_indices", "use_dora")
