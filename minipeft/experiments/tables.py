@@ -43,8 +43,8 @@ def means(rows: Sequence[Row], value: Names, by: Names | None = None) -> list[Ro
         means(rows, "loss", by="r")  ->  [{"r": 4, "loss": 2.314, "loss ±": 0.024, "n": 5, "failed": 0}, ...]
 
     By default `by` is all settings but the seed that have several values. None (training diverged) counts as NaN.
-    Raises ValueError for a name that the rows do not have, for "n" and "failed", and where a seed occurs twice in a mean: the runs then
-    differ in another setting, too. And for a value that is no number, as a curve is.
+    Raises ValueError for a name that the rows do not have, for "n" and "failed", and where a seed occurs twice in a
+    mean: the runs then differ in another setting, too. And for a value that is no number, as a curve is.
     """
     found = []
     for group in _with_counts(_groups(rows, _names(value), by)):

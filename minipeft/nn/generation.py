@@ -117,7 +117,7 @@ def generate_stream(
 def next_tokens(
     logits: Array, temperature: float, top_k: int | None, top_p: float | None, stream: Rng, rows: np.ndarray, step: int
 ) -> Array:
-    """The tokens of a step, int64 [b], where the logits [b, V] of these rows are; -1 where one is NaN, or the largest is infinite."""
+    """The tokens of a step, int64 [b], where the logits [b, V] of these rows are; -1 where the largest is no finite number."""
     xp = xp_of(logits)
     u = [uniform(stream, row, step) for row in rows] if temperature else None
     if xp.__name__ == "cupy":

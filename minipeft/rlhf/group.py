@@ -50,7 +50,8 @@ def grpo_advantages(rewards: Array, k: int) -> Array:
     """
     groups = _groups(rewards, k).astype("float64")  # where all are equal, 1e-4 would magnify what float32 rounds
     centered = groups - groups.mean(axis=1, keepdims=True)
-    return (centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1).astype(rewards.dtype if rewards.dtype.kind == "f" else "float64")
+    A = (centered / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
+    return A.astype(rewards.dtype) if rewards.dtype.kind == "f" else A
 
 
 def _groups(rewards: Array, k: int) -> Array:

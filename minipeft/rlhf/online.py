@@ -90,9 +90,9 @@ class OnlineTrainer(ABC):
     The reference is the policy as it is now: what is frozen is shared with it, what is trained is copied.
 
     Raises ValueError for arguments that make no sense: no prompts, a prompt that with its response is longer than the
-    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter, adapters
-    that are merged or have virtual tokens; TypeError for the config of another trainer, prompts that are texts, and a reward that is no function
-    of a rollout.
+    policy's positions, a policy without an EOS token (where its absence costs something) or a trained parameter,
+    adapters that are merged or have virtual tokens; TypeError for the config of another trainer, prompts that are texts,
+    and a reward that is no function of a rollout.
     """
 
     def __init__(

@@ -129,7 +129,8 @@ def example_losses(
         nll_i = -Σ_t log softmax(logits_{t-1})[labels_t]        over the tokens_i labels that count, from t = 1 on
 
     So Σ nll / Σ tokens is what `evaluate` gives, and -nll_i the log-probability of a completion. Examples of about the
-    same length share a batch. Raises FloatingPointError where a loss is not a finite number, ValueError for a batch_size below 1.
+    same length share a batch. Raises FloatingPointError where a loss is not a finite number, ValueError for a
+    batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
