@@ -278,10 +278,10 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 # within attention took four, all layers two.)
 #
 # $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.026 at most; at rank 43, with as many numbers, the
-# interval has both signs. On `source` none of the six is told apart from all layers by its right choices, as far as
-# all twelve intervals are to hold together: they leave $q$ alone anything from 34 points behind to 4 ahead. (One
-# interval at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly
-# higher.) So at rank 8 $q$ and $v$ train a fifth of the numbers, and lose a little; on `source` they forget more.
+# interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
+# less often than all layers, or 4 more often. (They are wide, since all twelve are to hold together. A single interval
+# at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly higher.) So at
+# rank 8 $q$ and $v$ train a fifth of the numbers, and lose a little; on `source` they forget more.
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within 0.02, "not told" one
 # that may or may not reach beyond it. The rival of $q$ and $v$ is what was best on validation: all layers, on both

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minipeft import LoraConfig
+from minipeft import BitFitConfig, LNTuningConfig, LoraConfig
 from minipeft.accounting import Loop, architecture, pytorch_ledger
 from minipeft.accounting.activations import block_terms, blocks_of, megatron_terms
 from minipeft.accounting.footprints import footprints, predict, summary
@@ -145,6 +145,18 @@ def test_four_bit_layers_hand_on_the_float32_of_a_layer_norm():
     assert four == 2 * plain == 12 * 4 * 2 * 512 * 768
     llama = (ledger(LORA, 2, 512, quantization=q).held["activations"] for q in ("nf4", None))
     assert len(set(llama)) == 1
+
+
+def test_a_last_norm_alone_reaches_no_block():
+    """Whether it is tuned or trained as a copy beside LoRA in the last blocks."""
+    for config in (LNTuningConfig(target_modules=["ln_f"]), BitFitConfig(target_modules=["ln_f"])):
+        assert "activations" not in pytorch_ledger("gpt2", config, 1, 64, Loop(checkpointing=False)).lines
+    last = dict(r=2, target_modules=["c_attn"], layers_to_transform=[11])
+    lines = [
+        pytorch_ledger("gpt2", LoraConfig(**last, modules_to_save=saved), 1, 64, Loop(checkpointing=False)).lines["activations"]
+        for saved in (None, ["ln_f"])
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_gelu_in_one_op_keeps_its_input_alone():

@@ -82,6 +82,21 @@ def test_no_command_shows_the_help(capsys):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
+def test_a_template_does_nothing_to_running_text(model, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("It was a very good year. " * 200)
+    argv = ["finetune", "--data", tmp_path / "book.txt", "--model", model, "--output", tmp_path / "o", "--template", "chat"]
+    assert run(*argv) == 2 and "running text takes none" in capsys.readouterr().err
+
+
+def test_a_record_that_is_too_long_is_named_by_its_number_in_the_file(model, tmp_path, capsys):
+    """Wherever the split puts it."""
+    for bad in (2, 7):
+        rows = [{"prompt": f"Number {i}:", "completion": " word" * (300 if i == bad else 1)} for i in range(1, 9)]
+        argv = ["--data", jsonl(tmp_path / "a.jsonl", rows), "--model", model, "--max-length", 64, "--output", tmp_path / "o"]
+        assert run("finetune", *argv) == 2
+        assert f"a.jsonl: 1 of 8 records are longer than 64 tokens, the first of them record {bad} " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [

@@ -123,6 +123,7 @@ def test_the_league_table(capsys, monkeypatch):
     (["--run", "rlhf-9"], "rlhf-9 has no rows to compute again: no rule judges it"),
     (["--run", "soft-7", "--store", ROWS], "holds the shipped rows; choose another"),
     (["lora-6", "--run", "soft-7"], "--run has its own statement: leave lora-6 out"),
+    (["--run", "lora-6", "--executor", "0"], "--executor: must be an integer of at least 1, not '0'"),
     (["--run", "soft-7", "--json"], "--json does nothing with --run"),
     (["--recompute", "0"], "--recompute must be at least 1, got 0"),
     (["--recompute", "2", "lora-6"], "--recompute draws from all statements: leave lora-6 out"),

@@ -27,6 +27,8 @@ def test_the_table_its_drawing_and_its_summary(capsys):
 def test_runs_of_one_source(capsys):
     runs = reported(capsys, "audit", "--footprints", "--source", "torchtune")["runs"]
     assert runs and all("torchtune" in run["source"] for run in runs)
+    _, out, _ = output(capsys, "audit", "--footprints", "--source", "prepare_dataset", "--json")
+    assert "NaN" not in out, "that is no JSON"
 
 
 def test_the_mark_of_a_ratio():

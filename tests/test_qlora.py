@@ -109,6 +109,15 @@ def test_a_requantized_merge_of_an_untrained_adapter_changes_no_code_but_where_s
     np.testing.assert_allclose(again(IDS).data, model(IDS).data, atol=1e-5)
 
 
+def test_a_layer_of_zeros_is_requantized_without_an_error():
+    plain = base()
+    plain.model.layers[0].mlp.down_proj.weight.data[:] = 0
+    model = mp.get_peft_model(quantize_model(plain), mp.LoraConfig(r=4, target_modules=["down_proj"]))
+    model.merge_adapter()
+    _, errors = merge_and_requantize(model)
+    assert errors["model.layers.0.mlp.down_proj"].requantized == 0
+
+
 def test_a_requantized_merge_owns_its_arrays_and_merges_only_the_adapters_asked_for():
     model = base("gpt2")
     peft = mp.get_peft_model(quantize_model(model), config(r=4), "active")

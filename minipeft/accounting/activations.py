@@ -247,9 +247,10 @@ def block_terms(
         if any(x.kind == "attention" and (x.trained or (x.added and not copied(x))) for x in block.layers):
             yield term("attention's output", c * n, queries)
 
-    # 5. The MLP: a gate keeps act's input, act's value and the other factor; an activation alone its input.
+    # 5. The MLP: a gate keeps act's input, act's value and the other factor; an activation alone its input. tanh GELU in
+    #    Python keeps three arrays beside its input.
     if block.inner:
-        arrays = 3 if block.gated else 4 if block.python_gelu else 1
+        arrays = (3 if block.gated else 1) + 3 * block.python_gelu
         yield term("gate, its activation, up" if block.gated else "input of the activation", c * arrays, block.inner)
 
     # 6. Dropout of the model's own, where its family has it: a byte for each value.

@@ -229,14 +229,13 @@ class Tokenizer:
                 runs.append(piece)
             else:
                 runs[-1] += piece
-        ids: list[int] = []
-        if add_special_tokens and not (runs and isinstance(runs[0], Special)):
-            begun = self._plain.encode(runs[0] if runs else "", add_special_tokens=True)
-            ids = begun.ids[: [*begun.special_tokens_mask, 0].index(0)]
         if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
-            return ids + self.encode("".join(runs), True)
-        for run in runs:
-            ids += [self.token_to_id(run)] if isinstance(run, Special) else self.encode(run)
+            ids = self.encode("".join(runs), True)
+        else:
+            ids = [i for run in runs for i in ([self.token_to_id(run)] if isinstance(run, Special) else self.encode(run))]
+        if add_special_tokens and not (runs and isinstance(runs[0], Special)):
+            begun = self._plain.encode("".join(runs)[:1], add_special_tokens=True)  # of its beginning, which is enough
+            return begun.ids[: [*begun.special_tokens_mask, 0].index(0)] + ids
         return ids
 
     def apply_chat_template(

@@ -6,7 +6,7 @@ import pytest
 
 from minipeft import LoraConfig
 from minipeft.accounting import architecture
-from minipeft.accounting.activations import Term, block_terms, blocks_of
+from minipeft.accounting.activations import PYTHON_GELU, Term, block_terms, blocks_of
 from minipeft.accounting.parameters import trained_parameters
 
 torch = pytest.importorskip("torch")
@@ -81,3 +81,19 @@ def test_the_terms_of_a_block_are_the_bytes_that_autograd_packs(name, weights, m
         terms.append(Term("statistics", "", -2 * 4))
     block_type = {"llama": "LlamaDecoderLayer", "qwen2": "Qwen2DecoderLayer", "gpt2": "GPT2Block"}[kind]
     assert sum(t.bytes for t in terms) == pytest.approx(bytes_packed(model, block_type, autocast), rel=1e-9), terms
+
+
+def test_families_whose_gelu_is_written_in_python_keep_four_arrays_and_others_one():
+    """x, x / 2, the tanh and 1 + tanh; BLOOM's is a function of its own, which keeps x alone."""
+    from transformers.activations import ACT2FN
+    from transformers.models.bloom.modeling_bloom import BloomGelu
+
+    def arrays(activation):
+        x, seen = torch.randn(3, 5, requires_grad=True), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            activation.train()(x)
+        return sum(t.numel() == x.numel() for t in seen.values())
+
+    assert arrays(BloomGelu()) == 1 and "bloom" not in PYTHON_GELU
+    assert transformers.MT5Config().dense_act_fn == transformers.GPT2Config().activation_function == "gelu_new"
+    assert arrays(ACT2FN["gelu_new"]) == 4 and {"mt5", "gpt2"} <= set(PYTHON_GELU)
