@@ -28,11 +28,10 @@ import minipeft as mp
 from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger
 from minipeft.claims.comparison import CASES, KEYS, Case, above, best, compare
 from minipeft.claims.league import MAIN, league
-from minipeft.claims.protocol import report, search, untrained
+from minipeft.claims.protocol import finder, report, search, untrained
 from minipeft.claims.standings import as_text, standings
 from minipeft.experiments import shipped
 from minipeft.experiments.costs import latency, memory, merged
-from minipeft.experiments.rows import finder
 from minipeft.experiments.run import Settings, fine_tune
 from minipeft.peft.methods import METHODS
 

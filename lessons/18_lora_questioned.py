@@ -26,9 +26,8 @@ from minipeft.backend import asarray, one_blas_thread, to_numpy
 from minipeft.claims import data
 from minipeft.claims.comparison import KEYS, compare
 from minipeft.claims.league import ALPHAS, MIDDLE, RANKS, TARGETS, league
-from minipeft.claims.protocol import report, search
+from minipeft.claims.protocol import finder, report, search
 from minipeft.claims.standings import so_far
-from minipeft.experiments.rows import finder
 from minipeft.files import read_json, write_json
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from minipeft.claims import data, protocol
-from minipeft.claims.protocol import TABLE, Trial, climb, neighbors, report, search, tuned, untrained, wanted
+from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import Estimate, mean
-from minipeft.experiments.rows import described, finder
+from minipeft.experiments.rows import described
 from minipeft.hub.base import load_base
 from minipeft.text.datasets import MultipleChoice
 

@@ -25,15 +25,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluation.intervals import Estimate
-from ..experiments.rows import described, finder, read_rows
+from ..experiments.rows import read_rows
 from . import protocol
-from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, search, tuned, untrained
+from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder, search, trial_of, tuned, untrained
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "not told apart"
@@ -81,7 +81,7 @@ class Searches(Experiment):
 
     def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row of the same trial, computed now."""
-        return protocol.run(Trial(**{name: row[name] for name in Trial.__dataclass_fields__}))
+        return protocol.run(trial_of(row))
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have. Another processor adds in another order, and training
@@ -89,8 +89,8 @@ class Searches(Experiment):
         row has several seeds, by ALONE."""
         find, near, found = finder(others), SPREADS * spread(self.rows()) or ALONE, []
         for row in rows:
-            trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
-            other = find(described(trial))
+            trial = trial_of(row)
+            other = find(trial)
             a, b = row["loss"], other and other["loss"]
             if other and (a is None or b is None or abs(a - b) > near) and a != b:
                 found.append(f"{trial}, loss: {b}, and {a} in the package; {near:.4f} may be luck")
@@ -112,7 +112,7 @@ def spread(rows: Sequence[Mapping[str, Any]]) -> float:
     groups: dict[Trial, list[float]] = {}
     for row in rows:
         if row["split"] == "test" and row["rate"] is not None and row["loss"] is not None:
-            trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__} | {"seed": 0})
+            trial = replace(trial_of(row), seed=0)
             groups.setdefault(trial, []).append(row["loss"])
     variances = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
     return math.sqrt(statistics.mean(variances)) if variances else 0.0
@@ -185,7 +185,7 @@ def way(method: str, case: Case, **fixed: Any) -> Way:
 def best(find: Find, case: Case, methods: Iterable[str], worst: bool = False) -> str:
     """The method with the lowest loss on validation, or the highest, each at its tuned trial."""
     trials = {method: tuned(find, search(case.task, method, case.examples))[0] for method in methods}
-    losses = {method: find(described(trial))["loss"] for method, trial in trials.items()}
+    losses = {method: find(trial)["loss"] for method, trial in trials.items()}
     return (max if worst else min)(losses, key=lambda method: math.inf if losses[method] is None else losses[method])
 
 

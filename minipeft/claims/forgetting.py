@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..experiments.rows import finder
 from .comparison import CASES, SIZES, Pair, Searches, better, judged, way
-from .protocol import TABLE, Gentle
+from .protocol import TABLE, Gentle, finder
 from .register import Verdict, claim
 
 Rows = Sequence[Mapping[str, Any]]

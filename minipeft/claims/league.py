@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ..experiments.rows import described, finder
 from ..experiments.seeds import interval
 from .comparison import (
     CASES,
@@ -33,7 +32,7 @@ from .comparison import (
     way,
     worse,
 )  # fmt: skip
-from .protocol import SEEDS, TABLE, search, tuned
+from .protocol import SEEDS, TABLE, finder, search, tuned
 from .register import HOLDS, NOT, UNTESTABLE, Number, Verdict, claim, graded, listed, measured, those
 from .standings import flops
 
@@ -246,8 +245,8 @@ def selection(rows: Rows) -> Verdict:
         for method in MAIN:
             seen: dict[Any, float] = {}
             trial, _ = tuned(find, search(case.task, method, case.examples), seen)
-            again = [find(described(trial) | {"seed": seed, "split": "test"})["loss"] for seed in SEEDS]
-            trained = {one: find(described(one))["train_loss"] for one in seen}
+            again = [find(replace(trial, seed=seed, split="test"))["loss"] for seed in SEEDS]
+            trained = {one: find(one)["train_loss"] for one in seen}
             fitted = {one: loss for one, loss in trained.items() if loss is not None}
             if None not in again and fitted:
                 blind.append(seen[min(fitted, key=lambda one: fitted[one])] - float(np.mean(again)))
@@ -297,7 +296,7 @@ def overfitting(rows: Rows) -> Verdict:
         seen: dict[str, dict[Any, float]] = {"lora": {}, "full": {}}
         for method, losses in seen.items():
             tuned(find, search(case.task, method, case.examples), losses)
-        trained = {m: [(find(described(t))["train_loss"], loss) for t, loss in losses.items()] for m, losses in seen.items()}
+        trained = {m: [(find(t)["train_loss"], loss) for t, loss in losses.items()] for m, losses in seen.items()}
         own = []
         for fit, loss in trained["full"]:
             near = [(abs(other - fit), value) for other, value in trained["lora"] if other is not None and fit is not None]
@@ -331,7 +330,7 @@ def lora_for_balance(rows: Rows) -> Verdict:
     """Holds if in every case LoRA clearly beats each method that stores less, and is not inferior (interval above -0.02) to each that
     stores more; holds if in some; does not hold here if in none."""
     find = finder(rows)
-    size = {m: find(described(tuned(find, search("source", m, SIZES[1]))[0]))["storage"] for m in MAIN}
+    size = {m: find(tuned(find, search("source", m, SIZES[1]))[0])["storage"] for m in MAIN}
     less, more = ([m for m in MAIN if m != "lora" and (size[m] < size["lora"]) is smaller] for smaller in (True, False))
     smaller = judged(find, [pair for m in less for pair in in_cases("lora", CASES, m)], better)
     return both(smaller, judged(find, [pair for m in more for pair in in_cases("lora", CASES, m)], not_inferior))

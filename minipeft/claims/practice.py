@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..evaluation.intervals import Estimate
-from ..experiments.rows import described, finder
 from . import protocol
 from .comparison import CASES, NEAR, SIZES, Case, Pair, Searches, better, both, judged, not_inferior, way
 from .league import MAIN, league
-from .protocol import SEEDS, Find, Seen, chosen, most_epochs, search, untrained
+from .protocol import SEEDS, Find, Seen, chosen, finder, most_epochs, search, untrained
 from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, listed, measured
 from .statistics import crossed
 
@@ -139,11 +138,11 @@ class Forgotten(NamedTuple):
 
 def forgotten(find: Find, method: str, case: Case) -> Forgotten | None:
     """Of a tuned method in a case; None where it diverged under a seed."""
-    of, start = search(case.task, method, case.examples), find(described(untrained(case.task)))
+    of, start = search(case.task, method, case.examples), find(untrained(case.task))
     found, before = (protocol.report(find, each, "cloze") for each in (of, untrained(case.task)))
     if found is None:
         return None
-    rows = [find(described(found.trial) | {"seed": seed, "split": "test"}) for seed in SEEDS]
+    rows = [find(replace(found.trial, seed=seed, split="test")) for seed in SEEDS]
     text = [np.mean([row["general"][name] - loss for name, loss in start["general"].items()]) for row in rows]
     return Forgotten(np.array(text), before.values - found.values)
 

@@ -21,7 +21,7 @@ import argparse
 import hashlib
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 from ..evaluation import evaluate
 from ..evaluation.cloze import general_cloze
 from ..evaluation.intervals import Estimate
-from ..experiments.rows import Row, described, failed, finder, read_rows
+from ..experiments.rows import Row, failed, read_rows
 from ..experiments.run import Settings, TaskData, fine_tune
 from ..experiments.shipped import REPLAY, base, general_blocks, rounded
 from ..experiments.sweep import sweep
@@ -84,7 +84,17 @@ class Trial:
         return max(1, round(self.epochs * self.examples / self.batch_size))
 
 
-Find = Callable[[Row], Row | None]  # from what identifies a row to the row: `finder` of all rows
+Find = Callable[[Trial], Row | None]
+
+
+def trial_of(row: Mapping[str, Any]) -> Trial:
+    """What a row is the result of."""
+    return Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
+
+
+def finder(rows: Iterable[Row]) -> Find:
+    """From a trial to its first row that did not fail, None where there is none."""
+    return {trial_of(row): row for row in reversed([*rows]) if not failed(row)}.get
 
 
 class Search(NamedTuple):
@@ -302,7 +312,7 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     seen = {} if seen is None else seen
 
     def score(trial: Trial) -> float | None:
-        row = find(described(trial))
+        row = find(trial)
         if row is None:
             return None
         seen[trial] = math.inf if row["loss"] is None else row["loss"]
@@ -326,11 +336,11 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
     if unknown or more:
         return mine, unknown + more
-    losses = [find(described(trial))["loss"] for trial in (mine, other)]
+    losses = [find(trial)["loss"] for trial in (mine, other)]
     enough = max(math.inf if loss is None else loss for loss in losses) + ROOM
     equal = [trial for trial, loss in seen.items() if loss <= enough]
-    kept = [trial for trial in equal if find(described(trial))["loss"] is not None] or [mine]
-    return min(kept, key=lambda trial: (sum(find(described(trial)).get("general", {}).values()), seen.get(trial, 0))), []
+    kept = [trial for trial in equal if find(trial)["loss"] is not None] or [mine]
+    return min(kept, key=lambda trial: (sum(find(trial).get("general", {}).values()), seen.get(trial, 0))), []
 
 
 def wanted(find: Find, searches: Iterable[Choice]) -> list[Trial]:
@@ -340,7 +350,7 @@ def wanted(find: Find, searches: Iterable[Choice]) -> list[Trial]:
         best, unknown = chosen(find, of)
         trials += unknown or [replace(best, seed=seed, split="test") for seed in SEEDS]
         trials.append(untrained(of.start.task))
-    return [trial for trial in dict.fromkeys(trials) if find(described(trial)) is None]
+    return [trial for trial in dict.fromkeys(trials) if find(trial) is None]
 
 
 @cache
@@ -385,9 +395,9 @@ def report(find: Find, of: Choice | Trial, key: str = "nll") -> Report | None:
     """
     fixed = isinstance(of, Trial)
     best, unknown = (of, []) if fixed else chosen(find, of)
-    before = find(described(untrained(best.task)))
+    before = find(untrained(best.task))
     trials = [of] if fixed else [replace(best, seed=seed, split="test") for seed in SEEDS]
-    found = [find(described(trial)) for trial in trials]
+    found = [find(trial) for trial in trials]
     if before is None or unknown or None in found or any(row["loss"] is None for row in found):
         return None
     weights = np.array(before["tokens"], float) if key == "nll" else None

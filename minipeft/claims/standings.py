@@ -18,11 +18,10 @@ import numpy as np
 
 from ..accounting.flops import step_flops
 from ..evaluation.intervals import Estimate, mean
-from ..experiments.rows import described, finder
 from ..hub.base import BASE
 from . import data, protocol
 from .comparison import KEYS, Case, Searches, compare
-from .protocol import TABLE, untrained
+from .protocol import TABLE, finder, untrained
 
 
 class Standing(NamedTuple):
@@ -56,9 +55,9 @@ def _league(case: Case, methods: Iterable[str] | None, rows: Any) -> tuple[dict[
 
 def _standing(find: protocol.Find, case: Case, method: str, search: protocol.Search) -> Standing | None:
     loss, before = protocol.report(find, search), untrained(case.task)
-    if loss is None or (base := find(described(before))) is None:
+    if loss is None or (base := find(before)) is None:
         return None
-    rows = [find(described(replace(loss.trial, seed=seed, split="test"))) for seed in protocol.SEEDS]
+    rows = [find(replace(loss.trial, seed=seed, split="test")) for seed in protocol.SEEDS]
     risen = [float(np.mean([row["general"][name] - base["general"][name] for name in base["general"]])) for row in rows]
     cloze, kept = protocol.report(find, search, "cloze"), protocol.report(find, before, "cloze")
     right = protocol.report(find, search, "right").mean if KEYS[case.task] == "right" else None
