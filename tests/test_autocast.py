@@ -107,6 +107,15 @@ def test_a_gradient_has_the_precision_of_its_array(xp, rng):
     assert to_numpy(w.grad) == pytest.approx(2e-9, rel=0.01)
 
 
+def test_a_choice_between_numbers_is_rounded_as_they_are():
+    twos = mp.Tensor(np.full((2, 2), 2.0, "f"))
+    with autocast("float16"):
+        chosen = F.where(np.eye(2, dtype=bool), twos @ twos, -1e9)
+        assert chosen.data.tolist() == [[8, -np.inf], [-np.inf, 8]]
+    with autocast("bfloat16"):
+        assert F.where(np.eye(2, dtype=bool), twos @ twos, 0.3).data.min() == np.float32(0.30078125)
+
+
 def test_overflow_is_infinite_and_bfloat16s_range_is_float32s(xp):
     x, w = leaf(xp, [[300.0, 300.0]]), leaf(xp, [[300.0, 300.0]])
     with autocast("float16"):

@@ -482,6 +482,16 @@ def test_checkpoint_of_frozen_inputs_and_under_no_grad_is_a_plain_call():
     assert frozen.grad is None and x.grad.tolist() == [1.0, 1.0]
 
 
+def test_a_checkpoint_refuses_what_would_be_computed_otherwise_in_backward():
+    x, frozen, w = leaf(2), nn.Parameter(np.ones(2), requires_grad=False), leaf(2)
+    y = checkpoint(lambda x: x * frozen, x, parameters=[frozen]).sum()
+    frozen.data, frozen._version = frozen.data * 3, 1
+    with pytest.raises(AutogradError, match=r"a parameter of shape \(2,\) was changed after the forward pass"):
+        y.backward()
+    with pytest.raises(AutogradError, match=r"a tensor of shape \(2,\) that needs a gradient: list it in parameters"):
+        checkpoint(lambda x: x * w, x).sum().backward()
+
+
 def test_a_parameter_that_the_checkpointed_function_does_not_use_gets_zeros():
     x, w = leaf(2), leaf(3)
     checkpoint(F.exp, x, parameters=[w]).sum().backward()

@@ -198,6 +198,7 @@ def test_head_only_knows_the_other_heads(build_head, names):
 def test_what_does_not_fit_says_why(xp, rng):
     base = build("llama", xp)
     classifier, ids = SequenceClassifier(base, 3), xp.asarray(tokens(rng, 2, 4))
+    assert SequenceClassifier(base, np.int64(3)).num_labels == 3
     with pytest.raises(ValueError, match="num_labels must be a positive integer, not 0"):
         SequenceClassifier(base, 0)
     with pytest.raises(TypeError, match="is built on a Transformer, not on a Linear"):

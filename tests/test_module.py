@@ -162,6 +162,14 @@ def test_loading_without_strict_takes_what_fits():
     model = Tied()
     model.load_state_dict({"scale": np.zeros(3), "extra": np.zeros(1)}, strict=False)
     assert not model.scale.data.any()
+    with pytest.raises(ValueError, match="are one parameter of this model, and the state has two values of it"):
+        model.load_state_dict({"first.weight": np.zeros((3, 3)), "rest.0.weight": np.ones((3, 3))}, strict=False)
+
+
+def test_modules_in_a_row_are_given_their_own_random_numbers():
+    row = mp.nn.Sequential(mp.nn.Dropout(0.5), mp.functional.relu, mp.nn.Dropout(0.5))
+    x = mp.Tensor(np.ones((1, 4000), "f"))
+    assert row(x).data.tolist() == x.data.tolist() and 0.7 < (row(x, mp.backend.Rng(0)).data == 0).mean() < 0.8
 
 
 def test_many_missing_keys_are_summed_up():

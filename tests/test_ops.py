@@ -577,6 +577,24 @@ HALF = {  # op -> (call, input, weight)
 }
 
 
+def test_float16_inputs_overflow_no_sum_whatever_the_weights_are():
+    x, ones = Tensor(np.full((1, 1024), 30, np.float16) * np.tile([1, -1], 512).astype(np.float16)), Tensor(np.ones(1024, "f"))
+    for y in (F.rms_norm(x, ones), F.layer_norm(x, ones, ones * 0)):
+        np.testing.assert_allclose(np.abs(y.data), 1, rtol=1e-3)
+
+
+def test_swiglu_broadcasts():
+    gate, up = (Tensor(np.ones(shape, "f"), requires_grad=True) for shape in ((3, 1), (3, 4)))
+    F.swiglu(gate, up).sum().backward()
+    assert gate.grad.shape == (3, 1) and up.grad.shape == (3, 4)
+
+
+def test_an_index_of_few_bits_names_rows_of_many():
+    x = Tensor(np.zeros((300, 2), "f"), requires_grad=True)
+    x[np.array([5, 7, 5], np.uint8)].sum().backward()
+    assert x.grad[[5, 7, 9], 0].tolist() == [2, 1, 0]
+
+
 @pytest.mark.parametrize("context", [contextlib.nullcontext, by_definition])
 @pytest.mark.parametrize("name", list(HALF))
 def test_weights_stored_in_float16_are_widened_when_used(name, context, xp):

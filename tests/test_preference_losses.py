@@ -236,6 +236,12 @@ def test_kto_takes_answers_one_by_one():
     run, _, result = trained("kto", liked, liked, desirable_weight=0.5)
     assert result.losses()[0][1] == pytest.approx(0.25, abs=1e-4), "λ_D / 2 at the reference"
     assert "logps/rejected" not in result.history[0] and run.measure()["kl"] != 0
+    numbers = [UnpairedExample(e.example, int(e.label)) for e in alone]
+    rejected = [trained("kto", data)[2].losses("logps/rejected") for data in (numbers, alone)]
+    assert rejected[0] == rejected[1], "1 and 0 are labels, too"
+    for given in ({"chosen": 1, "rejected": 2}, both[0].chosen):
+        with pytest.raises(ValueError, match=rf"training example 1 is a {type(given).__name__}, not a PreferencePair"):
+            rlhf.dpo_trainer(base(), [both[0], given])
     with pytest.raises(ValueError, match="compares the two answers of a pair; unpaired ones are for 'kto'"):
         rlhf.dpo_trainer(base(), alone)
     with pytest.raises(ValueError, match="compares the two answers of a pair"):

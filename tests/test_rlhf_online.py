@@ -625,6 +625,40 @@ def test_a_resumed_run_ends_with_the_same_bytes(method, tmp_path):
     assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
+class Once(Callback):
+    """Interrupts a run at its first optimizer step of this number."""
+
+    at = 8
+
+    def before_step(self, model, step):
+        if step == self.at:
+            Once.at = 0
+            raise Interrupted
+
+
+def test_an_interrupted_trainer_goes_on_itself_from_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(Once, "at", 0)
+    options = dict(learning_rate=1e-3, max_grad_norm=None, save_steps=1)
+    whole = trainer("grpo", output_dir=tmp_path / "whole", **options)
+    whole.train(callbacks=[Once()])
+    monkeypatch.setattr(Once, "at", 8)  # in update 2, between backward and the optimizer's step
+    halves = trainer("grpo", output_dir=tmp_path / "halves", **options)
+    with pytest.raises(Interrupted):
+        halves.train(callbacks=[Once()])
+    halves.step()  # an update of its own, after which the checkpoint is older than the trainer
+    assert halves.train(resume_from_checkpoint=True, callbacks=[Once()]) == whole.history
+    assert all(halves.trainable[name].data.tobytes() == p.data.tobytes() for name, p in whole.trainable.items())
+
+
+def test_a_run_that_goes_on_without_a_checkpoint_keeps_its_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(Once, "at", 8)
+    run = trainer("rloo", output_dir=tmp_path)
+    with pytest.raises(Interrupted):
+        run.train(callbacks=[Once()])
+    assert [r["step"] for r in run.train()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     reward = rlhf.RewardModel(base(), seed=3)
     trainer(reward=reward, output_dir=tmp_path, save_steps=2).train()
@@ -766,11 +800,17 @@ def test_what_belongs_to_another_trainer_or_is_text_is_named():
         rlhf.PPOTrainer(base(), liked, PROMPTS, rlhf.GroupConfig())
     with pytest.raises(TypeError, match=r"rlhf.text_reward\(function, tokenizer\)"):
         trainer(reward=lambda prompts, completions: [1.0] * len(prompts))
-    with pytest.raises(TypeError, match="lists of token ids, not texts"):
-        trainer(prompts=["She was"])
+    texts = ["She was"]
+    for sample in (lambda: trainer(prompts=texts), lambda: rlhf.sample_answers(base(), texts), lambda: rlhf.best_of_n(base(), liked, texts, 2)):
+        with pytest.raises(TypeError, match="lists of token ids, not texts"):
+            sample()
+    with pytest.raises(TypeError, match="a function of a rollout, not 'length'"):
+        trainer(reward="length")
+    assert trainer(reward=max).reward is max, "a builtin does not say what it takes"
     adapted = mp.get_peft_model(rlhf.RewardModel(base()), mp.LoraConfig(r=2))
-    with pytest.raises(TypeError, match="the reward is a PeftModel: merge its adapters into a RewardModel first"):
-        trainer(reward=adapted)
+    for score in (lambda: trainer(reward=adapted), lambda: rlhf.best_of_n(base(), adapted, PROMPTS, 2)):
+        with pytest.raises(TypeError, match="the reward is a PeftModel: merge its adapters into a RewardModel first"):
+            score()
 
 
 def test_what_a_rollout_and_an_update_cannot_work_with():

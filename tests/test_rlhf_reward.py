@@ -115,6 +115,12 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
             rlhf.RewardModel.from_pretrained(tmp_path / "rm")
     with pytest.raises(ValueError, match=r"standard deviation .*: nothing to scale by"):
         model.calibrate([texts[0], texts[0]])
+    with pytest.raises(ValueError, match="there are no reference texts"):
+        model.calibrate([])
+    assert model.score_texts(texts).tobytes() == scores.tobytes(), "it is calibrated as before"
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            model.score_texts(texts, size)
     mp.save_pretrained(base, tmp_path / "lm")
     with pytest.raises(ValueError, match="holds no reward model"):
         rlhf.RewardModel.from_pretrained(tmp_path / "lm")

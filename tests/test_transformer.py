@@ -162,6 +162,15 @@ def test_a_cache_fed_piece_by_piece_equals_the_full_forward_with_left_padding(di
         assert len(cache) == stop
 
 
+def test_a_cache_is_as_precise_as_what_is_added(xp, rng):
+    k = rng.standard_normal((1, 2, 3, 4), "f")
+    cache = KVCache([(xp.asarray(k.astype("float16")),) * 2])
+    keys, _ = cache.append(0, xp.asarray(k), xp.asarray(k))
+    assert keys.dtype == np.float32 and np.array_equal(to_numpy(keys)[:, :, 3:], k)
+    narrow, _ = cache.append(0, *[xp.asarray(k.astype("float16"))] * 2)
+    assert narrow.dtype == np.float32 and np.array_equal(to_numpy(narrow)[:, :, 3:6], k)
+
+
 def test_a_cache_counts_its_bytes_copies_and_selects_rows(xp, rng):
     model, ids = build("llama", xp), xp.asarray(tokens(rng, 3, 4))
     cache = KVCache()
@@ -410,6 +419,7 @@ def test_it_learns_a_sequence_by_heart(dialect, rng):
         (dict(model_type="gpt2", num_key_value_heads=2), "as many key heads as query heads"),
         (dict(dropout=1.0), "dropout must be a number of at least 0 and below 1, got 1.0"),
         (dict(model_type="qwen2", mlp_bias=True), "options of llama; qwen2 has none"),
+        (dict(model_type="gpt2", attention_bias=True), "options of llama; gpt2 always has biases"),
     ],
 )
 def test_a_configuration_that_does_not_fit_says_why(fields, message):
@@ -438,6 +448,7 @@ def test_input_that_does_not_fit_says_why(dialect, xp, rng):
         (IndexError, r"token id -37 is out of range", dict(input_ids=unknown - 40)),
         (TypeError, "ids must be integers, not float64", dict(input_ids=ids.astype("float64"))),
         (ValueError, r"\(k, v\) of each of the 2 layers, not of 0", dict(input_ids=ids, past_key_values=[])),
+        (ValueError, "of a batch of 1 rows, and this one has 2", dict(input_ids=ids, past_key_values=pairs(model, ids[:1]))),
     ]:
         with pytest.raises(error, match=message):
             model(**arguments)

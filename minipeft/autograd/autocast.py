@@ -39,7 +39,7 @@ FLOAT32 = {
     },
 }  # fmt: skip
 EXACT = frozenset({  # whose results, and gradients, are their inputs' numbers: nothing to round
-    "abs", "neg", "relu", "reshape", "transpose", "swapaxes", "broadcast_to", "getitem", "gather", "_cat", "where",
+    "abs", "neg", "relu", "reshape", "transpose", "swapaxes", "broadcast_to", "getitem", "gather", "_cat",
 })  # fmt: skip
 _known: dict[str, Any] = {dtype: WeakValueDictionary() for dtype in DTYPES}  # id -> an array that has been rounded
 

@@ -106,6 +106,8 @@ def _silu(x):
 @kernel(ops.swiglu, "numpy")
 def _swiglu(gate, up):
     """What backward multiplies by is made while its parts are in the cache; the two arrays take the place of the inputs."""
+    if gate.shape != up.shape:
+        return ops.swiglu.definition(gate, up)
 
     def into(out, gate, up):
         _silu_into(out, gate)

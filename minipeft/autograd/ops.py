@@ -387,7 +387,7 @@ def getitem(x, index):
 def _repeats(index: Any, rows: tuple[int, ...]) -> bool:
     """Whether an index may name an element twice."""
     if isinstance(index, np.ndarray) and index.ndim == 1 and index.dtype.kind != "b":
-        return len(set((index % rows[0]).tolist())) < index.size
+        return len(set((index.astype(np.int64) % rows[0]).tolist())) < index.size
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(i, (list, tuple, range, Tensor)) or (is_array(i) and i.dtype.kind != "b") for i in parts)
 

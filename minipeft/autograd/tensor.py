@@ -179,8 +179,8 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
             numpy = type(arrays[0]) is _NUMPY
             form = forms.get("numpy" if numpy else xp_of(*arrays).__name__, form)
-            if numpy and arrays[0].dtype.char == "e" and not any(a.dtype.char in "fd" for a in arrays if is_array(a)):
-                form = definition  # all is float16, in which the kernels' sums would overflow
+            if numpy and arrays[0].dtype.char == "e":
+                form = definition  # float16, in which the kernels' sums would overflow
         if _mode.evaluate is not None:
             form = functools.partial(_mode.evaluate, name, form)
         try:
@@ -554,13 +554,20 @@ class Tensor:
     __le__, __gt__, __ge__ = map(_compared, (operator.le, operator.gt, operator.ge))
 
 
-def gradients(output: Tensor, grad: Array, leaves: Iterable[Tensor]) -> list[Array | None]:
-    """dL/d(leaf), in its shape, of each of `leaves`, given dL/d(output): `backward` that does not write `.grad`."""
+def gradients(
+    output: Tensor, grad: Array, leaves: Iterable[Tensor], others: Callable[[Tensor], None] | None = None
+) -> list[Array | None]:
+    """dL/d(leaf), in its shape, of each of `leaves`, given dL/d(output): `backward` that does not write `.grad`.
+
+    `others` is called with each leaf that has a gradient and is none of them.
+    """
     holders = {id(leaf): Tensor(leaf.data) for leaf in leaves}
 
     def deliver(leaf: Tensor, g: Array | Term, owned: bool) -> None:
         if id(leaf) in holders:
             _accumulate(holders[id(leaf)], g, owned)
+        elif others is not None:
+            others(leaf)
 
     if output._node is not None:
         pull_back(output._node, grad, deliver)
@@ -586,21 +593,32 @@ def checkpoint(fn: Callable[..., Tensor], *inputs: Tensor, parameters: Iterable[
     """y = fn(*inputs), keeping only the inputs: what `fn` computes inside is dropped, and computed again in backward.
 
     One recomputation serves all inputs. `parameters` are the tensors that `fn` uses and that are not its arguments.
-    Inputs may have any shape. `fn` must compute the same thing twice: dropout does when its `Rng` is keyed.
+    Inputs may have any shape. `fn` must compute the same thing twice: dropout does when its `Rng` is keyed. In backward,
+    AutogradError is raised where a parameter has been changed meanwhile, or one that needs a gradient is not listed.
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174).
     """
     with no_grad():
         value = fn(*inputs).data
+    parameters = [*parameters]
+    versions = [p._version for p in parameters]
     needed = [leaf for leaf in dict.fromkeys([*inputs, *parameters]) if leaf.requires_grad]
     result, evaluate = Tensor(value), _mode.evaluate  # in backward as now
     if not (needed and is_grad_enabled()):
         return result
 
+    def unlisted(leaf: Tensor) -> None:
+        raise AutogradError(f"checkpoint: fn uses a tensor of shape {leaf.shape} that needs a gradient: list it in parameters")
+
     def compute(g: Array) -> list[Array]:
+        if changed := [p.shape for p, version in zip(parameters, versions) if p._version != version]:
+            raise AutogradError(
+                f"backward: a parameter of shape {changed[0]} was changed after the forward pass of a checkpoint, which "
+                "would compute another one now; call backward before it is changed, or compute the loss again"
+            )
         again = {id(x): Tensor(x.data, requires_grad=x.requires_grad) for x in inputs}
         with _set_mode("enabled", True), evaluated_by(evaluate), _as_leaves(needed):
             out = fn(*[again[id(x)] for x in inputs])
-        found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed])
+        found = gradients(out, g, [again.get(id(leaf), leaf) for leaf in needed], unlisted)
         return [xp_of(g).zeros_like(leaf.data) if d is None else d for leaf, d in zip(needed, found)]
 
     edges = [

@@ -56,11 +56,11 @@ class SequenceClassifier(_HeadedBackbone):
     """
 
     def __init__(self, model: Transformer, num_labels: int = 2, seed: int | None = 0):
-        if not isinstance(num_labels, int) or num_labels < 1:
+        if not isinstance(num_labels, (int, np.integer)) or num_labels < 1:
             raise ValueError(f"num_labels must be a positive integer, not {num_labels!r}")
         super().__init__(model, share=seed is None)
         d = self.config.hidden_size
-        self.num_labels = num_labels
+        self.num_labels = int(num_labels)
         self.score = Linear(d, num_labels, bias=False, seed=None)
         if seed is not None:
             std = np.float32(self.config.initializer_range)
@@ -68,7 +68,7 @@ class SequenceClassifier(_HeadedBackbone):
             self.score.weight.data = asarray(weight, xp_of(self.backbone.embedding.weight.data))
 
     def forward(self, input_ids: Array | None = None, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
-        """Logits [B, num_labels]. The arguments are those of `Transformer.forward`; attention_mask is [B, past + T].
+        """Logits [B, num_labels]. The arguments are those of the backbone's `forward`; attention_mask is [B, past + T].
 
         Raises as `Transformer.forward`, and ValueError where a row has no real token.
         """
@@ -113,7 +113,7 @@ class ValueModel(_HeadedBackbone):
             p.data = xp.zeros(p.shape, xp.float32)
 
     def forward(self, input_ids: Array | None = None, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
-        """Values [B, T]. The arguments and errors are those of `Transformer.forward`."""
+        """Values [B, T]. The arguments and errors are those of the backbone's `forward`."""
         values = self.v_head(self.backbone(input_ids, attention_mask, **arguments))  # [B, T, 1]
         return values.reshape(values.shape[:2])
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import Array, BackendError, asarray, get_backend, to_numpy, xp_of
+from ..backend import Array, BackendError, Rng, asarray, get_backend, to_numpy, xp_of
 
 NARROW = {"bfloat16": ("bfloat16", "torch.bfloat16", "bf16"), "float16": ("float16", "torch.float16", "fp16", "half")}
 
@@ -208,7 +208,7 @@ class Module:
         for p, path in given.items():
             if arrays[path].shape != p.shape:
                 raise ValueError(f"{path}: the state has shape {arrays[path].shape}, the model {p.shape}")
-            for other in found[p][1:] if strict else ():
+            for other in found[p][1:]:
                 a, b = (to_numpy(arrays[name]).astype(p.dtype) for name in (path, other))
                 if a.shape != b.shape or not ((a == b) | ((a != a) & (b != b))).all():  # NaN is not equal to itself
                     raise ValueError(f"{path} and {other} are one parameter of this model, and the state has two values of it")
@@ -282,8 +282,8 @@ class Sequential(ModuleList):
     def _shown(self) -> Iterator[tuple[str, Any]]:
         return ((str(i), item) for i, item in enumerate(self._items))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x through every module in turn; its shape is what the last one gives."""
-        for module in self._items:
-            x = module(x)
+    def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        """x through every module in turn; its shape is what the last one gives. With `rng`, modules are given one each."""
+        for i, module in enumerate(self._items):
+            x = module(x) if rng is None or not isinstance(module, Module) else module(x, rng.at(i))
         return x

@@ -109,6 +109,10 @@ class TransformerConfig:
         gpt2, heads = self.model_type == "gpt2", self.num_attention_heads
         if self.model_type in ("mistral", "qwen2") and (self.attention_bias or self.mlp_bias):
             raise ValueError(f"attention_bias and mlp_bias are options of llama; {self.model_type} has none")
+        if gpt2 and (self.attention_bias or self.mlp_bias or self.rope_scaling is not None):
+            raise ValueError(
+                "attention_bias, mlp_bias and rope_scaling are options of llama; gpt2 always has biases, and no rotary positions"
+            )
         if self.hidden_size % heads and not self.head_dim:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
         for name, value in (
@@ -197,9 +201,10 @@ class KVCache:
         n = self._lengths[layer]
         for i, (B, kv, new, D) in enumerate((k, v)):
             buffer = self._buffers[layer][i]
-            if buffer.shape[-2] < n + new:
+            dtype = xp_of(like).result_type(buffer, like) if n else like.dtype
+            if buffer.shape[-2] < n + new or buffer.dtype != dtype:
                 shape = B, kv, max(n + new, 2 * buffer.shape[-2], 16), D
-                grown = xp_of(like).empty_like(like, shape=shape, order="C")
+                grown = xp_of(like).empty(shape, dtype)
                 if n:
                     grown[:, :, :n] = buffer[:, :, :n]
                 self._buffers[layer][i] = grown
@@ -436,6 +441,9 @@ class Backbone(Module):
                 f"past_key_values must hold (k, v) of each of the {len(self.blocks)} layers, not of {len(past_key_values)}"
             )
         (B, T, _), past, xp = x.shape, past_length(past_key_values), xp_of(x.data)
+        first = next(iter(past_key_values or ()), None)
+        if first is not None and first[0].shape[0] != B:
+            raise ValueError(f"past_key_values are of a batch of {first[0].shape[0]} rows, and this one has {B}")
         mask, positions = self._mask_and_positions(attention_mask, position_ids, B, past, T)
         mask, positions = from_host(mask, xp), from_host(positions, xp)
         x, rotation = self._positions(x, positions)

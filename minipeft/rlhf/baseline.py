@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .online import RewardFunction, learned_reward
+from .online import RewardFunction, reward_function
 from .reward import RewardModel
 from .rollouts import rollouts
 
@@ -41,7 +41,8 @@ def best_of_n(
 
     To compare with an online trainer, give its `stop_token_ids`; scores are the reward's alone, without the trainer's
     missing_eos_score or missing_eos_penalty. Of equal scores the first is the best. Raises ValueError for n or
-    batch_size below 1, a reward that does not give one finite number a response, and as `rollout`.
+    batch_size below 1, a reward that does not give one finite number a response, and as `rollout`; TypeError for a reward
+    that is no function of a rollout, and for prompts that are texts.
     """
     if n < 1:
         raise ValueError(f"the best of n answers takes n of at least 1, got {n}")
@@ -49,7 +50,7 @@ def best_of_n(
         raise ValueError(f"batch_size, responses that are drawn at a time, must be at least 1, got {batch_size}")
     if not len(prompts):
         raise ValueError("there are no prompts")
-    score = learned_reward(reward) if isinstance(reward, RewardModel) else reward
+    score = reward_function(reward)
     answers, scores = [], []
     for roll in rollouts(policy, prompts, n, length, temperature, stop_token_ids, seed, batch_size):
         scores.append(np.asarray(score(roll), np.float64))

@@ -128,7 +128,7 @@ def dpo_trainer(
     run is resumed with the same one, from the policy that it began with. "orpo" and "simpo" have none. Where `args` give
     no learning rate it is a tenth of the method's usual one (`train.rates`).
 
-    Raises ValueError as `DPOConfig` does, for unpaired examples where pairs are wanted, for an answer without a label that
+    Raises ValueError as `DPOConfig` does, for what is no pair or unpaired example, for unpaired examples where pairs are wanted, for an answer without a label that
     counts, and for a policy with virtual tokens or merged adapters.
     """
     if getattr(policy, "virtual_tokens", 0):
@@ -136,6 +136,10 @@ def dpo_trainer(
     if hasattr(policy, "peft_config"):  # the losses read the backbone, not the PeftModel's own loss
         policy.check_unmerged()
     for what, given in (("training", pairs), ("evaluation", eval_pairs or ())):
+        for i, one in enumerate(given):
+            if not isinstance(one, (PreferencePair, UnpairedExample)):
+                made = f"{what} example {i} is a {type(one).__name__}, not a PreferencePair or an UnpairedExample"
+                raise ValueError(f"{made}: encode records with minipeft.text.examples.encode_preferences")
         for field, answer in (("chosen", "chosen "), ("rejected", "rejected "), ("example", "")):
             check_examples([getattr(e, field) for e in given if hasattr(e, field)], answer + what)
     c, args = DPOConfig(**options), with_learning_rate(args or TrainingArguments(), policy, share=1 / 10)

@@ -94,7 +94,7 @@ def collate_answers(answers: Sequence[ReferencedAnswer]) -> Batch:
     """Answers as one batch for `kto_objective`."""
     own, other = collate([a.example for a in answers]), collate([a.mismatched for a in answers])
     arguments = own.arguments | {f"kl_{name}": value for name, value in other.arguments.items()}
-    arguments["desirable"] = np.array([a.desirable for a in answers])
+    arguments["desirable"] = np.array([a.desirable for a in answers], bool)
     arguments["ref"] = np.array([a.ref for a in answers], np.float32)
     arguments["kl_ref"] = np.array([a.ref_mismatched for a in answers], np.float32)
     return Batch(arguments, len(answers), own.tokens + other.tokens)

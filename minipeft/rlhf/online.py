@@ -34,7 +34,7 @@ from .advantages import token_kl
 from .config import OnlineConfig
 from .logprobs import Outputs, frozen_copy, outputs_of, response_hidden, response_logprobs
 from .reward import RewardModel
-from .rollouts import Rollout, rollout
+from .rollouts import Rollout, check_prompts, rollout
 from .statistics import RLHFError, check_first_minibatch, of_responses, of_scores, over_minibatches
 
 RewardFunction = Callable[[Rollout], np.ndarray]  # scores [B] of a rollout's responses, in host memory
@@ -49,7 +49,7 @@ def missing_eos(
 ) -> np.ndarray:
     """Scores [B] where a response that nothing ended has `score` in place of its own, or `penalty` less.
 
-    ended [B] is boolean. Without either, a policy learns that never ending costs nothing. Sources: replacing the score,
+    ended [B] is true where a stop token did. Without either, a policy learns that never ending costs nothing. Sources: replacing the score,
     by -1, is OpenAI's lm-human-preferences' (Huang et al. 2024, arXiv:2403.17031, calls it the EOS trick); the penalty
     is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
     """
@@ -57,7 +57,7 @@ def missing_eos(
         raise ValueError(f"a missing EOS either gets the score {score} or loses {penalty}: give one of them")
     if score is not None:
         return np.where(ended, scores, score)
-    return scores if penalty is None else scores - penalty * ~ended
+    return scores if penalty is None else np.where(ended, scores, scores - penalty)
 
 
 SHARE, ADAPTER_SHARE = 1 / 20, 1 / 6  # of the method's usual rate, where none is given; see `OnlineConfig`
@@ -101,12 +101,8 @@ class OnlineTrainer(ABC):
     ):  # fmt: skip
         if not isinstance(config, needed := get_type_hints(type(self))["config"]):
             raise TypeError(f"{type(self).__name__} takes a {needed.__name__}, not a {type(config).__name__}")
-        if hasattr(reward, "peft_config"):
-            raise TypeError(f"the reward is a {type(reward).__name__}: merge its adapters into a RewardModel first")
-        if not isinstance(reward, RewardModel) and "completions" in inspect.signature(reward).parameters:
-            raise TypeError("the reward is a RewardModel or a function of a rollout: rlhf.text_reward(function, tokenizer)")
-        if any(isinstance(prompt, str) for prompt in prompts):
-            raise TypeError("prompts are lists of token ids, not texts: encode them with the policy's tokenizer")
+        self.reward = reward_function(reward)
+        check_prompts(prompts)
         config = with_learning_rate(config, policy, share=ADAPTER_SHARE if hasattr(policy, "peft_config") else SHARE)
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
         self.prompts = [list(map(int, prompt)) for prompt in prompts]
@@ -118,7 +114,6 @@ class OnlineTrainer(ABC):
                 room = f"with response_length={length} at most {limit - length} fit the policy's {limit} positions"
                 raise ValueError(f"prompts[{i}] has {len(prompt)} tokens; {room}")
         self._reward_model = reward if isinstance(reward, RewardModel) else None
-        self.reward: RewardFunction = learned_reward(reward) if isinstance(reward, RewardModel) else reward
         eos = policy.config.eos_token_id
         own = () if eos is None else np.atleast_1d(eos).tolist()
         self.stop_token_ids = tuple(own if config.stop_token_ids is None else config.stop_token_ids)
@@ -253,6 +248,7 @@ class OnlineTrainer(ABC):
         """
         c = self.config
         seen: list[dict[str, float]] = []  # the statistics of the minibatches
+        self.optimizer.zero_grad()  # of what an error has interrupted
         first = self.updates * c.num_epochs * (c.batch_size // c.mini_batch_size) + 1
         for number, part in enumerate(self.minibatches(batch), start=first):
             with in_precision(self.precision):
@@ -312,9 +308,9 @@ class OnlineTrainer(ABC):
         c, self._callbacks = self.config, Callbacks(*self._modules, more=callbacks)
         show = {"objective/scores": "reward {:.3f}", "objective/kl": "KL {:.2f}"}
         run = Run(self, c, c.steps, self._callbacks, show, unit="update")
-        with run.start(resume_from_checkpoint):
-            self.updates = run.step = max(run.step, self.updates)
-            self.history = list(run.history) or self.history  # those of a checkpoint; else of steps before
+        run.step = self.updates  # done before; a checkpoint has its own
+        with run.start(resume_from_checkpoint, self.history):
+            self.updates, self.history = run.step, list(run.history)
             for number in run:
                 record = self.step()
                 run.record(record)
@@ -359,6 +355,24 @@ class OnlineTrainer(ABC):
             identity["reward model"] = fingerprint((n, p.data) for n, p in model.named_parameters())
             identity["calibration"] = [model.mean, model.std]
         return identity
+
+
+def reward_function(reward: RewardModel | RewardFunction) -> RewardFunction:
+    """What scores a rollout. Raises TypeError for what does not."""
+    if isinstance(reward, RewardModel):
+        return learned_reward(reward)
+    if hasattr(reward, "peft_config"):
+        raise TypeError(f"the reward is a {type(reward).__name__}: merge its adapters into a RewardModel first")
+    wanted = "the reward is a RewardModel or a function of a rollout"
+    if not callable(reward):
+        raise TypeError(f"{wanted}, not {reward!r}")
+    try:
+        arguments = inspect.signature(reward).parameters
+    except ValueError:  # of a builtin, which does not say
+        arguments = {}
+    if "completions" in arguments:
+        raise TypeError(f"{wanted}: rlhf.text_reward(function, tokenizer)")
+    return reward
 
 
 def learned_reward(model: RewardModel) -> RewardFunction:

@@ -131,7 +131,12 @@ class RewardModel(SequenceClassifier):
         return reward_loss(scores[better], scores[worse], margin, center, weight)
 
     def score_texts(self, texts: Sequence[np.ndarray], batch_size: int = 64) -> np.ndarray:
-        """Calibrated rewards of token id arrays of any lengths, in host memory: float64 [n]."""
+        """Calibrated rewards of token id arrays of any lengths, in host memory: float64 [n].
+
+        Raises ValueError for a batch_size below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         xp, scores = xp_of(self.score.weight.data), np.empty(len(texts))
         order = np.argsort([len(text) for text in texts], kind="stable")  # batches of like lengths
         with no_grad():
@@ -144,10 +149,11 @@ class RewardModel(SequenceClassifier):
     def calibrate(self, texts: Sequence[np.ndarray]) -> None:
         """Choose mean and std so that the rewards of these reference texts have mean 0 and standard deviation 1.
 
-        Raises ValueError where the texts have all the same score, up to float32's rounding.
+        Raises ValueError where there are none, or all have the same score, up to float32's rounding.
         """
-        self.mean, self.std = 0.0, 1.0
-        scores = self.score_texts(texts)
+        if not len(texts):
+            raise ValueError("there are no reference texts")
+        scores = self.score_texts(texts) * self.std + self.mean
         mean, std = float(scores.mean()), float(scores.std())
         if not 1e-5 * abs(scores).max() < std < math.inf:
             found = f"scores of mean {mean:g} and standard deviation {std:.1g}"

@@ -93,16 +93,25 @@ def rollout(
     return Rollout(*(asarray(array, xp) for array in whole))
 
 
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Raises TypeError for prompts that are texts."""
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts are lists of token ids, not texts: encode them with the policy's tokenizer")
+
+
 def rollouts(
     policy: Any, prompts: Sequence[Sequence[int]], k: int, length: int, temperature: float,
     stop_token_ids: Sequence[int], seed: int, batch_size: int,
 ) -> Iterator[Rollout]:  # fmt: skip
-    """k responses to each prompt, beside each other, as rollouts of batch_size of them. Raises as `rollout`.
+    """k responses to each prompt, beside each other, as rollouts of batch_size of them.
+
+    Raises as `rollout` and `check_prompts`, and ValueError for k or batch_size below 1.
 
     They depend on the seed and their place among all responses alone, and not on batch_size.
     """
     if min(k, batch_size) < 1:
         raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
+    check_prompts(prompts)
     rows = [prompt for prompt in prompts for _ in range(k)]
     for i in range(0, len(rows), batch_size):
         stream = Rng(seed, first_row=i)

@@ -20,7 +20,7 @@ Of the responses, before anything is trained on them (π is the policy that samp
 
 Of the training, means over the minibatches of all epochs (ρ is the ratio π_new(y_t) / π(y_t)):
 
-    loss/policy                 PPO, RLOO: the clipped objective; GRPO: with β loss/kl
+    loss/policy                 PPO, RLOO: the clipped objective; GRPO: with β KL, in the loss's average over responses
     loss/value                  PPO: before vf_coef
     loss/kl                     GRPO: k3, nats a token, before β
     policy/approxkl             mean of (log ρ)² / 2 (k2, Schulman 2020): nats a token

@@ -86,7 +86,8 @@ def evaluate(
         L = Σ_b w_b L_b / Σ_b w_b        w_b: the weight of a batch, L_b: its loss
 
     Up to rounding it does not depend on `batch_size`. `collate` and `loss` are those of `Trainer`, for other kinds of
-    examples and other objectives; the loss is then in their units.
+    examples and other objectives; the loss is then in their units, and one that compares the examples of a batch, as
+    KTO's does, depends on `batch_size`.
 
     Raises ValueError where there is nothing to evaluate, or for a batch_size below 1.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from . import checkpoint
 from .callbacks import Callbacks
 from .metrics import Metrics
 
+Record = dict[str, Any]
 _SAVED = {"identity", "metrics", "model", "optimizer", "state", "stopped"}  # what a run needs of a checkpoint
 
 
@@ -61,7 +62,7 @@ class Run:
         self._show, self._unit = show, unit
         self.directory = None if config.output_dir is None else Path(config.output_dir)
         self.step, self.stopped = 0, False
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Record] = []
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -70,8 +71,10 @@ class Run:
         return json.loads(json.dumps(identity))  # as a checkpoint gives it back: tuples become lists
 
     @contextmanager
-    def start(self, resume: bool | str | os.PathLike | None = None) -> Iterator[None]:
+    def start(self, resume: bool | str | os.PathLike | None = None, before: Iterable[Record] = ()) -> Iterator[None]:
         """Start, or with `resume` (True, or the path of the last checkpoint in output_dir) go on; clean up at the end.
+
+        `before` are the records of steps that were done before this start; a run that resumes has its checkpoint's.
 
         Raises ValueError for a fresh run into an output_dir that holds checkpoints, and to resume from any but its
         last; CheckpointError for one that is missing, damaged, or of another run; DirectoryInUse.
@@ -86,6 +89,8 @@ class Run:
             elif directory and (found := checkpoint.last_checkpoint(directory)):
                 raise ValueError(f"{found} is of an earlier run: resume from it, or choose another output_dir")
             self._metrics = Metrics(directory and directory / "metrics.jsonl", lines)
+            for record in () if resume else before:
+                self._metrics.write(record)
             self.history = self._metrics.history
             try:
                 with progress(self.config.progress, self._unit, self.step, self.total_steps) as self._advance:
@@ -102,7 +107,7 @@ class Run:
             if every and (self.step == self.total_steps or self.stopped or self.step % every == 0):
                 self.save()
 
-    def record(self, record: dict[str, Any]) -> None:
+    def record(self, record: Record) -> None:
         """Add a record to the history and the metrics file, show it if it has what is shown, and tell the callbacks."""
         self._metrics.write(record)
         self.callbacks.on_record(record)

@@ -380,6 +380,8 @@ class Trainer:
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
         identity["loss"] = _named(self.loss)
+        if self.args.early_stopping_patience and self.loss is not model_loss:  # which may compare the examples of a batch
+            identity["per_device_eval_batch_size"] = self.args.per_device_eval_batch_size
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
         for what, examples in (("training", self.train_examples), ("evaluation", self.eval_examples or [])):
             identity[f"number of {what} examples"] = len(examples)
