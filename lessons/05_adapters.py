@@ -381,7 +381,7 @@ print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bot
 # > - lora beside bottleneck-m37, rewrite, 500 examples: better, within 4 epochs (+0.067 [+0.056, +0.078]).
 # > - lora beside bottleneck-m37, source, 500 examples: not told apart (+0.014 [-0.000, +0.028]).
 # > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better, within 4 epochs (+0.040 [+0.030, +0.051]).
-# > - lora-r1 beside bottleneck-m4, source, 500 examples: equal (-0.001 [-0.012, +0.010]).
+# > - lora-r1 beside bottleneck-m4, source, 500 examples: equal (-0.001 [-0.012, +0.011]).
 # >
 # > (5 seeds, 512 test items)
 

@@ -442,7 +442,7 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
 # > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].
 # > - PPO over SFT: -0.03 [-0.05, -0.02].
-# > - PPO over a coin's: +0.01 [-0.05, +0.06].
+# > - PPO over a coin's: +0.01 [-0.05, +0.07].
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >

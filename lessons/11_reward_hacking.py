@@ -419,13 +419,13 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # > of 5 judges rises clearly from where the gold has its peak; meanwhile the gold falls clearly with head, 600
 # > comparisons and full, 100 comparisons:
 # >
-# > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.34] from the start to the end, and the gold falls by
+# > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start to the end, and the gold falls by
 # >   +0.10 [+0.03, +0.16], from 0.34 to 0.25.
 # > - lora, 600 comparisons: the reward rises by +0.26 [+0.23, +0.28] from the start to the end, and the gold falls by
 # >   +0.04 [-0.01, +0.09], from 0.34 to 0.30.
-# > - full, 600 comparisons: the reward rises by +0.29 [+0.25, +0.33] from the start to the end, and the gold falls by
+# > - full, 600 comparisons: the reward rises by +0.29 [+0.24, +0.33] from the start to the end, and the gold falls by
 # >   +0.04 [-0.01, +0.09], from 0.34 to 0.30.
-# > - full, 100 comparisons: the reward rises by +0.17 [+0.08, +0.26] from the start to the end, and the gold falls by
+# > - full, 100 comparisons: the reward rises by +0.17 [+0.07, +0.27] from the start to the end, and the gold falls by
 # >   +0.11 [+0.07, +0.16], from 0.34 to 0.23.
 # > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16 to the end, and the gold falls by
 # >   +0.09 [-0.08, +0.25], from 0.40 to 0.31.

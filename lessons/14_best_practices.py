@@ -137,9 +137,9 @@ assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples
 
 # %% [markdown]
 # > `best-8` hold out a validation set; watch the gap; test on diverse examples: **cannot be tested here**. Chosen by
-# > its training loss, a setting ends +0.113 nats per token above the one chosen on validation (95 % -0.141 to +0.368
-# > over 6 cases: +0.606 of rewrite, 50 examples, +0.043 of rewrite, 500 examples, -0.006 of rewrite, 5000 examples,
-# > +0.041 of source, 50 examples, +0.001 of source, 500 examples and -0.005 of source, 5000 examples). Under other
+# > its training loss, a setting ends +0.115 nats per token above the one chosen on validation (95 % -0.139 to +0.368
+# > over 6 cases: +0.606 of rewrite, 50 examples, +0.042 of rewrite, 500 examples, +0.002 of rewrite, 5000 examples,
+# > +0.041 of source, 50 examples, +0.001 of source, 500 examples and -0.003 of source, 5000 examples). Under other
 # > seeds the loss that was chosen by is +0.009 higher (+0.003 to +0.016). (5 seeds)
 
 # %% [markdown]

@@ -115,8 +115,8 @@ if not REDUCED:
 # >
 # > (5 seeds, 640 test items)
 #
-# > `best-9` measure forgetting on general tasks: **holds if**. Items are clearly lost in 31 of 36 runs (6 methods in 6
-# > cases). Of 30 pairs of methods that the items clearly tell apart, the loss on text clearly tells 23 the same way; it
+# > `best-9` measure forgetting on general tasks: **holds if**. Items are clearly lost in 30 of 36 runs (6 methods in 6
+# > cases). Of 20 pairs of methods that the items clearly tell apart, the loss on text clearly tells 16 the same way; it
 # > clearly misleads in: none. The ranks of methods by the two correlate at 0.61 (0.20 to 1.00). (5 seeds, 640 test
 # > items)
 #

@@ -235,7 +235,7 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # > (5 seeds, 512 test items)
 #
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
-# > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.08
+# > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.04
 # > of its computation, as the whole model runs forward and backward for either.
 #
 # > `which-5` QLoRA: large models, one GPU: **holds**. On one card only QLoRA fits at 7B 16 GB, at 70B 80 GB (so for 7B
@@ -313,7 +313,7 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # > `which-1` full: maximum quality, if there is compute and storage: **holds if**. 2 of 6 comparisons are as stated, 3
 # > not told:
 # >
-# > - full beside lora, rewrite, 50 examples: worse (-0.032 [-0.046, -0.018]), not told.
+# > - full beside lora, rewrite, 50 examples: worse (-0.032 [-0.046, -0.017]), not told.
 # > - full beside lora, rewrite, 500 examples: worse (-0.041 [-0.055, -0.027]).
 # > - full beside lora, rewrite, 5000 examples: better (+0.112 [+0.102, +0.123]).
 # > - full beside bottleneck, source, 50 examples: worse (-0.064 [-0.128, -0.001]), not told.
@@ -326,7 +326,7 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # > source, 50 examples: not told apart (+0.004 [-0.030, +0.037]); lora beside bottleneck, source, 500 examples: equal
 # > (+0.004 [-0.005, +0.012]). 11 of 12 comparisons are as stated:
 # >
-# > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.018, +0.046]).
+# > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
 # > - lora beside full, rewrite, 500 examples: better (+0.041 [+0.027, +0.055]).
 # > - lora beside full, rewrite, 5000 examples: worse (-0.112 [-0.123, -0.102]).
 # > - lora beside full, source, 50 examples: not told apart (+0.068 [-0.015, +0.151]).
@@ -336,7 +336,7 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # > - lora beside qlora, rewrite, 500 examples: better, by less than 0.02 (+0.013 [+0.008, +0.018]).
 # > - lora beside qlora, rewrite, 5000 examples: equal (+0.007 [-0.001, +0.015]).
 # > - lora beside qlora, source, 50 examples: equal (+0.006 [-0.006, +0.018]).
-# > - lora beside qlora, source, 500 examples: not told apart (+0.010 [-0.005, +0.025]).
+# > - lora beside qlora, source, 500 examples: not told apart (+0.010 [-0.006, +0.025]).
 # > - lora beside qlora, source, 5000 examples: equal (-0.000 [-0.008, +0.007]).
 # >
 # > (5 seeds, 512 test items)

@@ -273,10 +273,10 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 # On `rewrite`, $q$ alone, $v$ alone and the MLPs alone are 0.10 to 0.14 nats behind all layers. The MLPs have more
 # numbers to train than the four matrices of attention, and lose to them there by 0.14 nats at least: Schulman et al.
 # found the opposite on larger models. On `source` the two are not told apart. Attention's four matrices are even ahead
-# of all seven on `rewrite`; the table does not say why. (More than four epochs are not allowed. On `rewrite` all choices
-# within attention took four, all layers two.)
+# of all seven on `rewrite`, though perhaps by next to nothing; the table does not say why. (More than four epochs are
+# not allowed. On `rewrite` all choices within attention took four, all layers two.)
 #
-# $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.026 at most; at rank 43, with as many numbers, the
+# $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.029 at most; at rank 43, with as many numbers, the
 # interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
 # less often than all layers, or 4 more often. (They are wide, since all twelve are to hold together. A single interval
 # at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly higher.) So at
@@ -398,7 +398,7 @@ for examples in (50, 500, 5000):
 # > `lora-12` a slight loss of quality against full fine-tuning, usually negligible: **holds if**. 5 of 6 comparisons
 # > are as stated:
 # >
-# > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.018, +0.046]).
+# > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
 # > - lora beside full, rewrite, 500 examples: better (+0.041 [+0.027, +0.055]).
 # > - lora beside full, rewrite, 5000 examples: worse (-0.112 [-0.123, -0.102]).
 # > - lora beside full, source, 50 examples: not told apart (+0.068 [-0.015, +0.151]).

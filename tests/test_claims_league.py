@@ -267,7 +267,26 @@ def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
 def test_a_row_is_computed_again_from_its_settings(monkeypatch):
     trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
     monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
-    assert RULES["qlora-5"].experiment.again(described(trial) | {"loss": 3.0, "version": "x"})["loss"] == 1.0
+    experiment, row = RULES["qlora-5"].experiment, described(trial) | {"loss": 3.0, "version": "x"}
+    again = experiment.again(row)
+    assert again["loss"] == 1.0 and again["version"] == "x"
+    (line,) = experiment.differences([row], [again])
+    assert "loss: 1.0, and 3.0 in the package" in line
+
+
+def test_means_over_items_are_compared_as_well():
+    experiment = RULES["qlora-5"].experiment
+    row = next(row for row in filled(experiment, {}, {}) if row["split"] == "test" and row["task"] == "source" and row["rate"])
+    (line,) = experiment.differences([row], [row | {"right": [2 for _ in row["right"]]}])
+    assert "right:" in line
+
+
+def test_rows_of_other_statements_in_a_store_are_not_these(monkeypatch):
+    experiment = RULES["qlora-5"].experiment
+    mine, other = [{"task": "source", "method": method, "examples": 500} for method in ("qlora", "prefix")]
+    monkeypatch.setattr(comparison, "_of_today", lambda path, changed: [mine, other])
+    monkeypatch.setattr(protocol, "compute", lambda *args, **options: [mine, other])
+    assert experiment.compute(comparison.ROWS) == [mine]
 
 
 def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():

@@ -38,6 +38,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(a, b, e):
     assert 0.91 <= covered <= 0.99  # 0.95 within 3.7 of its standard errors, or a little more: the interval is approximate
 
 
+@pytest.mark.parametrize("level", [0.95, 1 - 0.05 / 7])
+def test_three_seeds_cover_the_truth_as_well(level):
+    """Their variance looks like 0 by luck more often; one SD of a seed's mean is the error of its 256 items here."""
+    found = [crossed(drawn_at_random(3, 256, (3 / 256) ** 0.5, 0.3, 1.0, seed), level=level) for seed in range(1500)]
+    missed, luck = np.mean([not one.low <= 0 <= one.high for one in found]), ((1 - level) * level / 1500) ** 0.5
+    assert missed < 1 - level + 3 * luck
+
+
 def test_without_luck_of_items_it_is_students_interval_over_the_seeds():
     seeds = np.array([1.0, 1.2, 0.9, 1.4, 1.1])
     assert crossed(np.repeat(seeds[:, None], 50, axis=1)) == pytest.approx(mean(seeds))

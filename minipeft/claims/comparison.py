@@ -30,6 +30,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..evaluation.intervals import Estimate
 from ..experiments.rows import read_rows
 from . import protocol
@@ -81,24 +83,26 @@ class Searches(Experiment):
 
     def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row of the same trial, computed now."""
-        return protocol.run(trial_of(row))
+        return {**row, **protocol.run(trial_of(row))}
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs between the rows of trials that both have. Another processor adds in another order, and training
-        magnifies the rest: a loss may differ by SPREADS standard deviations of a loss over the seeds, or, as long as no
-        row has several seeds, by ALONE."""
-        find, near, found = finder(others), SPREADS * spread(self.rows()) or ALONE, []
-        for row in rows:
-            trial = trial_of(row)
-            other = find(trial)
-            a, b = row["loss"], other and other["loss"]
-            if other and (a is None or b is None or abs(a - b) > near) and a != b:
-                found.append(f"{trial}, loss: {b}, and {a} in the package; {near:.4f} may be luck")
+        """What differs between the rows of trials that both have: their losses, and the means over items. Another processor
+        adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
+        the seeds, or, as long as no row has several seeds, by ALONE."""
+        find, mine, found = finder(others), self.rows(), []
+        pairs = [(trial, row, other) for row in rows if (other := find(trial := trial_of(row)))]
+        for name in MEASURED:
+            near = SPREADS * spread(mine, name) or ALONE
+            for trial, row, other in pairs:
+                a, b = measure(row, name), measure(other, name)
+                if a != b and (a is None or b is None or abs(a - b) > near):
+                    found.append(f"{trial}, {name}: {b}, and {a} in the package; {near:.4f} may be luck")
         return found
 
     def compute(self, store: Any, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
         """All rows: those in `store`, and the others, computed and added there. Raises as `protocol.compute`."""
-        return protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
+        protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
+        return self.rows(store)
 
 
 @lru_cache(maxsize=2)
@@ -107,13 +111,21 @@ def _of_today(path: Path, changed: int) -> list[dict[str, Any]]:
     return [row for row in read_rows(path) if row.get("version") == protocol.version()]
 
 
-def spread(rows: Sequence[Mapping[str, Any]]) -> float:
-    """The standard deviation of a loss over the seeds of a trial, pooled over all that are reported; 0 where none is."""
+MEASURED = "loss", "nll", "right", "cloze"
+
+
+def measure(row: Mapping[str, Any], name: str) -> float | None:
+    """A loss, or the mean over items, as far as the row has it."""
+    value = row.get(name)
+    return value if value is None else float(np.mean(value))
+
+
+def spread(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> float:
+    """The standard deviation of a measure over the seeds of a trial, pooled over all that are reported; 0 where none is."""
     groups: dict[Trial, list[float]] = {}
     for row in rows:
-        if row["split"] == "test" and row["rate"] is not None and row["loss"] is not None:
-            trial = replace(trial_of(row), seed=0)
-            groups.setdefault(trial, []).append(row["loss"])
+        if row["split"] == "test" and row["rate"] is not None and (value := measure(row, name)) is not None:
+            groups.setdefault(replace(trial_of(row), seed=0), []).append(value)
     variances = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
     return math.sqrt(statistics.mean(variances)) if variances else 0.0
 
@@ -285,7 +297,7 @@ class Beside(NamedTuple):
         found = holds(self.difference(level))
         if self.learned is None or found is None:
             return found
-        task = compare(*self.learned, "nll")
+        task = compare(*self.learned, "nll", level)
         return found if not_inferior(task if found else task.turned) else None
 
     @property
@@ -297,8 +309,9 @@ class Beside(NamedTuple):
         return f"{self.a} beside {self.b}, {self.where}: {found.word}{self.limit} ({found.interval}{task})"
 
 
-def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "") -> Verdict:
-    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so."""
+def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "", beside: int = 0) -> Verdict:
+    """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so.
+    `beside` is how many comparisons the statement has elsewhere (see `both`)."""
     found, failed = [], []
     for pair in pairs:
         of = key or KEYS[pair.task]
@@ -311,7 +324,7 @@ def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "") ->
             learned = protocol.report(find, pair.one), protocol.report(find, pair.other)
         limit = "" if key else _limit(pair, one, other, of)
         found.append(Beside(pair.where, pair.a, one, pair.b, other, of, limit, learned))
-    return told(found, holds, listed(sorted({pair.task for pair in pairs})), failed)
+    return told(found, holds, listed(sorted({pair.task for pair in pairs})), failed, beside)
 
 
 def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
@@ -323,10 +336,12 @@ def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
     return next((f", within {of.most:g} epochs" for i, (of, _) in enumerate(sides) if clear[i] and ended[i] > ended[1 - i]), "")
 
 
-def told(found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[str] = ()) -> Verdict:
+def told(
+    found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[str] = (), beside: int = 0
+) -> Verdict:  # fmt: skip
     """The same of reports. `failed`: of pairs without a report, why; they are not told."""
     so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
-    surely = [each.so(holds, 1 - 0.05 / len(so)) for each in found]
+    surely = [each.so(holds, 1 - 0.05 / (len(so) + beside)) for each in found]
     unclear = [one is None and each.difference().word != UNDECIDED for each, one in zip(found, so)]  # it must be said
     words = [each.told + ", not told" * more for each, more in zip(found, unclear)] + [*failed]
     if not found:

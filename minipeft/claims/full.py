@@ -61,7 +61,7 @@ def _tuned() -> tuple[float, float, float]:
 @claim("full-1", lesson="03_full_finetuning.py", section="Step 4 · Save: a whole model per task")
 def procedure() -> Verdict:
     """Holds if, with and without a classifier's head, two steps move more than 99 % of all numbers, and the model that is
-    loaded from the saved directory has the same loss; does not hold here if numbers stay or the loss differs."""
+    loaded from the saved directory has the same loss; holds if some of these three are so; does not hold here if none is."""
     language, head, difference = _tuned()
     right = {
         "every parameter trains": language > 0.99,

@@ -62,7 +62,8 @@ REPEATED = differing("80 % of one class, the others repeated", {"data": "oversam
 def balance(rows: Rows) -> Verdict:
     """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, Jane Austen's sentences, and repeating the rare
     ones clearly beats not repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
-    return both(judged(finder(rows), SKEWED, better), judged(finder(rows), REPEATED, better))
+    find, n, m = finder(rows), len(SKEWED), len(REPEATED)
+    return both(judged(find, SKEWED, better, beside=m), judged(find, REPEATED, better, beside=n))
 
 
 HARD = differing("easy and hard examples", {"data": "mixed"}, "easy ones", {"data": "easy"})
@@ -89,7 +90,8 @@ def large_batches(rows: Rows) -> Verdict:
     """Holds if batches of 64 are not worse (interval above -0.02) than batches of 4 and of 16, each with its own rate and epochs, and
     not worse than batches of 8 for as many steps, in every case; holds if in some; does not hold here if in none."""
     find = finder(rows)
-    return both(judged(find, LARGE, not_inferior), judged(find, EQUAL_STEPS, not_inferior))
+    n, m = len(LARGE), len(EQUAL_STEPS)
+    return both(judged(find, LARGE, not_inferior, beside=m), judged(find, EQUAL_STEPS, not_inferior, beside=n))
 
 
 def _advised(method: str, case: Case) -> Pair:

@@ -29,10 +29,10 @@ def limited() -> Verdict:
     lora = mp.LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
     needs = {
         title: {
-            "bytes a task": 4 * count_parameters(name, config).stored, "memory": pytorch_ledger(name, config, 1, length).total,
-            "computation": step_flops(name, config, 1, length).total,
+            "bytes a task": 4 * count_parameters(name, config).stored, "memory": pytorch_ledger(name, config, 1, 512).total,
+            "computation": step_flops(name, config, 1, 512).total,
         }
-        for title, config, length in (("prompt", prompt, 512 + 20), ("LoRA", lora, 512))
+        for title, config in (("prompt", prompt), ("LoRA", lora))
     }  # fmt: skip
     ratios = {what: needs["prompt"][what] / n for what, n in needs["LoRA"].items()}
     cases = {
