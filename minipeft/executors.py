@@ -148,13 +148,13 @@ def _serve() -> None:
         try:
             function, arguments = pickle.loads(task)
             found = pickle.dumps((function(*arguments), None))
-        except Exception as error:  # also of a module that is not found here
+        except (Exception, SystemExit) as error:  # also of a module that is not found here
             found = _sendable(error)
         pickle.dump(found, results)
         results.flush()
 
 
-def _sendable(error: Exception) -> bytes:
+def _sendable(error: BaseException) -> bytes:
     """(None, the error) as bytes; one that cannot be sent becomes a RuntimeError of its type and text."""
     try:
         found = pickle.dumps((None, error))

@@ -501,6 +501,20 @@ def test_a_parameter_that_the_checkpointed_function_does_not_use_gets_zeros():
 # ---------------------------------------------------------------------------------------------------------- misuse
 
 
+def test_a_number_has_nothing_to_iterate_over():
+    with pytest.raises(TypeError, match="iteration over a tensor of no axes"):
+        sum(leaf(2).sum())
+    assert [x.shape for x in leaf(2, 3)] == [(3,), (3,)]
+
+
+def test_integers_beside_floats_take_their_dtype():
+    x, mask = Tensor(np.ones((2, 3), "f"), requires_grad=True), np.array([[1, 1, 0], [1, 0, 0]])
+    pooled = (x * mask).sum(1) / mask.sum(1)
+    assert pooled.dtype == np.float32 and F.where(mask, x, mask).dtype == np.float32
+    pooled.sum().backward()
+    assert x.grad.dtype == np.float32 and (Tensor(np.ones(2)) * np.arange(2)).dtype == np.float64
+
+
 def test_backward_twice_through_one_graph():
     x = leaf(2)
     y = (x * 2.0).sum()

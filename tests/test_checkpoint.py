@@ -12,6 +12,7 @@ from test_train import assert_same_bytes, bradley_terry, collate_scored, countin
 import minipeft as mp
 from minipeft.files import read_safetensors, write_safetensors
 from minipeft.train import Callback, CheckpointError, Trainer, TrainingArguments, load_checkpoint, save_checkpoint
+from minipeft.train.batches import collate
 from minipeft.train.checkpoint import arrays_in, fingerprint
 
 STEPS = 9
@@ -174,6 +175,7 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
         "other training examples; resume with the same": {"examples": counting(20, np.random.default_rng(6))},
         r"other number of evaluation examples \(4 there, 3 here\)": {"examples": EXAMPLES[:19]},
         "other trainable parameters": {"model": tiny_model(dialect="gpt2")},
+        r"other config.dropout \(0.1 there, 0.2 here\)": {"model": tiny_model(0.2, seed=7)},
     }.items():
         model = changes.get("model") or tiny_model(0.1, seed=7)
         before = weights(model)
@@ -200,6 +202,15 @@ def test_a_run_on_another_objective_knows_its_pairs_and_its_loss(tmp_path):
         run(1, loss=bradley_terry).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"other loss \(bradley_terry there, model_loss here\)"):
         run(0).train(resume_from_checkpoint=True)
+
+
+def test_what_a_partial_has_bound_is_part_of_a_runs_identity():
+    def named(**options):
+        return Trainer(tiny_model(), EXAMPLES[:2], collate=partial(collate, **options)).identity()["collate"]
+
+    assert named(f=counting) == "collate(f=counting)", "no address of memory"
+    long = np.zeros(5000)
+    assert named(a=long) == named(a=long.copy()) != named(a=np.where(np.arange(5000) == 2000, 1, long))
 
 
 @pytest.mark.parametrize("kind", [int, np.int64, np.float32, np.bool_])

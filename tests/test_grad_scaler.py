@@ -86,6 +86,9 @@ def test_misuse_is_refused_in_a_sentence():
     w.grad, w.data = np.ones(2, np.float16), np.ones(2, np.float16)
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients: the trained weights are stored in float16"):
         mp.GradScaler().unscale_(optimizer)
+    for losses in (5.0, (x for x in ())):
+        with pytest.raises(TypeError, match="scales a Tensor, or a list or tuple of them, not a"):
+            mp.GradScaler().scale(losses)
     for options in ({"growth_factor": 1.0}, {"backoff_factor": 1.0}, {"growth_interval": 0}, {"init_scale": -1.0}):
         with pytest.raises(ValueError, match=r"GradScaler: .* must be"):
             mp.GradScaler(**options)
@@ -94,6 +97,22 @@ def test_misuse_is_refused_in_a_sentence():
             mp.GradScaler().load_state_dict(state)
     with pytest.raises(ValueError, match="bf16 and fp16 are two precisions: set one"):
         mp.TrainingArguments(bf16=True, fp16=True)
+
+
+def test_a_float16_loss_is_scaled_in_float32():
+    scaled = mp.GradScaler().scale([mp.Tensor(np.float16(2.0))])[0]
+    assert scaled.dtype == np.float32 and scaled.item() == 2 * 65536
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
+    def loss(model, **batch):
+        zero = (model.parameters()[0] * 0.0).sum()
+        return model.loss(**batch) + (zero * zero).sqrt()  # finite, with a gradient of 0 / 0
+
+    model = mp.Transformer(models.config("llama"), seed=1)
+    trainer = mp.Trainer(model, EXAMPLES, args=arguments(fp16=True, max_steps=200), loss=loss)
+    with pytest.raises(mp.train.TrainingDiverged, match="step 18"):  # 65,536 is 2^16
+        trainer.train()
 
 
 def test_not_enabled_it_does_nothing():

@@ -101,6 +101,21 @@ def test_surgery_on_a_shared_copy_leaves_the_original_alone():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_copy_has_arrays_of_its_own_that_are_no_parameters():
+    class Counter(Module):
+        def __init__(self):
+            self.seen = np.zeros(2)
+
+    model = Counter()
+    assert model.copy().seen is not model.seen and model.copy(share=True).seen is model.seen
+
+
+def test_a_part_of_a_list_of_modules_is_one():
+    layers = Sequential(*(Linear(2, 2, seed=i) for i in range(3)))
+    part = layers[:2]
+    assert type(part) is Sequential and [name for name, _ in part.named_parameters()][::2] == ["0.weight", "1.weight"]
+
+
 def test_writing_into_an_independent_copy_leaves_the_original_alone():
     model = Tied()
     before = {path: a.copy() for path, a in model.state_dict().items()}

@@ -418,6 +418,42 @@ def test_without_a_seed_a_model_of_175_billion_parameters_is_adapted_in_no_memor
 # ------------------------------------------------------------------------------------------------------------- merging
 
 
+def test_disabled_means_the_base_whatever_is_chosen_inside():
+    adapted = three()
+    with adapted.disable_adapter():
+        adapted.set_adapter("b")
+        assert adapted.active_adapters == []
+        for names in (None, ["a", "b", "__base__"]):
+            np.testing.assert_array_equal(adapted(IDS, adapter_names=names).data, logits(base()))
+    assert adapted.active_adapters == ["b"] and adapted.loss(IDS, IDS).requires_grad
+
+
+def test_a_model_whose_layers_have_adapters_takes_no_second_set():
+    with pytest.raises(PeftError, match="the model has adapters already"):
+        mp.get_peft_model(three().base_model, mp.LoraConfig(r=2))
+
+
+def test_a_block_that_stands_in_two_places_has_one_adapter():
+    class Block(mp.nn.Module):
+        def __init__(self):
+            self.fc = Linear(4, 4, seed=1)
+
+    block = Block()
+    net = mp.nn.ModuleList([block, block])
+    adapted = mp.get_peft_model(net, mp.LoraConfig(r=2, target_modules=["fc"]))
+    assert list(adapted.layers) == ["0.fc"] and adapted.base_model[1].fc is adapted.layers["0.fc"]
+
+
+@pytest.mark.parametrize("pattern", [None, "blocks", "stages"])
+def test_layers_are_counted_as_in_peft(pattern):
+    """In stages.0.blocks.1 without a pattern: the first number with two names before it."""
+    config = mp.LoraConfig(target_modules=["fc"], layers_to_transform=[0], layers_pattern=pattern)
+    named = [f"stages.{i}.blocks.{j}.fc" for i in (0, 1) for j in (0, 1)]
+    found = [name for name in named if config.targets(name, "linear")]
+    assert found == (named[:2] if pattern == "stages" else named[::2])
+    assert config.targets("blocks.0.fc", "linear") is (pattern == "blocks")
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "ia3", "embedding", "vera", "adalora"])
 def test_merged_weights_are_used_while_their_adapters_are_and_dropped_exactly(method):
     adapted = train(mp.get_peft_model(base(), METHODS[method]("llama")))
@@ -642,6 +678,22 @@ def test_any_loss_can_be_trained_with_adalora_in_a_loop_of_ones_own():
     assert kept == {key: a.shape for key, a in callback.state_dict().items() if not key.endswith(".kept")}
     adapted.set_adapter("default", inference_mode=True)
     assert adapted.training_callbacks() == mp.get_peft_model(base(), mp.LoraConfig()).training_callbacks() == []
+
+
+@pytest.mark.parametrize(("total", "tfinal", "skipped"), [(4, 1, 3), (2, 0, 1)])
+def test_a_step_that_a_loss_scale_skips_loses_no_pruning(total, tfinal, skipped):
+    options = dict(total_step=total, tfinal=tfinal, init_r=4, target_r=2, target_modules=LINEAR["llama"])
+    adapted = mp.get_peft_model(base(), mp.AdaLoraConfig(**options))
+    (callback,) = adapted.training_callbacks()
+    optimizer = mp.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, total + 1):
+        adapted.zero_grad()
+        adapted.loss(IDS, IDS).backward()
+        if step != skipped:
+            optimizer.step()
+            callback.after_step(adapted, step)
+    pattern = adapted.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 2 * len(pattern)
 
 
 def test_preferences_train_adalora_whole():

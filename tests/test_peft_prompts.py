@@ -77,6 +77,21 @@ def test_generation_with_and_without_a_cache_and_padded(dialect, method, xp):
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_input_is_checked_as_the_base_checks_it(method):
+    prompted = adapted("llama", method)
+    embeds = prompted.base_model.backbone.embedding(IDS)
+    for error, match, given in (
+        (ValueError, "give either input_ids or inputs_embeds", {}),
+        (ValueError, "give either input_ids or inputs_embeds", dict(input_ids=IDS, inputs_embeds=embeds)),
+        (TypeError, "input_ids must be an integer array, not a list", dict(input_ids=IDS.tolist())),
+        (ValueError, r"must have the shape \[batch, seq\]", dict(input_ids=IDS[0])),
+    ):
+        with pytest.raises(error, match=match):
+            prompted(**given)
+    assert prompted(IDS[:, :0]).shape[:2] == (len(IDS), 0)
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_a_cache_holds_the_virtual_positions_once(method):
     prompted, cache = adapted("llama", method), KVCache()

@@ -227,6 +227,25 @@ def test_patience_without_evaluations_is_refused(rng):
         train(tiny_model(), examples, examples, max_steps=2, early_stopping_patience=1)
 
 
+def test_a_run_that_a_callback_ends_is_evaluated_at_its_end(rng):
+    class End(Callback):
+        def after_step(self, model, step, record):
+            return step == 3
+
+    examples = counting(20, rng)
+    _, result = train(tiny_model(), examples[:16], examples[16:], callbacks=[End()], max_steps=6)
+    assert result.losses("eval_loss") == [(3, result.best_eval_loss)]
+
+
+def test_a_rate_that_is_set_before_training_is_the_one(rng):
+    model, examples = tiny_model(), counting(8, rng)
+    trainer, before = Trainer(model, examples, args=TrainingArguments(max_steps=2)), weights(model)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainer.train()
+    assert_same_bytes(weights(model), before)
+
+
 def test_an_optimizer_that_is_given_again_begins_at_its_rate(rng):
     model, examples = tiny_model(), counting(8, rng)
     optimizer = AdamW(model.parameters(), lr=0.01)
@@ -474,6 +493,8 @@ def test_what_makes_no_sense_is_refused_before_anything_happens(rng, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=match):
             train(**{"model": model, "examples": examples, **arguments})
+    with pytest.raises(TypeError, match=r"train_examples must be a list of examples, not a generator: list\(...\) makes one"):
+        Trainer(model, (example for example in examples))
     for match, directory in (("needs the output_dir", None), ("holds no checkpoint", tmp_path)):
         with pytest.raises(ValueError, match=match):
             Trainer(model, examples, args=TrainingArguments(directory)).train(resume_from_checkpoint=True)

@@ -361,6 +361,8 @@ def reshape(x, shape):
 @op
 def transpose(x, axes=None):
     """The axes in another order (reversed by default), as in NumPy; a view."""
+    if axes is not None and len(axes) != x.ndim:
+        raise ValueError(f"transpose: a tensor of shape {x.shape} has {x.ndim} axes, not {len(axes)}; swapaxes exchanges two")
     inverse = None if axes is None else tuple(sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim))
     return x.transpose(axes), lambda g: g.transpose(inverse)
 

@@ -175,6 +175,8 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         arrays = []
         for a in args:
             arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
+        if name in PROMOTED:
+            arrays = _of_one_kind(arrays)
         form = forms[""]
         if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
             numpy = type(arrays[0]) is _NUMPY
@@ -392,6 +394,17 @@ def _accumulate(leaf: Tensor, g: Array | Term, owned: bool) -> None:
 # ----------------------------------------------------------------------------------------------------------- tensor
 
 
+PROMOTED = frozenset({"add", "sub", "mul", "div", "pow", "maximum", "minimum", "where"})
+
+
+def _of_one_kind(arrays: list[Any]) -> list[Any]:
+    """Beside an array of floats, one of integers takes its dtype, as in PyTorch; NumPy would go to float64."""
+    floats = [a.dtype for a in arrays if is_array(a) and a.dtype.kind == "f"]
+    if not floats:
+        return arrays
+    return [a.astype(floats[0]) if is_array(a) and a.dtype.kind in "iu" else a for a in arrays]
+
+
 def _compared(compare: Callable) -> Callable:
     return lambda self, other: compare(self.data, other.data if isinstance(other, Tensor) else other)
 
@@ -441,6 +454,11 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if not self.ndim:
+            raise TypeError("iteration over a tensor of no axes, a single number")
+        return (self[i] for i in range(len(self)))
 
     def numpy(self) -> np.ndarray:
         """The values in host memory, in this shape (an explicit copy where they live on a device)."""

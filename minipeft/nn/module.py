@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..autograd.tensor import Tensor
-from ..backend import Array, BackendError, Rng, asarray, get_backend, to_numpy, xp_of
+from ..backend import Array, BackendError, Rng, asarray, get_backend, is_array, to_numpy, xp_of
 
 NARROW = {"bfloat16": ("bfloat16", "torch.bfloat16", "bf16"), "float16": ("float16", "torch.float16", "fp16", "half")}
 
@@ -241,6 +241,8 @@ def _copied(value: Any, memo: dict[int, Any], share: bool) -> Any:
         return [_copied(v, memo, share) for v in value]
     elif isinstance(value, dict):
         return {k: _copied(v, memo, share) for k, v in value.items()}
+    elif is_array(value) and not share:
+        twin = value.copy()
     else:
         return value
     memo[id(value)] = twin
@@ -269,8 +271,13 @@ class ModuleList(Module):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, i: int) -> Any:
-        return self._items[i]
+    def __getitem__(self, i: int | slice) -> Any:
+        """A module; of a slice, these modules in the same container."""
+        if not isinstance(i, slice):
+            return self._items[i]
+        part = type(self)()
+        part._items = self._items[i]
+        return part
 
 
 class Sequential(ModuleList):

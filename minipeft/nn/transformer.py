@@ -38,6 +38,7 @@ from .module import Module, ModuleList, Parameter
 KeyValue = tuple[Any, Any]  # keys and values [B, num_key_value_heads, positions, head_dim], arrays or Tensors
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
 @configuration(frozen=True)
@@ -417,25 +418,8 @@ class Backbone(Module):
         A list that is given as `attentions` is filled with each layer's, [B, H, T, past + T].
         """
         c, rng = self.config, as_rng(rng)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        for name, given in (
-            ("input_ids", input_ids),
-            ("attention_mask", attention_mask),
-            ("position_ids", position_ids),
-        ):
-            if not (given is None or hasattr(given, "ndim")):
-                raise TypeError(f"{name} must be an integer array, not a {type(given).__name__}")
-        if input_ids is not None:
-            if input_ids.ndim != 2:
-                raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
-            x = self.embed(input_ids, rng)
-        else:
-            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != c.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must have the shape [batch, seq, {c.hidden_size}], not {inputs_embeds.shape}"
-                )
-            x = inputs_embeds
+        self.check_inputs(input_ids, attention_mask, position_ids, inputs_embeds)
+        x = self.embed(input_ids, rng) if inputs_embeds is None else inputs_embeds
         if isinstance(past_key_values, (list, tuple)) and len(past_key_values) != len(self.blocks):
             raise ValueError(
                 f"past_key_values must hold (k, v) of each of the {len(self.blocks)} layers, not of {len(past_key_values)}"
@@ -465,6 +449,21 @@ class Backbone(Module):
             else:
                 x = block(x, context, i, layer_rng)
         return self.final_norm(x, rng)
+
+    def check_inputs(
+        self, input_ids: Array | None, attention_mask: Array | None, position_ids: Array | None, inputs_embeds: Tensor | None
+    ) -> None:  # fmt: skip
+        """Raises ValueError or TypeError for what is no input, or two."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        for name, given in zip(INPUTS, (input_ids, attention_mask, position_ids)):
+            if not (given is None or hasattr(given, "ndim")):
+                raise TypeError(f"{name} must be an integer array, not a {type(given).__name__}")
+        if input_ids is not None and input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
+        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size):
+            shape = f"[batch, seq, {self.config.hidden_size}]"
+            raise ValueError(f"inputs_embeds must have the shape {shape}, not {inputs_embeds.shape}")
 
     def embed(self, input_ids: Array, rng: Rng | None = None) -> Tensor:
         """The embeddings of ids [B, T], on the model's device: [B, T, d]. Raises IndexError for ids out of range."""

@@ -115,6 +115,7 @@ class AdaLoraCallback:
         self.model, self.adapter_name = model, adapter_name
         self.averages: dict[str, Array] = {}  # "<path>.<matrix>.sensitivity" and "<path>.<matrix>.uncertainty"
         self.loaded_pattern = self.config.rank_pattern  # it holds until the first pruning
+        self.pruned = False  # for the last time
 
     @property
     def config(self) -> AdaLoraConfig:
@@ -145,15 +146,17 @@ class AdaLoraCallback:
 
             t <= tinit           update the averages
             t <  T - tfinal      update them; every deltaT steps, prune. Until the next pruning λ may grow from zero
-            t == T - tfinal      prune for the last time, by the averages of the step before
+            t == T - tfinal      prune for the last time, by the averages of the step before; later, where a loss scale
+                                 has skipped that step
             t >  T - tfinal      set the λ that the last pruning dropped to zero again
         """
         config, layers = self.config, self.layers
         final = config.total_step - config.tfinal
-        if step < final or step == 1:  # step 1 may be the last pruning; it needs averages, too
+        if step < final or not self.averages:  # the first step may be the last pruning; it needs averages, too
             for path, layer in layers.items():
                 self.update_averages(path, layer)
-        if step <= final:
+        if step <= final or not self.pruned:
+            self.pruned, step = step >= final, min(step, final)
             start = sum(layer.lora_A.shape[0] for layer in layers.values())
             count, prune = budget(config, step, start, config.target_r * len(layers))
             if not prune or count >= start:
@@ -210,6 +213,8 @@ class AdaLoraCallback:
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")
+        left = [int(array.sum().item()) for key, array in arrays.items() if key.endswith(".kept")]
+        self.pruned = bool(left) and sum(left) <= self.config.target_r * len(left)
         self._note_pattern()
 
     def _note_pattern(self) -> None:

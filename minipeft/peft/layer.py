@@ -69,7 +69,7 @@ class AdaptedLayer(Module):
         merged, and for a merge that is not finite.
         """
         layer = self.base_layer
-        for name in [n for n in (self.selection.names if names is None else names) if n in self.adapters]:
+        for name in [n for n in (self.selection.active if names is None else names) if n in self.adapters]:
             layer = self.adapters[name].merge(layer, self.base_layer)
             for path, p in layer.named_parameters():
                 if not bool(xp_of(p.data).isfinite(p.data).all().item()):

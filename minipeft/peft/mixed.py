@@ -36,12 +36,18 @@ class Selection(Module):
     """Which adapters the layers of one model use: the same object in every layer."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []  # active, in order; a new list for each choice
+        self.names: list[str] = []  # chosen, in order; a new list for each choice
+        self.disabled = False
+
+    @property
+    def active(self) -> list[str]:
+        """Those in use."""
+        return [] if self.disabled else self.names
 
     @contextmanager
     def call(self, rows: list[str] | None) -> Iterator[list[str] | Rows]:
         """Inside, a call of the model: with the active adapters, or in a mixed batch with one for each of its rows."""
-        names = self.names if rows is None else Rows(rows)
+        names = self.active if rows is None else Rows(rows)
         token = _CALL.set((self, names))
         try:
             yield names
@@ -51,7 +57,7 @@ class Selection(Module):
     def now(self) -> list[str] | Rows:
         """The active adapters, or in a mixed batch the adapter of each row."""
         selection, names = _CALL.get()
-        return names if selection is self else self.names
+        return names if selection is self else self.active
 
 
 def mixed(layer: Any, rows: Rows, x: Any, arguments: tuple) -> Tensor:

@@ -25,7 +25,7 @@ import numpy as np
 from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
-from ..nn.transformer import check_labels
+from ..nn.transformer import INPUTS, check_labels
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Selection
@@ -62,7 +62,7 @@ class PeftModel(Module, Generic[M]):
     """
 
     def __init__(self, model: M, config: PeftConfig, adapter_name: str = "default", seed: int | None = 0):
-        if isinstance(model, PeftModel):
+        if isinstance(model, PeftModel) or any(isinstance(module, AdaptedLayer) for _, module in model.named_modules()):
             raise PeftError("the model has adapters already; use add_adapter, or merge_and_unload first")
         self.base_model = model.copy(share=True).requires_grad_(False)
         self.peft_config: dict[str, PeftConfig] = {}
@@ -117,7 +117,7 @@ class PeftModel(Module, Generic[M]):
             attentions: list[Tensor] | None = [] if arguments.pop("output_attentions", False) else None
             given = self._bind(*inputs, **arguments, attentions=attentions)
             hidden = self.base_model.backbone(**prompt.arguments(self.base_model, **given))
-            logits = self.base_model.lm_head(hidden[:, -first.shape[1] :], given["rng"])
+            logits = self.base_model.lm_head(hidden[:, hidden.shape[1] - first.shape[1] :], given["rng"])
             return logits if attentions is None else (logits, attentions)
 
     def last_logits(self, input_ids: Array, *, adapter_names: list[str] | None = None, **arguments: Any) -> Tensor:
@@ -162,6 +162,7 @@ class PeftModel(Module, Generic[M]):
         """All arguments of Transformer.forward by name."""
         bound = inspect.signature(self.base_model.backbone.forward).bind(*inputs, **arguments)
         bound.apply_defaults()
+        self.base_model.backbone.check_inputs(*[bound.arguments[name] for name in INPUTS])
         return {**bound.arguments, "rng": as_rng(bound.arguments["rng"])}
 
     def training_callbacks(self) -> list[Any]:
@@ -192,7 +193,7 @@ class PeftModel(Module, Generic[M]):
     @property
     def virtual_tokens(self) -> int:
         """Positions of the model's context that the active adapters take from the input."""
-        return max(self.virtual_tokens_of(self.selection.names), default=0)
+        return max(self.virtual_tokens_of(self.selection.active), default=0)
 
     def virtual_tokens_of(self, adapter_names: Iterable[str]) -> list[int]:
         """Positions of the model's context that each of these adapters takes from the input.
@@ -207,6 +208,7 @@ class PeftModel(Module, Generic[M]):
         rows = None if adapter_names is None else self._rows(adapter_names)
         if rows is not None and inputs is not None and inputs.shape[0] != len(rows):
             raise PeftError(f"adapter_names has {len(rows)} names for an input of {inputs.shape[0]} rows")
+        rows = None if self.selection.disabled else rows
         with self.selection.call(rows) as names:
             prompts = [self.prompts.get(name) for name in names]
             if rows is not None and self.prompts:
@@ -225,7 +227,7 @@ class PeftModel(Module, Generic[M]):
     @property
     def active_adapters(self) -> list[str]:
         """The names of the adapters in use, in the order in which they are applied."""
-        return list(self.selection.names)
+        return list(self.selection.active)
 
     def add_adapter(self, adapter_name: str, config: PeftConfig, seed: int | None = 0) -> None:
         """Add a named adapter, not active yet; without a seed (None) its values are not allocated, only counted.
@@ -238,11 +240,13 @@ class PeftModel(Module, Generic[M]):
         if adapter_name in self.peft_config:
             raise PeftError(f"there is an adapter {adapter_name!r} already; delete it first or choose another name")
         modules = dict(plain_modules(self.base_model))
+        first = {id(module): path for path, module in reversed(modules.items())}  # of a module in two places, as in PEFT
         config = config.with_targets(self.base_model).replace()  # a copy, which nobody else changes
         if config.base_model_name_or_path is None:
             config = on_base(config, self.base_model)
         numbers = {path: i for i, path in enumerate(modules)}
-        targets, copied = config.resolve(modules), config.resolve_saved(modules)
+        once = {path: module for path, module in modules.items() if first[id(module)] == path}
+        targets, copied = config.resolve(once), config.resolve_saved(once)
         for path in copied:
             if path in targets:
                 raise PeftError(f"{path} is a target and in modules_to_save: name it in one of them")
@@ -313,12 +317,12 @@ class PeftModel(Module, Generic[M]):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside `with model.disable_adapter():` the model computes what the base does."""
-        before, self.selection.names = self.selection.names, []
+        """Inside `with model.disable_adapter():` the model computes what the base does, whichever adapters are chosen."""
+        before, self.selection.disabled = self.selection.disabled, True
         try:
             yield
         finally:
-            self.selection.names = before
+            self.selection.disabled = before
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add a LoRA adapter that combines others; see `minipeft.peft.combine.add_weighted_adapter`."""

@@ -148,8 +148,8 @@ class Targets:
         layers = as_list(self.layers_to_transform)
         if not layers or name in self.target_modules:
             return True
-        patterns = as_list(self.layers_pattern) or [r"[^.]*"]
-        found = next((m for p in patterns if (m := match(rf"(?:^|.*?\.)(?:{p})\.(\d+)\.", name))), None)
+        patterns = [rf"(?:^|.*?\.)(?:{p})\.(\d+)\." for p in as_list(self.layers_pattern)] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((m for p in patterns if (m := match(p, name))), None)
         return found is not None and int(found.groups()[-1]) in layers
 
     @property

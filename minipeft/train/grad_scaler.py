@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from ..autograd import ops as F
 from ..autograd.tensor import Tensor
 from .finite import Finite
 from .kernels import scale, sum_of_squares
@@ -75,10 +76,14 @@ class GradScaler:
     @overload
     def scale(self, outputs: T) -> T: ...
     def scale(self, outputs: Any) -> Any:
-        """S · loss, or of each of several."""
+        """S · loss, in float32 at least; or of each of several. Raises TypeError for what is no Tensor."""
         if not isinstance(outputs, Tensor):
+            if not isinstance(outputs, (list, tuple)):
+                raise TypeError(f"GradScaler scales a Tensor, or a list or tuple of them, not a {type(outputs).__name__}")
             return type(outputs)(map(self.scale, outputs))
-        return outputs * self._scale if self._enabled else outputs
+        if not self._enabled:
+            return outputs
+        return (F.to(outputs, np.float32) if outputs.dtype == np.float16 else outputs) * self._scale
 
     def unscale_(self, optimizer: Optimizer, look: bool = True) -> bool:
         """Divide the gradients of the optimizer's parameters by S, in place; returns whether all are finite.
@@ -103,7 +108,7 @@ class GradScaler:
                 "keep the weights in float32 (a master copy), and let autocast round them where they are used"
             )
         finite = Finite([sum_of_squares(gradients)] if look else ())
-        scale(gradients, float(np.float32(1 / self._scale)))
+        scale(gradients, float(np.float32(1 / self._scale)) if self._scale else math.inf)
         self._found[optimizer] = [finite, False]
         return bool(finite)
 

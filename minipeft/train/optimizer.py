@@ -52,6 +52,8 @@ class Optimizer:
         self._labels: dict[Parameter, str] = {}  # for error messages
         if isinstance(params, Parameter):
             raise TypeError("params must be an iterable of Parameters, not a single one: write [parameter]")
+        if isinstance(params, (set, frozenset)):
+            raise TypeError("params must be Parameters in an order, and a set has none: give a list")
         params = list(params)
         if not params:
             raise ValueError("the optimizer got no parameters; give model.parameters(), or a list of groups")
@@ -69,6 +71,8 @@ class Optimizer:
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add `{"params": ..., option: value, ...}`; options that are left out take the defaults."""
+        if "params" not in group:
+            raise ValueError(f"a group of parameters is a dictionary with 'params'; this one has {', '.join(group) or 'nothing'}")
         unknown = sorted(set(group) - set(self.defaults) - {"params", "param_names"})
         if unknown:
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(self.defaults)}")
@@ -89,11 +93,14 @@ class Optimizer:
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError for options out of range."""
         for name in ("lr", "weight_decay", "eps", "momentum", "dampening"):
+            if not isinstance(group.get(name, 0.0), (int, float, np.number)):
+                raise ValueError(f"{type(self).__name__}: {name} must be a number, got {group[name]!r}")
             if not group.get(name, 0.0) >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {group[name]}")
-        if len(group.get("betas", (0, 0))) != 2:
-            raise ValueError(f"{type(self).__name__}: betas must be two numbers, got {group['betas']}")
-        for beta in group.get("betas", ()):
+        betas = group.get("betas", (0, 0))
+        if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+            raise ValueError(f"{type(self).__name__}: betas must be two numbers, got {betas}")
+        for beta in betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"{type(self).__name__}: betas must lie in [0, 1), got {group['betas']}")
 

@@ -96,7 +96,7 @@ def training_step(
         }  # fmt: skip
         if finite:
             record["grad_norm"] = math.sqrt(squares)
-        elif not scaler:
+        elif not scaler or scale < 1:  # it is not the scale's fault
             raise diverged(step, L, parameters, optimizer)
         if scaler:
             record["loss_scale"] = scale
@@ -197,6 +197,9 @@ class Trainer:
     ):  # fmt: skip
         self.model, self.args = model, args or TrainingArguments()
         self.train_examples, self.eval_examples = train_examples, eval_examples
+        for name, given in (("train_examples", train_examples), ("eval_examples", eval_examples)):
+            if given is not None and not hasattr(given, "__len__"):
+                raise TypeError(f"{name} must be a list of examples, not a {type(given).__name__}: list(...) makes one of it")
         if not len(train_examples):
             raise ValueError("there are no training examples")
         if eval_examples is not None and not len(eval_examples):
@@ -277,6 +280,7 @@ class Trainer:
         early = [EarlyStopping(a.early_stopping_patience)] if a.early_stopping_patience else []
         self._callbacks = Callbacks(self.model, more=[*callbacks, *early])
         show = {"loss": "loss {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
+        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]  # as they are now
         run = Run(self, a, self.total_steps, self._callbacks, show)
         with nullcontext() if executor is None else opened(executor) as pool, run.start(resume_from_checkpoint):
             if pool is not None:
@@ -287,7 +291,7 @@ class Trainer:
             try:
                 for step in run:
                     run.record(self._step(step))
-                    last = step == self.total_steps
+                    last = step == self.total_steps or self._callbacks.stopped
                     if self.eval_examples is not None and (last or (a.eval_steps and step % a.eval_steps == 0)):
                         run.record(self._evaluate(step))
                 if self._best.best:
@@ -379,7 +383,7 @@ class Trainer:
         """What must be the same when a run is resumed, as JSON values by the names that an error message uses."""
         identity = {k: v for k, v in dataclasses.asdict(self.args).items() if k not in _FREE}
         identity |= {"optimizer": type(self.optimizer).__name__, "learning rates": self._base_rates}
-        identity["loss"] = _named(self.loss)
+        identity |= {"loss": _named(self.loss), "collate": _named(self.collate)}
         if self.args.early_stopping_patience and self.loss is not model_loss:  # which may compare the examples of a batch
             identity["per_device_eval_batch_size"] = self.args.per_device_eval_batch_size
         identity["trainable parameters"] = {n: f"{p.dtype} {list(p.shape)}" for n, p in self.trainable.items()}
@@ -387,11 +391,17 @@ class Trainer:
             identity[f"number of {what} examples"] = len(examples)
             identity[f"{what} examples"] = fingerprint(arrays_in(list(examples)))
         identity["options of the adapters"] = adapter_options(self.model)
+        if dataclasses.is_dataclass(config := getattr(self.model, "config", None)):
+            identity |= {f"config.{name}": value for name, value in dataclasses.asdict(config).items()}
         return {**identity, "base (its frozen parameters)": frozen_fingerprint(self.model)}
 
 
 def _named(function: Any) -> str:
-    """A function by name, with the options that a `partial` has bound."""
+    """A function by name, with the options that a `partial` has bound; of arrays, their hash."""
     if isinstance(function, partial):
-        return f"{_named(function.func)}({', '.join(f'{name}={value!r}' for name, value in function.keywords.items())})"
+        return f"{_named(function.func)}({', '.join(f'{name}={_value(v)}' for name, v in function.keywords.items())})"
     return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _value(value: Any) -> str:
+    return _named(value) if callable(value) else fingerprint([("", value)]) if is_array(value) else repr(value)
