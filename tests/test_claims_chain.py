@@ -186,7 +186,7 @@ def test_a_run_that_was_stopped_has_earned_nothing():
     assert both.shape == (2, ITEMS) and not both[1].any() and both[0].all()
     made = [one if not (one["broken"] and one["stage"] == "ppo") else one | {"checks": {}, "stopped": "NaN"} for one in rows()]
     found = RULES["rlhf-7"].judge(made)
-    assert found.verdict == HOLDS and "3 runs stopped" in found.because
+    assert found.verdict == HOLDS and "5 runs stopped" in found.because
 
 
 def test_exploitation_follows_its_rows():

@@ -10,7 +10,8 @@
     gold           what the rater goes by and a person would say (`kindness`); it trains nothing: judges stand between
 
 A seed draws the demonstrations, the prompts of the comparisons, the answers, the rater's noise, the judge's head, and the
-order of all batches. Reports are on prompts with which no verse begins that a stage or the base has learned from. The
+order of all batches. Reports are on prompts with which no verse begins that a stage has learned from, nor one of the Basic English Bible that
+the base has (a few begin verses of the King James Bible, which it has, too). The
 temperature is 0.7 in sampling and in every log-probability.
 
 Source of the design: Gao, Schulman and Hilton 2022, Scaling Laws for Reward Model Overoptimization (arXiv:2210.10760):
@@ -40,7 +41,7 @@ from ..train import Trainer, TrainingArguments
 from .kindness import form, gold, sentences
 from .protocol import version
 
-SEEDS, BREAKING = (1, 2, 3, 4, 5), (1, 2, 3)  # the seeds; those under which something is broken
+SEEDS = (1, 2, 3, 4, 5)
 SIZES = ("head", "lora", "full")  # what of a reward model is trained
 COMPARISONS = (100, 600, 2000)
 BETAS = (0.0, 0.05, 0.2)
@@ -93,7 +94,7 @@ def of_seed(seed: int) -> list[Chain]:
         *(made("best", *judge) for judge in JUDGES),
         *(made("ppo", *judge, beta=0.0) for judge in JUDGES),
         *(made("ppo", beta=beta) for beta in BETAS[1:]),
-        *(made(stage, broken=what) for stage, what in PUSHES if seed in BREAKING),
+        *(made(stage, broken=what) for stage, what in PUSHES),
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..evaluation.intervals import Estimate, mean
 from . import chain, constitution
-from .chain import BETAS, BREAKING, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
+from .chain import BETAS, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
 from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed
 from .statistics import crossed
 
@@ -157,11 +157,10 @@ def unstable(rows: Rows) -> Verdict:
     """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs PPO
     clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02."""
     usual = those_of(rows, "ppo")
-    kept = those_of(rows, "ppo", BREAKING)
-    broken = {what: those_of(rows, "ppo", BREAKING, broken=what) for what in BROKEN}
-    both = {what: items([*kept, *of]) for what, of in broken.items()}
-    costs = {what: x[: len(kept)] - x[len(kept) :] for what, x in both.items()}
-    sft, faster = those_of(rows, "sft", BREAKING), those_of(rows, "sft", broken="ten times the rate")
+    broken = {what: those_of(rows, "ppo", broken=what) for what in BROKEN}
+    both = {what: items([*usual, *of]) for what, of in broken.items()}
+    costs = {what: x[: len(usual)] - x[len(usual) :] for what, x in both.items()}
+    sft, faster = those_of(rows, "sft"), those_of(rows, "sft", broken="ten times the rate")
     costs["ten times the rate, beside SFT's"] = costs["ten times the rate"] - (items(sft) - items(faster))
     decision, found, _ = decided(costs, NEAR["gold"])
     histories, told, evidence = [row["history"] for row in usual], [], []
