@@ -646,7 +646,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # rewards. It should not overflow where rewards are far apart.
 #
 # **09.3 A careless rater.** The rater of section 2, with $T = 0.1$, holds the scale upside down with probability 0.25.
-# In which share of its choices does it prefer 0.3 to 0.2?
+# In which share of its choices does it prefer 0.3 to 0.2? To three digits.
 #
 # **09.4 How honest?** Write `calibration_error(predicted, observed, count)`, the expected calibration error of section
 # 7, from three vectors.

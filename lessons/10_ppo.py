@@ -648,7 +648,7 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 # clipped where $A < 0$?
 #
 # **10.4 One success in four.** Four answers to a prompt have the scores 0, 0, 0 and 1. What is RLOO's advantage of the
-# first?
+# first? To three digits.
 #
 # **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What
 # is the derivative of the expected reward by the first one's logit?

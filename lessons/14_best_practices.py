@@ -598,7 +598,7 @@ for s in practice.epochs((0,)):
 # `minipeft exercise 14.3 FILE.py`.
 #
 # **14.1 Three differences.** Seed by seed, a setting ends below its control by 0.03, 0.01 and 0.05 nats. How large is
-# the half width of the 95 % interval of the mean? ($t = 4.303$.) Is the difference clear?
+# the half width of the 95 % interval of the mean, to three digits? ($t = 4.303$.) Is the difference clear?
 #
 # **14.2 Five seeds agree.** There is no difference, and each sign is a coin. With which probability do five seeds
 # agree, on whichever side?

@@ -562,8 +562,8 @@ print("picture:", OUT / "18_lora_questioned.png")
 #
 # <details><summary>Answer</summary>
 #
-# LoRA with another $\alpha$, $\sqrt r$ times as large, bit for bit. It differs in how a rate carries over from one rank
-# to another.
+# LoRA with another $\alpha$, $\sqrt r$ times as large, in float32 bit for bit. It differs in how a rate carries over
+# from one rank to another.
 #
 # </details>
 #

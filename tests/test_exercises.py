@@ -35,12 +35,17 @@ def swish(slope):
     return lambda x: (x * sigmoid(x), lambda g: slope(x, sigmoid(x), g))
 
 
-def attention(scores, mask=True, axis=1, shift=True, late=False):
+def attention(scores, mask=True, axis=1, shift=True, late=False, top=1):
     seen = np.where(np.tril(np.ones(scores.shape, bool)), scores, -np.inf if mask else scores)
     seen = scores if late else seen
-    weights = np.exp(seen - seen.max(axis=axis, keepdims=True) * shift)
+    weights = np.exp(seen - seen.max(axis=top, keepdims=True) * shift)
     weights /= weights.sum(axis=axis, keepdims=True)
     return np.tril(weights) if late else weights
+
+
+def masked_after(scores):
+    e = np.tril(np.exp(scores - scores.max(axis=1, keepdims=True)))
+    return e / e.sum(axis=1, keepdims=True)
 
 
 def attention_by_rows(scores):
@@ -51,13 +56,14 @@ def attention_by_rows(scores):
     return out
 
 
-def ties(tau, density, of_all=False, elect=True):
+def ties(tau, density, of_all=False, elect=True, count=int, of_zero=1):
     tau = np.asarray(tau, float)
     kept = np.zeros_like(tau)
     for row, out in zip(tau, kept):
-        largest = np.argsort(-abs(row))[: int(density * len(row))]
+        largest = np.argsort(-abs(row))[: count(density * len(row))]
         out[largest] = row[largest]
-    agree = np.sign(kept) == np.where(kept.sum(axis=0) >= 0, 1, -1) if elect else kept != 0
+    total = kept.sum(axis=0)
+    agree = np.sign(kept) == np.where(total == 0, of_zero, np.sign(total)) if elect else kept != 0
     return (kept * agree).sum(axis=0) / (len(tau) if of_all else np.maximum(agree.sum(axis=0), 1))
 
 
@@ -66,6 +72,12 @@ def side_by_side(A, B, s, w, on_B=False):
     if on_B:
         return np.concatenate(A), np.concatenate([b * x for b, x in zip(B, scales)], axis=1)
     return np.concatenate([a * x for a, x in zip(A, scales)]), np.concatenate(B, axis=1)
+
+
+def scaled_in_place(A, B, s, w):
+    for a, x, y in zip(A, s, w):
+        a *= x * y
+    return np.concatenate(A), np.concatenate(B, axis=1)
 
 
 def in_place(ids, n):
@@ -196,6 +208,10 @@ def log_softmax(z):
     return z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
 
 
+def naive_log_softmax(z):
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
 def nesterov(w, gradients, lr, mu, ahead=True, old=False):
     b = np.zeros_like(w)
     for g in gradients:
@@ -216,9 +232,9 @@ def rows_in_order(w, heads):
     return w[[h * D + i for h in range(heads) for i in [*range(0, D, 2), *range(1, D, 2)]]]
 
 
-def clear(a, b, t=((3, 4.303), (10, 2.262))):
+def clear(a, b, three=4.303, ten=2.262, ddof=1, root=np.sqrt):
     d = a - b
-    return d.mean() + dict(t)[len(d)] * d.std(ddof=1) / np.sqrt(len(d)) < 0
+    return d.mean() + {3: three, 10: ten}[len(d)] * d.std(ddof=ddof) / root(len(d)) < 0
 
 
 def unpaired(a, b):
@@ -235,7 +251,7 @@ ANSWERS = {  # name: right answers, wrong ones
     "00.2": ([3.2 / np.log(2) / 4, "1.154"], [0.8, 4.617, 0.5545]),
     "00.3": (
         [log_softmax, lambda z: F.log_softmax(mp.Tensor(z))],
-        [lambda z: z - np.log(np.exp(z).sum(axis=-1, keepdims=True)), lambda z: z - z.max(axis=-1, keepdims=True), lambda z: np.exp(log_softmax(z)), lambda z: z - np.logaddexp.reduce(z.ravel())],
+        [naive_log_softmax, lambda z: z - z.max(axis=-1, keepdims=True), lambda z: np.exp(log_softmax(z)), lambda z: z - np.logaddexp.reduce(z.ravel()), lambda z: naive_log_softmax(z - z.max())],
     ),
     "00.4": (
         [nesterov, lambda w, g, lr, mu: nesterov(np.array(w), np.array(g), lr, mu)],
@@ -258,13 +274,13 @@ ANSWERS = {  # name: right answers, wrong ones
     "01.3": ([3.5, "3.52"], [4, 7.5, 0, 28]),
     "01.4": ([0.5, 1 / 2, "0.50"], [1 / 3, 2, -0.5]),
     "02.1": (
-        [0.228, "22.8%", (12 * 4 * 768 * 769) / 124_439_808],
+        [0.228, "22.8%", "22.8 %", (12 * 4 * 768 * 769) / 124_439_808],
         [0.4554, 0.31, 22.8, 1 / 3],
     ),
     "02.2": ([1, 1.0, "1.00"], [0.5, 4, 1.0737, 2]),
     "02.3": (
         [attention, attention_by_rows],
-        [lambda s: attention(s, mask=False), lambda s: attention(s, axis=0), lambda s: attention(s, late=True), lambda s: attention(s, shift=False)],
+        [lambda s: attention(s, mask=False), lambda s: attention(s, axis=0), lambda s: attention(s, late=True), lambda s: attention(s, shift=False), lambda s: attention(s, top=None), masked_after],
     ),
     "03.1": ([1.614, "1.61", 12 * 134_515_008 / 1e9], [2.152, 0.538, 1.076, 1.5]),
     "03.2": (
@@ -282,6 +298,7 @@ ANSWERS = {  # name: right answers, wrong ones
         [
             lambda x, W, A, B, a: x @ W.T + x @ A.T @ B.T, lambda x, W, A, B, a: x @ W.T + a * x @ A.T @ B.T,
             lambda x, W, A, B, a: a / len(A) * x @ A.T @ B.T, lambda x, W, A, B, a: x @ W + x @ A @ B,
+            lambda x, W, A, B, a: x @ W.T + a // len(A) * x @ A.T @ B.T,
         ],
     ),
     "04.3": (
@@ -289,6 +306,7 @@ ANSWERS = {  # name: right answers, wrong ones
         [
             lambda G, A, B, a: (B.T @ G, G @ A.T), lambda G, A, B, a: (a / len(A) * G @ A.T, a / len(A) * B.T @ G),
             lambda G, A, B, a: a / len(A) * B.T @ G, lambda G, A, B, a: (a / len(A) * B.T @ G.T, a / len(A) * G.T @ A.T),
+            lambda G, A, B, a: (a // len(A) * B.T @ G, a // len(A) * G @ A.T),
         ],
     ),
     "04.4": ([16, "16", 16.0], [128, 2, 32]),
@@ -329,7 +347,11 @@ ANSWERS = {  # name: right answers, wrong ones
     "08.2": ([1.4375, "1.44", 23 / 16], [2, 23, 23 / 3, 1]),
     "08.3": (
         [common_start, lambda p, w: next((i for i, (a, b) in enumerate(zip([*p, None], w)) if a != b))],
-        [lambda p, w: len(p), lambda p, w: next(i for i, (a, b) in enumerate(zip(p, w)) if a != b), lambda p, w: len(set(p) & set(w)), lambda p, w: common_start(p, w) + 1],
+        [
+            lambda p, w: len(p), lambda p, w: next(i for i, (a, b) in enumerate(zip(p, w)) if a != b), lambda p, w: len(set(p) & set(w)),
+            lambda p, w: common_start(p, w) + 1, lambda p, w: next(i for i, token in enumerate(w) if token not in p),
+            lambda p, w: (common_start(p, w), p.clear())[0],
+        ],
     ),
     "09.1": ([8, "8", 72 / 9], [4, 36, 72, 9]),
     "09.2": (
@@ -365,6 +387,7 @@ ANSWERS = {  # name: right answers, wrong ones
         [
             lambda responses: mp.rlhf.distinct_n(responses, 1), lambda responses: np.mean([distinct([r]) for r in responses]),
             lambda responses: distinct([[token for r in responses for token in r]]), lambda responses: len({p for r in responses for p in pairwise(r)}),
+            lambda responses: len({p for r in responses for p in pairwise(r)}) / sum(len(r) - 1 for r in responses if r),
         ],
     ),
     "11.3": ([13.2, "13.2", 0.2 * 66], [1.6248, 330, 3.3, -13.2]),
@@ -395,7 +418,11 @@ ANSWERS = {  # name: right answers, wrong ones
     "14.2": ([1 / 16, "6.25%", 0.0625], [1 / 32, 0.25, 0.9375]),
     "14.3": (
         [clear, lambda a, b: -(a - b).mean() > mp.experiments.seeds.interval(a - b)[1]],
-        [unpaired, lambda a, b: (a < b).all(), lambda a, b: a.mean() < b.mean(), lambda a, b: not clear(b, a)],
+        [
+            unpaired, lambda a, b: (a < b).all(), lambda a, b: a.mean() < b.mean(), lambda a, b: not clear(b, a),
+            lambda a, b: clear(a, b, ddof=0), lambda a, b: clear(a, b, root=lambda n: 1), lambda a, b: clear(a, b, ten=4.303),
+            lambda a, b: clear(a, b, 3, 3), lambda a, b: (a - b < -0.05).all(),
+        ],
     ),
     "14.4": ([2.5, "2.5", 100 / 40], [2, 4, 100, 1.5]),
     "15.1": ([0.00399, "0.4%", 1 - 0.9999**40], [0.996, 1e-4, 0.985, 0.4]),
@@ -416,7 +443,7 @@ ANSWERS = {  # name: right answers, wrong ones
     "16.3": ([2 / 3, "66.7%", 4 / 6], [1 / 3, 1, 0.75, 0.003]),
     "16.4": (
         [lambda c, s, least: int(np.where(s >= least, c, np.inf).argmin()), lambda c, s, least: next(i for i in c.argsort() if s[i] >= least)],
-        [lambda c, s, least: int(c.argmin()), lambda c, s, least: int(s.argmax()), lambda c, s, least: int(np.where(s > least, c, np.inf).argmin()), lambda c, s, least: int((c / s).argmin())],
+        [lambda c, s, least: int(c.argmin()), lambda c, s, least: int(s.argmax()), lambda c, s, least: int(np.where(s > least, c, np.inf).argmin()), lambda c, s, least: int((c / s).argmin()), lambda c, s, least: list(c).index(min(c[s >= least]))],
     ),
     "17.1": (
         [stochastic, between],
@@ -434,6 +461,7 @@ ANSWERS = {  # name: right answers, wrong ones
         [
             lambda W, A, B, m, a: turned(W, A, B, a), lambda W, A, B, m, a: turned(W, A, B, len(A)) * m[:, None],
             lambda W, A, B, m, a: turned(W, A, B, a, axis=0) * m[:, None], lambda W, A, B, m, a: W + a / len(A) * B @ A,
+            lambda W, A, B, m, a: turned(W, A, B, a // len(A) * len(A)) * m[:, None],
         ],
     ),
     "18.3": (
@@ -458,7 +486,8 @@ ANSWERS = {  # name: right answers, wrong ones
         [ties, lambda tau, density: ties(tau.tolist(), density)],
         [
             lambda tau, density: tau.mean(axis=0), lambda tau, density: ties(tau, 1.0), lambda tau, density: ties(tau, density, of_all=True),
-            lambda tau, density: ties(tau, density, elect=False),
+            lambda tau, density: ties(tau, density, elect=False), lambda tau, density: ties(tau, density, count=round),
+            lambda tau, density: ties(tau, density, of_zero=-1), lambda tau, density: ties(tau, density, of_zero=0),
         ],
     ),
     "19.2": ([6, "6.0", 2 * 9**0.5], [3, 36, 40**0.5, 2 / 3]),
@@ -467,6 +496,7 @@ ANSWERS = {  # name: right answers, wrong ones
         [
             lambda A, B, s, w: (sum(A), sum(B)), lambda A, B, s, w: (np.concatenate(A), np.concatenate(B, axis=1)),
             lambda A, B, s, w: side_by_side(A, B, s, [x * y for x, y in zip(s, w)]), lambda A, B, s, w: side_by_side(A, B, s, [1] * len(w)),
+            scaled_in_place,
         ],
     ),
     "19.4": ([[0.1, 0], "10% 0", "0.1 0"], [[0.1, 0.1], [0, 0.1], [0, 0]]),
@@ -506,6 +536,19 @@ def test_a_typical_mistake_earns_its_own_hint(name):
     assert slips
     for hint, value in slips.items():
         assert judge(name, value) == hint and gives_nothing_away(exercise, hint)
+
+
+@pytest.mark.parametrize(("name", "answer", "complaint"), [
+    ("12.2", 5, "that many sequences do not fit"),  # 26.26 GB of 24: not by a little
+    ("17.2", 2.0**-12, "it is too large"),  # half of the place above the next power of two is 2^-13
+])  # fmt: skip
+def test_a_hint_says_no_more_than_what_is_so(name, answer, complaint):
+    assert judge(name, answer) == complaint
+
+
+@pytest.mark.parametrize("name", [name for name, exercise in EXERCISES.items() if isinstance(exercise, Number) and exercise.within >= 0.005])
+def test_three_digits_of_a_number_will_do(name):
+    assert judge(name, [f"{x:.3g}" for x in np.ravel(EXERCISES[name].right())]) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------- lessons
@@ -554,6 +597,13 @@ def test_a_lesson_has_a_quiz_of_five_before_its_exercises(number):
 # ------------------------------------------------------------------------------------------------ check, and its messages
 
 
+class AsPyTorchs:
+    """Refuses to become an array, as PyTorch's tensors that require gradients do."""
+
+    def __array__(self, *how, **options):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
 def test_check_says_whether_an_answer_is_right(capsys):
     assert check("04.1", 8_388_608) and check("4.1", mp.Tensor(np.array(8_388_608.0)))
     assert not check("04.1", 4_194_304)
@@ -568,9 +618,21 @@ def test_check_says_whether_an_answer_is_right(capsys):
     (lambda x, W, A, B, alpha: None, "case 1 of 4, .*: it gives None, where numbers are asked for"),
     (lambda x: x, "case 1 of 4, .*: it stops with TypeError: .*positional argument"),
     (lambda x, W, A, B, alpha: x.fill(0), "case 1 of 4, .*: it changes its arguments"),
+    (lambda x, W, A, B, alpha: AsPyTorchs(), "case 1 of 4, .*: it gives AsPyTorchs, where numbers are asked for"),
 ])  # fmt: skip
 def test_a_function_is_told_the_case_that_it_fails(answer, complaint):
     assert re.match(complaint, judge("04.2", answer))
+
+
+@pytest.mark.parametrize(("name", "answer", "complaint"), [
+    ("18.3", lambda A, B, A0, B0: (B, A), "case 1 of 3, r = 2: it gives tuple, on which the check stops with ValueError: matmul"),
+    ("18.3", lambda A, B, A0, B0: np.eye(4), "case 1 of 3, r = 2: it gives ndarray, on which the check stops with ValueError: too many"),
+    ("18.3", lambda A, B, A0, B0: A @ B @ A0 @ A0, "case 1 of 3, r = 2: it stops with ValueError: matmul"),
+    ("18.3", lambda A, B: (A, B), "case 1 of 3, r = 2: it stops with TypeError: .*positional arguments"),
+    ("17.1", lambda x, generator: x, "case 1 of 5, it gives numbers that bfloat16 has: it is not so$"),
+])  # fmt: skip
+def test_a_function_is_not_blamed_for_what_the_check_does(name, answer, complaint):
+    assert re.match(complaint, judge(name, answer))
 
 
 @pytest.mark.parametrize(("name", "answer", "message"), [
@@ -581,8 +643,12 @@ def test_a_function_is_told_the_case_that_it_fails(answer, complaint):
     ("04.1", None, "04.1: a number is asked for"),
     ("04.1", [1, 2], "04.1: one number is asked for, not 2"),
     ("10.1", 0.5, "10.1: 3 numbers are asked for, not 1"),
+    ("04.1", 10**400, "04.1: a number is asked for, and what is given is beyond 1.8e308"),
+    ("04.1", np.complex128(8_388_608 + 1j), "04.1: a number is asked for, and 'complex128' is none"),
+    ("04.1", AsPyTorchs(), "04.1: a number is asked for, and 'AsPyTorchs' is none"),
     ("04.2", 3, r"04.2: a function lora\(x, W, A, B, alpha\) is asked for, and not int"),
     ("17.4", "int8", "17.4: one of bfloat16, float16, both, neither is asked for, and not 'int8'"),
+    ("16.2", np.array([1, 2]), r"16.2: one of .* is asked for, and not array\(\[1, 2\]\)"),
 ])  # fmt: skip
 def test_an_answer_of_another_kind_is_refused_in_one_sentence(name, answer, message):
     with pytest.raises(ValueError, match=message):
@@ -600,6 +666,7 @@ def test_a_number_that_is_not_finite_is_wrong(answer):
 def test_the_command_lists_and_prints_exercises(capsys):
     status, out, _ = output(capsys, "exercise")
     assert status == 0 and [line.split()[0] for line in out.splitlines()] == [*EXERCISES]
+    assert "three digits" in output(capsys, "exercise", "--help")[1]
     status, out, _ = output(capsys, "exercise", "4.1")
     assert status == 0 and out.startswith("**04.1 Count it.** LoRA with $r = 16$") and "Solution" not in out
 
@@ -624,7 +691,7 @@ def test_the_command_checks_numbers_words_and_functions(capsys, tmp_path):
         (("04.1", "8,388,608"), (0, "04.1: right\n")), (("10.4", "-0.333"), (0, "10.4: right\n")),
         (("10.1", "0.125", ".25", "0.5"), (0, "10.1: right\n")), (("17.4", "float16"), (0, "17.4: right\n")),
         (("11.2", right), (0, "11.2: right\n")), (("04.1", "7"), (1, "04.1: not yet; it is too small\n")),
-        (("11.2", wrong), (1, "11.2: not yet; case 1 of 4, one answer without repetition: it gives 3, where 1 is right\n")),
+        (("11.2", wrong), (1, "11.2: not yet; case 1 of 5, one answer without repetition: it gives 3, where 1 is right\n")),
     ):  # fmt: skip
         assert output(capsys, "exercise", *argv) == (*answer, "")
     assert "broken.py stops (ModuleNotFoundError" in refused(capsys, "exercise", "11.2", broken)

@@ -1,8 +1,9 @@
 """Check an answer to an exercise of a lesson.
 
 Without an answer the exercise is printed; what is asked stands in the lesson, and without a checkout of the project only
-its title is known. An answer is a number, several numbers, a word, or a Python file with the function that is asked for: it
-is run, and hidden tests call the function. The exit status is 1 for a wrong answer.
+its title is known. An answer is a number (to three digits, a count exactly), several numbers, a word, or a Python file
+with the function that is asked for: it is run, and hidden tests call the function. The exit status is 1 for a wrong
+answer.
 
 examples:
   minipeft exercise               the list

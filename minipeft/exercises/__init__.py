@@ -4,7 +4,8 @@
     check("04.1", 65_536)      # a number, several, a word, or a function, which hidden tests run
 
 prints whether the answer is right, and of a wrong one a hint, or the case that the function fails. What is asked stands in
-the lesson, under "Exercises"; `minipeft exercise 04.1` prints it. Right numbers are computed here by the library.
+the lesson, under "Exercises"; `minipeft exercise 04.1` prints it. Numbers are asked for to three digits, unless it says
+otherwise, and counts exactly. Right numbers are computed here by the library.
 """
 
 from __future__ import annotations

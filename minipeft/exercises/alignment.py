@@ -47,7 +47,7 @@ boundary = Code(
         "the prompt's tokens stay": ([5, 6, 7], [5, 6, 7, 8, 9]),
         "the prompt's last token joins the answer": ([5, 6, 7], [5, 6, 20, 9]),
         "two of the prompt's tokens become one": ([5, 6, 7, 8], [5, 6, 21]),
-        "a token of the answer equals one of the prompt": ([5, 6], [5, 30, 6]),
+        "tokens of the answer equal some of the prompt": ([5, 6, 7], [5, 6, 5, 7, 9]),
     },
 )
 
@@ -179,6 +179,7 @@ bigrams = Code(
         "great great great": ([[7, 7, 7, 7]],),
         "two answers that share a bigram": ([[1, 2, 3], [5, 1, 2]],),
         "answers of one token, and of none": ([[1], [], [2, 3, 2, 3]],),
+        "no bigram": ([[1], []],),
     },
 )
 price = Number(

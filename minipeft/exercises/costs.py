@@ -55,7 +55,7 @@ your_gpu = Number(
     "Your GPU",
     lambda: most_sequences("float32"),
     lambda right: {
-        "that many sequences do not fit, by a little": right + 1,
+        "that many sequences do not fit": right + 1,
         "one more fits": right - 1,
         "that is without the logits": most_sequences("fused"),
     },
@@ -90,9 +90,9 @@ def stochastic(x: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return ((bits + generator.integers(0, 1 << 16, bits.shape, np.uint32)) & 0xFFFF0000).view(np.float32)
 
 
-def judged(function: Any, x: np.ndarray, holds: Any) -> bool:
-    """Whether something holds of the numbers x and what they are rounded to."""
-    return bool(holds(x, np.asarray(function(x, np.random.default_rng(2)))))
+def judged(function: Any, x: np.ndarray, holds: Any) -> str:
+    """Whether something holds of the numbers x and what they are rounded to: "" where it does."""
+    return "" if holds(x, np.asarray(function(x, np.random.default_rng(2)))) else "it is not so"
 
 
 def within_a_step(x: np.ndarray, y: np.ndarray) -> bool:
@@ -122,10 +122,9 @@ lost_step = Number(
     "The largest step that is lost",
     lambda: math.ldexp(0.5, math.frexp(0.02)[1] - 1 - 7),
     lambda right: {
-        "that is the whole last place; half of it rounds": 2 * right,
+        "that is the whole last place, or half of it above the next power of two; half of the weight's own rounds": 2 * right,
         "that is float16's": right / 8,
         "that is 2^-9 of the weight, below which every step is lost": 0.02 * 2**-9,
-        "that is for the next higher power of two": 4 * right,
     },
 )
 highest_scale = Number(

@@ -50,6 +50,7 @@ stable = Code(
         "three numbers": (np.array([1.0, 2, 3]),),
         "two rows": (normal(2, 5),),
         "logits about 1000": (np.array([1000.0, 999, 998]),),
+        "rows a thousand apart": (np.array([[1000.0, 999], [0, 1]]),),
         "one is far below": (np.array([0.0, -2000]),),
     },
 )
@@ -160,6 +161,8 @@ causal = Code(
         "three positions with equal scores": (np.zeros((3, 3)),),
         "six positions": (normal(6, 6),),
         "scores about 1000": (1000 + normal(4, 4),),
+        "rows a thousand apart": (np.array([[0.0, 0], [1000, 1000]]),),
+        "a high score that is masked": (np.array([[0.0, 1000], [0, 0]]),),
     },
 )
 

@@ -8,6 +8,7 @@ is not of the kind that is asked for.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Word:
         return f"one of {', '.join(self.choices)}"
 
     def complaint(self, answer: Any) -> str:
-        given = answer.strip().lower() if isinstance(answer, str) else answer
+        given = answer.strip().lower() if isinstance(answer, str) else ""
         if given not in self.choices:
             raise ValueError(f"{self.asks_for} is asked for, and not {answer!r}")
         return "" if given == self.right() else self.hints[given]
@@ -71,7 +72,7 @@ class Code:
     """A function, held against `reference` in each of `cases()`, {what is special about it: its arguments}.
 
     `signature` is the function as the exercise names it. `probe(function, *arguments)` gives what is compared, an array or a
-    tuple of arrays: by default the function's result.
+    tuple of arrays: by default the function's result; or, as a text, what is wrong.
     """
 
     title: str
@@ -91,15 +92,22 @@ class Code:
     def complaint(self, answer: Any) -> str:
         if not callable(answer):
             raise ValueError(f"{self.asks_for} is asked for, and not {type(answer).__name__}")
-        cases = self.cases()
+        cases, results = self.cases(), []
+
+        @functools.wraps(answer)  # an op's `definition`, too
+        def function(*given: Any) -> Any:
+            results.append(answer(*given))
+            return results[-1]
+
         for i, (what, arguments) in enumerate(cases.items(), 1):
             where, own = f"case {i} of {len(cases)}, {what}", copy.deepcopy(arguments)
             try:
                 with np.errstate(all="ignore"):
-                    got = self.probe(answer, *own)
+                    got = self.probe(function, *own)
             except Exception as error:  # whatever a learner's function may raise
-                return f"{where}: it stops with {type(error).__name__}: {' '.join(str(error).split())}"
-            if any(isinstance(a, np.ndarray) and not np.array_equal(a, b) for a, b in zip(own, arguments)):
+                stops = f"gives {_kind(results[-1])}, on which the check stops" if len(results) == i else "stops"
+                return f"{where}: it {stops} with {type(error).__name__}: {' '.join(str(error).split())}"
+            if not _equal(own, arguments):
                 return f"{where}: it changes its arguments"
             if problem := difference(got, self.probe(self.reference, *arguments)):
                 return f"{where}: {problem}"
@@ -109,14 +117,16 @@ class Code:
 def numbers(answer: Any) -> np.ndarray:
     """The numbers of an answer, [n]: of a text "65,536", "25%" or "1 2 3", a list of such, or anything with numbers."""
     if isinstance(answer, str):
-        answer = answer.split()
+        answer = answer.replace(" %", "%").split()
     try:
+        if answer is None or np.iscomplexobj(answer):  # which NumPy takes for nan, or for its real part
+            raise TypeError
         if isinstance(answer, list | tuple):
             return np.array([_number(word) if isinstance(word, str) else float(word) for word in answer], float)
-        if answer is not None:  # which NumPy takes for nan
-            return np.ravel(np.asarray(answer, float))
-        raise TypeError
-    except (TypeError, ValueError):
+        return np.ravel(np.asarray(answer, float))
+    except OverflowError:
+        raise ValueError("a number is asked for, and what is given is beyond 1.8e308, the largest of float64") from None
+    except (TypeError, ValueError, RuntimeError):  # the last of a PyTorch tensor that requires gradients
         what = " ".join(map(str, answer)) if isinstance(answer, list | tuple) else type(answer).__name__
         raise ValueError(f"a number is asked for, and {what!r} is none") from None
 
@@ -128,6 +138,8 @@ def _number(word: str) -> float:
 
 def difference(got: Any, wanted: Any, name: str = "it") -> str:
     """How a result differs from the right one, in words; "" where it does not, but for rounding."""
+    if isinstance(wanted, str):
+        return got
     if isinstance(wanted, tuple):
         if not isinstance(got, tuple | list) or len(got) != len(wanted):
             return f"{name} gives {_kind(got)}, and {len(wanted)} results are asked for"
@@ -135,7 +147,7 @@ def difference(got: Any, wanted: Any, name: str = "it") -> str:
         return next((text for i, (g, w) in pairs if (text := difference(g, w, f"result {i}"))), "")
     try:
         array, wanted = np.asarray(got), np.asarray(wanted)
-    except (TypeError, ValueError):  # rows of different lengths
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, a PyTorch tensor that requires gradients
         array = np.asarray(None)
     if array.dtype.kind not in "biuf":
         return f"{name} gives {_kind(got)}, where numbers are asked for"
@@ -147,6 +159,13 @@ def difference(got: Any, wanted: Any, name: str = "it") -> str:
     place = np.unravel_index(np.argmax(far), far.shape)
     at = f" at [{', '.join(map(str, place))}]" if place else ""
     return f"{name} gives {_shown(array[place])}{at}, where {_shown(wanted[place])} is right"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same, with all that lists and tuples hold."""
+    if isinstance(b, list | tuple):
+        return isinstance(a, type(b)) and len(a) == len(b) and all(map(_equal, a, b))
+    return np.array_equal(a, b)
 
 
 def _kind(value: Any) -> str:

@@ -19,6 +19,8 @@ trim_elect_mean = Code(
         "the lesson's four numbers": (np.array([[4, 1, -5, 0.5], [-1, 2, 3, 0.5]]), 0.5),
         "two tasks of eight numbers": (normal(2, 8), 0.25),
         "three tasks, nothing trimmed": (normal(3, 5), 1.0),
+        "a sum of zero": (np.array([[1.0, 2.0], [-1.0, 3.0]]), 1.0),
+        "a quarter of three numbers, which is none": (normal(2, 3), 0.25),
         "two against one": (np.array([[1.0, 2.0], [1.5, -3.0], [-2.0, 2.5]]), 1.0),
     },
 )

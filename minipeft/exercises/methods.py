@@ -33,7 +33,7 @@ layer = Code(
     lambda x, W, A, B, alpha: x @ W.T + alpha / len(A) * (x @ A.T) @ B.T,
     lambda: {
         "r = 2, alpha = 2": (normal(3, 6), normal(5, 6), normal(2, 6), normal(5, 2), 2),
-        "r = 4, alpha = 8": (normal(3, 6), normal(5, 6), normal(4, 6), normal(5, 4), 8),
+        "r = 4, alpha = 2": (normal(3, 6), normal(5, 6), normal(4, 6), normal(5, 4), 2),
         "r = 1, alpha = 16": (normal(1, 8), normal(8, 8), normal(1, 8), normal(8, 1), 16),
         "B of zeros": (normal(3, 6), normal(5, 6), normal(2, 6), np.zeros((5, 2)), 16),
     },
@@ -53,7 +53,7 @@ two_gradients = Code(
     lora_gradients,
     lambda: {
         "r = 2, alpha = 2": (normal(5, 6), normal(2, 6), normal(5, 2), 2),
-        "r = 4, alpha = 8": (normal(5, 6), normal(4, 6), normal(5, 4), 8),
+        "r = 4, alpha = 2": (normal(5, 6), normal(4, 6), normal(5, 4), 2),
         "a square matrix, r = alpha = 3": (normal(3, 3, seed=1), normal(3, 3, seed=2), normal(3, 3, seed=3), 3),
     },
 )

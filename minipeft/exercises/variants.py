@@ -41,7 +41,7 @@ magnitudes = Code(
     dora,
     lambda: {
         "a start with B of zeros": (normal(5, 6), normal(2, 6), np.zeros((5, 2)), normal(5) ** 2, 16),
-        "r = 2, alpha = 4": (normal(5, 6), normal(2, 6), normal(5, 2), normal(5) ** 2, 4),
+        "r = 2, alpha = 1": (normal(5, 6), normal(2, 6), normal(5, 2), normal(5) ** 2, 1),
         "a square matrix, r = 1": (normal(4, 4), normal(1, 4), normal(4, 1), normal(4) ** 2, 1),
     },
 )
@@ -49,8 +49,8 @@ magnitudes = Code(
 
 def update(function: Any, A: Any, B: Any, A0: Any, B0: Any) -> Any:
     """The product of the factors that a function gives."""
-    factors = [np.asarray(factor) for factor in function(A, B, A0, B0)]
-    return factors[1] @ factors[0]
+    plain_A, plain_B = function(A, B, A0, B0)
+    return np.asarray(plain_B) @ np.asarray(plain_A)
 
 
 side_by_side = Code(
