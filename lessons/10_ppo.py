@@ -562,9 +562,9 @@ assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 # %% [markdown]
 # One half: its targets now differ from its values by the whitened advantages, whose mean square is 1.
 #
-# The chain of section 8 was broken in this way and in five others. The verdict below says how much gold each costs, and
-# which number of the log first leaves the range of unbroken runs. Of this bug five seeds show no loss: it
-# costs 0.04 at most, half of what PPO gained in section 8. No number warns of it; a test on known values finds it.
+# The chain of section 8 was broken in this way and in five others. The verdict below says what each costs, and which
+# number of the log first leaves its usual range. This bug costs 0.04 of gold at most, half of what PPO gained in section
+# 8. No number warns of it; a test on known values finds it.
 #
 # Now break it yourself: give PPO ten times the learning rate. Which number tells first that something is wrong?
 

@@ -6,7 +6,7 @@
 # over three seeds. Some of it holds here, and some does not. What you take along is the way of measuring: a *control*,
 # which differs from a run in one thing alone; several seeds; an interval.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 24 minutes (200 words or 25 lines of
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (a minute and a half on two cores), or open it as a notebook. It computes one seed of
 # the most telling runs now, and reads the rest from `lessons/results/14_best_practices.jsonl`, one line a run, with all
