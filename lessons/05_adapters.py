@@ -121,7 +121,7 @@ assert difference < 1e-4
 # > - a unit beside none, removed: equal (+0.002 [-0.005, +0.010]).
 # > - a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]).
 # >
-# > (5 seeds, 512 test items)
+# > (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 2 · The count

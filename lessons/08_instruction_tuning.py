@@ -438,7 +438,7 @@ if not REDUCED:
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - instructions followed, tuned beside shuffled, new tasks: not told apart (+0.029 [-0.006, +0.065]).
 # >
-# > (5 seeds, 344 test items)
+# > (5 seeds, 129 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
 # > are so:

@@ -348,7 +348,7 @@ def told(
         return Verdict(UNTESTABLE, itemized(words))
     undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
     verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
-    items = max(each.one.values.shape[1] for each in found)
+    items = min(each.one.values.shape[1] for each in found)
     counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
     shown = [word for word, one in zip(words, so) if not one or len(so) <= MANY]
     because = f"{counts}{': ' if len(so) <= MANY else '. '}{itemized(shown) if shown else ''}"

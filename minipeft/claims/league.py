@@ -329,7 +329,7 @@ def full_for_quality(rows: Rows) -> Verdict:
 @claim("which-2", lesson="16_which_method.py", section="4 · Let the table decide", experiment=league(MAIN))
 def lora_for_balance(rows: Rows) -> Verdict:
     """Holds if in every case LoRA clearly beats each method that stores less, and is not inferior (interval above -0.02) to each that
-    stores more; holds if in some; does not hold here if in none."""
+    stores as much or more; holds if in some; does not hold here if in none."""
     find = finder(rows)
     size = {m: find(tuned(find, search("source", m, SIZES[1]))[0])["storage"] for m in MAIN}
     less, more = ([m for m in MAIN if m != "lora" and (size[m] < size["lora"]) is smaller] for smaller in (True, False))

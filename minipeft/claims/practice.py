@@ -185,11 +185,12 @@ def general_tasks(rows: Rows) -> Verdict:
         falls = [[own.text.mean(), own.items.mean()] for own in of.values()]
         correlations.append(float(np.corrcoef(*(_ranks(column) for column in zip(*falls)))[0, 1]))
     order = measured("rank correlation, over the methods of a case, of what is lost of text and of items", correlations)
+    order = replace(order, high=min(1.0, order.high))
     return Verdict(
         HOLDS if misled else IF if lost else NOT if kept else UNTESTABLE,
         f"Items are clearly lost in {len(lost)} of {len(CASES) * len(MAIN)} runs ({len(MAIN)} methods in {len(CASES)} cases). Of {told} pairs of methods that "
         f"the items clearly tell apart, the loss on text clearly tells {agree} the same way; it clearly misleads in: {listed(misled)}. The ranks "
-        f"of methods by the two correlate at {order.value:.2f} ({order.low:.2f} to {min(1.0, order.high):.2f}).",
+        f"of methods by the two correlate at {order.value:.2f} ({order.low:.2f} to {order.high:.2f}).",
         order, [Number("pairs apart by items", told), Number("of these by loss as well", agree), Number("misled", len(misled))],
         len(SEEDS), 640, "the shipped base", "rewrite and source",
     )  # fmt: skip

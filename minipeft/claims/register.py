@@ -92,7 +92,8 @@ class Verdict:
     because    from the numbers, the reason or the condition: a sentence or two, and comparisons as a list (`itemized`)
     effect     the number that decided
     evidence   the numbers beside it
-    seeds      runs that differ in their seed alone, or repeats of a measurement; items: size of the test set
+    seeds      runs that differ in their seed alone, or repeats of a measurement
+    items      of the test set; where comparisons have their own, the fewest
     base, task what was trained or measured, and on what
     """
 
