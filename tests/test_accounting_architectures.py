@@ -156,6 +156,11 @@ def test_a_configuration_file_and_its_directory_are_read(tmp_path):
     assert dict(arch) == dict(architecture(tmp_path / "config.json")) == dict(architecture(config))
 
 
+def test_groups_of_debertas_convolution_share_its_inputs():
+    arch = architecture({"name": "deberta-v2-xxlarge", "conv_groups": 2, "embedding_size": 1536, "attention_head_size": 64})
+    assert arch["encoder.conv.conv.weight"] == (1536, 768, 3)
+
+
 def test_a_number_is_a_model_of_which_no_more_is_known():
     arch = architecture(7_500_000_000)
     assert (arch.name, arch.size, arch.config) == ("7,500,000,000 parameters", 7_500_000_000, None)
@@ -183,6 +188,9 @@ def test_a_head_takes_the_place_of_the_language_models():
     (({"model_type": "llava", "text_config": {"model_type": "llama"}},), "its text_config, of llama, can be given alone"),
     (({"model_type": "stablelm", "qk_layernorm": True},), "the parameters that qk_layernorm adds are not known here"),
     (({"model_type": "gpt2", "add_cross_attention": True},), "the parameters that add_cross_attention adds"),
+    (({"name": "deberta-v3-base", "embedding_size": 24},), "parameters of embedding_size=24 are not known here; it must be 768"),
+    (({"name": "deberta-v3-base", "attention_head_size": 16},), "parameters of attention_head_size=16 are .* must be 64"),
+    (({"name": "mixtral-8x7b", "num_experts_per_tok": 0},), "num_experts_per_tok must be a positive integer, not 0"),
     (({"model_type": "gemma3", "vision_config": {}},), "the parameters of vision_use_head are not known"),
     (({"model_type": "gemma3", "vision_config": 1},), "vision_config must be an object, not 1"),
     (({"model_type": "gemma3", "vision_config": {"num_hidden_layers": 10**6}},), "vision_config: num_hidden_layers must be"),

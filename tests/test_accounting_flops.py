@@ -69,6 +69,15 @@ def test_whispers_head_is_a_product_too_and_trained_alone_ends_the_backward_pass
     assert step_flops(arch, "head", 1, t).backward == head
 
 
+def test_a_token_goes_to_as_many_experts_as_the_configuration_says():
+    one, two = (step_flops({"name": "mixtral-8x7b", "num_experts_per_tok": k}).forward for k in (1, 2))
+    assert two - one == 2 * 32 * 3 * 4096 * 14336 and step_flops("mixtral-8x7b").forward == two
+    head = step_flops(architecture({"name": "mixtral-8x7b", "num_experts_per_tok": 1}, num_labels=1)).forward
+    assert one - head == 2 * 32000 * 4096  # a classifier's head is left out
+    embedding = 151936 * 3584
+    assert step_flops("qwen2-57b-a14b").forward / 2 + embedding == pytest.approx(14.2e9, rel=0.01)  # A14B
+
+
 def test_causal_attention_is_half_of_the_scores():
     half, whole = (step_flops("llama-7b", None, 1, 4096, False, causal) for causal in (True, False))
     assert whole.forward - half.forward == 32 * 2 * 4096**2 * 4096

@@ -103,6 +103,12 @@ def test_every_family_has_usual_targets(model, options):
     ("falcon-7b", mp.LNTuningConfig(), 33 * 2 * 4544),  # which has one norm a block, of the usual two
     ("phi-2", "head", 51200 * 2561),
     ("whisper-tiny", "head", 51865 * 384),
+    # rows of the embedding beside LoRA, or a prompt as wide, whatever the family calls its embedding
+    ("bloom-560m", mp.LoraConfig(r=8, trainable_token_indices=[1, 5]), 24 * 8 * (1024 + 3072) + 2 * 1024),
+    ("pythia-1.4b", mp.LoraConfig(r=8, trainable_token_indices=[1, 5]), 24 * 8 * (2048 + 3 * 2048) + 2 * 2048),
+    ("t5-small", mp.LoraConfig(r=8, trainable_token_indices=[1, 5]), 18 * 2 * 8 * 2 * 512 + 2 * 512),
+    ("pythia-1.4b", mp.PromptTuningConfig(num_virtual_tokens=5), 5 * 2048),
+    ("pythia-1.4b", mp.PrefixTuningConfig(num_virtual_tokens=5), 5 * 2 * 24 * 2048),
 ])  # fmt: skip
 def test_counts_of_other_families(model, options, trainable):
     assert count_parameters(model, options).trainable == trainable
@@ -172,6 +178,12 @@ def test_trained_biases_are_copies_beside_the_frozen_ones():
     ("mixtral-8x7b", mp.LoraConfig(target_modules=["w1"]), "w1 and w3 of mixtral-8x7b are one array: name both or neither"),
     ("mixtral-8x7b", mp.LoraConfig(target_modules=["w1", "w3"], use_dora=True), "DoRA is not defined for experts in one"),
     ("mixtral-8x7b", mp.LoHaConfig(target_modules=["gate_up_proj"]), "is of the kind experts; LoHaConfig works on linear"),
+    ("llama-7b", mp.LoraConfig(trainable_token_indices={"nope": [1]}), "there is no embedding called 'nope'"),
+    ("vit-base", mp.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "there is no embedding$"),
+    ("llama-7b", mp.LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[1]),
+     "model.embed_tokens is a target of the adapter, so its tokens cannot"),
+    ("llama-7b", mp.LoraConfig(modules_to_save=["embed_tokens"], trainable_token_indices=[1]),
+     r"model.embed_tokens is trained whole \(modules_to_save\), so its tokens cannot"),
     ("phi4", mp.LoraConfig(), "LoraConfig needs target_modules for a .* of type 'phi3'"),
 ])  # fmt: skip
 def test_what_is_no_method_or_fits_no_parameter_is_refused(model, config, sentence):

@@ -8,7 +8,7 @@ import pytest
 from accounting_cases import CONFIGS, METHODS, QUANTIZED, built, skip_what_does_not_fit
 
 from minipeft import LoraConfig, Transformer, ValueModel
-from minipeft.accounting import measure_peak, ppo_ledger
+from minipeft.accounting import measure_peak, memory_ledger, ppo_ledger
 from minipeft.rlhf import PPOConfig, PPOTrainer, RewardModel
 
 PROMPT, RESPONSE, BATCH, MINI = 20, 8, 12, 6
@@ -58,6 +58,12 @@ def test_built_models_say_the_same(dialect):
     )  # fmt: skip
     assert dict(as_built.held) == dict(by_name.held)
     assert dict(as_built.lines) == dict(by_name.lines)
+
+
+def test_the_averages_of_a_method_are_held_too():
+    config = CONFIGS["llama"]
+    ledger, alone = ppo_ledger(config, METHODS["adalora"], 2, 4, 4), memory_ledger(config, METHODS["adalora"])
+    assert ledger.lines["running averages"] == alone.held["running averages"] > 0
 
 
 def test_the_reference_shares_what_is_frozen():

@@ -352,6 +352,10 @@ def test_a_prompt_has_vectors_for_the_encoder_and_the_decoder_where_its_file_say
     prefix = counted("t5-large", PREFIX)
     assert counted("t5-large", {**PREFIX, "task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2}) == prefix
     assert counted("bert-base", {**PROMPT, "task_type": "SEQ_CLS"}) == 5 * 768
+    for kind, head in (("bert-base", 768 * 3 + 3), ("gpt2", 768 * 3)):  # which PEFT trains beside it
+        for task in ("SEQ_CLS", "TOKEN_CLS"):
+            both = [counted(kind, {**PROMPT, "task_type": task}, q, num_labels=3) for q in ("trainable", "stored")]
+            assert both == [5 * 768 + head] * 2
     for wrong in ({"task_type": "SEQ2SEQ"}, {"num_transformer_submodules": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             counted("t5-large", {**PROMPT, **wrong})

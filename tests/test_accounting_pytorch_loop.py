@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minipeft import BitFitConfig, LNTuningConfig, LoraConfig
+from minipeft import BitFitConfig, LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from minipeft.accounting import Loop, architecture, pytorch_ledger
 from minipeft.accounting.activations import block_terms, blocks_of, megatron_terms
 from minipeft.accounting.footprints import footprints, predict, summary
@@ -183,6 +183,16 @@ def test_a_cache_in_fewer_bits_is_smaller():
     assert [cache(bits).moments["the last token"]["KV cache"] / full for bits in (8, 4)] == [8.5 / 16, 4.5 / 16]
 
 
+def test_a_prefix_is_in_the_cache_from_the_start():
+    one, many = (
+        pytorch_ledger("llama-7b", PrefixTuningConfig(num_virtual_tokens=n), 2, 100, mode="generate", max_new_tokens=3).moments
+        for n in (1, 1000)
+    )
+    position = 2 * 32 * 4096 * 2 * 2  # keys and values of two rows, two bytes each
+    assert [m["the prompt"]["KV cache"] for m in (one, many)] == [101 * position, 1100 * position]
+    assert [m["the last token"]["KV cache"] for m in (one, many)] == [103 * position, 1102 * position]
+
+
 def test_what_is_not_in_four_bits_is_widened_when_asked():
     plain, wide = (ledger(quantization="nf4", upcast=upcast).held["frozen weights"] for upcast in (False, True))
     assert wide - plain == 2 * (2 * 32000 * 4096 + 65 * 4096)
@@ -230,6 +240,35 @@ def test_adafactor_keeps_rows_and_columns_of_each_matrix_of_a_stack():
     p = LOOP_PRECISIONS["bfloat16"]
     for shape, numbers in (((7,), 7), ((5, 7), 5 + 7), ((3, 5, 7), 3 * (5 + 7)), ((2, 3, 5, 7), 6 * (5 + 7))):
         assert optimizer_bytes("adafactor", {"w": shape}, p) == 4 * numbers
+
+
+def test_embeddings_have_states_in_float32_beside_those_in_8_bits():
+    """transformers' Trainer registers optim_bits=32 for each nn.Embedding, whose Parameter a tied head is."""
+    p, n = LOOP_PRECISIONS["bfloat16"], 64 * 64
+    assert optimizer_bytes("adamw_8bit", {"linear": (64, 64), "table": (64, 64)}, p, {"table"}) == 2 * (n + n // 64) + 8 * n
+    arch = architecture("gpt2")  # with a tied head
+    tables = {name for name in arch if arch.kinds[name] == "embedding"}
+    assert len(tables) == 2
+    states = ledger(None, seq=None, model="gpt2", optimizer="adamw_8bit").held["optimizer states"]
+    assert states == optimizer_bytes("adamw_8bit", arch.shapes, p, tables) > 8 * (50257 + 1024) * 768
+    for config in (LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"]), PromptTuningConfig(num_virtual_tokens=100)):
+        trained = trained_parameters(arch, config)
+        wide = {name for name in trained if "wte" in name}
+        states = ledger(config, seq=None, model="gpt2", optimizer="adamw_8bit").held["optimizer states"]
+        assert wide and states == optimizer_bytes("adamw_8bit", trained, p, wide)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    ({"max_new_tokens": 5}, "max_new_tokens has no effect with mode='train' and seq_len=8"),
+    ({"mode": "evaluate", "max_new_tokens": 5000}, "max_new_tokens has no effect with mode='evaluate'"),
+    ({"mode": "generate", "seq_len": None}, "mode='generate' needs seq_len"),
+    ({"mode": "generate", "seq_len": 1020, "max_new_tokens": 20},
+     r"gpt2 has 1024 positions, and seq_len=1020 \+ 19 of max_new_tokens=20 \(the last is not fed back\) = 1039 is more"),
+    ({"config": PrefixTuningConfig(num_virtual_tokens=20), "seq_len": 1005}, "20 virtual tokens leave 1004 of them, and seq_len=1005"),
+])  # fmt: skip
+def test_what_memory_ledger_refuses_is_refused_here(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pytorch_ledger("gpt2", **{"seq_len": 8, **arguments})
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [

@@ -216,6 +216,9 @@ def test_time_and_money(capsys):
     ("gpt2 --seq 64 --batch 2 --fit 8", "--fit looks for the batch or for the length"),
     ("llama-7b --fit 8", "not even one fits in 8 GB: 71.2 GB are needed at least (optimizer step)"),
     ("gpt2 --seq 1000 --generate 50", "gpt2 has 1024 positions"),
+    ("gpt2 --num-labels 2 --method lora --seq 16 --engine minipeft",
+     "(gpt2, llama, mistral, qwen2) with a language model's head; gpt2 with 2 classes, of the family gpt2, is none of these"),
+    ("gpt2 --method prefix --virtual-tokens 20 --seq 1024", "20 virtual tokens leave 1004 of them"),
     ("gpt2 --method prompt --virtual-tokens 20 --seq 1024", "20 virtual tokens leave 1004 of them"),
     ("gpt2 --method prompt --virtual-tokens 1024 --fit 24", "1024 virtual tokens leave none"),
 ])

@@ -125,6 +125,10 @@ def test_a_dictionary_names_the_modules():
             lambda: mp.LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[3]),
         ),
         (
+            "lm_head is a target of the adapter",
+            lambda: mp.LoraConfig(target_modules=["lm_head"], trainable_token_indices=[3]),
+        ),
+        (
             r"model.embed_tokens is trained whole \(modules_to_save\)",
             lambda: mp.LoraConfig(modules_to_save=["embed_tokens"], trainable_token_indices=[3]),
         ),

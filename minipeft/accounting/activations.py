@@ -25,7 +25,6 @@ from .parameters import elements, trained_name
 OUT = ("o_proj", "out_proj", "c_proj", "dense", "o")  # what families call the layer that reads attention's output
 # families whose activation is gelu_new or its like: tanh GELU in Python, which keeps x, x / 2, tanh and 1 + tanh, not x alone
 PYTHON_GELU = ("gpt2", "phi", "gptj", "mt5")
-TOP_K = {"mixtral": 2, "phimoe": 2, "qwen2_moe": 4, "qwen3_moe": 8}  # experts a token goes to, by default
 NARROW_SOFTMAX = ("gpt2", "bert", "roberta", "xlm-roberta", "deberta-v2")  # families whose eager softmax is not widened
 DROPOUT = ("gpt2", "gpt_bigcode", "bert", "roberta", "xlm-roberta", "deberta-v2", "t5", "mt5", "opt")  # families with dropout of 0.1 by default
 
@@ -113,7 +112,7 @@ def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str
         *_, n_out, n_in = shape[::-1] if arch.kinds[name] == "conv1d" else shape
         path = name if experts else name.rpartition(".")[0]
         parent, _, leaf = path.rpartition(".")
-        share = TOP_K.get(arch.model_type, 1) if experts else 1.0
+        share = arch.experts_per_token if experts else 1.0
         kind, array = "norm", parent
         if "att" in parent.lower():
             if leaf in OUT:

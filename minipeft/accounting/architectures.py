@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Architecture(Mapping[str, Shape]):
     config: TransformerConfig | None = field(default=None, repr=False)  # for the families that this package builds
     dimensions: Mapping[str, int] = field(default_factory=dict)  # by the names of TransformerConfig, for all families
     activation: str | None = None  # Hugging Face's name of the MLP's; None: its family's own
+    experts_per_token: int = 1  # to how many of a mixture's experts a token goes
 
     def __getitem__(self, name: str) -> Shape:
         return self.shapes[name]
@@ -146,7 +147,8 @@ def _with_head(arch: Architecture, num_labels: int, task: str) -> Architecture:
         table += [*(linear("pooler.dense", d, d) if arch.model_type == "deberta-v2" else ())]
         table += linear("classifier", d, num_labels)
     name = f"{arch.name} with {num_labels} {'classes' if task == 'SEQ_CLS' else 'outputs a token'}"
-    return Architecture(name, arch.model_type, *_columns(table), dimensions=arch.dimensions, activation=arch.activation)
+    shapes, kinds = _columns(table)
+    return replace(arch, name=name, shapes=shapes, kinds=kinds, tied={}, config=None)
 
 
 # ------------------------------------------------------------------------------------------------ from a configuration
@@ -183,7 +185,8 @@ def _build(name: str, config: Mapping[str, Any]) -> Architecture:
     tied = {entry: owner for entry, kind, owner in table if kind == "tied"}
     activation = next((config[key] for key in ACTIVATION if config.get(key)), None)
     return Architecture(
-        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(c), _dimensions(c), activation
+        name, model_type, *_columns(e for e in table if e[1] != "tied"), tied, _transformer_config(c), _dimensions(c), activation,
+        c.get("num_experts_per_tok", 1),
     )  # fmt: skip
 
 

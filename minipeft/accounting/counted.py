@@ -28,7 +28,7 @@ from ..peft.config import PeftConfig, PeftError, Shape
 from ..peft.huggingface import PEFT_TYPES, config_class
 from ..peft.prompt_learning import TOKEN_EMBEDDINGS
 from ..peft.ranks import pattern_value
-from ..peft.targets import QUERY_AND_VALUE, out_in_shape
+from ..peft.targets import CLASSIFIERS, CLASSIFIES, QUERY_AND_VALUE, out_in_shape
 from .architectures import Architecture
 
 GPT2_OUT = {**QUERY_AND_VALUE, "gpt2": ["mlp.c_proj"]}
@@ -40,7 +40,7 @@ def counted_config(options: dict[str, Any], arch: Architecture) -> PeftConfig:
 
     What training needs and a count does not, AdaLoRA's total_step, may be absent. A prompt's task may be any; of a model
     with an encoder and a decoder it has num_transformer_submodules times as many vectors, by default 2 for SEQ_2_SEQ_LM
-    and else 1, as in PEFT (a prefix has not).
+    and else 1, as in PEFT (a prefix has not). Of a classifier its head is trained beside it, as beside all methods.
 
     Raises KeyError for a method that is unknown, and PeftError as its configuration does.
     """
@@ -56,6 +56,9 @@ def counted_config(options: dict[str, Any], arch: Architecture) -> PeftConfig:
         if sides not in ((1, 2) if two else (1,)):
             stacks = "1 or 2" if two else f"1, as {arch.name} has not both an encoder and a decoder"
             raise PeftError(f"num_transformer_submodules must be {stacks}, not {sides!r} (SEQ_2_SEQ_LM means 2)")
+        if task in CLASSIFIES:
+            heads = (head for head in CLASSIFIERS if any(f"{head}." in name for name in arch))
+            options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *heads]
         if task in TASKS:
             del options["task_type"]
         if sides == 2 and kind != "PREFIX_TUNING" and type(options.get("num_virtual_tokens")) is int:

@@ -445,6 +445,9 @@ def deberta(c: Fields) -> Iterator[Entry]:
     its own. The convolution over the first layer's input is there where `conv_kernel_size` says so.
     """
     d, ff = c["hidden_size"], c["intermediate_size"]
+    for key, usual in (("embedding_size", d), ("attention_head_size", d // c["num_attention_heads"])):
+        if c[key] not in (0, usual):
+            raise ValueError(f"deberta-v2: the parameters of {key}={c[key]} are not known here; it must be {usual}")
     yield from embedding("embeddings.word_embeddings", c["vocab_size"], d)
     if c["position_biased_input"]:
         yield from embedding("embeddings.position_embeddings", c["max_position_embeddings"], d)
@@ -464,8 +467,7 @@ def deberta(c: Fields) -> Iterator[Entry]:
     if "layer_norm" in c["norm_rel_ebd"].split("|"):
         yield from layer_norm("encoder.LayerNorm", d)
     if c["conv_kernel_size"] > 0:
-        yield "encoder.conv.conv.weight", "convolution", (d, d, c["conv_kernel_size"])
-        yield "encoder.conv.conv.bias", "bias", (d,)
+        yield from convolution("encoder.conv.conv", d, d // c["conv_groups"], c["conv_kernel_size"])
         yield from layer_norm("encoder.conv.LayerNorm", d)
 
 
@@ -533,17 +535,17 @@ FAMILIES: dict[str, tuple[Rule, dict[str, Any]]] = {
         max_position_embeddings=2048, tie_word_embeddings=False, attention_bias=True)),
     "llama": (llama, _LLAMA),
     "mistral": (llama, _MISTRAL),
-    "mixtral": (llama, dict(_MISTRAL, num_local_experts=8)),
+    "mixtral": (llama, dict(_MISTRAL, num_local_experts=8, num_experts_per_tok=2)),
     "qwen": (qwen, dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                         num_attention_heads=32, kv_channels=128, no_bias=True, tie_word_embeddings=False)),
     "qwen2": (llama, _QWEN2),
     "qwen2_moe": (llama, dict(
         _MOE, intermediate_size=5632, num_attention_heads=16, num_experts=60, moe_intermediate_size=1408,
-        shared_expert_intermediate_size=5632, qkv_bias=True)),
+        shared_expert_intermediate_size=5632, num_experts_per_tok=4, qkv_bias=True)),
     "qwen3": (llama, dict(_QWEN2, head_dim=128, attention_bias=False)),
     "qwen3_moe": (llama, dict(
         _MOE, intermediate_size=6144, num_key_value_heads=4, num_experts=128, moe_intermediate_size=768,
-        attention_bias=False)),
+        num_experts_per_tok=8, attention_bias=False)),
     "gemma": (llama, dict(
         _GEMMA2, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=16)),
@@ -554,8 +556,8 @@ FAMILIES: dict[str, tuple[Rule, dict[str, Any]]] = {
     "phi3": (llama, dict(_DECODER, vocab_size=32064, hidden_size=3072, intermediate_size=8192,
                          max_position_embeddings=4096)),
     "phimoe": (llama, dict(
-        _MISTRAL, vocab_size=32064, intermediate_size=6400, num_local_experts=16, attention_bias=False,
-        lm_head_bias=False)),
+        _MISTRAL, vocab_size=32064, intermediate_size=6400, num_local_experts=16, num_experts_per_tok=2,
+        attention_bias=False, lm_head_bias=False)),
     "stablelm": (llama, dict(
         _DECODER, vocab_size=50304, hidden_size=2560, intermediate_size=6912, num_key_value_heads=32,
         max_position_embeddings=4096, qkv_bias=False, use_parallel_residual=False)),
@@ -581,6 +583,6 @@ FAMILIES: dict[str, tuple[Rule, dict[str, Any]]] = {
         vocab_size=128100, hidden_size=1536, num_hidden_layers=24, num_attention_heads=24, intermediate_size=6144,
         max_position_embeddings=512, type_vocab_size=0, relative_attention=False, max_relative_positions=-1,
         position_biased_input=True, position_buckets=-1, norm_rel_ebd="none", share_att_key=False, pos_att_type=frozenset(),
-        conv_kernel_size=0)),
+        conv_kernel_size=0, conv_groups=1, embedding_size=0, attention_head_size=0)),
     "vit": (vit, dict(_VIT, qkv_bias=True, pooler_output_size=0)),
 }  # fmt: skip

@@ -53,7 +53,8 @@ class Loop:
     Args:
         precision: of the weights, their gradients and states; a key of LOOP_PRECISIONS.
         adapters: of a method's parameters; PEFT makes float32 of 16 bits (autocast_adapter_dtype), and autocast computes.
-        optimizer: a key of LOOP_OPTIMIZERS. A paged one's states lie in unified memory, which gives way.
+        optimizer: a key of LOOP_OPTIMIZERS. A paged one's states lie in unified memory, which gives way;
+            an 8-bit one's of embeddings are in float32, as transformers' Trainer has it.
         checkpointing: blocks keep their inputs only; reentrant: as torch.utils.checkpoint first did it, transformers'
             default before 5. FSDP's hooks on a block that trains nothing itself then keep its input and the gradient
             of that until the pass ends (torch.autograd.graph.register_multi_grad_hook, in a cycle with the input).

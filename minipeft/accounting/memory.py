@@ -121,18 +121,8 @@ def memory_ledger(
     PPO see `ppo_ledger`. Raises ValueError for an unknown name, and for an argument that the mode does not use.
     """
     p, optimizer = named("precision", precision, PRECISIONS), named("optimizer", optimizer, OPTIMIZERS)
-    named("mode", mode, MODES)
-    check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
+    check_step(mode, batch, seq_len, max_new_tokens, labels is not None, checkpointing)
     training = mode == "train"
-    if mode == "generate" and seq_len is None:
-        raise ValueError("mode='generate' needs seq_len, the length of the prompt")
-    for name, given, effective in (
-        ("max_new_tokens", max_new_tokens is not None, mode == "generate"),
-        ("labels", labels is not None, seq_len and mode != "generate"),
-        ("checkpointing", checkpointing, seq_len and training),
-    ):
-        if given and not effective:
-            raise ValueError(f"{name} has no effect with mode={mode!r} and seq_len={seq_len}: leave it out")
     states, build = states_and_model(model, config, p, quantization, double_quantization)
     held = states.lines | optimizer_lines(states.trained if training else (), p, optimizer)
     held["running averages"] = training * states.averaged * p.states
@@ -155,6 +145,27 @@ def memory_ledger(
     at_peak = at_step(seen.at_peak, states.trained, p, optimizer) if training else seen.at_peak
     lines = {line: n for line, n in (always | dict(at_peak)).items() if n}
     return MemoryLedger(lines, held | (seen.held or {}), seen.per_layer, seen.by_op)
+
+
+def check_step(
+    mode: str, batch: int, seq_len: int | None, max_new_tokens: int | None, labels: bool = False,
+    checkpointing: bool | None = False,
+) -> None:  # fmt: skip
+    """Raises ValueError for an unknown mode, a number that is not positive, and an argument that the mode does not use.
+
+    `labels` says whether there are any; the others are `memory_ledger`'s.
+    """
+    named("mode", mode, MODES)
+    check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
+    if mode == "generate" and seq_len is None:
+        raise ValueError("mode='generate' needs seq_len, the length of the prompt")
+    for name, given, effective in (
+        ("max_new_tokens", max_new_tokens, mode == "generate"),
+        ("labels", labels, seq_len and mode != "generate"),
+        ("checkpointing", checkpointing, seq_len and mode == "train"),
+    ):
+        if given and not effective:
+            raise ValueError(f"{name} has no effect with mode={mode!r} and seq_len={seq_len}: leave it out")
 
 
 def optimizer_lines(trained: tuple[int, ...], p: Precision, optimizer: str) -> dict[str, int]:

@@ -68,7 +68,7 @@ def ppo_ledger(
     rows = mini_batch or batch
     if batch % rows:
         raise ValueError(f"mini_batch must divide the batch, {batch}; got {rows}")
-    (held, trained, _), build = states_and_model(model, config, p, quantization, double_quantization)
+    (held, trained, averaged), build = states_and_model(model, config, p, quantization, double_quantization)
     policy = build()
     held["reference"] = sum(trained) * p.frozen
     if checkpointing is not None:
@@ -85,6 +85,7 @@ def ppo_ledger(
         extra = tuple(q.size for q in value.parameters() if q.requires_grad)
         held["value model"] = _bytes(value_model, value, p.trained, p)
     held |= optimizer_lines(trained + extra, p, optimizer)
+    held["running averages"] = averaged * p.states
     static = {line: n for line, n in held.items() if line != "gradients" and n}
 
     meter = Meter(p.activations, p.gradients)

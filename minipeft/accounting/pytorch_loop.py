@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .activations import Block, block_terms, blocks_of, first_trained, head_of
 from .architectures import Architecture, Shape, architecture
 from .loop import CONTEXT, LOGITS, LOOP_OPTIMIZERS, LOOP_PRECISIONS, WORKSPACE, Loop
-from .memory import MemoryLedger, states_from_shapes
-from .parameters import elements, trained_parameters, virtual_tokens
-from .precision import Precision, check_positive, named
+from .memory import MemoryLedger, check_step, states_from_shapes
+from .parameters import elements, trained_name, trained_parameters, virtual_tokens
+from .precision import Precision
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def pytorch_ledger(
     Raises ValueError for what `memory_ledger` refuses, but for families that this package does not build.
     """
     loop = loop or Loop()
-    named("mode", mode, ("train", "evaluate", "generate"))
-    check_positive(batch=batch, seq_len=seq_len, max_new_tokens=max_new_tokens)
+    check_step(mode, batch, seq_len, max_new_tokens)
     arch = model if isinstance(model, Architecture) else architecture(model)
-    virtual, _ = virtual_tokens(config)
-    if seq_len is not None and virtual + seq_len + (max_new_tokens or 1) - 1 > positions_of(arch):
-        left = f"{virtual} virtual tokens leave {max(0, positions_of(arch) - virtual) or 'none'} of them"
-        advice = left if virtual else "give a seq_len of at most as many"
-        raise ValueError(f"{arch.name} has {positions_of(arch)} positions: {advice}")
+    before_input, before_keys = virtual_tokens(config)
+    virtual, new, limit = before_input + before_keys, (max_new_tokens or 1) - 1, positions_of(arch)
+    if seq_len is not None and virtual + seq_len + new > limit:
+        left = f": {virtual} virtual tokens leave {max(0, limit - virtual) or 'none'} of them" if virtual else ""
+        fed = f" + {new} of max_new_tokens={max_new_tokens} (the last is not fed back) = {seq_len + new}" if new else ""
+        raise ValueError(f"{arch.name} has {limit} positions{left}, and seq_len={seq_len}{fed} is more")
     if loop.quantization and config is None and mode == "train":
         raise ValueError("weights in four bits are frozen, so not all can be trained: give a method's config")
     config = "frozen" if config is None and mode != "train" else config
@@ -74,12 +74,12 @@ def pytorch_ledger(
     states = _states(arch, config, trained, loop, mode == "train")
     if seq_len is None:
         return _ledger(states, {"model states": states.gradients}, {}, loop)
-    seq_len += virtual
+    seq_len += before_input
     blocks = blocks_of(arch, trained)
     if not blocks:
         raise ValueError(f"activations need the shapes of blocks; {arch.name} has none: leave seq_len out")
     if mode != "train" or not trained:
-        moments = _use(arch, blocks, batch, seq_len, max_new_tokens, loop, "generate" if mode == "generate" else "evaluate")
+        moments = _use(arch, blocks, batch, seq_len, before_keys, new, loop, "generate" if mode == "generate" else "evaluate")
         return _ledger(states, moments, {}, loop)
     return _ledger(states, *_train(arch, config, trained, blocks, states, batch, seq_len, loop), loop)
 
@@ -117,12 +117,14 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
     states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
     if s.accumulation > 1 and s.sharding == "zero3":
         gradient = 1  # FSDP's no_sync "accumulates the full model gradients (instead of gradient shards)"
+    kinds, prompts = arch.kinds, (".prompt_embeddings", ".e")  # which are an nn.Embedding in PEFT
+    embeddings = {name for name in trained if kinds.get(trained_name(name)) == "embedding" or name.endswith(prompts)}
     hosted = s.offload and s.sharding == "zero3"
     paged = s.offload or s.optimizer.startswith("paged")
     gradients = {"gradients": 0 if hosted else n * p.gradients // gradient}
     always = {line: 0 if hosted else size // weight for line, size in weights.items()} | {
         "master copies": 0 if paged else n * p.master // states,
-        "optimizer states": 0 if paged or not n else optimizer_bytes(s.optimizer, trained, p) // states,
+        "optimizer states": 0 if paged or not n else optimizer_bytes(s.optimizer, trained, p, embeddings) // states,
         "running averages": averaged * p.states * training,
         "gradient buckets": n * p.gradients * (s.gpus > 1 and s.sharding == "ddp"),  # gradient_as_bucket_view=False
         "cuBLAS workspaces": 2 * WORKSPACE, "CUDA context": CONTEXT,
@@ -133,14 +135,19 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
     return _States(p, stream, always, gradients, {"optimizer's temporary": temporary}, sum(weights.values()))
 
 
-def optimizer_bytes(optimizer: str, trained: Mapping[str, Shape], p: Precision) -> int:
-    """Bytes of an optimizer's states of trained parameters of these shapes."""
+def optimizer_bytes(optimizer: str, trained: Mapping[str, Shape], p: Precision, embeddings: Container[str] = ()) -> int:
+    """Bytes of an optimizer's states of trained parameters of these shapes; `embeddings` are the names of tables.
+
+    In 8 bits (bitsandbytes): two bytes and a float32 scale of 256 numbers; float32 under 4,096 numbers, and for an
+    embedding, tied or not, where transformers' Trainer makes the optimizer (it registers optim_bits=32).
+    """
     sizes = [math.prod(shape) for shape in trained.values()]
     if optimizer == "adafactor":  # float32 for each row and each column of a matrix, also of several in one; all of a vector
         factored = ((s[:-1], (*s[:-2], s[-1])) if len(s) > 1 else (s,) for s in trained.values())
         return 4 * sum(math.prod(shape) for shapes in factored for shape in shapes)
-    if "8bit" in optimizer:  # bitsandbytes: two bytes, a float32 scale of 256 numbers; float32 under 4,096 numbers
-        return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
+    if "8bit" in optimizer:
+        wide = [n < 4096 or name in embeddings for name, n in zip(trained, sizes)]
+        return sum(8 * n if float32 else 2 * (n + 4 * -(-n // 256)) for float32, n in zip(wide, sizes))
     return LOOP_OPTIMIZERS[optimizer][0] * p.states * sum(sizes)
 
 
@@ -277,13 +284,16 @@ def positions_of(arch: Architecture) -> int:
 
 
 def _use(
-    arch: Architecture, blocks: list[Block], batch: int, seq_len: int, new: int | None, loop: Loop, mode: str
+    arch: Architecture, blocks: list[Block], batch: int, seq_len: int, past: int, new: int, loop: Loop, mode: str
 ) -> dict[str, dict[str, float]]:
-    """A forward pass, or generation with a cache, in which the prompt's pass needs most working memory."""
+    """A forward pass, or generation with a cache, in which the prompt's pass needs most working memory.
+
+    `past` keys and values of a prefix are in the cache before the prompt's, and `new` are added after them.
+    """
     t, c, block = batch * seq_len, LOOP_PRECISIONS[loop.precision].frozen, max(blocks, key=lambda b: b.inner)
     work = c * (block.h * 2 + max(3 * block.inner, block.queries + 2 * block.keys))
     if loop.attention == "eager":
-        work = max(work, (4 + c) * block.a * seq_len)
+        work = max(work, (4 + c) * block.a * (past + seq_len))
     lines = {
         "working memory": t * work,
         "dequantized weight": 2 * _widest(block, loop) if loop.quantization else 0,
@@ -293,11 +303,11 @@ def _use(
         return {"forward pass": lines}
     bits = loop.cache_bits + (0 if loop.cache_bits == 16 else 2 * 16 / 64)
     number = c if loop.cache_bits == 16 else bits / 8
-    positions = seq_len + (new or 1) - 1
+    prompt, positions = past + seq_len, past + seq_len + new
     cache = 2 * sum(b.keys * b.attentions for b in blocks) * batch * number
     growing = cache / len(blocks) * positions  # torch.cat: a layer's old and new keys and values at once
     last = lines | {"KV cache": cache * positions, "working memory": growing}
-    return {"the prompt": lines | {"KV cache": cache * seq_len}, "the last token": last}
+    return {"the prompt": lines | {"KV cache": cache * prompt}, "the last token": last}
 
 
 def largest(fits: Any, most: int = 2**24) -> int:

@@ -15,7 +15,7 @@ from ..autograd.tensor import no_grad
 from ..backend import Array, Rng
 from ..nn.generation import next_logits
 from ..nn.module import Module, Parameter, unallocated
-from ..nn.transformer import Backbone, KVCache, Transformer
+from ..nn.transformer import FAMILIES, Backbone, KVCache, Transformer
 from .architectures import Architecture
 from .precision import Precision
 from .shapes import Buffer, Meter, ShapeArray
@@ -96,12 +96,12 @@ def unallocated_model(
 ) -> Module:
     """A model under a method, without values: what is trained requires gradients, the rest has its storage dtype.
 
-    Raises ValueError for a family that this package does not build.
+    Raises ValueError for a family that this package does not build, or another head than a language model's.
     """
     if arch.config is None:
         raise ValueError(
-            f"activations are known of the families this package builds (gpt2, llama); {arch.name} is "
-            f"{arch.model_type}: leave seq_len out"
+            f"activations are known of the families this package builds ({', '.join(FAMILIES)}) with a language model's "
+            f"head; {arch.name}, of the family {arch.model_type}, is none of these: leave seq_len out"
         )
     model = Transformer(arch.config, seed=None)
     if quantization:

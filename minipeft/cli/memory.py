@@ -301,7 +301,7 @@ def _fit(args: Arguments, arch: Any, config: Any, ledger_of: Callable[..., Any])
     from ..accounting.parameters import virtual_tokens
     from ..accounting.pytorch_loop import largest, positions_of
 
-    room, most = args.fit * 1e9, positions_of(arch) - virtual_tokens(config)[0]
+    room, most = args.fit * 1e9, positions_of(arch) - sum(virtual_tokens(config))
     if args.seq is not None and "batch" in args.given:
         raise ValueError("--fit looks for the batch or for the length: leave --batch or --seq out")
     if args.seq is not None:

@@ -23,7 +23,7 @@ from .virtual_positions import make_room
 from .weights import fill
 
 STORED = "prompt_embeddings"  # the key in a file
-TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared")
+TOKEN_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "shared")
 DIMENSIONS = {  # option -> its name in a model's configuration
     "token_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"
 }  # fmt: skip

@@ -17,7 +17,7 @@ import difflib
 import re
 import time
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from copy import copy
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -162,8 +162,9 @@ class Targets:
 
         Raises PeftError for a name that matches nothing, and for a module that the method cannot be put on.
         """
-        found = {name: m for name, m in modules.items() if self.targets(name, kind_of(m) or "")}
-        self.check_names(modules, found)
+        kinds = {name: kind_of(m) or "" for name, m in modules.items()}
+        found = {name: m for name, m in modules.items() if self.targets(name, kinds[name])}
+        self.check_names(kinds, found)
         for name, module in found.items():
             self.check_target(name, module)
         return found
@@ -178,9 +179,8 @@ class Targets:
             found.update(matched)
         return found
 
-    def check_names(self, paths: Iterable[str], found: Iterable[str]) -> None:
-        """Raises PeftError where a name to target or exclude is none of the model's `paths`, or nothing was `found`."""
-        paths = list(paths)
+    def check_names(self, paths: Mapping[str, str], found: Iterable[str]) -> None:
+        """Raises PeftError where a name to target or exclude is none of a model's {path: kind}, or nothing was `found`."""
         names, out = self.target_modules, self.exclude_modules
         for option_, targets in (("target_modules", [] if isinstance(names, str) else names), ("exclude_modules", out)):
             for name in as_list(targets):

@@ -10,7 +10,7 @@ The method is Hugging Face PEFT's (tuners/trainable_tokens), and so are its file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, Seed, Shape
 from .layer import Adapter, Inner
+from .prompt_learning import TOKEN_EMBEDDINGS
 from .targets import PeftError, kind_of, matches, shape_of
 from .weights import dense_weight, fill, with_weight
 
@@ -80,8 +81,7 @@ def token_shape(tokens: list[int], shape: Shape) -> Shape:
 
 def tokens_of(tokens: Tokens, path: str) -> list[int] | None:
     """Which tokens are trained in the module at a path; None: none."""
-    usual = [name for names in EMBEDDINGS.values() for name in names]
-    named = tokens if isinstance(tokens, Mapping) else dict.fromkeys(usual, tokens)
+    named = tokens if isinstance(tokens, Mapping) else dict.fromkeys(TOKEN_EMBEDDINGS, tokens)
     return next((own for name, own in named.items() if matches([name], path)), None) or None
 
 
@@ -157,18 +157,26 @@ class WithTokenRows(PeftConfig):
         tokens = tokens_of(self.trainable_token_indices, name) if kind in ("embedding", "linear") else None
         return {ROWS: token_shape(tokens, shape)} if tokens else super().parameter_shapes(name, kind, shape)
 
-    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+    def check_names(self, paths: Mapping[str, str], found: Iterable[str]) -> None:
         """As in `Targets`. Raises PeftError, too, for tokens of what is no embedding, or is trained otherwise."""
-        targets, saved, tokens = super().resolve(modules), self.resolve_saved(modules), self.trainable_token_indices
-        found = token_layers(tokens, modules)
+        super().check_names(paths, found)
+        tokens, saved = self.trainable_token_indices, self.resolve_saved(paths)
+        tables = [path for path, kind in paths.items() if kind in ("embedding", "linear") and tokens_of(tokens, path)]
         names = list(tokens) if isinstance(tokens, Mapping) else []
-        if lost := [f" called {name!r}" for name in names if not any(matches([name], path) for path in found)]:
+        if lost := [f" called {name!r}" for name in names if not any(matches([name], path) for path in tables)]:
             raise PeftError(f"trainable_token_indices: there is no embedding{lost[0]}")
-        if tokens and not found:
+        if tokens and not tables:
             raise PeftError("trainable_token_indices: there is no embedding")
-        if both := [path for path in found if path in targets or (path in saved and tokens_of(tokens, path))]:
-            how = "a target of the adapter" if both[0] in targets else "trained whole (modules_to_save)"
+        if both := [path for path in tables if path in saved or self.targets(path, paths[path])]:
+            how = "trained whole (modules_to_save)" if both[0] in saved else "a target of the adapter"
             raise PeftError(f"{both[0]} is {how}, so its tokens cannot be trained beside it")
+
+    def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
+        """As in `Targets`. Raises PeftError, too, for tokens of a tied head that is a target."""
+        targets, saved = super().resolve(modules), self.resolve_saved(modules)
+        found = token_layers(self.trainable_token_indices, modules)
+        if both := [path for path in found if path in targets]:
+            raise PeftError(f"{both[0]} is a target of the adapter, so its tokens cannot be trained beside it")
         return targets | {path: m for path, m in found.items() if path not in saved}  # a tied head may be trained whole
 
     def adapters(self, layers: dict[str, Module], seeds: dict[str, Seed]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import json
 import pytest
 from accounting_cases import on_meta
 
+from minipeft import LoraConfig
 from minipeft.accounting.architectures import architecture, names
 from minipeft.accounting.block_formats import BLOCK_FORMATS
 from minipeft.accounting.counted import COUNTED, counted_config
 from minipeft.accounting.models import find
-from minipeft.accounting.parameters import constant_parameters, elements, trained_parameters
+from minipeft.accounting.parameters import constant_parameters, count_parameters, elements, trained_parameters
 from minipeft.accounting.published import _figure, read_published
 
 pytest.importorskip("torch", reason="needs PyTorch: install the extra 'oracles'")
@@ -66,6 +67,9 @@ SMALL = {
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
     "gpt2": dict(model_type="gpt2", vocab_size=64, n_positions=32, n_embd=64, n_layer=3, n_head=4),
     "t5": dict(model_type="t5", vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+    "bloom": dict(model_type="bloom", vocab_size=64, hidden_size=64, n_layer=2, n_head=4),
+    **{family: dict(model_type=family, vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+       for family in ("falcon", "gpt_neox", "bert")},
 }  # fmt: skip
 MLP = ["gate_proj", "down_proj", "q_proj"]  # of three shapes
 
@@ -125,11 +129,36 @@ def test_a_method_counts_as_in_peft(family, method):
         assert trained + elements(constants) == stored
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "LORA"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_classifiers_head_counts_as_in_peft(family, kind):
+    """It is trained beside each method, a prompt too."""
+    import transformers
+
+    given = {"r": 2} if kind == "LORA" else {"num_virtual_tokens": 5}
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind]](task_type="SEQ_CLS", **given)
+    written = json.loads(json.dumps(config.to_dict(), default=sorted))
+    whole = transformers.AutoConfig.for_model(**SMALL[family], num_labels=3)
+    model = peft.get_peft_model(transformers.AutoModelForSequenceClassification.from_config(whole), config)
+    arch = architecture(SMALL[family], num_labels=3)
+    ours = count_parameters(arch, counted_config(written, arch))
+    assert (ours.trainable, ours.total) == model.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_neox", "t5", "bert"])
+def test_trained_tokens_beside_lora_count_as_in_peft(family):
+    config = peft.LoraConfig(r=2, trainable_token_indices=[1, 5, 7], task_type=TASKS.get(family, "CAUSAL_LM"))
+    model = peft.get_peft_model(transformers_model(SMALL[family]), config)
+    arch = architecture(SMALL[family])
+    ours = count_parameters(arch, LoraConfig(r=2, trainable_token_indices=[1, 5, 7]))
+    assert (ours.trainable, ours.total) == model.get_nb_trainable_parameters()
+
+
 def transformers_model(config):
     """A small model of transformers, with weights, at which some methods look."""
     import transformers
 
-    kind = "AutoModelForSeq2SeqLM" if config["model_type"] == "t5" else "AutoModelForCausalLM"
+    kind = {"t5": "AutoModelForSeq2SeqLM", "bert": "AutoModel"}.get(config["model_type"], "AutoModelForCausalLM")
     return getattr(transformers, kind).from_config(transformers.AutoConfig.for_model(**config))
 
 
