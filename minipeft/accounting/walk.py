@@ -101,7 +101,7 @@ def unallocated_model(
     if arch.config is None:
         raise ValueError(
             f"activations are known of the families this package builds (gpt2, llama); {arch.name} is "
-            f"{arch.model_type}: leave seq_len out"
+            f"{arch.model_type}: leave seq_len out (--seq)"
         )
     model = Transformer(arch.config, seed=None)
     if quantization:
