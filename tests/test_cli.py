@@ -102,6 +102,7 @@ def test_a_record_that_is_too_long_is_named_by_its_number_in_the_file(model, tmp
     [
         (["comparre"], "unknown command 'comparre'; did you mean compare?"),
         (["--versio"], "did you mean --version?"),
+        (["--threads", "1", "generate"], "--threads 1 stands before the command: options other than --debug and --plugin come after it"),
         (["compare", "--step", "3"], "unknown option '--step'; did you mean --steps"),
         (["compare", "--methods", "ful"], "did you mean full?"),
         (["compare", "--steps", "0"], "--steps: must be an integer of at least 1, not '0'"),
@@ -324,9 +325,9 @@ def test_head_trains_the_head_alone(model, data, tmp_path):
 
 
 def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_path, capsys):
-    output = tmp_path / "adapter"
+    output = tmp_path / "an adapter"
     assert finetune(model, data, output, "--method", "lora") == 0
-    assert f"minipeft generate --adapter {output} --prompt" in capsys.readouterr().out
+    assert f"(minipeft generate --adapter '{output}' --prompt ...)" in capsys.readouterr().out
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in output.iterdir()}
     assert not (output / "model.safetensors").exists()
     base, tokenizer = mp.from_pretrained(model)

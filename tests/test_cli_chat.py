@@ -108,6 +108,30 @@ def test_a_conversation_in_json_and_one_without_words(model, capsys, monkeypatch
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_conversation_that_outgrows_the_model_goes_on_without_its_beginning(model, capsys, monkeypatch):
+    own, tokenizer = mp.from_pretrained(model)
+    system, said, expected, lost = Message("system", "Be brief."), [], [], []
+    for text in ("Hello", "And then?", "Why?", "Who?", "Where?"):
+        said.append(Message("user", text))
+        lost.append(0)
+        while len(tokenizer.apply_chat_template([system, *said], add_generation_prompt=True)) + 60 > 256:
+            del said[:2]
+            lost[-1] += 2
+        expected.append(answer(own, tokenizer, [system, *said], 60))
+        said.append(Message("assistant", expected[-1]))
+    assert lost[:2] == [0, 0] and lost[-1] == 2
+    say(monkeypatch, "Hello\nAnd then?\n", "word " * 400, "\nWhy?\nWho?\nWhere?\n")
+    assert run("generate", "--model", model, "--chat", "--max-new-tokens", 60, "--system", system.content) == 0
+    out, err = capsys.readouterr()
+    assert out == "".join(text + "\n" for text in expected)
+    alone = tokenizer.apply_chat_template([system, Message("user", "word " * 399 + "word")], add_generation_prompt=True)
+    first, *others = err.splitlines()
+    assert first == (
+        f"(not answered: the message makes a prompt of {len(alone)} tokens; at most 196 fit beside --max-new-tokens 60)"
+    )
+    assert others == [f"(the conversation is full: its oldest {n} messages are left out)" for n in lost if n]
+
+
 def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     def fails(sentence, *argv):
         assert sentence in refused(capsys, "generate", *argv, silent=False)
@@ -117,8 +141,6 @@ def test_chats_that_cannot_be(model, tmp_path, capsys, monkeypatch):
     mp.save_pretrained(small()[0], tmp_path / "a", Tokenizer(tokenizer._control, {**tokenizer.config, "chat_template": refusing}))
     fails("the chat template refuses these messages: no system message, please", "--model", tmp_path / "a", "--chat",
           "--system", "s", "--prompt", "x")  # fmt: skip
-    say(monkeypatch, "Hello\n" + "word " * 400)
-    fails("this model has 256 positions", "--model", model, "--chat", "--max-new-tokens", "4")
     fails("--chat and --template exclude each other", "--model", model, "--chat", "--template", "plain", "--prompt", "x")
 
 

@@ -8,7 +8,8 @@ import pytest
 from cli_helpers import jsonl, refused, run, tiny
 
 import minipeft as mp
-from minipeft.cli.data import encode, split_off
+from minipeft.cli.compare import Questions
+from minipeft.cli.data import TaskOptions, encode, longest, split_off
 from minipeft.hub.base import load_base
 from minipeft.peft.methods import METHODS
 from minipeft.text.datasets import Completion, Document
@@ -90,6 +91,33 @@ def test_answers_of_several_words_are_compared_by_chrf(model, tmp_path, capsys):
     assert "3 answers are compared with the expected ones; to copy the question has chrF 100.0" in capsys.readouterr().err
     content = json.loads((tmp_path / "o" / "compare.json").read_text())
     assert all(row["scored"] == "chrF" and 0 <= row["score"] <= 100 for row in content["methods"])
+
+
+def test_what_is_asked_was_held_out_and_fits_with_an_answer():
+    _, tokenizer = load_base()
+    short, dropped, long = (Completion("word " * n + "again:", " word") for n in (1, 300, 70))
+    wordy = Completion("Again:", " word" * 20)
+    data = encode([short], [short, dropped, long, wordy], tokenizer, 80, on_overflow="drop")
+    assert data.held_out_records == [short, long, wordy] and len(data.held_out) == 3
+    mine = TaskOptions(data="mine.jsonl")
+    assert Questions.of(mine, data, tokenizer, 24, 100).records == [short, long, wordy]
+    assert Questions.of(mine, data, tokenizer, 24, 80).records == [short, wordy], "no room for the longest answer"
+    assert Questions.of(mine, data, tokenizer, 1, 80).records == [short]
+    assert Questions.of(mine, data, tokenizer, 24, 20) is None
+
+
+def test_running_text_asks_nothing(model, tmp_path):
+    (tmp_path / "book.txt").write_text("It was a very good year. " * 200, encoding="utf-8")
+    argv = ["compare", "--reduced", "--model", model, "--data", tmp_path / "book.txt", "--methods", "prompt", "--steps", 1]
+    assert run(*argv, "--output", tmp_path / "o") == 0
+    content = json.loads((tmp_path / "o" / "compare.json").read_text())
+    assert content["settings"]["answers"] == 0 and [row["scored"] for row in content["methods"]] == [None, None]
+
+
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_the_help_says_how_long_a_record_may_be(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"longer than {longest(load_base()[0])} tokens" in capsys.readouterr().out
 
 
 def test_the_picture_is_saved(comparison):

@@ -8,6 +8,7 @@ from cli_helpers import output, refused, reported
 import minipeft as mp
 from minipeft.accounting import Loop, memory_ledger, ppo_ledger, pytorch_ledger, step_flops
 from minipeft.accounting.loop import LOGITS
+from minipeft.accounting.memory import LINES
 from minipeft.cli.bars import MARKS, bar, size
 
 OURS = ["--engine", "minipeft"]
@@ -219,6 +220,7 @@ def test_time_and_money(capsys):
     ("gpt2 --num-labels 2 --method lora --seq 16 --engine minipeft",
      "(gpt2, llama, mistral, qwen2) with a language model's head; gpt2 with 2 classes, of the family gpt2, is none of these"),
     ("gpt2 --method prefix --virtual-tokens 20 --seq 1024", "20 virtual tokens leave 1004 of them"),
+    ("mixtral-8x7b --seq 64 --engine minipeft", "mixtral-8x7b, of the family mixtral, is none of these: leave seq_len out (--seq)"),
     ("gpt2 --method prompt --virtual-tokens 20 --seq 1024", "20 virtual tokens leave 1004 of them"),
     ("gpt2 --method prompt --virtual-tokens 1024 --fit 24", "1024 virtual tokens leave none"),
 ])
@@ -234,3 +236,4 @@ def test_sizes_and_bars_are_readable():
     assert lines[0] == MARKS[0] * 54 + MARKS[1] * 18
     assert lines[1:] == [f"{MARKS[0]} a 3", f"{MARKS[1]} b 1", f"{MARKS[2]} nothing 0"]
     assert bar({"all": 0}).plain.splitlines()[0] == ""
+    assert len(set(MARKS)) == len(MARKS) >= len(LINES), "no two lines of a ledger look alike"

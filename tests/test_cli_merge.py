@@ -35,14 +35,14 @@ def test_the_merged_model_computes_what_base_and_adapter_did(model, method, tmp_
     expected = adapter(model, tmp_path / "adapter", method, load_in_4bit=method == "qlora")
     (tmp_path / "adapter" / "template.json").write_text('{"template": "alpaca"}')
     status, out, err = output(
-        capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "deep" / "merged"
+        capsys, "merge", "--adapter", tmp_path / "adapter", "--output", tmp_path / "deep in" / "merged"
     )
-    assert (status, err) == (0, "") and f"minipeft generate --model {tmp_path / 'deep' / 'merged'}" in out
-    merged, tokenizer = mp.from_pretrained(tmp_path / "deep" / "merged")
+    assert (status, err) == (0, "") and f"(minipeft generate --model '{tmp_path / 'deep in' / 'merged'}' --prompt ...)" in out
+    merged, tokenizer = mp.from_pretrained(tmp_path / "deep in" / "merged")
     np.testing.assert_allclose(merged(IDS).numpy(), expected, atol=1e-4)
     assert type(merged) is mp.Transformer and tokenizer.encode("a 12") == mp.load_base()[1].encode("a 12")
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["merged"]
-    assert json.loads((tmp_path / "deep" / "merged" / "template.json").read_text()) == {"template": "alpaca"}
+    assert [path.name for path in (tmp_path / "deep in").iterdir()] == ["merged"]
+    assert json.loads((tmp_path / "deep in" / "merged" / "template.json").read_text()) == {"template": "alpaca"}
 
 
 def test_the_template_of_the_base_stays_where_the_adapter_has_none(model, tmp_path, capsys):

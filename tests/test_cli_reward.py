@@ -29,11 +29,11 @@ def reward(output, *more) -> int:
 
 
 def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data, tmp_path, capsys):
-    output = tmp_path / "judge"
+    output = tmp_path / "a judge"
     assert reward(output, "--data", data, "--model", model, "--epochs", 4) == 0
     out = capsys.readouterr().out
     record = written(output)
-    assert record["accuracy"] > 0.9 and f"{record['accuracy']:.1%}" in out and f"minipeft ppo --reward {output}" in out
+    assert record["accuracy"] > 0.9 and f"{record['accuracy']:.1%}" in out and f"(minipeft ppo --reward '{output}' --output DIR)" in out
     assert record["pairs"] == {"training": 72, "held_out": 8}
     judge, tokenizer = mp.rlhf.RewardModel.from_pretrained(output)
     texts = [[*tokenizer.encode(f"The day was {word}."), tokenizer.eos_token_id] for word in ("good", "bad")]

@@ -482,7 +482,7 @@ def test_directories_without_a_model(saved, tmp_path):
     with pytest.raises(HubError, match=r"there is no config\.json in this directory; no model there"):
         mp.from_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(HubError, match=r"an adapter's: load it with PeftModel\.from_pretrained"):
+    with pytest.raises(HubError, match=r"an adapter's: load it with PeftModel\.from_pretrained \(--adapter\), or merge it first \(minipeft merge\)"):
         mp.from_pretrained(tmp_path)
     directory = saved()
     (directory / "model.safetensors").unlink()

@@ -88,8 +88,10 @@ def test_the_commands_know_it(plugin, tmp_path, capsys):
     tiny(tmp_path / "base")
     data = jsonl(tmp_path / "data.jsonl", ({"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(12)))
     tune = ("finetune", "--model", "base", "--data", data, *method, "--steps", 3, "--output", "tuned")
-    status, _, err = output(capsys, *tune, "--plugin", plugin)
+    status, out, err = output(capsys, *tune, "--plugin", plugin)
     assert status == 0 and "learning rate 0.03" in err
+    assert f"(minipeft --plugin {plugin} generate --adapter tuned --prompt ...)" in out
+    assert written(tmp_path / "tuned")["options"]["plugin"] == [plugin]
     loss = written(tmp_path / "tuned")["held_out_loss"]
     assert loss["before"] != loss["after"]
     show = ("generate", "--model", "base", "--adapter", "tuned", "--prompt", "1 and", "--max-new-tokens", 3)

@@ -101,7 +101,7 @@ def unallocated_model(
     if arch.config is None:
         raise ValueError(
             f"activations are known of the families this package builds ({', '.join(FAMILIES)}) with a language model's "
-            f"head; {arch.name}, of the family {arch.model_type}, is none of these: leave seq_len out"
+            f"head; {arch.name}, of the family {arch.model_type}, is none of these: leave seq_len out (--seq)"
         )
     model = Transformer(arch.config, seed=None)
     if quantization:

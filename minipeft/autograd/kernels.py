@@ -281,12 +281,14 @@ def _affine(x: Array, weight: Array, bias: Array | None, alpha: float, transpose
 
 @kernel(ops.layer_norm, "numpy")
 def _layer_norm(x, weight, bias, eps=1e-5):
-    return _norm("layer_norm", x, eps, weight, bias)
+    half = x.dtype.char == "e"  # in which the sum of squares overflows, beside weights of float32, too
+    return ops.layer_norm.definition(x, weight, bias, eps) if half else _norm("layer_norm", x, eps, weight, bias)
 
 
 @kernel(ops.rms_norm, "numpy")
 def _rms_norm(x, weight, eps=1e-6):
-    return _norm("rms_norm", x, eps, weight, None)[:3]
+    half = x.dtype.char == "e"
+    return ops.rms_norm.definition(x, weight, eps) if half else _norm("rms_norm", x, eps, weight, None)[:3]
 
 
 def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) -> tuple:

@@ -181,8 +181,8 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
         if len(forms) > 1 and arrays:  # the first says which; where another is of another library, that comes out below
             numpy = type(arrays[0]) is _NUMPY
             form = forms.get("numpy" if numpy else xp_of(*arrays).__name__, form)
-            if numpy and arrays[0].dtype.char == "e":
-                form = definition  # float16, in which the kernels' sums would overflow
+            if numpy and arrays[0].dtype.char == "e" and not any(a.dtype.char in "fd" for a in arrays if is_array(a)):
+                form = definition  # all is float16, in which the kernels' sums would overflow
         if _mode.evaluate is not None:
             form = functools.partial(_mode.evaluate, name, form)
         try:

@@ -90,10 +90,14 @@ def describe(error: Exception) -> str:
 
 
 def _parse(argv: list[str]) -> Arguments:
-    argv = take_plugins(argv)  # before a command lists the methods
+    argv, plugins = take_plugins(argv)  # before a command lists the methods
     command = next((word for word in argv if not word.startswith("-")), "")
     parser = Parser(prog=f"minipeft {command}".strip())
     if command and command not in COMMANDS:
+        early = [word for word in argv[: argv.index(command)] if word != "--debug"]
+        if early and not {*COMMANDS}.isdisjoint(argv):
+            why = "options other than --debug and --plugin come after it"
+            Parser(prog="minipeft").error(f"{early[-1]} {command} stands before the command: {why}")
         Parser(prog="minipeft").error(unknown("command", command, COMMANDS))
     module = importlib.import_module(f"{__name__}.{command}".strip("."))
     parser.description, heading, examples = module.__doc__.partition("\nexamples:\n")
@@ -108,7 +112,7 @@ def _parse(argv: list[str]) -> Arguments:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     plugin = "import a module, found from the working directory, that registers methods of your own; may be repeated"
     parser.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=plugin)
-    defaults = parser.take_defaults()
+    defaults = parser.take_defaults() | {"plugin": plugins or None}
     args, rest = parser.parse_known_args(argv)
     if rest:
         what = "option" if rest[0].startswith("-") else "argument"

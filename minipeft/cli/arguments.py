@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NoReturn
@@ -16,11 +17,17 @@ class Arguments(argparse.Namespace):
 
     given: set[str]
     flags: dict[str, str]
+    plugin: list[str] | None
     run: Callable[[Arguments], int | None]
 
     def flag(self, name: str) -> str:
         """--name-of-the-option"""
         return f"--{self.flags[name].replace('_', '-')}"
+
+    def next_command(self, *words: str) -> str:
+        """A command line of minipeft to copy into a shell, with the plugins of this one."""
+        plugins = (word for module in self.plugin or () for word in ("--plugin", module))
+        return shlex.join(("minipeft", *plugins, *words))
 
     def refuse(self, names: Iterable[str], where: str) -> None:
         """ValueError, by its flag, for the first of these options that is given: there it does nothing."""

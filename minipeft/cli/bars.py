@@ -11,7 +11,7 @@ from typing import Any
 from .streams import printable
 
 WIDTH = 72
-MARKS = "█▓▒░#=+-·:"  # that differ without color
+MARKS = "█▓▒░#=+-·:@%*&$?!/~^<>oxvOX"  # that differ without color: one for each line of a ledger
 COLORS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow", "white")
 
 

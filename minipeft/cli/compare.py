@@ -1,7 +1,8 @@
 """Fine-tune the base with every method and compare them.
 
 Every method starts from the same base, sees the same examples in the same order, and is tested on the same held-out
-text. The table says what each costs, learns and forgets:
+text. Records longer than 256 tokens, or than the model takes, are left out. The table says what each costs, learns and
+forgets:
     trainable           parameters that are trained
     memory              peak of a training step, weights included: what the ledger predicts, and what is measured
     s/step              median seconds of a step (on how many threads: see below)
@@ -50,7 +51,7 @@ from .cells import cells
 from .data import Data, TaskOptions, longest
 from .method_options import add_method_options, given_options, method_named, methods_of
 from .models import load_model
-from .report import sampled, show_samples
+from .report import fitting, sampled, show_samples
 
 REDUCED = "MINIPEFT_REDUCED"
 OUTPUT = "minipeft-compare"
@@ -85,13 +86,17 @@ class Questions(NamedTuple):
     exact: bool
 
     @classmethod
-    def of(cls, task: TaskOptions, data: Data, tokenizer: Any, n: int) -> Questions | None:
-        """Those of a task or a file; None of running text, and of what takes chrF where sacreBLEU is not installed."""
+    def of(cls, task: TaskOptions, data: Data, tokenizer: Any, n: int, room: int) -> Questions | None:
+        """Those of a task or a file that fit into `room` tokens with an answer.
+
+        None where none does, of running text, and of what takes chrF where sacreBLEU is not installed.
+        """
         records, exact = data.held_out_records, not task.data and task.task in mp.text.tasks.CHOICES
-        if isinstance(records[0], mp.text.datasets.Document) or not (exact or find_spec("sacrebleu")):
+        if not records or isinstance(records[0], mp.text.datasets.Document) or not (exact or find_spec("sacrebleu")):
             return None
-        labels = [int((example.labels >= 0).sum()) for example in data.held_out]
-        return cls(records if exact else records[:n], tokenizer, min(max(labels), 64), exact)
+        tokens = min(max(int((example.labels >= 0).sum()) for example in data.held_out), 64)
+        records = [sample.record for sample in fitting(data, tokenizer, room - tokens, None)]
+        return cls(records if exact else records[:n], tokenizer, tokens, exact) if records else None
 
     @property
     def name(self) -> str:
@@ -162,7 +167,8 @@ def run(args: Arguments) -> None:
     )
     runs.note(data.note)
 
-    questions = Questions.of(task, data, tokenizer, ANSWERED[reduced])
+    room = base.config.max_position_embeddings - virtual
+    questions = Questions.of(task, data, tokenizer, ANSWERED[reduced], room)
     if questions and not questions.exact:
         runs.note(
             f"{len(questions.records)} answers are compared with the expected ones; to copy the question has chrF {questions.copied():.1f}"
@@ -196,7 +202,6 @@ def run(args: Arguments) -> None:
     plot_comparison(rows, output / "compare.png")
     for key, why in left_out.items():
         out.print(f"left out: {wanted[key].title}: {why}\n")
-    room = base.config.max_position_embeddings - virtual
     samples = sampled({rows[0]["title"]: base, best["title"]: tuned}, tokenizer, data, 2, room, None)
     show_samples(samples)
     saved = [output / "compare.png", output / "compare.json"]

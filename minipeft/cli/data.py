@@ -31,7 +31,7 @@ class TaskOptions:
         """The examples: of the user's file, or `n` of a shipped task, chosen by the seed.
 
         The held-out ones do not depend on the seed: those of `split`, evenly spaced. Of a shipped task all are short
-        (as in the lessons), so that a comparison ends soon; of a file, those too long for the model are left out.
+        (as in the lessons), so that a comparison ends soon; of a file, those longer than `max_length` are left out.
         """
         import numpy as np
 
@@ -115,4 +115,7 @@ def encode(
         if found := [f"{n} {what}" for n, what in ((encoded.truncated, "cut"), (encoded.dropped, "left out")) if n]:
             notes.append(f"{' and '.join(found)} of {len(records)} {name} records")
         sides.append(encoded.examples)
+    if encoded.dropped:  # of the held-out records, the side that is encoded last
+        options = tokenizer, max_length, template, on_overflow
+        held_out = [record for record in held_out if encode_examples([record], *options).examples]
     return Data(*sides, list(held_out), f"longer than {max_length} tokens: {'; '.join(notes)}" if notes else "")

@@ -66,8 +66,8 @@ def load_function(text: str, flag: str) -> Callable[..., Any]:
     return function
 
 
-def take_plugins(argv: list[str]) -> list[str]:
-    """The command line without --plugin MODULE, whose modules are imported.
+def take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the command line without --plugin MODULE, those modules, which are imported).
 
     Raises ValueError for one that cannot be imported, and for one that registers no method.
     """
@@ -82,4 +82,4 @@ def take_plugins(argv: list[str]) -> list[str]:
         if before == METHODS:
             how = "put @minipeft.peft.register before a configuration class"
             raise ValueError(f"--plugin {name} registers no method: {how}")
-    return rest
+    return rest, args.plugin

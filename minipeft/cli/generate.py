@@ -10,7 +10,8 @@ Several adapters on one model answer every prompt, all in one batch, each as it 
 
 With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is
 none). Without a prompt it is a conversation: each line of standard input is a message, answered before the next is
-read; it ends with /exit or at the end of the input (Ctrl-D).
+read; it ends with /exit or at the end of the input (Ctrl-D). Where it outgrows the model's positions, the oldest
+messages are left out, with their answers.
 
 examples:
   minipeft generate --prompt "It was a fine morning"
@@ -101,11 +102,16 @@ def run(args: Arguments) -> None:
 
 
 def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: Any) -> None:
-    """Answer one line of standard input after the other, each with the whole conversation before it in view."""
+    """Answer one line of standard input after the other, each with all of the conversation before it that fits in view.
+
+    The oldest messages leave with their answers; the system message stays. One that does not fit alone is not answered.
+    """
     Message, templates = mp.text.datasets.Message, mp.text.templates
     turns = mp.evaluation.asked_turns(["-"], templates.chat(tokenizer))
     ends = mp.evaluation.stop_tokens(model, tokenizer, *turns)
-    messages = [Message("system", args.system)] if args.system is not None else []
+    system = [Message("system", args.system)] if args.system is not None else []
+    room = model.config.max_position_embeddings - getattr(model, "virtual_tokens", 0) - config.max_new_tokens
+    messages: list[Any] = []  # of the user and of the model in turn
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         print("(a line is a message; /exit or Ctrl-D ends the conversation)", file=sys.stderr)
@@ -117,8 +123,19 @@ def _converse(args: Arguments, config: GenerationConfig, model: Any, tokenizer: 
             return
         if not said:
             continue
-        messages.append(Message("user", said))
-        pieces = stream_text(model, tokenizer, templates.chat_prompt(messages, tokenizer), config, ends)
+        asked = [*messages, Message("user", said)]
+        for first in range(0, len(asked), 2):
+            written = templates.chat_prompt([*system, *asked[first:]], tokenizer)
+            if (size := len(tokenizer.encode_pieces(written, add_special_tokens=True))) <= room:
+                break
+        else:
+            fits = f"at most {max(0, room)} fit beside --max-new-tokens {config.max_new_tokens}"
+            print(f"(not answered: the message makes a prompt of {size} tokens; {fits})", file=sys.stderr)
+            continue
+        if first:
+            print(f"(the conversation is full: its oldest {first} messages are left out)", file=sys.stderr)
+        messages = asked[first:]
+        pieces = stream_text(model, tokenizer, written, config, ends)
         answer = "".join(pieces) if args.json else print_pieces(pieces)
         print(json.dumps({"prompt": said, "completion": answer}, ensure_ascii=False) if args.json else "", flush=True)
         messages.append(Message("assistant", answer))

@@ -48,4 +48,4 @@ def run(args: Arguments) -> None:
     if errors:
         path, worst = max(errors.items(), key=lambda item: item[1].of_update)
         print(f"quantizing again lost {worst.of_update:.0%} of the change of {path}, the most of {len(errors)} layers")
-    print(f"saved in {args.output}  (minipeft generate --model {args.output} --prompt ...)")
+    print(f"saved in {args.output}  ({args.next_command('generate', '--model', args.output, '--prompt', '...')})")

@@ -109,7 +109,7 @@ def run(args: Arguments) -> None:
         best = float(rlhf.best_of_n(policy, trainer.reward, held_out, args.best_of, *drawn).expected[0])
         lists = {"start": baseline.expected.tolist(), "kl_bound": baseline.kl.tolist()}
         results["best_of_n"] = {"n": args.best_of, "prompts": len(held_out), **lists, "trained": best}
-    saved = runs.save(args, policy, tokenizer, name, results, trainer.config, how="--temperature 1 ", method=key)
+    saved = runs.save(args, policy, tokenizer, name, results, trainer.config, how=("--temperature", "1"), method=key)
     watched = ((f"watch/{w}", f"{w} (watched)") for w in watch)
     for key, what in (("objective/scores", "reward"), ("objective/kl", "KL"), *watched):
         first, last = ("none" if r[key] is None else f"{r[key]:.3f}" for r in (history[0], history[-1]))

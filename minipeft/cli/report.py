@@ -28,13 +28,13 @@ def sampled(models: Mapping[str, Any], tokenizer: Any, data: Data, n: int, room:
 
     Of running text, the starts of blocks.
     """
-    found = list(islice(_fitting(data, tokenizer, room - ANSWER, template), n))
+    found = list(islice(fitting(data, tokenizer, room - ANSWER, template), n))
     asked = [sample.record for sample in found]
     answers = [mp.ask(model, tokenizer, asked, template, max_new_tokens=ANSWER) for model in models.values()]
     return [sample._replace(answers=dict(zip(models, own))) for sample, *own in zip(found, *answers)]
 
 
-def _fitting(data: Data, tokenizer: Any, room: int, template: Any) -> Iterator[Sample]:
+def fitting(data: Data, tokenizer: Any, room: int, template: Any) -> Iterator[Sample]:
     """The held-out records whose prompts have at most `room` tokens."""
     records = [(record, None) for record in data.held_out_records]
     if not records or isinstance(records[0][0], mp.text.datasets.Document):

@@ -84,7 +84,7 @@ def run(args: Arguments) -> None:
     }
     runs.save(args, model, tokenizer, name, results, trainer.args, config, method=key)
     print(f"agrees with {accuracy:.1%} of {len(judged):,} {of} preferences (a coin: 50%)")
-    print(f"saved in {args.output}  (minipeft ppo --reward {args.output} --output DIR)")
+    print(f"saved in {args.output}  ({args.next_command('ppo', '--reward', args.output, '--output', 'DIR')})")
 
 
 def _adapted(method: Method, model: rlhf.RewardModel, steps: int, seed: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,7 @@ def training_arguments(args: Arguments, examples: int, evaluated: bool, **fixed:
 
 def save(
     args: Arguments, model: Any, tokenizer: Any, template: str | None, results: Mapping[str, Any], *configs: Any,
-    how: str = "", **found: Any,
+    how: Sequence[str] = (), **found: Any,
 ) -> str:  # fmt: skip
     """Write a model or adapter directory, with the tokenizer, the template that it was trained in, and the record.
 
@@ -67,8 +67,8 @@ def save(
         else:
             mp.save_pretrained(model, fresh, tokenizer)
     write_record(args, results, *configs, template=template, **found)
-    use, prompt = "--adapter" if adapter else "--model", "--chat" if template == "chat" else "--prompt ..."
-    return f"saved in {args.output}  (minipeft generate {use} {args.output} {how}{prompt})"
+    use, prompt = "--adapter" if adapter else "--model", ["--chat"] if template == "chat" else ["--prompt", "..."]
+    return f"saved in {args.output}  ({args.next_command('generate', use, args.output, *how, *prompt)})"
 
 
 def write_record(args: Arguments, results: Mapping[str, Any], *configs: Any, **found: Any) -> None:

@@ -2,9 +2,9 @@
 
 Every run starts from the same base. The table has the mean loss of each combination over the seeds, with its 95 %
 confidence interval (Student's t), in nats per token. Validation examples are a tenth of your file, 96 at most, or the
-validation split of a shipped task. The best mean is biased low, because it was chosen: report the loss on a test file
-that you set aside before (`minipeft evaluate --data test.jsonl`), as finetune and compare hold out the same tenth of a
-file.
+validation split of a shipped task; records longer than 256 tokens, or than the model takes, are left out. The best
+mean is biased low, because it was chosen: report the loss on a test file that you set aside before (`minipeft evaluate
+--data test.jsonl`), as finetune and compare hold out the same tenth of a file.
 
 The rows of the runs go to rows.jsonl in --output as they end. The same command goes on after an interruption; with more
 values or seeds it computes what is new. Where the file, the model or a plugin's source changes, all is new; no row is

@@ -242,7 +242,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not (path / _CONFIG).is_file():
         what, ggufs = f"no model there{unfinished(path)}", sorted(file.name for file in path.glob("*.gguf"))
         if (path / "adapter_config.json").is_file():
-            what = "it is an adapter's: load it with PeftModel.from_pretrained"
+            what = "it is an adapter's: load it with PeftModel.from_pretrained (--adapter), or merge it first (minipeft merge)"
         elif ggufs:
             what = f"give the path of the file instead: {some(ggufs)}"
         raise HubError(f"{path}: there is no {_CONFIG} in this directory; {what}")

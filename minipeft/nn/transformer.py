@@ -202,10 +202,10 @@ class KVCache:
         n = self._lengths[layer]
         for i, (B, kv, new, D) in enumerate((k, v)):
             buffer = self._buffers[layer][i]
-            dtype = xp_of(like).result_type(buffer, like) if n else like.dtype
+            dtype = xp_of(like).result_type(buffer.dtype, like.dtype) if n else like.dtype
             if buffer.shape[-2] < n + new or buffer.dtype != dtype:
                 shape = B, kv, max(n + new, 2 * buffer.shape[-2], 16), D
-                grown = xp_of(like).empty(shape, dtype)
+                grown = xp_of(like).empty_like(like, dtype, shape=shape, order="C")
                 if n:
                     grown[:, :, :n] = buffer[:, :, :n]
                 self._buffers[layer][i] = grown
