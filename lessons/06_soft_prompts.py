@@ -208,7 +208,7 @@ assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(nu
 
 # %% [markdown]
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
-# 7.2) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
+# 7.1) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
 # trains the weights of the norms and nothing else: in our base two vectors a layer, and one at the end. (That is the
 # smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head, too, by
 # their figure 1.)

@@ -257,9 +257,9 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 # `BitsAndBytesConfig(load_in_4bit=True)` gives FP4, scales that are not quantized, and products in float32.
 #
 # Dequantizing is work that a plain layer does not have, so a step of training takes longer. Writing one token at a time
-# is bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For one row
-# bitsandbytes multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the speed of
-# 16 bits, for matrices at least 4096 wide.
+# is bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For few
+# rows (release 0.40.0: for one) bitsandbytes multiplies without storing $\hat W$; the notes of that release expect 2.2
+# to 4 times the speed of 16 bits, for matrices at least 4096 wide.
 #
 # Why not train the four-bit weights themselves? A step of Adam changes each weight by about the learning rate (Lesson
 # 0, section 6), and then the weight must be rounded to a code again.

@@ -639,7 +639,7 @@ counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 # `minipeft exercise 12.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
 # `minipeft exercise 12.4 FILE.py`.
 #
-# **12.1 Another slip.** LoRA's appendix E.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$" on GPT-3. Which rank is
+# **12.1 Another slip.** LoRA's appendix D.4 gives 37.7M for "$r_q = r_k = r_v = r_o = 2$" on GPT-3. Which rank is
 # meant?
 #
 # **12.2 Your GPU.** You have 24 GB ($10^9$ bytes) and want QLoRA of `"llama3-8b"` on sequences of 2,048 tokens, in a

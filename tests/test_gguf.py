@@ -268,6 +268,20 @@ def sentencepiece(writer, scores=True, **flags):
         getattr(writer, f"add_{name}")(value)
 
 
+def test_plain_text_spells_no_control_token(made):
+    def with_end(writer):
+        tokens = ["<unk>", "<s>", "</s>", "▁", "<", "/", "s", ">", "</", "s>", "a", *(f"[PAD{i}]" for i in range(289))]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3] + [1] * 297)
+        writer.add_token_scores([0.0] * 3 + [-float(i) for i in range(3, 300)])
+        writer.add_unk_token_id(0)
+
+    _, tokenizer = mp.from_pretrained(made(tokenizer=with_end))
+    assert spelled(tokenizer, "a</s>") == ["▁", "a", "</", "s>"]
+    assert tokenizer.encode("</s>", allow_special=True)[-1] == 2
+
+
 def test_sentencepiece_vocabulary(made):
     """Llama 2's kind: a space before the text, merges by score, bytes for what has no token."""
     _, tokenizer = mp.from_pretrained(made(tokenizer=sentencepiece))

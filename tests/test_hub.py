@@ -116,6 +116,15 @@ def test_classifier_round_trip(case, tmp_path):
         again, _ = mp.from_pretrained(tmp_path)
         assert isinstance(again, SequenceClassifier) and again.num_labels == labels
         assert again.config == model.config and same(again, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {str(i): name for i, name in enumerate("good bad ugly plain odd".split())}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": names}))
+    mp.save_pretrained(mp.from_pretrained(tmp_path)[0].copy(), tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert kept["id2label"] == names and kept["label2id"] == {name: int(i) for i, name in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    with pytest.raises(HubError, match="several labels a text, has a loss that is not computed here"):
+        mp.from_pretrained(tmp_path)
 
 
 def test_same_model_same_bytes(tmp_path):
@@ -584,6 +593,13 @@ def test_damaged_weights_give_one_sentence(saved):
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_model_is_not_written_beside_an_adapter_that_transformers_would_put_on_it(tmp_path):
+    adapted = mp.get_peft_model(build("llama"), mp.LoraConfig(r=2))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(HubError, match="holds an adapter, which transformers would put on the model"):
+        mp.save_pretrained(adapted.merge_and_unload(), tmp_path)
 
 
 def test_what_is_not_a_plain_model_is_refused(tmp_path):

@@ -52,6 +52,16 @@ def test_embedding_looks_up_rows_and_adds_gradients_of_repeated_ids(xp, rng):
     y.sum().backward()
     assert np.array_equal(to_numpy(layer.weight.grad)[:, 0], [2, 1, 0, 0, 3])
     assert (layer.num_embeddings, layer.embedding_dim) == (5, 3)
+    layer.weight.grad = None
+    layer(xp.asarray(ids)[:, ::2]).sum().backward()  # ids that do not lie side by side
+    assert np.array_equal(to_numpy(layer.weight.grad)[:, 0], [1, 0, 0, 0, 3])
+
+
+def test_a_bias_more_precise_than_the_weight_beside_it_is_not_rounded(xp):
+    x, weight, bias = (mp.Tensor(xp.asarray(np.ones(4, dtype))) for dtype in ("f", np.float16, "f"))
+    for number in (1e5, 1 + 2**-12):
+        y = mp.functional.layer_norm(x.reshape(1, 4), weight, bias * number)
+        assert to_numpy(y.data).tolist() == [[np.float32(number)] * 4]
 
 
 def test_orientation_and_sizes():

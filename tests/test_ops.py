@@ -720,6 +720,34 @@ def test_with_a_cache_keys_and_values_have_no_gradient_and_say_so(xp):
             F.rotary_attention(*qkv, angle, angle, cache=cache)
 
 
+@pytest.mark.parametrize("context", [contextlib.nullcontext, by_definition])
+def test_with_a_cache_the_queries_have_a_gradient(context, xp):
+    angle = xp.asarray(C.normal(1, 2, 2))
+    q, k, v = (Tensor(xp.asarray(C.normal(1, 2, 4, seed=i)), requires_grad=i == 0) for i in range(3))
+    earlier = [C.normal(1, 1, 5, 4, seed=i) for i in (3, 4)]
+    cache = (*map(xp.asarray, earlier), 3)
+    with context():
+        F.rotary_attention(q, k, v, xp.cos(angle), xp.sin(angle), cache=cache).sum().backward()
+    eps = 1e-6
+    step = xp.zeros_like(q.data)
+    step[0, 1, 2] = eps
+    losses = [
+        F.rotary_attention(q.detach() + sign * step, k, v, xp.cos(angle), xp.sin(angle), cache=cache).sum().item()
+        for sign in (1, -1)
+    ]
+    assert q.grad[0, 1, 2].item() == pytest.approx((losses[0] - losses[1]) / (2 * eps), abs=1e-7)
+
+
+def test_a_cache_of_float64_keeps_what_float32_gives(xp):
+    q, k, v = (Tensor(xp.asarray(C.normal(1, 1, 4, seed=i).astype("f"))) for i in range(3))
+    angle = xp.asarray(C.normal(1, 1, 2).astype("f"))
+    found = []
+    for dtype in ("f", "d"):
+        cache = (*(xp.asarray(C.normal(1, 1, 5, 4, seed=i).astype("f").astype(dtype)) for i in (3, 4)), 3)
+        found.append(to_numpy(F.rotary_attention(q, k, v, xp.cos(angle), xp.sin(angle), cache=cache).data))
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
 def test_transpose_takes_the_axes_one_by_one_as_a_tuple_or_not_at_all():
     a = C.normal(2, 3, 4)
     for axes in ((2, 0, 1), ((2, 0, 1),), ([2, 0, 1],), ()):

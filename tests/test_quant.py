@@ -200,6 +200,7 @@ EDGES = {  # blocks that have no scale of their own, or one whose reciprocal, or
     "blocks of zeros": lambda r: np.concatenate([np.zeros(64 * 300), r.standard_normal(64 * 300)]),
     "subnormal": lambda r: r.standard_normal(64 * 300) * 10.0 ** r.integers(-44, -36, 64 * 300),
     "huge": lambda r: r.uniform(-3.4e38, 3.4e38, 64 * 2 + 31),
+    "quotients": lambda r: np.tile([1, 1e-39, -1e-39, 0, 1e9, 1e-30, -1e-30, 0], 16),
     "scales far apart": lambda r: r.standard_normal((600, 64)) * 10.0 ** r.integers(-40, 30, (600, 1)),
 }
 

@@ -115,9 +115,38 @@ def test_names_of_the_special_tokens_and_other_variables():
 
 
 def test_arguments_of_hugging_face_that_are_not_here_are_refused():
-    for name in ("continue_final_message", "chat_template", "return_tensors"):
+    for name in ("continue_final_message", "chat_template", "return_tensors", "tokenizer_kwargs"):
         with pytest.raises(TypeError, match=f"apply_chat_template has no argument '{name}' here"):
             tokenizer().apply_chat_template(MESSAGES, **{name: True})
+
+
+def test_neither_parts_of_a_message_nor_names_in_it_make_a_control_token():
+    t = tokenizer("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}")
+    parts = [{"text": "hi<|im_"}, {"text": "end|> bye <"}]
+    assert t.chat_pieces([{"role": "user", "content": parts}]) == ("hi<|im_end|> bye <",)
+    t = tokenizer("{{ messages[0].content | tojson }}")
+    (piece,) = t.chat_pieces([{"role": "user", "content": {"<|im_end|>": 1}}])
+    assert json.loads(piece) == {"<|im_end|>": 1} and not isinstance(piece, Special)
+
+
+def test_what_a_message_spells_changes_no_prompts_labels():
+    """Also where a tokenizer puts a space before the first word alone, so that runs by themselves have other tokens."""
+    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    letters = {c: i for i, c in enumerate(["<unk>", "▁", *map(chr, range(33, 127))])}
+    backend = Backend(models.BPE(letters, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("</s>", "<|user|>", "<|bot|>")])
+    template = (
+        "{% for m in messages %}{{ ('<|user|>' if m.role == 'user' else '<|bot|>') + m.content + ('</s>' if m.role != 'user' "
+        "else '') }}{% endfor %}{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"
+    )
+    t = Tokenizer(backend, {"eos_token": "</s>", "chat_template": template})
+    roles, said = ("user", "assistant") * 2, ("one", "yes", "sec", "is </s>")
+    (example,) = encode_examples([Conversation(tuple(map(Message, roles, said)))], t, 200).examples
+    learned = [t.id_to_token(i) for i in example.labels if i >= 0]
+    assert "".join(learned).replace("▁", "") == "yes</s>is</s></s>"
 
 
 def test_a_message_keeps_the_code_points_that_no_text_has():
@@ -130,6 +159,8 @@ def test_a_message_keeps_the_code_points_that_no_text_has():
 def test_several_templates_and_none():
     t = tokenizer([{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}])
     assert t.apply_chat_template(MESSAGES, tokenize=False) == "yes"
+    assert t.apply_chat_template(MESSAGES, tokenize=False, tools=[]) == "no", "with tools, their own"
+    assert tokenizer("{{ tools }}").apply_chat_template(MESSAGES, tokenize=False, tools=[1]) == "[1]"
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         tokenizer(None).apply_chat_template(MESSAGES)
     with pytest.raises(ValueError, match="chat_template must be a string, got int"):
@@ -188,6 +219,15 @@ def test_a_template_that_rewrites_the_past_is_refused():
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     t = tokenizer(plain)
     assert own(t)(Conversation(MESSAGES[:2]))[0] == (("user: What is a dog?\nassistant: ",), ("An animal.\n",))
+
+
+def test_a_template_that_rewrites_an_earlier_answer_is_refused():
+    thinks = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(ValueError, match="writes the messages before an answer differently"):
+        own(tokenizer(thinks))(Conversation((*MESSAGES, Message("assistant", "An animal, too."))))
 
 
 def test_a_beginning_of_the_templates_own():

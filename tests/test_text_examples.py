@@ -8,8 +8,23 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.text.datasets import Completion, Conversation, Document, Instruction, Message, Preference
-from minipeft.text.examples import chunk_text, encode_documents, encode_examples, encode_preferences, encode_turns
+from minipeft.text.datasets import (
+    Completion,
+    Conversation,
+    Document,
+    Instruction,
+    Message,
+    Preference,
+    UnpairedPreference,
+)
+from minipeft.text.examples import (
+    chunk_text,
+    encode_documents,
+    encode_examples,
+    encode_preferences,
+    encode_turns,
+    encode_unpaired,
+)
 from minipeft.text.templates import Turn, chatml, chatml_prompt, custom
 from minipeft.text.tokenizer import Tokenizer
 
@@ -128,6 +143,13 @@ def test_overflow_is_said_not_hidden():
         encode_examples(records, TOKENIZER, 10, on_overflow="cut")
     with pytest.raises(ValueError, match="max_length must be at least 2"):
         encode_examples(records, TOKENIZER, 1)
+
+
+def test_unpaired_preferences_are_refused_as_pairs_are():
+    with pytest.raises(ValueError, match=r"an unpaired preference takes .* records, got \{dict\}"):
+        encode_unpaired([{"prompt": "a", "completion": "b", "label": True}], TOKENIZER, 9)
+    with pytest.raises(ValueError, match="shorten them"):
+        encode_unpaired([UnpairedPreference("a", "b " * 99, True)], TOKENIZER, 9)
 
 
 def test_preferences():

@@ -178,7 +178,7 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
     """Both norms, of three launches: forward, dx and dweight. Layer norm subtracts the mean, and adds a bias."""
     check.norm(name, x, weight=weight, **({"bias": bias} if bias is not None else {}))
     if bias is not None and bias.dtype != weight.dtype:
-        bias = bias.astype(weight.dtype)
+        weight, bias = weight.astype(x.dtype), bias.astype(x.dtype)
     xp, shape, x = cupy(), x.shape, contiguous(_rows(x))
     weight, (n, d), kind, centered = contiguous(weight), x.shape, weight.dtype, bias is not None
     y, mean, rstd = xp.empty(shape, x.dtype), xp.empty((n, 1), x.dtype), xp.empty((n, 1), x.dtype)
@@ -418,6 +418,8 @@ rotate_heads = rows(
 def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
     """One kernel rotates, and puts the heads where they are read: keys and values into the cache, where there is one."""
     check.rotary(q, k, v, cos, sin)
+    if cache is not None and cache[0].dtype != q.dtype:
+        return ops.rotary_attention.definition(q, k, v, cos, sin, attn_mask, cache)
     (B, T, _), half, each = q.shape, cos.shape[-1], cos.shape[0] > 1
     D, H, n, cos, sin = 2 * half, q.shape[2] // (2 * half), k.shape[2] // (2 * half), contiguous(cos), contiguous(sin)
 
@@ -474,7 +476,7 @@ def _embedding(ids, weight):
     y = _embedding_rows(weight, ids[..., None], n, d, xp.empty((*ids.shape, d), dtype))
 
     def dw(g):
-        flat, g = ids.reshape(-1).astype(np.int64, copy=False), contiguous(g)
+        flat, g = contiguous(ids.reshape(-1).astype(np.int64, copy=False)), contiguous(g)
 
         def write(out, total):
             if total is not out:

@@ -542,9 +542,10 @@ def _rotary_attention(q, k, v, cos, sin, attn_mask=None, cache=None):
         found = np.empty_like(Q), np.zeros_like(K), np.zeros_like(V)
         a.backward(ops._heads(g, D), *found)
         dq, dk, dv = found
-        return [ops._merged(d) for d in (rotate(dq), rotate(dk), dv)]
+        mine = (rotate(dq),) if cache is not None else (rotate(dq), rotate(dk), dv)
+        return [ops._merged(d) for d in mine]
 
-    return ops._merged(a.out), *together(3, compute)[: 1 if cache is not None else 3]
+    return ops._merged(a.out), *together(1 if cache is not None else 3, compute)
 
 
 def _next_token(q: Array, k: Array, v: Array, cos: Array, sin: Array, mask: Array | None, cache: Any) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 from ..text.tokenizer import Tokenizer, of_library
 from .configuration import HubError
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
 MOST = 4096  # characters of a token: `_merges_from_scores` looks at all ways to cut it in two
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +74,9 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Any:
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    merges = _merges_from_scores(vocabulary, metadata.get("tokenizer.ggml.scores"))
+    types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    made = {token for token, type_ in zip(tokens, types) if type_ == _NORMAL}  # control tokens are not spelled
+    merges = [pair for pair in _merges_from_scores(vocabulary, metadata.get("tokenizer.ggml.scores")) if "".join(pair) in made]
     backend = Backend(models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
     space = normalizers.Replace(" ", "▁")
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]

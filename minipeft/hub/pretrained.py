@@ -83,13 +83,14 @@ def save_pretrained(
         content["quantization_config"] = quantization
     content["architectures"] = [_architecture(model)]
     if isinstance(model, SequenceClassifier):
-        labels = [f"LABEL_{i}" for i in range(model.num_labels)]
-        content["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        content["label2id"] = {label: i for i, label in enumerate(labels)}
+        content["id2label"] = model.id2label
+        content["label2id"] = {label: int(i) for i, label in model.id2label.items()}
 
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise HubError(f"{path}: is a file; a model is written as a directory")
+    if (path / "adapter_config.json").exists():
+        raise HubError(f"{path}: holds an adapter, which transformers would put on the model: write it to another directory")
     with replacing(path, (*_stale(path, model), *(OTHERS if tokenizer is not None else ()))) as fresh:
         write_json(fresh / _CONFIG, dict(sorted(content.items())))
         if tokenizer is not None:
@@ -207,6 +208,8 @@ def from_pretrained(
             model.replace(place, layer.to(xp))
         _fit(model, tensors)
         _fill(model, tensors, dtype, xp, quantizable_layers(model) if load_in_4bit and not quantized else {})
+    if num_labels is not None and isinstance(content.get("id2label"), dict):
+        model.id2label = {str(i): str(label) for i, label in content["id2label"].items()}
     model.name_or_path = str(path)
     return (model.requires_grad_(False) if load_in_4bit else model), tokenizer
 
@@ -259,6 +262,8 @@ def _described(content: dict[str, Any]) -> tuple[TransformerConfig, int | None]:
         raise HubError(f"architectures is {names!r}: only one of {', '.join(known)} is supported")
     if names[0] != _CLASSIFIER[family]:
         return config, None
+    if content.get("problem_type") == "multi_label_classification":
+        raise HubError("problem_type 'multi_label_classification', several labels a text, has a loss that is not computed here")
     labels = content.get("id2label")
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
     if not isinstance(count, int) or not 1 <= count < 2**31:

@@ -61,6 +61,7 @@ class SequenceClassifier(_HeadedBackbone):
         super().__init__(model, share=seed is None)
         d = self.config.hidden_size
         self.num_labels = int(num_labels)
+        self.id2label = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}  # as a configuration of Hugging Face names them
         self.score = Linear(d, num_labels, bias=False, seed=None)
         if seed is not None:
             std = np.float32(self.config.initializer_range)

@@ -59,7 +59,7 @@ def quantize_4bit(
             for (long long k = j; k < j + 2; ++k) {
                 unsigned char code = zero;
                 if (k < end) {
-                    const float scaled = (float)(whole ? wide((float)x[k]) * reciprocal : wide((float)x[k]) / c);
+                    const double scaled = wide(narrow(whole ? wide((float)x[k]) * reciprocal : wide((float)x[k]) / c));
                     int rank = 0;
                     for (int m = 0; m < 15; ++m) rank += scaled > midpoints[m];
                     code = order[rank];

@@ -6,7 +6,7 @@
 
     DPO     -log σ(β [Δ(y_w) - Δ(y_l)])                                           Rafailov et al. 2023, 2305.18290, eq. 7
     IPO     (Δ(y_w) - Δ(y_l) - 1 / 2β)²                                           Azar et al. 2023, 2310.12036, eq. 17
-    KTO     λ_D [1 - σ(β [Δ(y) - z])] for a desirable answer,                     Ethayarajh et al. 2024, 2402.01306, eq. 7
+    KTO     λ_D [1 - σ(β [Δ(y) - z])] for a desirable answer,                     Ethayarajh et al. 2024, 2402.01306v1, eq. 7
             λ_U [1 - σ(β [z - Δ(y)])] for an undesirable one; z = max(0, KL(π, π_ref)), a constant
     ORPO    -log p(y_w) - β log σ(log odds p(y_w) - log odds p(y_l))              Hong et al. 2024, 2403.07691, eqs. 6, 7
     SimPO   -log σ(β [log p(y_w) - log p(y_l)] - γ)                               Meng et al. 2024, 2405.14734, eq. 6
@@ -19,8 +19,8 @@ The log-probability of the *chosen* answer often falls. In DPO, IPO and SimPO no
 trained, and what lowers the rejected answer lowers the chosen one, too, as far as the two are alike; the loss is
 content as long as the rejected one falls faster (Razin et al. 2024, 2410.08847). ORPO's first term holds it up.
 
-Names are Hugging Face TRL's (loss_type "sigmoid", "ipo", "kto", "orpo", "simpo"; β is ORPO's λ). TRL differs in four
-places:
+Names are Hugging Face TRL's (loss_type "sigmoid", "ipo", "kto", "simpo"; its ORPO is a trainer, and β is
+ORPO's λ). TRL differs in four places:
 
 1. IPO: TRL divides each Δ(y) by the answer's tokens, so that its 1 / 2β is a difference of nats a token. Here Δ is that
    of the whole answer, as in the paper. Give `ipo_loss` means to have TRL's.

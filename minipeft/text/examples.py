@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..train.batches import IGNORE
-from .datasets import Completion, Document, MultipleChoice, Preference, Record, UnpairedPreference, record_of
-from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns
+from .datasets import Document, MultipleChoice, Preference, Record, UnpairedPreference, record_of
+from .templates import Template, Turn, choice_turns, default_template, plain, preference_turns, unpaired_turn
 from .tokenizer import Special, Tokenizer
 
 
@@ -102,8 +102,9 @@ def encode_unpaired(
     records: Sequence[UnpairedPreference], tokenizer: Tokenizer, max_length: int, template: Template = plain
 ) -> list[UnpairedExample]:
     """Unpaired preference records to examples with their labels. Raises as `encode_preferences`."""
-    completions = [Completion(record.prompt, record.completion) for record in records]
-    encoded = encode_examples(completions, tokenizer, max_length, template).examples
+    _check_lengths(max_length, "error")
+    encoded = [encode_turns([unpaired_turn(record, template)], tokenizer) for record in records]
+    _refuse_overlong([len(example.input_ids) for example in encoded], max_length, "shorten them")
     return [UnpairedExample(example, record.label) for example, record in zip(encoded, records)]
 
 
@@ -140,11 +141,13 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer) -> Example:
     not in a space for a tokenizer whose words begin with one.) A completion ends in the same way. Raises
     ValueError where the tokenizer names no end-of-sequence token to put at the end.
     """
-    text: list[str] = []  # pieces
+    pieces = [part for turn in turns for part in (turn.prompt, turn.completion)]
+    apart = tokenizer.spells_special([piece for part in pieces for piece in part])  # then in every part, or none
+    text: list[str] = []
     parts: list[list[int]] = []  # the tokens up to the end of each prompt and of each completion
-    for part in (part for turn in turns for part in (turn.prompt, turn.completion)):
+    for part in pieces:
         text += part
-        parts.append(tokenizer.encode_pieces(text, add_special_tokens=True))
+        parts.append(tokenizer.encode_pieces(text, add_special_tokens=True, apart=apart))
     ids = parts[-1]
     if not isinstance(turns[-1].completion[-1], Special) and ids[-1] != _eos(tokenizer):
         ids.append(_eos(tokenizer))

@@ -133,14 +133,14 @@ def chat_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Pieces:
 
 def _turns(messages: Sequence[Message], written: Callable[..., Pieces]) -> list[Turn]:
     """A turn for each of the assistant's messages, found in what `written(messages, add_generation_prompt)` gives."""
-    turns, done = [], 0
+    turns, done, before = [], 0, ""
     for position, message in enumerate(messages):
         if message.role != "assistant":
             continue
         prompt = "".join(written(messages[:position], add_generation_prompt=True))
         pieces = written(messages[: position + 1], add_generation_prompt=False)
         text = "".join(pieces)
-        if not text.startswith(prompt) or done > len(prompt):
+        if not text.startswith(prompt) or not prompt.startswith(before):
             raise ValueError(
                 "the tokenizer's chat template writes the messages before an answer differently once the answer is "
                 "there, so the answer cannot be found in it; use another template, such as chatml"
@@ -149,7 +149,7 @@ def _turns(messages: Sequence[Message], written: Callable[..., Pieces]) -> list[
         end = len("".join(pieces[: last + 1]))
         end = end if end > len(prompt) else len(text)
         turns.append(Turn(_cut(pieces, done, len(prompt)), _cut(pieces, len(prompt), end)))
-        done = end
+        done, before = end, text[:end]
     return turns
 
 
@@ -279,6 +279,12 @@ def preference_turns(record: Preference, template: Template = plain) -> tuple[Tu
     _check_form(record, Preference, "a preference pair")
     chosen, rejected = (template(Completion(record.prompt, answer))[0] for answer in (record.chosen, record.rejected))
     return chosen, rejected
+
+
+def unpaired_turn(record: UnpairedPreference, template: Template = plain) -> Turn:
+    """The answer to a prompt; the template takes Completion records."""
+    _check_form(record, UnpairedPreference, "an unpaired preference")
+    return template(Completion(record.prompt, record.completion))[0]
 
 
 def _instruction(record: Record) -> Record:

@@ -22,7 +22,10 @@ from ..train.batches import pad_sequences
 from . import chat
 
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")  # files beside another tokenizer's
-NOT_HERE = "chat_template continue_final_message padding truncation max_length return_tensors return_dict".split()
+NOT_HERE = (
+    "chat_template", "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 _GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
 
 
@@ -61,7 +64,7 @@ class Tokenizer:
         self._special_ids = {id for id, token in added.items() if token.special}
         self.eos_token, self.eos_token_id = self._named_token("eos_token")
         self.pad_token, self.pad_token_id = self._named_token("pad_token")
-        self.chat_template = self._read_chat_template()
+        self.chat_template, self._with_tools = self._read_chat_template()
 
     def _named_token(self, name: str) -> tuple[str | None, int | None]:
         token = self.config.get(name)
@@ -76,14 +79,16 @@ class Tokenizer:
             raise ValueError(f"tokenizer_config.json names {token!r} as {name}, which tokenizer.json does not have")
         return token, token_id
 
-    def _read_chat_template(self) -> str | None:
-        template = self.config.get("chat_template")
+    def _read_chat_template(self) -> tuple[str | None, str | None]:
+        """(the template, that for conversations with tools where it is another)."""
+        template, named = self.config.get("chat_template"), {}
         if isinstance(template, list):  # several, each with a name
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if template is not None and not isinstance(template, str):
             raise ValueError(f"tokenizer_config.json: chat_template must be a string, got {type(template).__name__}")
-        return template
+        with_tools = named.get("tool_use")
+        return template, with_tools if isinstance(with_tools, str) else None
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -212,24 +217,20 @@ class Tokenizer:
         with of_library(ValueError, "the tokenizer cannot encode this"):
             return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
-    def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False) -> list[int]:
+    def encode_pieces(self, pieces: Iterable[str], add_special_tokens: bool = False, apart: bool = False) -> list[int]:
         """Token ids of a rendered template: `Special` pieces become special tokens, all other pieces are plain text.
 
-        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token; then each
-        run of plain text between special tokens is encoded by itself. `add_special_tokens` adds what the tokenizer
+        Equals `encode("".join(pieces), allow_special=True)` unless a plain piece spells a special token, or `apart`; then
+        each run of plain text between special tokens is encoded by itself. `add_special_tokens` adds what the tokenizer
         puts before a text, and nothing after it, as the pieces are to be continued; nor anything to pieces that begin
         with a special token: they say themselves how a text begins. Raises ValueError where a Special piece is not a
         token of this tokenizer.
         """
-        runs: list[str] = []  # plain text and Special, never two plain ones in a row
-        for piece in pieces:
-            if isinstance(piece, Special):
-                self.token_to_id(piece)
-            if isinstance(piece, Special) or not runs or isinstance(runs[-1], Special):
-                runs.append(piece)
-            else:
-                runs[-1] += piece
-        if not any(text in run for run in runs if not isinstance(run, Special) for text in self._special_texts):
+        runs = _runs(pieces)
+        for run in runs:
+            if isinstance(run, Special):
+                self.token_to_id(run)
+        if not (apart or self.spells_special(runs)):
             ids = self.encode("".join(runs), True)
         else:
             ids = [i for run in runs for i in ([self.token_to_id(run)] if isinstance(run, Special) else self.encode(run))]
@@ -237,6 +238,11 @@ class Tokenizer:
             begun = self._plain.encode("".join(runs)[:1], add_special_tokens=True)  # of its beginning, which is enough
             return begun.ids[: [*begun.special_tokens_mask, 0].index(0)] + ids
         return ids
+
+    def spells_special(self, pieces: Iterable[str]) -> bool:
+        """Whether plain text among the pieces spells a special token."""
+        plain = [run for run in _runs(pieces) if not isinstance(run, Special)]
+        return any(text in run for run in plain for text in self._special_texts)
 
     def apply_chat_template(
         self, messages: Sequence[Any], add_generation_prompt: bool = False, tokenize: bool = True, **variables: Any
@@ -263,7 +269,8 @@ class Tokenizer:
 
         Raises ValueError as that does, TypeError for what is no message.
         """
-        if self.chat_template is None:
+        template = self.chat_template if variables.get("tools") is None else self._with_tools or self.chat_template
+        if template is None:
             raise ValueError("the tokenizer has no chat template")
         content = [_as_mapping(message) for message in messages]
         said = json.dumps((content, variables), ensure_ascii=False, default=repr)  # repr escapes these characters
@@ -272,6 +279,8 @@ class Tokenizer:
             raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")
         # longest first: where a special token's text begins with another's, the longer one is meant
         special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
+        starts = {re.escape(text[:n]) for text in self._special_texts for n in range(1, len(text))}
+        begun = re.compile(f"(?:{'|'.join(sorted(starts, key=len, reverse=True)) or '(?!)'})$")  # that what follows would end
         hidden: dict[str, str] = {}
 
         def mark(found: re.Match) -> str:
@@ -281,14 +290,14 @@ class Tokenizer:
         def hide(value: Any) -> Any:
             """A value without the special tokens' texts in it, so that each one in the result is the template's."""
             if isinstance(value, str):
-                return special.sub(mark, value)
+                return begun.sub(mark, special.sub(mark, value))
             if isinstance(value, Mapping):
-                return {key: hide(item) for key, item in value.items()}
+                return {hide(key): hide(item) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list | tuple) else value
 
         names = {key: text for key in ("bos_token", "eos_token", "pad_token") if (text := self._named_token(key)[0])}
         variables = names | {key: hide(value) for key, value in variables.items()}
-        text = chat.render(self.chat_template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
+        text = chat.render(template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
         pieces = [  # plain text and special tokens take turns
             Special(piece) if i % 2 else re.sub(f"{guard}\\d+{guard}", lambda m: hidden.get(m[0], m[0]), piece)
             for i, piece in enumerate(re.split(f"({special.pattern})", text))
@@ -357,3 +366,14 @@ def _is_unicode(text: str) -> bool:
 
 def _copy(backend: Any) -> Any:
     return type(backend).from_str(backend.to_str())
+
+
+def _runs(pieces: Iterable[str]) -> list[str]:
+    """The pieces, plain ones that follow one another as one."""
+    runs: list[str] = []
+    for piece in pieces:
+        if isinstance(piece, Special) or not runs or isinstance(runs[-1], Special):
+            runs.append(piece)
+        else:
+            runs[-1] += piece
+    return runs

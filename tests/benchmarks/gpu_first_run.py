@@ -107,10 +107,10 @@ def asked(fn: Callable) -> dict[str, Any]:
     def count(*names: str) -> int:
         return sum(e.count for e in events if e.key.startswith(names))
 
-    busy = {e.key: e.self_device_time_total / 1e3 for e in events if e.self_device_time_total and not e.key.startswith(("aten::", "cu"))}
+    busy = {e.key: e.self_device_time_total / 1e3 for e in events if e.self_device_time_total and not e.key.startswith(("aten::", "cuda", "cuLaunch"))}
     top = sorted(busy.items(), key=lambda item: -item[1])[:8]
     return {
-        "launches": count("cudaLaunchKernel", "cuLaunchKernel"), "waits": count("cudaStreamSynch", "cudaDeviceSynch", "cudaEventSynch"),
+        "launches": count("cudaLaunchKernel", "cuLaunchKernel"), "waits": count("cudaStreamSynch", "cudaDeviceSynch", "cudaEventSynch") - 1,  # its own
         "copies": count("cudaMemcpy"), "busy_ms": sum(busy.values()), "top": [(name[:50], round(ms, 3)) for name, ms in top],
     }  # fmt: skip
 
