@@ -14,6 +14,7 @@ import minipeft as mp
 from minipeft import quant, rlhf
 from minipeft.nn.generation import generate_stream
 from minipeft.peft import LoraConfig, get_peft_model
+from minipeft.text.examples import Example, PreferencePair
 from minipeft.train import SGD, Adam, AdamW, Trainer, TrainingArguments, TrainingDiverged, clip_grad_norm
 from minipeft.train.callbacks import Callback
 
@@ -61,6 +62,15 @@ def step(method, accumulate=1, **options):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_step_waits_once(accumulate, optim):
     assert step("full", accumulate, optim=optim).waits == 1
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "kto", "orpo"])
+def test_a_step_on_preferences_waits_once(loss):
+    texts = [Example(*map(np.array, example)) for example in EXAMPLES[:8]]
+    pairs = [PreferencePair(a, b) for a, b in zip(texts[::2], texts[1::2])]
+    args = TrainingArguments(max_steps=3, learning_rate=1e-3, progress=False, per_device_train_batch_size=4)
+    rlhf.dpo_trainer(built("full"), pairs, args=args, loss_type=loss).train(callbacks=[counts := Counts()])
+    assert counts.steps[-1].waits == 1
 
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}, {"bf16": True}])

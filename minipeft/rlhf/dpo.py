@@ -35,7 +35,7 @@ from ..train.rates import with_learning_rate
 from ..train.trainer import Trainer, TrainingArguments
 from .config import OPTIONS_OF_LOSS, DPOConfig
 from .kto import kto_trainer
-from .logprobs import completion_lengths, sequence_logprobs
+from .logprobs import completion_lengths, prompt_length, sequence_logprobs
 from .preference_losses import dpo_loss, ipo_loss, orpo_loss, simpo_loss
 
 
@@ -50,7 +50,7 @@ class ReferencedPair(NamedTuple):
 def collate_pairs(pairs: Sequence[PreferencePair]) -> Batch:
     """Pairs as one batch for `dpo_objective`: the chosen texts, then the rejected ones, padded on the right."""
     batch = collate([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-    return Batch(batch.arguments, len(pairs), batch.tokens)
+    return Batch(batch.arguments | {"first": prompt_length(batch.arguments["labels"])}, len(pairs), batch.tokens)
 
 
 def collate_referenced(pairs: Sequence[ReferencedPair]) -> Batch:
@@ -64,12 +64,13 @@ def collate_referenced(pairs: Sequence[ReferencedPair]) -> Batch:
 
 def dpo_objective(
     model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array | None = None,
-    ref_rejected: Array | None = None, loss_type: str = "sigmoid", beta: float = 0.1, gamma: float = DPOConfig.gamma,
+    ref_rejected: Array | None = None, first: int | None = None, loss_type: str = "sigmoid", beta: float = 0.1, gamma: float = DPOConfig.gamma,
     rng: Rng | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """A loss of pairs for a batch whose first half are the chosen completions, and its statistics: for the Trainer.
 
-    input_ids, labels, attention_mask [2 · pairs, T]; ref_chosen, ref_rejected [pairs], None for "orpo" and "simpo".
+    input_ids, labels, attention_mask [2 · pairs, T], and `first` of them as in `sequence_logprobs`; ref_chosen,
+    ref_rejected [pairs], None for "orpo" and "simpo".
     `rng` is not used: dropout would act on the policy and not on the reference (and TRL's trainers turn it off). Raises
     ValueError for a loss_type that needs a reference where there is none, and for one that has no use for it.
     """
@@ -80,7 +81,7 @@ def dpo_objective(
     if loss_type not in losses:
         wanted = " or ".join(map(repr, losses))
         raise ValueError(f"{given} ref_chosen and ref_rejected, loss_type must be {wanted}, got {loss_type!r}")
-    sums = sequence_logprobs(model, input_ids, labels, attention_mask)  # [2 · pairs]
+    sums = sequence_logprobs(model, input_ids, labels, attention_mask, first)  # [2 · pairs]
     n = sums.shape[0] // 2
     if ref_chosen is None:
         means = sums / completion_lengths(labels)

@@ -31,7 +31,7 @@ from ..train.evaluation import Statistics, example_losses
 from ..train.parallel import in_precision
 from ..train.trainer import Trainer, TrainingArguments
 from .config import DPOConfig
-from .logprobs import sequence_logprobs
+from .logprobs import prompt_length, sequence_logprobs
 from .preference_losses import kto_loss
 
 
@@ -93,7 +93,8 @@ def with_reference(model: Module, examples: Sequence[UnpairedExample], batch_siz
 def collate_answers(answers: Sequence[ReferencedAnswer]) -> Batch:
     """Answers as one batch for `kto_objective`."""
     own, other = collate([a.example for a in answers]), collate([a.mismatched for a in answers])
-    arguments = own.arguments | {f"kl_{name}": value for name, value in other.arguments.items()}
+    given, kl = (batch.arguments | {"first": prompt_length(batch.arguments["labels"])} for batch in (own, other))
+    arguments = given | {f"kl_{name}": value for name, value in kl.items()}
     arguments["desirable"] = np.array([a.desirable for a in answers], bool)
     arguments["ref"] = np.array([a.ref for a in answers], np.float32)
     arguments["kl_ref"] = np.array([a.ref_mismatched for a in answers], np.float32)
@@ -103,18 +104,19 @@ def collate_answers(answers: Sequence[ReferencedAnswer]) -> Batch:
 def kto_objective(
     model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, kl_input_ids: Array, kl_labels: Array,
     kl_attention_mask: Array | None, desirable: Array, ref: Array, kl_ref: Array, beta: float = 0.1,
-    desirable_weight: float = 1.0, undesirable_weight: float = 1.0, rng: Rng | None = None,
+    desirable_weight: float = 1.0, undesirable_weight: float = 1.0, first: int | None = None, kl_first: int | None = None,
+    rng: Rng | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """`kto_loss` of a batch of n answers and its statistics: for the Trainer.
 
     input_ids, labels, attention_mask [n, T]; the same with kl_ [n, T'], of mismatched answers; desirable, ref, kl_ref
-    [n]. `rng` is not used: dropout would act on the policy and not on the reference.
+    [n]; first and kl_first of either as in `sequence_logprobs`. `rng` is not used: dropout would act on the policy and not on the reference.
     """
     xp = xp_of(input_ids)
     with no_grad():
-        kl = sequence_logprobs(model, kl_input_ids, kl_labels, kl_attention_mask).data - kl_ref  # [n]
+        kl = sequence_logprobs(model, kl_input_ids, kl_labels, kl_attention_mask, kl_first).data - kl_ref  # [n]
     z = xp.maximum(kl.mean(), 0)
-    policy = sequence_logprobs(model, input_ids, labels, attention_mask)  # [n]
+    policy = sequence_logprobs(model, input_ids, labels, attention_mask, first)  # [n]
     loss = kto_loss(policy, ref, desirable, z, beta, desirable_weight, undesirable_weight)
     gain = policy.data - ref
     above = xp.where(desirable, gain - z, z - gain)  # how far on its own side of z

@@ -49,20 +49,28 @@ def response_logprobs(
     return token_logprobs(model.lm_head(hidden) / temperature, input_ids[:, -length:])
 
 
-def sequence_logprobs(model: Module, input_ids: Array, labels: Array, attention_mask: Array | None = None) -> Tensor:
+def sequence_logprobs(
+    model: Module, input_ids: Array, labels: Array, attention_mask: Array | None = None, first: int | None = None
+) -> Tensor:
     """log π(completion | prompt) [B]: the sum over the tokens whose label is not -100.
 
     input_ids, labels [B, T] are those of `model.loss`: labels equal the ids, or are -100 where a token does not count.
-    Raises as `response_hidden`.
+    `first` is `prompt_length(labels)` where that is known; to read it, the host waits for a device. Raises as
+    `response_hidden`.
     """
     xp = xp_of(input_ids)
     counts = labels[:, 1:] != IGNORE
-    first = int(xp.argmax(counts.any(axis=0)).item())  # what stands before every completion needs no logits
+    first = prompt_length(labels) if first is None else first
     n = input_ids.shape[1] - 1 - first
     mask = xp.ones(input_ids.shape, xp.int64) if attention_mask is None else attention_mask
     hidden = response_hidden(model, input_ids, mask, n)
     logprobs = token_logprobs(model.lm_head(hidden), input_ids[:, -n:])  # [B, n]
     return F.where(counts[:, first:], logprobs, 0).sum(axis=1)
+
+
+def prompt_length(labels: Array) -> int:
+    """How many tokens of every row stand before what is predicted first, of labels [B, T]: they need no logits."""
+    return int((labels[:, 1:] != IGNORE).any(axis=0).argmax().item())
 
 
 def completion_lengths(labels: Array) -> Array:
