@@ -10,8 +10,8 @@
     gold           what the rater goes by and a person would say (`kindness`); it trains nothing: judges stand between
 
 A seed draws the demonstrations, the prompts of the comparisons, the answers, the rater's noise, the judge's head, and the
-order of all batches. Reports are on prompts with which no verse begins that a stage has learned from, nor one of the Basic English Bible that
-the base has (a few begin verses of the King James Bible, which it has, too). The
+order of all batches. Reports are on prompts with which no verse begins that a stage has learned from, nor one of the
+Basic English Bible that the base has learned (a few begin verses of the King James Bible, which it has, too). The
 temperature is 0.7 in sampling and in every log-probability.
 
 Source of the design: Gao, Schulman and Hilton 2022, Scaling Laws for Reward Model Overoptimization (arXiv:2210.10760):

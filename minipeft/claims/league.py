@@ -237,8 +237,8 @@ def rates(rows: Rows) -> Verdict:
 def selection(rows: Rows) -> Verdict:
     """Holds if, of the trials that a search saw, the one with the lowest training loss has a clearly higher loss on validation than the one
     that was chosen there: so that who has no validation set pays. The losses are such that chose nothing: of the first under the
-    search's own seed, of the second under the five others; where both are one trial, nothing is paid. Does not hold here if the interval over the cases, of the mean over
-    methods, lies below 0.02; cannot be tested here if it is too wide to tell."""
+    search's own seed, of the second under the five others; where both are one trial, nothing is paid. Does not hold here if the
+    interval over the cases, of the mean over methods, lies below 0.02; cannot be tested here if it is too wide to tell."""
     find, costs, flattery = finder(rows), [], []
     for case in CASES:
         blind, luck = [], []  # of the methods of a case, which share the records and depend on each other

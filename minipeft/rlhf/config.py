@@ -12,13 +12,13 @@ from ..train.schedule import SCHEDULES
 class OnlineConfig:
     """How to train on one's own samples: what PPO, RLOO and GRPO have in common.
 
-    batch_size, num_epochs and cliprange are the defaults of OpenAI's lm-human-preferences (`PpoHParams`; its books task has
-    batches of 512), response_length is that of its books task; TRL has 4 epochs, too. learning_rate and steps suit the shipped base of 1.4 million parameters, where
-    lm-human-preferences takes 1e-5 for 124 million. Measured on the base as it was after 3,600 of its 8,400 steps: at 5e-5,
-    a twentieth of the usual rate of full fine-tuning, VADER's score of its answers rose from 0.09 to 0.33 at a KL of 1.9
-    nats (two seeds), and clipping acted on 18% of the ratios of the first update; at 1e-4 it acts on 31%. Adapters take a
-    sixth of theirs: LoRA at 5e-4 went from 0.14 to 0.30 at a KL of 2.1, while at a twentieth, 1.5e-4, the KL came to 0.2
-    and the score did not rise (one seed).
+    batch_size, num_epochs and cliprange are the defaults of OpenAI's lm-human-preferences (`PpoHParams`; its books task
+    has batches of 512), response_length is that of its books task; TRL has 4 epochs, too. learning_rate and steps suit
+    the shipped base of 1.4 million parameters, where lm-human-preferences takes 1e-5 for 124 million. Measured on the
+    base as it was after 3,600 of its 8,400 steps: at 5e-5, a twentieth of the usual rate of full fine-tuning, VADER's
+    score of its answers rose from 0.09 to 0.33 at a KL of 1.9 nats (two seeds), and clipping acted on 18% of the ratios
+    of the first update; at 1e-4 it acts on 31%. Adapters take a sixth of theirs: LoRA at 5e-4 went from 0.14 to 0.30 at
+    a KL of 2.1, while at a twentieth, 1.5e-4, the KL came to 0.2 and the score did not rise (one seed).
 
     Raises ValueError, naming the option, for a value that makes no sense.
     """

@@ -64,8 +64,8 @@ def collate_referenced(pairs: Sequence[ReferencedPair]) -> Batch:
 
 def dpo_objective(
     model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array | None = None,
-    ref_rejected: Array | None = None, first: int | None = None, loss_type: str = "sigmoid", beta: float = 0.1, gamma: float = DPOConfig.gamma,
-    rng: Rng | None = None,
+    ref_rejected: Array | None = None, first: int | None = None, loss_type: str = "sigmoid", beta: float = 0.1,
+    gamma: float = DPOConfig.gamma, rng: Rng | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """A loss of pairs for a batch whose first half are the chosen completions, and its statistics: for the Trainer.
 
@@ -129,8 +129,8 @@ def dpo_trainer(
     run is resumed with the same one, from the policy that it began with. "orpo" and "simpo" have none. Where `args` give
     no learning rate it is a tenth of the method's usual one (`train.rates`).
 
-    Raises ValueError as `DPOConfig` does, for what is no pair or unpaired example, for unpaired examples where pairs are wanted, for an answer without a label that
-    counts, and for a policy with virtual tokens or merged adapters.
+    Raises ValueError as `DPOConfig` does, for what is no pair or unpaired example, for unpaired examples where pairs are
+    wanted, for an answer without a label that counts, and for a policy with virtual tokens or merged adapters.
     """
     if getattr(policy, "virtual_tokens", 0):
         raise ValueError("preferences train no virtual tokens, which this policy has: use LoRA, or another adapter inside")

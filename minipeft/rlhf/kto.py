@@ -110,7 +110,8 @@ def kto_objective(
     """`kto_loss` of a batch of n answers and its statistics: for the Trainer.
 
     input_ids, labels, attention_mask [n, T]; the same with kl_ [n, T'], of mismatched answers; desirable, ref, kl_ref
-    [n]; first and kl_first of either as in `sequence_logprobs`. `rng` is not used: dropout would act on the policy and not on the reference.
+    [n]; first and kl_first of either as in `sequence_logprobs`. `rng` is not used: dropout would act on the policy and
+    not on the reference.
     """
     xp = xp_of(input_ids)
     with no_grad():

@@ -49,9 +49,9 @@ def missing_eos(
 ) -> np.ndarray:
     """Scores [B] where a response that nothing ended has `score` in place of its own, or `penalty` less.
 
-    ended [B] is true where a stop token did. Without either, a policy learns that never ending costs nothing. Sources: replacing the score,
-    by -1, is OpenAI's lm-human-preferences' (Huang et al. 2024, arXiv:2403.17031, calls it the EOS trick); the penalty
-    is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
+    ended [B] is true where a stop token did. Without either, a policy learns that never ending costs nothing. Sources:
+    replacing the score, by -1, is OpenAI's lm-human-preferences' (Huang et al. 2024, arXiv:2403.17031, calls it the EOS
+    trick); the penalty is TRL's `missing_eos_penalty`. Raises ValueError where both are given.
     """
     if score is not None and penalty is not None:
         raise ValueError(f"a missing EOS either gets the score {score} or loses {penalty}: give one of them")
