@@ -332,11 +332,12 @@ assert below(warmed, without) and left - half_width > -learned / 5, "it helps, a
 
 # %% [markdown]
 # At the high rate (of full fine-tuning; LoRA is not measured). At the usual one warm-up changes next to nothing. At ten
-# times that rate it helps, and yet saves little: with it, too, the run ends about where the base began, or above.
+# times that rate it helps, and yet saves little: with it, too, the run ends above where the base began.
 #
 # The verdict below gives each share of warm-up its own best rate, epochs and batch size, for full fine-tuning and for
 # LoRA, on 500 examples of either task. No warm-up of 5 or 10 % is clearly better than none: in five of the eight
-# comparisons the two are equal within 0.02, in three, all of `source`, the interval is too wide to say so.
+# comparisons the two are equal within 0.02 (nats a token, or share of the sentences), in three, all of `source`, the
+# interval is too wide to say so.
 
 # %% [markdown]
 # > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. 0 of 8 comparisons are as stated, 3 not
