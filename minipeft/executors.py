@@ -148,13 +148,15 @@ def _serve() -> None:
         try:
             function, arguments = pickle.loads(task)
             found = pickle.dumps((function(*arguments), None))
-        except (Exception, SystemExit) as error:  # also of a module that is not found here
+        except Exception as error:  # also of a module that is not found here
             found = _sendable(error)
+        except SystemExit as error:  # which would end the process that waits
+            found = _sendable(RuntimeError(f"it called sys.exit({error.code!r})"))
         pickle.dump(found, results)
         results.flush()
 
 
-def _sendable(error: BaseException) -> bytes:
+def _sendable(error: Exception) -> bytes:
     """(None, the error) as bytes; one that cannot be sent becomes a RuntimeError of its type and text."""
     try:
         found = pickle.dumps((None, error))

@@ -122,6 +122,9 @@ def test_classifier_round_trip(case, tmp_path):
     mp.save_pretrained(mp.from_pretrained(tmp_path)[0].copy(), tmp_path)
     kept = json.loads((tmp_path / "config.json").read_text())
     assert kept["id2label"] == names and kept["label2id"] == {name: int(i) for i, name in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"a": "good", "b": "bad"}}))
+    with pytest.raises(HubError, match="id2label must name the classes 0 to 1, not a, b"):
+        mp.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
     with pytest.raises(HubError, match="several labels a text, has a loss that is not computed here"):
         mp.from_pretrained(tmp_path)

@@ -219,3 +219,14 @@ def test_what_another_process_cannot_open_is_an_error_and_the_process_goes_on(la
             processes.submit(*task).result(timeout=20)
         assert processes.submit(abs, -3).result(timeout=20) == 3
     assert processes.deaths == []
+
+
+def leave():
+    raise SystemExit(0)
+
+
+def test_a_task_that_exits_ends_neither_its_process_nor_the_one_that_waits():
+    with LocalProcesses(1) as processes:
+        with pytest.raises(RuntimeError, match=r"it called sys.exit\(0\)"):
+            processes.submit(leave).result()
+        assert processes.submit(len, [1, 2]).result() == 2

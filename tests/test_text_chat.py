@@ -124,9 +124,18 @@ def test_neither_parts_of_a_message_nor_names_in_it_make_a_control_token():
     t = tokenizer("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}")
     parts = [{"text": "hi<|im_"}, {"text": "end|> bye <"}]
     assert t.chat_pieces([{"role": "user", "content": parts}]) == ("hi<|im_end|> bye <",)
+    t = tokenizer("{% for p in messages[0].content %}{{ p.text | trim }}{% endfor %}")
+    assert t.chat_pieces([{"role": "user", "content": [{"text": "hi<|im_ "}, {"text": " end|>"}]}]) == ("hi<|im_end|>",)
     t = tokenizer("{{ messages[0].content | tojson }}")
     (piece,) = t.chat_pieces([{"role": "user", "content": {"<|im_end|>": 1}}])
     assert json.loads(piece) == {"<|im_end|>": 1} and not isinstance(piece, Special)
+
+
+@pytest.mark.parametrize("text", ["title:", "eos", "response:", "text>"])
+def test_a_special_token_that_begins_as_a_field_or_a_role_ends_hides_neither(text):
+    t = tokenizer("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}")
+    t.add_special_tokens({"additional_special_tokens": [text]})
+    assert t.apply_chat_template(MESSAGES, tokenize=False) == "What is a dog?And a cat?"
 
 
 def test_what_a_message_spells_changes_no_prompts_labels():

@@ -291,6 +291,8 @@ def experts(c: Fields, h: str) -> Iterator[Entry]:
     """
     d, family, ff = c["hidden_size"], c["model_type"], c.get("moe_intermediate_size") or c["intermediate_size"]
     E = c.get("num_local_experts") or c["num_experts"]
+    if not 1 <= c["num_experts_per_tok"] <= E:
+        raise ValueError(f"num_experts_per_tok must be 1 to {E}, the number of experts, not {c['num_experts_per_tok']}")
     adapted = family in ("mixtral", "qwen3_moe")
     router, kind = ("router", "linear") if family == "phimoe" else ("gate", "router" if adapted else "parameter")
     yield f"{h}{router}.weight", kind, (E, d)
@@ -467,6 +469,8 @@ def deberta(c: Fields) -> Iterator[Entry]:
     if "layer_norm" in c["norm_rel_ebd"].split("|"):
         yield from layer_norm("encoder.LayerNorm", d)
     if c["conv_kernel_size"] > 0:
+        if d % c["conv_groups"]:
+            raise ValueError(f"deberta-v2: conv_groups={c['conv_groups']} does not divide hidden_size={d}")
         yield from convolution("encoder.conv.conv", d, d // c["conv_groups"], c["conv_kernel_size"])
         yield from layer_norm("encoder.conv.LayerNorm", d)
 

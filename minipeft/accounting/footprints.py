@@ -16,7 +16,7 @@ corrections since came of explaining misses, each from the code of that time or 
 an embedding in float32 makes a stream in float32 (its row is now among those looked at), `Loop.holds_outputs`,
 `Loop.reentrant`, FSDP's root and its MixedPrecision, logits copied or never widened (LOGITS), and GELU in one op. But
 that embeddings have float32 states beside adamw_8bit was read in transformers' Trainer: the two rows of it, whose script
-made the optimizer itself, had not, and are predicted 0.2 GiB too much.
+made the optimizer itself, had not; it adds 0.2 GiB to their predictions, which stay too low.
 `reason` says why a row is missed, or not covered.
 """
 

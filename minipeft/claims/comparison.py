@@ -359,8 +359,8 @@ def told(
 
 
 def both(one: Verdict, other: Verdict) -> Verdict:
-    """The verdict on two parts of a statement: the sentences and numbers of both. Where one part cannot be tested, what is
-    found of the other is all that is known: it holds if, or cannot be tested either."""
+    """The verdict on two parts of a statement, each judged `beside` the other: the sentences and numbers of both. Where one
+    part cannot be tested, what is found of the other is all that is known: it holds if, or cannot be tested either."""
     parts = {one.verdict, other.verdict}
     verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
     numbers = [*one.evidence, *filter(None, [other.effect]), *other.evidence]

@@ -117,9 +117,9 @@ def ranks(rows: Rows) -> Verdict:
 def query_and_value(rows: Rows) -> Verdict:
     """Holds if q and v are not worse (interval above -0.02) than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and,
     with rank 43, than all layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
-    find = finder(rows)
-    equal_rank = judged(find, against(find, "lora-qv", TARGETS, MIDDLE), not_inferior)
-    return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_inferior))
+    find, n = finder(rows), len(MIDDLE)
+    equal_rank = judged(find, against(find, "lora-qv", TARGETS, MIDDLE), not_inferior, beside=n)
+    return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_inferior, beside=n))
 
 
 @claim("lora-8", lesson="18_lora_questioned.py", section="3 · Which layers?", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
@@ -333,5 +333,6 @@ def lora_for_balance(rows: Rows) -> Verdict:
     find = finder(rows)
     size = {m: find(tuned(find, search("source", m, SIZES[1]))[0])["storage"] for m in MAIN}
     less, more = ([m for m in MAIN if m != "lora" and (size[m] < size["lora"]) is smaller] for smaller in (True, False))
-    smaller = judged(find, [pair for m in less for pair in in_cases("lora", CASES, m)], better)
-    return both(smaller, judged(find, [pair for m in more for pair in in_cases("lora", CASES, m)], not_inferior))
+    lighter, others = ([pair for m in methods for pair in in_cases("lora", CASES, m)] for methods in (less, more))
+    smaller = judged(find, lighter, better, beside=len(others))
+    return both(smaller, judged(find, others, not_inferior, beside=len(lighter)))

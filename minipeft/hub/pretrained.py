@@ -266,6 +266,8 @@ def _described(content: dict[str, Any]) -> tuple[TransformerConfig, int | None]:
         raise HubError("problem_type 'multi_label_classification', several labels a text, has a loss that is not computed here")
     labels = content.get("id2label")
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
+    if isinstance(labels, dict) and {*map(str, labels)} != {*map(str, range(len(labels)))}:
+        raise HubError(f"id2label must name the classes 0 to {len(labels) - 1}, not {', '.join(map(str, labels))}")
     if not isinstance(count, int) or not 1 <= count < 2**31:
         raise HubError(f"num_labels must be a positive integer, not {count!r}")
     return config, count

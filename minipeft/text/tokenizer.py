@@ -61,6 +61,9 @@ class Tokenizer:
         """Look up what the class keeps of the vocabulary and of the config."""
         added = self._plain.get_added_tokens_decoder()
         self._special_texts = [token.content for token in added.values() if token.special]
+        # longest first: where a special token's text begins with another's, the longer one is meant
+        self._special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
+        self._begun = frozenset(text[:n] for text in self._special_texts for n in range(1, len(text)))
         self._special_ids = {id for id, token in added.items() if token.special}
         self.eos_token, self.eos_token_id = self._named_token("eos_token")
         self.pad_token, self.pad_token_id = self._named_token("pad_token")
@@ -277,22 +280,22 @@ class Tokenizer:
         guard = next((mark for mark in _GUARDS if mark not in said), None)
         if guard is None:
             raise ValueError(f"the messages hold all of the code points {_GUARDS!r}, which stand for no characters")
-        # longest first: where a special token's text begins with another's, the longer one is meant
-        special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
-        starts = {re.escape(text[:n]) for text in self._special_texts for n in range(1, len(text))}
-        begun = re.compile(f"(?:{'|'.join(sorted(starts, key=len, reverse=True)) or '(?!)'})$")  # that what follows would end
         hidden: dict[str, str] = {}
 
-        def mark(found: re.Match) -> str:
-            hidden[place := f"{guard}{len(hidden)}{guard}"] = found[0]
+        def mark(text: str) -> str:
+            hidden[place := f"{guard}{len(hidden)}{guard}"] = text
             return place
 
-        def hide(value: Any) -> Any:
+        def hide(value: Any, field: Any = None) -> Any:
             """A value without the special tokens' texts in it, so that each one in the result is the template's."""
             if isinstance(value, str):
-                return begun.sub(mark, special.sub(mark, value))
-            if isinstance(value, Mapping):
-                return {hide(key): hide(item) for key, item in value.items()}
+                value = self._special.sub(lambda found: mark(found[0]), value)
+                text = value.rstrip()  # as a template may do; what follows then could end a token that is begun here
+                lengths = range(min(len(text), max(map(len, self._begun), default=0)), 0, -1)
+                n = next((n for n in lengths if text[-n:] in self._begun), 0) if field not in ("role", "type") else 0
+                return text[: len(text) - n] + mark(text[-n:]) + value[len(text) :] if n else value
+            if isinstance(value, Mapping):  # fields are asked for by their names, roles and types by their words
+                return {hide(key, "type"): hide(item, key) for key, item in value.items()}
             return [hide(item) for item in value] if isinstance(value, list | tuple) else value
 
         names = {key: text for key in ("bos_token", "eos_token", "pad_token") if (text := self._named_token(key)[0])}
@@ -300,7 +303,7 @@ class Tokenizer:
         text = chat.render(template, hide(content), add_generation_prompt=add_generation_prompt, **variables)
         pieces = [  # plain text and special tokens take turns
             Special(piece) if i % 2 else re.sub(f"{guard}\\d+{guard}", lambda m: hidden.get(m[0], m[0]), piece)
-            for i, piece in enumerate(re.split(f"({special.pattern})", text))
+            for i, piece in enumerate(re.split(f"({self._special.pattern})", text))
         ]
         return tuple(filter(None, pieces))
 
