@@ -107,6 +107,15 @@ def test_a_gradient_has_the_precision_of_its_array(xp, rng):
     assert to_numpy(w.grad) == pytest.approx(2e-9, rel=0.01)
 
 
+@dtypes
+def test_attentions_of_padded_rows_are_numbers(dtype):
+    model, ids = mp.Transformer(models.config("llama"), seed=1), models.tokens(np.random.default_rng(0), 2, 5)
+    mask = np.array([[0, 0, 1, 1, 1], [1] * 5])
+    with mp.no_grad(), autocast(dtype):
+        logits, attentions = model(ids, mask, output_attentions=True)
+    assert all(np.isfinite(P.data).all() for P in attentions) and np.isfinite(logits.data).all()
+
+
 def test_a_choice_between_numbers_is_rounded_as_they_are():
     twos = mp.Tensor(np.full((2, 2), 2.0, "f"))
     with autocast("float16"):

@@ -209,6 +209,7 @@ def test_what_a_partial_has_bound_is_part_of_a_runs_identity():
         return Trainer(tiny_model(), EXAMPLES[:2], collate=partial(collate, **options)).identity()["collate"]
 
     assert named(f=counting) == "collate(f=counting)", "no address of memory"
+    assert named(v=Average(last=3), table=np.array([1, None])) == "collate(v=Average, table=ndarray)"
     long = np.zeros(5000)
     assert named(a=long) == named(a=long.copy()) != named(a=np.where(np.arange(5000) == 2000, 1, long))
 

@@ -111,7 +111,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
 
     model = mp.Transformer(models.config("llama"), seed=1)
     trainer = mp.Trainer(model, EXAMPLES, args=arguments(fp16=True, max_steps=200), loss=loss)
-    with pytest.raises(mp.train.TrainingDiverged, match="step 18"):  # 65,536 is 2^16
+    with pytest.raises(mp.train.TrainingDiverged, match="step 58"):  # from 2^16 to 2^-41
         trainer.train()
 
 

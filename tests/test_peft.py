@@ -694,6 +694,9 @@ def test_a_step_that_a_loss_scale_skips_loses_no_pruning(total, tfinal, skipped)
             callback.after_step(adapted, step)
     pattern = adapted.peft_config["default"].rank_pattern
     assert sum(map(sum, pattern.values())) == 2 * len(pattern)
+    (again,) = adapted.training_callbacks()  # one made anew prunes no second time
+    again.after_step(adapted, total + 1)
+    assert again.pruned and adapted.peft_config["default"].rank_pattern == pattern
 
 
 def test_preferences_train_adalora_whole():

@@ -804,6 +804,8 @@ def test_what_belongs_to_another_trainer_or_is_text_is_named():
     for sample in (lambda: trainer(prompts=texts), lambda: rlhf.sample_answers(base(), texts), lambda: rlhf.best_of_n(base(), liked, texts, 2)):
         with pytest.raises(TypeError, match="lists of token ids, not texts"):
             sample()
+    once = rlhf.sample_answers(base(), (prompt for prompt in PROMPTS[:2]), 2, 3)
+    assert once == rlhf.sample_answers(base(), PROMPTS[:2], 2, 3) and len(once) == 2
     with pytest.raises(TypeError, match="a function of a rollout, not 'length'"):
         trainer(reward="length")
     assert trainer(reward=max).reward is max, "a builtin does not say what it takes"

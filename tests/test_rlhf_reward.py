@@ -118,6 +118,9 @@ def test_calibration_gives_mean_0_and_deviation_1_and_survives_saving(base, tmp_
     with pytest.raises(ValueError, match="there are no reference texts"):
         model.calibrate([])
     assert model.score_texts(texts).tobytes() == scores.tobytes(), "it is calibrated as before"
+    mean, std = model.mean, model.std
+    model.calibrate(texts)
+    assert (model.mean, model.std) == (mean, std), "whatever it was before"
     for size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
             model.score_texts(texts, size)

@@ -255,8 +255,9 @@ def attend(q: Tensor, k: Any, v: Any, context: Context, layer: int) -> Tensor:
     visible = xp.arange(S) <= xp.arange(S - T, S)[:, None]  # [T, S]
     visible = visible if context.mask is None else visible & context.mask
     scores = q.reshape(B, kv, H // kv, T, D) @ k[:, :, None].swapaxes(-1, -2) / math.sqrt(D)  # [B, kv, H/kv, T, S]
-    scores = F.where(visible, scores.reshape(B, H, T, S), float(xp.finfo(q.dtype).min))
-    P = F.softmax(scores) * visible  # zeros where a query may see nothing
+    some = visible | ~visible.any(axis=-1, keepdims=True)  # all, where a query may see nothing
+    scores = F.where(some, scores.reshape(B, H, T, S), float(xp.finfo(q.dtype).min))
+    P = F.softmax(scores) * visible
     P.retain_grad()
     context.attentions[layer : layer + 1] = [P]  # a checkpointed layer comes twice, the second time with its graph
     return (P.reshape(B, kv, H // kv, T, S) @ v[:, :, None]).reshape(B, H, T, v.shape[3])

@@ -115,7 +115,7 @@ class AdaLoraCallback:
         self.model, self.adapter_name = model, adapter_name
         self.averages: dict[str, Array] = {}  # "<path>.<matrix>.sensitivity" and "<path>.<matrix>.uncertainty"
         self.loaded_pattern = self.config.rank_pattern  # it holds until the first pruning
-        self.pruned = False  # for the last time
+        self.pruned = self._is_pruned()  # for the last time
 
     @property
     def config(self) -> AdaLoraConfig:
@@ -213,9 +213,12 @@ class AdaLoraCallback:
         self.averages = {key: array for key, array in arrays.items() if not key.endswith(".kept")}
         for path, layer in self.layers.items():
             layer.kept = arrays.get(f"{path}.kept")
-        left = [int(array.sum().item()) for key, array in arrays.items() if key.endswith(".kept")]
-        self.pruned = bool(left) and sum(left) <= self.config.target_r * len(left)
+        self.pruned = self._is_pruned()
         self._note_pattern()
+
+    def _is_pruned(self) -> bool:
+        left = [int(layer.kept.sum().item()) for layer in self.layers.values() if layer.kept is not None]
+        return bool(left) and sum(left) <= self.config.target_r * len(left)
 
     def _note_pattern(self) -> None:
         """Write the kept triplets into the configuration. Before the first pruning, leave the loaded pattern."""

@@ -64,8 +64,8 @@ def collate_referenced(pairs: Sequence[ReferencedPair]) -> Batch:
 
 def dpo_objective(
     model: Module, input_ids: Array, labels: Array, attention_mask: Array | None, ref_chosen: Array | None = None,
-    ref_rejected: Array | None = None, first: int | None = None, loss_type: str = "sigmoid", beta: float = 0.1,
-    gamma: float = DPOConfig.gamma, rng: Rng | None = None,
+    ref_rejected: Array | None = None, loss_type: str = "sigmoid", beta: float = 0.1, gamma: float = DPOConfig.gamma,
+    first: int | None = None, rng: Rng | None = None,
 ) -> tuple[Tensor, Statistics]:  # fmt: skip
     """A loss of pairs for a batch whose first half are the chosen completions, and its statistics: for the Trainer.
 

@@ -102,10 +102,9 @@ class OnlineTrainer(ABC):
         if not isinstance(config, needed := get_type_hints(type(self))["config"]):
             raise TypeError(f"{type(self).__name__} takes a {needed.__name__}, not a {type(config).__name__}")
         self.reward = reward_function(reward)
-        check_prompts(prompts)
         config = with_learning_rate(config, policy, share=ADAPTER_SHARE if hasattr(policy, "peft_config") else SHARE)
         self.policy, self.config, self.watch = policy, config, dict(watch or {})
-        self.prompts = [list(map(int, prompt)) for prompt in prompts]
+        self.prompts = [list(map(int, prompt)) for prompt in check_prompts(prompts)]
         if not self.prompts or not all(self.prompts):
             raise ValueError("there are no prompts" if not self.prompts else "a prompt must have at least one token")
         length, limit = config.response_length, policy.config.max_position_embeddings

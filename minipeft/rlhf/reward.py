@@ -153,7 +153,11 @@ class RewardModel(SequenceClassifier):
         """
         if not len(texts):
             raise ValueError("there are no reference texts")
-        scores = self.score_texts(texts) * self.std + self.mean
+        before, (self.mean, self.std) = (self.mean, self.std), (0.0, 1.0)
+        try:
+            scores = self.score_texts(texts)
+        finally:
+            self.mean, self.std = before
         mean, std = float(scores.mean()), float(scores.std())
         if not 1e-5 * abs(scores).max() < std < math.inf:
             found = f"scores of mean {mean:g} and standard deviation {std:.1g}"

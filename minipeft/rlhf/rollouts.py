@@ -9,7 +9,7 @@ distribution than the one whose log-probabilities are compared, and the KL estim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,10 +93,12 @@ def rollout(
     return Rollout(*(asarray(array, xp) for array in whole))
 
 
-def check_prompts(prompts: Sequence[Any]) -> None:
-    """Raises TypeError for prompts that are texts."""
-    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+def check_prompts(prompts: Iterable[Any]) -> list[Any]:
+    """The prompts as a list. Raises TypeError where they are texts."""
+    found = list(prompts)
+    if any(isinstance(prompt, str) for prompt in found):
         raise TypeError("prompts are lists of token ids, not texts: encode them with the policy's tokenizer")
+    return found
 
 
 def rollouts(
@@ -111,8 +113,7 @@ def rollouts(
     """
     if min(k, batch_size) < 1:
         raise ValueError(f"k and batch_size must be at least 1, got {k} and {batch_size}")
-    check_prompts(prompts)
-    rows = [prompt for prompt in prompts for _ in range(k)]
+    rows = [prompt for prompt in check_prompts(prompts) for _ in range(k)]
     for i in range(0, len(rows), batch_size):
         stream = Rng(seed, first_row=i)
         yield rollout(policy, rows[i : i + batch_size], length, temperature, stop_token_ids, stream)

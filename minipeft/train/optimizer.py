@@ -71,8 +71,9 @@ class Optimizer:
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add `{"params": ..., option: value, ...}`; options that are left out take the defaults."""
-        if "params" not in group:
-            raise ValueError(f"a group of parameters is a dictionary with 'params'; this one has {', '.join(group) or 'nothing'}")
+        if not isinstance(group, dict) or "params" not in group:
+            found = f"has {', '.join(group) or 'nothing'}" if isinstance(group, dict) else f"is a {type(group).__name__}"
+            raise ValueError(f"a group of parameters is a dictionary with 'params'; this one {found}")
         unknown = sorted(set(group) - set(self.defaults) - {"params", "param_names"})
         if unknown:
             raise ValueError(f"{type(self).__name__} has no option {unknown[0]!r}; it has {', '.join(self.defaults)}")

@@ -24,6 +24,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..backend import asarray, is_array, to_numpy, xp_of
 from ..directory import locked
 from ..files import expecting, parse_json
@@ -68,7 +70,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a run that resumes this one must share with it."""
         identity = {**self.trainer.identity(), "callbacks": self.callbacks.names()}
-        return json.loads(json.dumps(identity))  # as a checkpoint gives it back: tuples become lists
+        numbers = lambda value: value.item() if isinstance(value, np.generic) else repr(value)  # noqa: E731
+        return json.loads(json.dumps(identity, default=numbers))  # as a checkpoint gives it back: tuples become lists
 
     @contextmanager
     def start(self, resume: bool | str | os.PathLike | None = None, before: Iterable[Record] = ()) -> Iterator[None]:

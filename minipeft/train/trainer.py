@@ -96,7 +96,7 @@ def training_step(
         }  # fmt: skip
         if finite:
             record["grad_norm"] = math.sqrt(squares)
-        elif not scaler or scale < 1:  # it is not the scale's fault
+        elif not scaler or scale < 2**-40:  # it is not the scale's fault
             raise diverged(step, L, parameters, optimizer)
         if scaler:
             record["loss_scale"] = scale
@@ -404,4 +404,7 @@ def _named(function: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return _named(value) if callable(value) else fingerprint([("", value)]) if is_array(value) else repr(value)
+    if is_array(value) and value.dtype.kind != "O":
+        return fingerprint([("", value)])
+    plain = callable(value) or type(value).__repr__ is object.__repr__  # whose repr is an address in memory
+    return _named(value) if plain or is_array(value) else repr(value)
