@@ -257,11 +257,15 @@ def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
     lucky = [r | {"loss": r["loss"] + (r["seed"] - 3) / 100} if r["rate"] and r["split"] == "test" else r for r in rows]
     monkeypatch.setattr(type(experiment), "rows", lambda self: lucky)
     assert spread(lucky) == pytest.approx(np.std([0, 1, 2, 3, 4], ddof=1) / 100)
-    one = [lucky[0]]
-    assert experiment.differences(one, [lucky[0] | {"loss": lucky[0]["loss"] + 0.05}]) == []
-    (line,) = experiment.differences(one, [lucky[0] | {"loss": lucky[0]["loss"] + 0.07}])
-    assert "in the package; 0.0632 may be luck" in line
-    assert experiment.differences(one, [lucky[1]]) == [], "another trial"
+    one, *others = [row for row in lucky if row["split"] == "test"]
+    assert experiment.differences([one], [one | {"loss": one["loss"] + 0.05}]) == []
+    for loss in (one["loss"] + 0.07, None):
+        (line,) = experiment.differences([one], [one | {"loss": loss}])
+        assert "in the package; 0.0632 may be luck" in line
+    assert experiment.differences([one], others) == [], "other trials"
+    tried = next(row for row in lucky if row["split"] == "validation")
+    assert experiment.differences([tried], [tried | {"loss": None}]) == [], "a setting of the tuning may diverge"
+    assert len(experiment.differences([tried], [tried | {"loss": tried["loss"] * 1.1 + 0.1}])) == 1
 
 
 def test_a_row_is_computed_again_from_its_settings(monkeypatch):

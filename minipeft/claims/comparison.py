@@ -88,14 +88,17 @@ class Searches(Experiment):
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have: their losses, and the means over items. Another processor
         adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
-        the seeds, or, as long as no row has several seeds, by ALONE."""
+        the seeds, or, as long as no row has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may
+        lie near divergence, by a twentieth at least, and it may diverge."""
         find, mine, found = finder(others), self.rows(), []
         pairs = [(trial, row, other) for row in rows if (other := find(trial := trial_of(row)))]
         for name in MEASURED:
-            near = SPREADS * spread(mine, name) or ALONE
+            usual = SPREADS * spread(mine, name) or ALONE
             for trial, row, other in pairs:
                 a, b = measure(row, name), measure(other, name)
-                if a != b and (a is None or b is None or abs(a - b) > near):
+                tuning = trial.split == "validation"
+                near = max(usual, abs(a) / 20) if tuning and a is not None else usual
+                if a != b and (not tuning if a is None or b is None else abs(a - b) > near):
                     found.append(f"{trial}, {name}: {b}, and {a} in the package; {near:.4f} may be luck")
         return found
 
