@@ -238,9 +238,9 @@ assert not any(found.clearly_worse or found.clearly_better for found in behind["
 # as far as rates tell that are a factor of 2 apart.
 #
 # Rank 32 is the best of `rewrite`, where it is ahead of every other: of 1, 2 and 4 by 0.03 to 0.10 nats, of 8, 16 and
-# 64 by 0.04 at most. On `source` no rank is told from it by its right choices, not even rank 1, which has lost the most
-# general items in the table. (All twelve intervals hold together 19 times in 20. The verdict compares the best on
-# validation of the ranks from 8 on with the best of 1, 2 and 4.)
+# 64 by 0.04 at most. On `source` the right choices tell no rank from 32, and even rank 1 may be as good; but the table
+# shows the largest loss of general items for rank 1. (All twelve intervals hold together 19 times in 20. The verdict
+# compares the best on validation of the ranks from 8 on with the best of 1, 2 and 4.)
 
 # %% [markdown]
 # > `lora-2` rank is typically 8 to 64: **holds if**. Lora-r32 beside lora-r4, rewrite, 500 examples: better (+0.045
@@ -303,9 +303,9 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 #
 # $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.029 at most; at rank 43, with as many numbers, the
 # interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
-# less often than all layers, or 4 more often. (They are wide, since all twelve are to hold together. A single interval
-# at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly higher.) So at
-# rank 8 $q$ and $v$ train a fifth of the numbers, and lose a little; on `source` they forget more.
+# less often than all layers, or 4.5 more often. (They are wide, since all twelve are to hold together. A single
+# interval at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly
+# higher.) So at rank 8 $q$ and $v$ train a fifth of the numbers, and lose a little; on `source` they forget more.
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within 0.02, "not told" one
 # that may or may not reach beyond it. The rival of $q$ and $v$ is what was best on validation: all layers, on both

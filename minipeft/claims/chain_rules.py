@@ -173,9 +173,12 @@ def unstable(rows: Rows) -> Verdict:
         told.append(f"{what}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
+    level = 1 - 0.05 / len(costs)
+    surely = [what for what, x in costs.items() if (e := crossed(x, level=level)).low is not None and e.low > 0]
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
+        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all "
+        f"{len(costs)} intervals are to hold together, these are above 0: {listed(surely)}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
         f"runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)

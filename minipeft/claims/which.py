@@ -85,9 +85,9 @@ def one_gpu() -> Verdict:
 
 @claim("which-3", lesson="16_which_method.py", section="1 · Eight ways, and what each needs", experiment=components.EXPERIMENT)
 def for_components(rows: Rows) -> Verdict:
-    """Holds if adapters of two tasks, trained apart on one base, are components in three senses: swapped, the first computes what
-    it did before the second was trained, bit for bit; removed, they leave the base, bit for bit; together in use, each task is not worse (interval above
-    -0.02) than with its adapter alone. Holds if in some of these; does not hold here if in none. LoRA stands beside them; how
+    """Holds if adapters of two tasks, trained apart on one base, are components in three senses: swapped, the first computes
+    what it did before the second was trained, bit for bit; removed, they leave the base, bit for bit; together in use, each
+    task is not worse (interval above -0.02) than with its adapter alone. Holds if in some of these; does not hold here if in none. LoRA stands beside them; how
     long a swap takes is adapter-5's."""
     return components.verdict(rows)
 

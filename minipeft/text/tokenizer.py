@@ -64,6 +64,7 @@ class Tokenizer:
         # longest first: where a special token's text begins with another's, the longer one is meant
         self._special = re.compile("|".join(map(re.escape, sorted(self._special_texts, key=len, reverse=True))) or "(?!)")
         self._begun = frozenset(text[:n] for text in self._special_texts for n in range(1, len(text)))
+        self._most_begun = max(map(len, self._begun), default=0)  # characters
         self._special_ids = {id for id, token in added.items() if token.special}
         self.eos_token, self.eos_token_id = self._named_token("eos_token")
         self.pad_token, self.pad_token_id = self._named_token("pad_token")
@@ -291,7 +292,7 @@ class Tokenizer:
             if isinstance(value, str):
                 value = self._special.sub(lambda found: mark(found[0]), value)
                 text = value.rstrip()  # as a template may do; what follows then could end a token that is begun here
-                lengths = range(min(len(text), max(map(len, self._begun), default=0)), 0, -1)
+                lengths = range(min(len(text), self._most_begun), 0, -1)
                 n = next((n for n in lengths if text[-n:] in self._begun), 0) if field not in ("role", "type") else 0
                 return text[: len(text) - n] + mark(text[-n:]) + value[len(text) :] if n else value
             if isinstance(value, Mapping):  # fields are asked for by their names, roles and types by their words

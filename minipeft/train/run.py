@@ -70,8 +70,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a run that resumes this one must share with it."""
         identity = {**self.trainer.identity(), "callbacks": self.callbacks.names()}
-        numbers = lambda value: value.item() if isinstance(value, np.generic) else repr(value)  # noqa: E731
-        return json.loads(json.dumps(identity, default=numbers))  # as a checkpoint gives it back: tuples become lists
+        return json.loads(json.dumps(identity, default=_plain))  # as a checkpoint gives it back: tuples become lists
 
     @contextmanager
     def start(self, resume: bool | str | os.PathLike | None = None, before: Iterable[Record] = ()) -> Iterator[None]:
@@ -174,6 +173,11 @@ class Run:
             self.step, self.stopped = step, stopped
         checkpoint.remove_old(self.directory, self.config.save_total_limit)  # which a kill may have prevented
         return metrics
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not have: NumPy's numbers as Python's, and other things by their texts."""
+    return value.item() if isinstance(value, np.generic) else repr(value)
 
 
 def _is_file(value: Any) -> bool:
