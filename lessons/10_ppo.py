@@ -566,8 +566,7 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 # One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In the chain of
 # section 8, broken so, the value loss stays there: who knows the number finds the bug in the log.
 #
-# The verdict below says what six ways to break it cost, and which number first leaves the range of unbroken runs (the
-# value loss does not: theirs begins that high).
+# The verdict says what six ways to break it cost, and which number first leaves the range of unbroken runs.
 
 # %% [markdown]
 # > `rlhf-7` unstable: **holds if**. What 6 ways to break it cost of the gold, beside the usual run:
