@@ -15,6 +15,7 @@ from test_ops import by_definition, close, run
 
 from minipeft import functional as F
 from minipeft.autograd import cases as C
+from minipeft.autograd.autocast import autocast
 from minipeft.autograd.tensor import REGISTRY, Tensor, no_grad
 from minipeft.backend import Rng, to_numpy
 
@@ -183,3 +184,36 @@ def test_decoding_reads_keys_and_values_where_the_cache_has_them(cupy):
         found = F.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5], is_causal=True).data
         expected = F.scaled_dot_product_attention(q, k[:, :, :5].copy(), v[:, :, :5].copy(), is_causal=True).data
     np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_a_sum_added_later_is_the_sum(dtype, norm, read_first, cupy):
+    """Whoever reads it first, the norm or another op, gets the bits of the sum, and so do gradients; a model's, too."""
+    a0, b0 = (C.normal(5, 8, 6, seed=seed).astype(dtype) for seed in (0, 1))
+    scale = [cupy.asarray(C.normal(6, seed=seed).astype(dtype)) for seed in range(2 if norm == "layer_norm" else 1)]
+
+    def step(later):
+        a, b = (Tensor(cupy.asarray(x).transpose(1, 0, 2), requires_grad=True) for x in (a0, b0))
+        total = F.add(a, b, later=later)
+        first = total * 2 if read_first else 0
+        y = getattr(F, norm)(total, *scale)
+        second = F.add(total, y, later=later)  # nobody's norm reads it
+        (second * y + first).sum().backward()
+        return to_numpy(total.data), [to_numpy(x) for x in (y.data, second.data, a.grad, b.grad)]
+
+    equal(step(True), step(False), 0)
+
+
+def test_a_sum_added_later_is_one_tensor_like_others(cupy):
+    a, b = cupy.ones((2, 3)), cupy.ones((1, 3))
+    assert to_numpy(F.add(a, b, later=True).data).tolist() == [[2] * 3] * 2  # of two shapes: added at once
+    total = F.add(a, a, later=True)
+    assert (total.shape, total.dtype, total.requires_grad, total.detach().sum().item()) == ((2, 3), a.dtype, False, 12)
+    total.data = b
+    assert total.shape == (1, 3)
+    assert F.rms_norm(F.add(a[:0], a[:0], later=True), b[0]).shape == (0, 3)
+    with autocast("float16"):
+        y = F.rms_norm(F.add(a, a, later=True), b[0])
+    close(to_numpy(y.data), np.ones((2, 3)), 1e-3)

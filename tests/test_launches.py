@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import minipeft as mp
+from minipeft import functional as F
 from minipeft.autograd.autocast import DTYPES, autocast, rounded
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import Rng
@@ -71,18 +72,18 @@ def test_a_step_of_the_shipped_base(counting):
 
     hostcuda.execute(False)  # kernels are counted, and not run
     try:
-        assert counting(run) <= (270, 0)
+        assert counting(run) <= (260, 0)
     finally:
         hostcuda.execute(True)
 
 
 PADDED = np.arange(12) < np.array([[12], [9]])
 STEPS = {  # configuration, LoRA's options, arguments, launches of 30 layers at most
-    "full": (LLAMA(**SHAPE), {}, {}, 1280),
-    "full, padded": (LLAMA(**SHAPE), {}, {"attention_mask": PADDED}, 1280),
-    "LoRA": (LLAMA(**SHAPE), {"r": 4}, {}, 2260),
-    "LoRA with dropout": (LLAMA(**SHAPE), {"r": 4, "lora_dropout": 0.1}, {}, 2890),
-    "GPT-2": (GPT2(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}), {}, {}, 1320),
+    "full": (LLAMA(**SHAPE), {}, {}, 1220),
+    "full, padded": (LLAMA(**SHAPE), {}, {"attention_mask": PADDED}, 1220),
+    "LoRA": (LLAMA(**SHAPE), {"r": 4}, {}, 2200),
+    "LoRA with dropout": (LLAMA(**SHAPE), {"r": 4, "lora_dropout": 0.1}, {}, 2830),
+    "GPT-2": (GPT2(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}), {}, {}, 1260),
 }
 
 
@@ -107,7 +108,12 @@ def test_a_generated_token_of_thirty_layers(padded, counting):
     models = [on_device(LLAMA(**SHAPE, num_hidden_layers=n)) for n in (1, 2)]
     for model in models:
         token(model)
-    assert of_many_layers(counting, 30, token, lambda n: models[n - 1]) <= 430
+    assert of_many_layers(counting, 30, token, lambda n: models[n - 1]) <= 370
+
+
+def test_the_norm_adds_what_waits_to_be_added(counting):
+    x = importlib.import_module("cupy").ones((8, 16), "float32")
+    assert counting(lambda: F.rms_norm(F.add(x, x, later=True), x[0])) == (1, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

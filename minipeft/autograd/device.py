@@ -23,7 +23,7 @@ from . import autocast, ops
 from . import checks as check
 from .cuda import FLOAT16, as_cublas_reads, contiguous, cupy, elementwise, made, product, rows
 from .ops import _rows, _t, _widen
-from .tensor import Term, kernel, together
+from .tensor import Term, Unsummed, kernel, together
 
 
 def device(of: Callable, alike: int = 1) -> Callable[[Callable], Callable]:
@@ -136,10 +136,24 @@ def _rope(x, cos, sin):
 
 # ------------------------------------------------------------------------------------------------------ normalization
 
-# y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b
+
+@device(ops.add, 2)
+def _add(a, b, later=False):
+    if later and a.shape == b.shape:
+        return Unsummed(contiguous(a), contiguous(b)), lambda g: g, lambda g: g
+    return ops.add.definition(a, b)
+
+
+# y = (x - m) r w + b,  r = 1 / sqrt(mean((x - m)^2) + eps);  m = mean(x), or 0 without b;  first x = total = x + branch
 normalize = rows(
-    "normalize", "const T* x, const W* w, const W* b, double eps, long long d, T* y, T* mean, T* rstd", """
+    "normalize", """const T* x, const T* branch, T* total, const W* w, const W* b, double eps, long long d, T* y, T* mean,
+    T* rstd""", """
     x += blockIdx.x * d, y += blockIdx.x * d;
+    if (branch) {
+        branch += blockIdx.x * d, total += blockIdx.x * d;
+        EACH(j, d) total[j] = x[j] + branch[j];
+        x = total;
+    }
     T m = 0, v = 0;
     if (b) {
         EACH(j, d) m += x[j];
@@ -179,10 +193,15 @@ def _norm(name: str, x: Array, eps: float, weight: Array, bias: Array | None) ->
     check.norm(name, x, weight=weight, **({"bias": bias} if bias is not None else {}))
     if bias is not None and bias.dtype != weight.dtype:
         weight, bias = weight.astype(x.dtype), bias.astype(x.dtype)
-    xp, shape, x = cupy(), x.shape, contiguous(_rows(x))
-    weight, (n, d), kind, centered = contiguous(weight), x.shape, weight.dtype, bias is not None
-    y, mean, rstd = xp.empty(shape, x.dtype), xp.empty((n, 1), x.dtype), xp.empty((n, 1), x.dtype)
-    normalize(x, kind, n, d, x, weight, contiguous(bias) if centered else 0, float(eps), d, y, mean, rstd)
+    xp, shape, d, dtype = cupy(), x.shape, x.shape[-1], x.dtype
+    weight, n, kind, centered = contiguous(weight), math.prod(shape[:-1]), weight.dtype, bias is not None
+    y, mean, rstd = xp.empty(shape, dtype), xp.empty((n, 1), dtype), xp.empty((n, 1), dtype)
+    total = xp.empty(shape, dtype) if type(x) is Unsummed else None
+    read = (contiguous(x), 0, 0) if total is None else (x.x, x.branch, total)
+    normalize(y, kind, n, d, *read, weight, contiguous(bias) if centered else 0, float(eps), d, y, mean, rstd)
+    if total is not None:
+        x.give(total)
+    x = _rows(read[0] if total is None else total)
 
     def dx(g):
         g = contiguous(g)
@@ -506,6 +525,14 @@ nll = rows(
     }""",
 )  # fmt: skip
 
+mean_loss = rows(
+    "mean_loss", "const T* losses, const T* counts, long long n, T* loss, T* count", """
+    T s = 0, c = 0;
+    EACH(j, n) s += losses[j], c += counts[j];
+    s = sum(s), c = sum(c);
+    if (threadIdx.x == 0) loss[0] = s / c, count[0] = c;""",
+)  # fmt: skip
+
 # dx = (softmax(x) - q) g / n of the rows that count, q = (1 - smoothing) onehot(t) + smoothing / d; `out` may be x
 nll_gradient = rows(
     "nll_gradient", """const T* x, const long long* targets, long long ignored, double smoothing, long long d, const T* top,
@@ -521,11 +548,11 @@ nll_gradient = rows(
 def _nll(x: Array, targets: Array, ignored: int, smoothing: float) -> tuple[Array, Callable[[Array, Array], None]]:
     """(`cross_entropy` of logits [N, d], gradient(g, out)), where `out` may be the logits' memory."""
     xp, (n, d), t = cupy(), x.shape, contiguous(targets.reshape(-1).astype(np.int64, copy=False))
-    top, total, losses, counts = terms = xp.empty((4, n), x.dtype)
+    (top, total, losses, counts), (loss, count) = xp.empty((4, n), x.dtype), xp.empty((2, 1), x.dtype)
     options = x, t, ignored, float(smoothing), d, top, total
     nll(x, x.dtype, n, d, *options, losses, counts)
-    loss, count = terms[2:].sum(axis=1)
-    return loss / count, lambda g, out: nll_gradient(x, x.dtype, n, d, *options, g, count, out)
+    mean_loss(x, x.dtype, 1, n, losses, counts, n, loss, count)
+    return loss[0], lambda g, out: nll_gradient(x, x.dtype, n, d, *options, g, count, out)
 
 
 @device(ops.cross_entropy)

@@ -174,7 +174,10 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
             args = (*args, options.pop(input_name))
         arrays = []
         for a in args:
-            arrays.append(a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a)
+            if isinstance(a, Tensor):
+                arrays.append(a.data if type(a) is not Deferred else a.read_by(name))
+            else:
+                arrays.append(a.item() if isinstance(a, np.generic) else a)
         if name in PROMOTED:
             arrays = _of_one_kind(arrays)
         form = forms[""]
@@ -192,7 +195,7 @@ def op(definition: Callable[P, Any]) -> Callable[P, Tensor]:
             raise
         if isinstance(value, _SCALARS):  # where a device gives 0-d arrays, NumPy gives scalars
             value = np.asarray(value)
-        result = Tensor.__new__(Tensor)
+        result = Tensor.__new__(Deferred if type(value) is Unsummed else Tensor)
         result.data, result.grad, result._node, result._version, result.requires_grad = value, None, None, 0, False
         if _mode.enabled:
             edges = []
@@ -570,6 +573,48 @@ class Tensor:
     __hash__ = object.__hash__
     __eq__, __ne__, __lt__ = map(_compared, (operator.eq, operator.ne, operator.lt))
     __le__, __gt__, __ge__ = map(_compared, (operator.le, operator.gt, operator.ge))
+
+
+class Unsummed:
+    """x + branch, of one shape and dtype, until somebody needs it: `value()` adds, unless an op that got this has."""
+
+    def __init__(self, x: Array, branch: Array):
+        self.x, self.branch, self.shape, self.dtype = x, branch, x.shape, x.dtype
+        self.sum: Array | None = None
+
+    def value(self) -> Array:
+        """The sum."""
+        if self.sum is None:
+            self.give(self.x + self.branch)
+        return self.sum
+
+    def give(self, sum: Array) -> None:
+        """What an op has computed on its way."""
+        self.sum, self.x, self.branch = sum, None, None
+
+
+_HELD = Tensor.__dict__["data"]  # the slot
+
+
+class Deferred(Tensor):
+    """A sum that a device adds when `data` is first read, or in the norm that reads it first: one launch, not two."""
+
+    __slots__ = ()
+
+    @property
+    def data(self) -> Array:
+        held = _HELD.__get__(self)
+        return held.value() if type(held) is Unsummed else held
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        _HELD.__set__(self, value)
+
+    def read_by(self, op: str) -> Any:
+        """What an op gets: the norms' device forms add the summands themselves."""
+        held = _HELD.__get__(self)
+        waits = type(held) is Unsummed and held.sum is None
+        return held if waits and op in ("layer_norm", "rms_norm") and _mode.evaluate is None else self.data
 
 
 def gradients(

@@ -1,10 +1,10 @@
-"""The choice of the next token on a device: the logits stay there, and one launch answers for every row."""
+"""What a model computes on a device beside its ops, one launch each: the angles of positions, and the next token."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..autograd.cuda import cupy, made
+from ..autograd.cuda import cupy, elementwise, made
 from ..backend import Array
 
 _PICK = r"""
@@ -100,6 +100,18 @@ extern "C" __global__ void pick(const T* logits, const double* uniform, double* 
     }
 }
 """
+
+
+_angles = elementwise(
+    "int64 position, float64 frequency", "T cosine, T sine",
+    "double angle = position * frequency; cosine = cos(angle), sine = sin(angle)", "angles",
+)  # fmt: skip
+
+
+def rotation(positions: Array, frequency: np.ndarray, dtype: np.dtype) -> tuple[Array, Array]:
+    """cos and sin of position * frequency: positions [B, T], frequency [D/2] on the host -> [B, T, D/2] each."""
+    xp, shape = cupy(), (*positions.shape, len(frequency))
+    return _angles(positions[..., None], xp.asarray(frequency), xp.empty(shape, dtype), xp.empty(shape, dtype))
 
 
 def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | None, uniform: Array | None) -> Array:

@@ -32,6 +32,7 @@ from ..autograd import ops as F
 from ..autograd.tensor import Tensor, checkpoint, is_grad_enabled
 from ..backend import Array, Rng, as_rng, asarray, get_backend, is_array, to_numpy, xp_of
 from ..options import check, configuration, option
+from . import device
 from .layers import Conv1D, Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from .module import Module, ModuleList, Parameter
 
@@ -334,8 +335,9 @@ class LlamaBlock(Module):
     def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         a = self.self_attn(self.input_layernorm(x, rng), context, layer, rng)
-        x = x + self.dropout(a, rng and rng.at(0))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x, rng), rng), rng and rng.at(1))
+        x = F.add(x, self.dropout(a, rng and rng.at(0)), later=True)
+        m = self.mlp(self.post_attention_layernorm(x, rng), rng)
+        return F.add(x, self.dropout(m, rng and rng.at(1)), later=True)
 
 
 # ------------------------------------------------------------------------------------------------------ gpt2 dialect
@@ -385,8 +387,10 @@ class GPT2Block(Module):
 
     def forward(self, x: Tensor, context: Context, layer: int, rng: Rng | None) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
-        x = x + self.dropout(self.attn(self.ln_1(x, rng), context, layer, rng), rng and rng.at(0))
-        return x + self.dropout(self.mlp(self.ln_2(x, rng), rng), rng and rng.at(1))
+        a = self.attn(self.ln_1(x, rng), context, layer, rng)
+        x = F.add(x, self.dropout(a, rng and rng.at(0)), later=True)
+        m = self.mlp(self.ln_2(x, rng), rng)
+        return F.add(x, self.dropout(m, rng and rng.at(1)), later=True)
 
 
 # --------------------------------------------------------------------------------------------------------- backbone
@@ -531,9 +535,10 @@ class LlamaModel(Backbone):
         frequency = self.config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)  # [D/2]
         if self.config.rope_scaling is not None:
             frequency = self.config.rope_scaling(frequency)
+        if xp.__name__ == "cupy":
+            return x, device.rotation(positions, frequency, x.dtype)
         angle = positions[..., None] * xp.asarray(frequency)  # [B or 1, T, D/2]
-        cos, sin = (xp.empty(angle.shape, x.dtype) for _ in range(2))
-        return x, (xp.cos(angle, out=cos), xp.sin(angle, out=sin))
+        return x, (xp.cos(angle).astype(x.dtype, copy=False), xp.sin(angle).astype(x.dtype, copy=False))
 
 
 class GPT2Model(Backbone):
