@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ def share(right: Any) -> Estimate:
     return Estimate(p, max(0.0, low) if p else 0.0, min(1.0, high) if p < 1 else 1.0)
 
 
+@functools.cache
 def student_t(level: float, degrees: int) -> float:
     """t such that |T| < t with probability `level`, T of Student's distribution with `degrees` of freedom.
 
