@@ -354,9 +354,9 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
 # 0.84. A shared error breaks this: raters who all like length can agree more often than they are right.
 #
-# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*), a
-# reward model, then PPO, which trains the first to earn the second's reward. Texts and gold are others: (1 + VADER) / 2
-# times how well formed the sentence is.
+# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*),
+# a reward model, then PPO, which trains the first to earn the second's reward. Texts and gold are others: (1 + VADER) /
+# 2 times how well formed the sentence is.
 
 # %%
 chain = CHAIN.rows()
@@ -410,9 +410,9 @@ for arm in constitution.ARMS:
 # orders one is right. The mean over both is right in six of ten. A reward model of 200 such labels chooses among 16
 # answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's,
 # which likes something by chance, and takes the extreme of it. But a random choice among the 16 is the SFT model
-# itself, and beside it the judge gains nothing that shows. PPO on its labels loses (the card). With a large judge Lee
-# et al. find such feedback about as good as people's: people prefer either policy's summaries to the SFT model's in
-# some 70 %.
+# itself, and beside it neither the judge nor the rater gains anything that shows. PPO on its labels loses (the card).
+# With a large judge Lee et al. find such feedback about as good as people's: people prefer either policy's summaries to
+# the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -434,10 +434,10 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # these **revisions**. Here the judge rewrites the SFT model's.
 
 # %% [markdown]
-# > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people: **holds
-# > if**. Asked about two answers, the judge takes the one that is shown first in 100%; over both orders it agrees with
-# > the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%. What a reward model of
-# > 200 labels gains of the gold:
+# > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people:
+# > **cannot be tested here**. Asked about two answers, the judge takes the one that is shown first in 100%; over both
+# > orders it agrees with the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%.
+# > What a reward model of 200 labels gains of the gold:
 # >
 # > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
 # > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].
@@ -446,8 +446,9 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >
-# > Surely no worse than by the rater's, but for 0.02: none. Trained on the judge's revisions, the SFT model has -0.06
-# > [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256 test items)
+# > Surely no worse than by the rater's, but for 0.02: none. As many labels of the rater gain over SFT: the best of 16
+# > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
+# > -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?

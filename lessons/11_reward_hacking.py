@@ -417,7 +417,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
 # > of 5 judges rises clearly from where the gold has its peak; meanwhile the gold falls clearly with head, 600
-# > comparisons and full, 100 comparisons:
+# > comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold together):
 # >
 # > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start to the end, and the gold falls by
 # >   +0.10 [+0.03, +0.16], from 0.34 to 0.25.

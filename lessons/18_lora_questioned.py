@@ -309,14 +309,14 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within 0.02, "not told" one
 # that may or may not reach beyond it. The rival of $q$ and $v$ is what was best on validation: all layers, on both
-# tasks. That $q$ and $v$ are not worse than it is so in one comparison of four; most effective they are in none.
+# tasks. Clearly better $q$ and $v$ are in none of four comparisons; surely not worse, in one.
 
 # %% [markdown]
-# > `lora-7` usually on the query and value projections, empirically the most effective: **holds if**. Lora-qv beside
-# > lora, rewrite, 500 examples: worse, within 4 epochs (-0.015 [-0.022, -0.008]), not told; lora-qv beside lora,
-# > source, 500 examples: worse (-0.021 [-0.036, -0.005]), not told. Lora-qv-r43 beside lora, rewrite, 500 examples:
-# > equal (+0.008 [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: not told apart (-0.007 [-0.027,
-# > +0.013]). (5 seeds, 512 test items)
+# > `lora-7` usually on the query and value projections, empirically the most effective: **cannot be tested here**.
+# > Lora-qv beside lora, rewrite, 500 examples: worse, within 4 epochs (-0.015 [-0.022, -0.008]); lora-qv beside lora,
+# > source, 500 examples: worse (-0.021 [-0.036, -0.005]). Lora-qv-r43 beside lora, rewrite, 500 examples: equal (+0.008
+# > [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: not told apart (-0.007 [-0.027, +0.013]). (5
+# > seeds, 512 test items)
 #
 # > `lora-8` all linear layers: more parameters and better: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
 # >

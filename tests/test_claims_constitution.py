@@ -87,6 +87,7 @@ def rows(best=(0.5, 0.5, 0.3), ppo=(0.5, 0.5, 0.3), asked=FORM, spread=0.01) -> 
     ({"ppo": (0.3, 0.3, 0.3)}, IF),
     ({"ppo": (0.3, 0.3, 0.3), "best": (0.3, 0.3, 0.3)}, NOT),
     ({"best": (0.5, 0.3, 0.3), "ppo": (0.5, 0.3, 0.3)}, NOT),
+    ({"best": (0.3, 0.3, 0.2), "ppo": (0.3, 0.3, 0.2)}, NOT),  # above the coin's, which do harm
     ({"spread": 3.0}, UNTESTABLE),
 ])  # fmt: skip
 def test_labels_by_principles_follow_their_rows(made, verdict):

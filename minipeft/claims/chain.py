@@ -46,7 +46,7 @@ SIZES = ("head", "lora", "full")  # what of a reward model is trained
 COMPARISONS = (100, 600, 2000)
 BETAS = (0.0, 0.05, 0.2)
 CHARACTERS = 90  # of a demonstration's verse, at most
-DEMONSTRATIONS, HELD_OUT, BEST_OF = 1000, 256, 16
+DEMONSTRATIONS, HELD_OUT, BEST_OF, SHOWN = 1000, 256, 16, 4
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
 UPDATES, CHECKS = 32, (8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
 RATES = {"sft": 1e-3, "head": 1e-2, "lora": 2e-3, "full": 1e-3, "ppo": 2e-4}
@@ -264,8 +264,9 @@ def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
     gold, kl, proxy           [HELD_OUT]: the gold; log π(y) - log π_SFT(y), nats an answer; the judge's reward
     kind, form, ended         means of the gold's parts (`kindness`): VADER in [-1, 1], and shares
     distinct_2, length        distinct pairs of tokens in all answers; tokens of an answer
+    samples                   the first SHOWN prompts, each with its answer
     """
-    parts, answers = [], []
+    parts, answers, samples = [], [], []
     with no_grad():
         for i in range(0, HELD_OUT, 128):
             stream = rlhf.rollouts.Rng(10_000 + seed, first_row=i)
@@ -277,10 +278,12 @@ def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
             kl, shares = to_numpy((ratio * roll.mask).sum(axis=1)), [*map(form, prompts, texts)]
             parts.append([gold(prompts, texts, ended), kl, to_numpy(reward.rewards(*given[:2]).data), kind, shares, ended])
             answers += roll.responses()
+            samples += map("".join, zip(prompts, texts))
     columns = dict(zip(("gold", "kl", "proxy", "kind", "form", "ended"), np.concatenate(parts, axis=1, dtype=float)))
     items = {name: columns[name].round(3).tolist() for name in ("gold", "kl", "proxy")}
     means = {name: float(columns[name].mean()) for name in ("kind", "form", "ended")}
-    return items | means | {"distinct_2": rlhf.distinct_n(answers), "length": float(np.mean([*map(len, answers)]))}
+    variety = {"distinct_2": rlhf.distinct_n(answers), "length": float(np.mean([*map(len, answers)]))}
+    return items | means | variety | {"samples": samples[:SHOWN]}
 
 
 @cache
@@ -301,6 +304,7 @@ def best_by(model: rlhf.RewardModel, seed: int) -> Row:
     accuracy     [value, low, high] the share of pairs of answers to a prompt that it orders as the gold does, over prompts
     best_of      for n = 1, 2, 4, ...: {n: {"kl", at most; "proxy"; "gold", means}}
     gold, proxy  [HELD_OUT] of the best of all
+    samples      these, of the first SHOWN prompts
     """
     texts, truth = drawn(seed)
     scores = model.score_texts(texts, 256).reshape(truth.shape)
@@ -315,6 +319,7 @@ def best_by(model: rlhf.RewardModel, seed: int) -> Row:
     return {
         "accuracy": list(mean((wins & differ).sum(axis=1)[some], differ.sum(axis=1)[some])), "best_of": found,
         "gold": values[:, 0].round(3).tolist(), "proxy": scores.max(axis=1).round(3).tolist(),
+        "samples": [base()[1].decode(texts[k], skip_special_tokens=True) for k in scores[:SHOWN].argmax(axis=1) + BEST_OF * np.arange(SHOWN)],
     }  # fmt: skip
 
 

@@ -64,10 +64,14 @@ def decided(differences: Differences, near: float) -> tuple[str, dict[str, Estim
     whole interval; cannot be tested here otherwise."""
     found = {name: crossed(x) for name, x in differences.items()}
     clear = {name: e.low is not None and e.low > 0 for name, e in found.items()}
-    level = 1 - 0.05 / len(found)
-    surely = any((e := crossed(x, level=level)).low is not None and e.low > 0 for x in differences.values())
     below = all(e.high is not None and e.high < near for e in found.values())
-    return HOLDS if all(clear.values()) else IF if surely else NOT if below else UNTESTABLE, found, clear
+    return HOLDS if all(clear.values()) else IF if surely(differences) else NOT if below else UNTESTABLE, found, clear
+
+
+def surely(differences: Differences) -> list[str]:
+    """Those that are clear where all the intervals are to hold together."""
+    level = 1 - 0.05 / len(differences)
+    return [name for name, x in differences.items() if (e := crossed(x, level=level)).low is not None and e.low > 0]
 
 
 def scaled(name: str, values: Sequence[float]) -> np.ndarray:
@@ -173,13 +177,11 @@ def unstable(rows: Rows) -> Verdict:
         told.append(f"{what}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
-    level = 1 - 0.05 / len(costs)
-    surely = [what for what, x in costs.items() if (e := crossed(x, level=level)).low is not None and e.low > 0]
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all "
-        f"{len(costs)} intervals are to hold together, these are above 0: {listed(surely)}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}. Of {len(false)} unbroken "
-        f"runs {sum(update is not None for update in false)} would have been warned of."
+        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all {len(costs)} intervals are to hold "
+        f"together, these are above 0: {listed(surely(costs))}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}: no rate of "
+        f"the chain was tuned. Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)
     evidence += [as_number(f"gold lost: {name}", e, "gold") for name, e in found.items()] + summary("unbroken", usual)
@@ -223,9 +225,10 @@ def exploited(rows: Rows) -> Verdict:
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
     decision, found, clear = decided(falls, NEAR["gold"])
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
+    together = f"with {listed(surely(falls))}, where all {len(falls)} intervals are to hold together"
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
-        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])}: {itemized(told)}"
+        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
     return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))
@@ -233,18 +236,20 @@ def exploited(rows: Rows) -> Verdict:
 
 @claim("which-7", lesson="16_which_method.py", section="5 · And the other two jobs", experiment=CHAIN)
 def aligned(rows: Rows) -> Verdict:
-    """Holds if PPO (beta 0.05, the best judge) has clearly more gold on held-out prompts than the base, the SFT model, the SFT model trained
-    on the preferred answers, and the best of 16 answers by the same judge; holds if than some of these; does not hold here if it is
-    less than 0.02 above each."""
+    """Holds if PPO (beta 0.05, the best judge) has clearly more gold on held-out prompts than the base, the SFT model, the SFT model at ten
+    times its rate, the SFT model trained on the preferred answers, and the best of 16 answers by the same judge; holds if than some of
+    these; does not hold here if it is less than 0.02 above each."""
     policy = those_of(rows, "ppo")
     others = {
-        "the base": those_of(rows, "base"), "SFT": those_of(rows, "sft"), "SFT on the preferred answers": those_of(rows, "chosen"),
-        "the best of 16": those_of(rows, "best"),
+        "the base": those_of(rows, "base"), "SFT": those_of(rows, "sft"), "SFT at ten times the rate": those_of(rows, "sft", broken="ten times the rate"),
+        "SFT on the preferred answers": those_of(rows, "chosen"), "the best of 16": those_of(rows, "best"),
     }  # fmt: skip
-    decision, found, clear = decided({name: items(policy) - items(of) for name, of in others.items()}, NEAR["gold"])
+    over = {name: items(policy) - items(of) for name, of in others.items()}
+    decision, found, _ = decided(over, NEAR["gold"])
     because = (
-        f"PPO has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}It is clearly "
-        f"above {listed([name for name, c in clear.items() if c])}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT."
+        f"PPO has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}Where all "
+        f"{len(over)} intervals are to hold together, it is above {listed(surely(over))}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT. No "
+        "rate of the chain was tuned."
     )  # fmt: skip
     evidence = summary("PPO", policy)
     for name, of in others.items():
@@ -255,8 +260,9 @@ def aligned(rows: Rows) -> Verdict:
 @claim("rlhf-9", lesson="09_reward_model.py", section="6 · Labels from a model that follows principles", experiment=CONSTITUTION)
 def by_principles(rows: Rows) -> Verdict:
     """Holds if, on held-out prompts, the best of 16 answers and PPO, each by a reward model of the judge's labels, have clearly more gold than
-    the SFT model and than the same by a coin's labels, and are not worse than by the rater's (interval above -0.02); holds if they clearly
-    have more in some of these four comparisons; does not hold here if they gain less than 0.02 in each."""
+    the SFT model and than the same by a coin's labels, and are not worse than by the rater's (interval above -0.02); holds if one of the two
+    clearly has more than both SFT and the coin's; does not hold here if each gains less than 0.02 over SFT; cannot be tested here
+    otherwise. (A coin's labels may do harm: to be above it alone is no gain.)"""
     forms, rows = next(row for row in rows if "forms" in row)["forms"], [row for row in rows if "forms" not in row]
     asked = {form: float(np.mean(of["agreement"])) for form, of in forms.items()}
     if max(asked, key=lambda form: asked[form]) != constitution.FORM:
@@ -271,7 +277,10 @@ def by_principles(rows: Rows) -> Verdict:
         gains[f"{name} over SFT"] = gold(how, "judge") - gold("sft")
         gains[f"{name} over a coin's"] = gold(how, "judge") - gold(how, "coin")
         parity[f"{name}{rater}"] = gold(how, "judge") - gold(how, "rater")
-    decision, found, _ = decided(gains, NEAR["gold"])
+    _, found, clear = decided(gains, NEAR["gold"])
+    gained = any(all(name in surely(gains) for name in gains if name.startswith(way)) for way in ways.values())
+    little = all(found[f"{name} over SFT"].high < NEAR["gold"] for name in ways.values())
+    decision = HOLDS if all(clear.values()) else IF if gained else NOT if little else UNTESTABLE
     beside = {name: crossed(x) for name, x in parity.items()}
     equal = {name: e.low is not None and e.low > -NEAR["gold"] for name, e in beside.items()}
     decision = IF if decision == HOLDS and not all(equal.values()) else decision
@@ -281,12 +290,14 @@ def by_principles(rows: Rows) -> Verdict:
         """The mean over the seeds of a share of pairs."""
         return mean([float(np.mean(row[key])) for row in rows])
 
+    people = [f"{name} {shown(crossed(gold(how, 'rater') - gold('sft')))}" for how, name in ways.items()]
     first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
-        f"Surely no worse than by the rater's, but for {NEAR['gold']:g}: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
+        f"Surely no worse than by the rater's, but for {NEAR['gold']:g}: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
+        f"labels of the rater gain over SFT: {listed(people)}. "
         f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
     )  # fmt: skip

@@ -29,11 +29,11 @@ Rows = Sequence[Mapping[str, Any]]
 )
 def follows(rows: Rows) -> Verdict:
     """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on seven tasks clearly gives more right
-    answers than the base; and, where inputs do not tell the task, clearly more often finds the right answer likeliest under its
-    own instruction than the base tuned on the same records with their instructions shuffled: then it is the words of the
-    instruction that count, and not the form of the input. Holds if in some of these six comparisons; does not hold here if in
-    none."""
-    return following.verdict(rows, ("answers", "base"), ("followed", "shuffled"))
+    answers than the base, and than the base tuned on the same records with their instructions shuffled; and, where inputs do not
+    tell the task, clearly more often than the latter finds the right answer likeliest under its own instruction: then it is the
+    words of the instruction that count, and not the form of the input. Holds if in some of these nine comparisons; does not hold
+    here if in none."""
+    return following.verdict(rows, ("answers", "base"), ("answers", "shuffled"), ("followed", "shuffled"))
 
 
 @claim("inst-2", lesson="08_instruction_tuning.py", section="2 · The template, and what of it is learned")

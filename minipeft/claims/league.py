@@ -115,11 +115,11 @@ def ranks(rows: Rows) -> Verdict:
 
 @claim("lora-7", lesson="18_lora_questioned.py", section="3 · Which layers?", experiment=league((*TARGETS, "lora-qv", "lora-qv-r43"), MIDDLE))
 def query_and_value(rows: Rows) -> Verdict:
-    """Holds if q and v are not worse (interval above -0.02) than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and,
-    with rank 43, than all layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
+    """Holds if q and v are clearly better than their best rival of q, v, qkvo, the MLP and all layers at rank 8, and, with rank 43, than all
+    layers with as many parameters, on both tasks; holds if some of these four are so; does not hold here if none is."""
     find, n = finder(rows), len(MIDDLE)
-    equal_rank = judged(find, against(find, "lora-qv", TARGETS, MIDDLE), not_inferior, beside=n)
-    return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), not_inferior, beside=n))
+    equal_rank = judged(find, against(find, "lora-qv", TARGETS, MIDDLE), better, beside=n)
+    return both(equal_rank, judged(find, in_cases("lora-qv-r43", MIDDLE, "lora"), better, beside=n))
 
 
 @claim("lora-8", lesson="18_lora_questioned.py", section="3 · Which layers?", experiment=league(("lora", "lora-qv", "lora-qv-r43"), MIDDLE))
