@@ -158,8 +158,10 @@ def near_its_start(rows: Rows) -> Verdict:
 
 @claim("rlhf-7", lesson="10_ppo.py", section="10 · Break it: whiten first, then take the returns", experiment=CHAIN)
 def unstable(rows: Rows) -> Verdict:
-    """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs PPO
-    clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02."""
+    """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs
+    PPO clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02. (Not tried:
+    whether seeds differ more than those of SFT.)
+    """
     usual = those_of(rows, "ppo")
     broken = {what: those_of(rows, "ppo", broken=what) for what in BROKEN}
     both = {what: items([*usual, *of]) for what, of in broken.items()}

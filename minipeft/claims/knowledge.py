@@ -160,11 +160,12 @@ def apart(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Estima
 
 @claim("inst-4", lesson="08_instruction_tuning.py", section="4 · Train: one task, three, seven", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that
-    it was not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more
-    than the base in its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than
-    being told others. Holds if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the
-    last, and one that knows more when asked than the base ever showed refutes the third."""
+    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that it was
+    not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
+    its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
+    if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the last, and one that knows more when
+    asked than the base ever showed refutes the third. (Not tried: the base with examples in its prompt.)
+    """
     # facts of both kinds count together, but in the first part; "some parts" takes intervals that are clear among as many
     of = {row["arm"]: row["known"] for row in rows}
     read = next(row["read"] for row in rows if row["arm"] == "base")

@@ -184,7 +184,8 @@ def adapters_against_lora(rows: Rows) -> Verdict:
 @claim("soft-8", lesson="16_which_method.py", section="3 · The table", experiment=league(("lora", "bottleneck", "prompt", "prefix")))
 def soft_prompts(rows: Rows) -> Verdict:
     """Holds if a prompt and a prefix clearly lose to the better (on validation) of LoRA and adapters in every case; holds if in some;
-    does not hold here if in none."""
+    does not hold here if in none. (On the shipped base; not tried on a larger model.)
+    """
     find = finder(rows)
     pairs = [pair for method in ("prompt", "prefix") for pair in against(find, method, ("lora", "bottleneck"), CASES)]
     return judged(find, pairs, worse)
@@ -192,8 +193,9 @@ def soft_prompts(rows: Rows) -> Verdict:
 
 @claim("soft-9", lesson="06_soft_prompts.py", section="4 · The start, and the rate", experiment=league(("prompt", "prompt-random"), MIDDLE))
 def start_of_a_prompt(rows: Rows) -> Verdict:
-    """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with
-    its own rate, epochs and batch size; holds if on one; does not hold here otherwise."""
+    """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with its
+    own rate, epochs and batch size; holds if on one; does not hold here otherwise. (Not tried: the scale of the start.)
+    """
     return judged(
         finder(rows), in_cases("prompt", MIDDLE, "prompt-random"), lambda d: better(d) or worse(d)
     )

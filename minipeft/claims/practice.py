@@ -61,7 +61,9 @@ REPEATED = differing("80 % of one class, the others repeated", {"data": "oversam
 @claim("best-2", lesson="14_best_practices.py", section="7 · A class that is rare", experiment=Searches.pairs("league", SKEWED + REPEATED))
 def balance(rows: Rows) -> Verdict:
     """Holds if 500 balanced examples clearly beat 500 of which 80 % are of one class, Jane Austen's sentences, and repeating the rare
-    ones clearly beats not repeating them, on a balanced test; holds if some of this is so; does not hold here if none is."""
+    ones clearly beats not repeating them, on a balanced test; holds if some of this is so; does not hold here if none is. (Not tried:
+    weighting the loss.)
+    """
     find, n, m = finder(rows), len(SKEWED), len(REPEATED)
     return both(judged(find, SKEWED, better, beside=m), judged(find, REPEATED, better, beside=n))
 
@@ -72,7 +74,9 @@ HARD = differing("easy and hard examples", {"data": "mixed"}, "easy ones", {"dat
 @claim("best-3", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("league", HARD))
 def hard_examples(rows: Rows) -> Verdict:
     """Holds if 500 examples of which half are hard for the base clearly beat 500 easy ones, of one pool of 1,500, in every case; holds
-    if in some; does not hold here if in none. The test has both kinds."""
+    if in some; does not hold here if in none. The test has both kinds. (Not tried: hard ones alone, and a test of the easy and the hard
+    apart.)
+    """
     return judged(finder(rows), HARD, better)
 
 
@@ -121,7 +125,8 @@ WARM = [pair for share in (0.05, 0.1) for pair in differing(f"{share:.0%} warm-u
 @claim("best-7", lesson="14_best_practices.py", section="5 · Warm-up", experiment=Searches.pairs("league", WARM))
 def warm_up(rows: Rows) -> Verdict:
     """Holds if a warm-up of 5 % and one of 10 % of the steps clearly beat none, each with its own rate, epochs and batch size, in every
-    case; holds if in some; does not hold here if in none. (AdamW, runs of tens to hundreds of steps.)"""
+    case; holds if in some; does not hold here if in none. (AdamW, runs of tens to hundreds of steps; not tried: SGD and longer runs.)
+    """
     return judged(finder(rows), WARM, better)
 
 
@@ -160,11 +165,12 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 @claim("best-9", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(MAIN))
 def general_tasks(rows: Rows) -> Verdict:
-    """Holds if some tuned method clearly answers fewer of the 640 general items right than the base, and the loss on general
-    text, which costs less to measure, would mislead: of two methods in a case the items clearly show that one forgets more, and
-    the loss that the other does; or items are clearly lost, and the loss has not moved (its interval lies within 0.02). Holds
-    if items are lost and the loss misleads nowhere: then it does as well. Does not hold here if every method loses less than 0.02
-    of the items, with the whole interval; cannot be tested here if an interval is too wide to tell."""
+    """Holds if some tuned method clearly answers fewer of the 640 general items right than the base, and the loss on general text, which
+    costs less to measure, would mislead: of two methods in a case the items clearly show that one forgets more, and the loss that the
+    other does; or items are clearly lost, and the loss has not moved (its interval lies within 0.02). Holds if items are lost and the
+    loss misleads nowhere: then it does as well. Does not hold here if every method loses less than 0.02 of the items, with the whole
+    interval; cannot be tested here if an interval is too wide to tell. (On the shipped base; not tried on a larger model.)
+    """
     find, correlations, lost, misled, told, agree, kept = finder(rows), [], [], [], 0, 0, True
     level = 1 - 0.05 / (len(CASES) * (len(MAIN) + len(MAIN) * (len(MAIN) - 1) // 2))
     for case in CASES:

@@ -74,9 +74,10 @@ def preference() -> Verdict:
 
 @claim("rlhf-2", lesson="10_ppo.py", section="8 · One chain on one model")
 def chain() -> Verdict:
-    """Holds if three stages run in a chain: SFT lowers the loss; the reward model, which starts from the SFT model, ranks its
-    pairs better after training; PPO starts from the SFT model, which is its reference, and moves from it; does not hold here
-    if a link is missing."""
+    """Holds if three stages run in a chain: SFT lowers the loss; the reward model, which starts from the SFT model, ranks its pairs
+    better after training; PPO starts from the SFT model, which is its reference, and moves from it; does not hold here if a link is
+    missing. (On the shipped base; not tried on a larger model.)
+    """
     tuned = base()[0].copy().requires_grad_(True)
     losses = steps(tuned, 3)
     judge = RewardModel(tuned).requires_grad_(True)
