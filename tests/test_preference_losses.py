@@ -282,6 +282,8 @@ def test_a_mismatched_answer_is_to_another_prompt_where_answers_of_prompts_are_i
 
 def test_a_policy_with_virtual_tokens_is_refused_at_once():
     policy = mp.get_peft_model(base(), mp.PromptTuningConfig(num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="methods with virtual tokens do not fit"):
+        rlhf.sequence_logprobs(policy, np.array([[3, 4, 5]]), np.array([[-100, 4, 5]]))
     for loss in LOSSES:
         with pytest.raises(ValueError, match="train no virtual tokens, which this policy has: use LoRA"):
             rlhf.dpo_trainer(policy, pairs(4, 0), loss_type=loss)

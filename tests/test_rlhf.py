@@ -388,6 +388,7 @@ def test_token_logprobs_and_entropy(xp, rng):
 
 def test_the_tokens_of_a_completion_are_counted_from_the_first_that_a_prompt_predicts():
     labels = np.array([[-100, 5, 6, 7], [-100, -100, 6, -100], [4, 5, -100, -100]])
+    assert [rlhf.logprobs.prompt_length(rows) for rows in (labels, labels[1:2], labels[[1, 1], 1:])] == [0, 1, 0]
     lengths = rlhf.logprobs.completion_lengths(labels)
     assert lengths.tolist() == [3, 1, 1] and lengths.dtype == np.float32, "nothing predicts a text's first token"
 

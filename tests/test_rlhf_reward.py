@@ -39,6 +39,7 @@ def test_a_reward_is_read_at_the_real_eos_although_eos_pads(base):
     short, long = text(5, 6), text(5, 6, 7, 8, 9)
     together = model.score_texts([short, long])
     np.testing.assert_allclose(together, [model.score_texts([t])[0] for t in (short, long)], atol=1e-6)
+    np.testing.assert_allclose(together, model.score_texts([short, long], batch_size=1), atol=1e-6)
     ids = np.array([[5, 6, EOS, EOS, EOS, EOS], [5, 6, 7, 8, 9, EOS]])
     mask = np.array([[1, 1, 1, 0, 0, 0], [1] * 6])
     np.testing.assert_allclose(model.rewards(ids, mask).numpy(), together, atol=1e-6)
