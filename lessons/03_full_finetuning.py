@@ -26,7 +26,7 @@ import numpy as np
 import minipeft as mp
 from minipeft.accounting import measure_peak, memory_ledger
 from minipeft.backend import to_numpy
-from minipeft.claims import data
+from minipeft.claims import data, full
 from minipeft.claims.standings import so_far
 from minipeft.files import read_json
 from minipeft.text.corpora import general_text
@@ -367,8 +367,11 @@ if not REDUCED:
 # After twenty steps this tiny model mostly knows when to stop, but what it writes is far from the verse.
 # `minipeft finetune` runs the same code for as long as you like.
 #
-# The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there.
-# The statement here is about a printed loop without that line.
+# The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. As
+# textbooks print it:
+
+# %%
+print(full.LOOP)
 
 # %% [markdown]
 # > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. The

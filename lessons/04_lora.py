@@ -391,7 +391,7 @@ assert abs(states / 350e9 - 1) < 0.01
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
 # > and states together: at 7B the gradients are 20% of it, the optimizer's states 79% and the inputs of frozen layers
-# > 0.0 % (all linear layers) and 0.7 % (q, v); a step on the base takes 0.58 times the memory, and 0.67 times the FLOPs
+# > 0.0 % (all linear layers) and 0.7 % (q, v); a step on the base takes 0.57 times the memory, and 0.67 times the FLOPs
 # > at 7B.
 
 # %% [markdown]

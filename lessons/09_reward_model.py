@@ -303,8 +303,7 @@ for run in live:
     acc = accuracy(rewards, held_gold)
     print(f"{run.rankings:9d}  {run.flip:19.0%}   {acc:.3f}, where the gold differs by more than 0.3: {accuracy(rewards, held_gold, 0.3):.3f}")
     same = [row for row in rows if (row["rankings"], row["flip"], row["seed"]) == (run.rankings, run.flip, 0)]
-    if same and not REDUCED:
-        assert abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of these settings says the same"
+    assert REDUCED or abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of this seed says the same, but for rounding"
 
 # %% [markdown]
 # Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
@@ -335,7 +334,7 @@ assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less th
 # %% [markdown]
 # 500, by the rule. A hundred rankings teach a model of this size nothing that differs clearly from a coin toss, two
 # thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six hundred clean
-# ones; how much less than the rule says, three seeds do not tell.
+# ones; whether as much as the rule's 500, three seeds do not tell.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -487,16 +486,17 @@ for flip in FLIPS:
 for n in (100, 2000):
     sure = np.array([row for r in rows if (r["rankings"], r["flip"]) == (n, 0.0) for row in r["calibration"] if 0.7 <= row[0] < 0.8])
     said, was = (np.average(sure[:, k], weights=sure[:, 2]) for k in (0, 1))
-    print(f"{n} clean rankings: it says {said:.2f}, is right in {was:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
-assert abs(said - was) < 0.03, "with many clean rankings it is honest, over the seeds together"
+    mean, half_width = interval(sure[:, 1] - sure[:, 0])  # over the seeds, a row each
+    print(f"{n} clean rankings: it says {said:.2f}, is right in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
+    assert (mean + half_width < 0) == (n == 100), "clearly too sure after few rankings alone"
 careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) for row in r["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it is honest on average,
-# though not under every seed. And the judge taught by two thousand rankings of a careless rater learned little, but
+# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it is honest on average, over
+# seeds that differ widely. And the judge taught by two thousand rankings of a careless rater learned little, but
 # honestly: it is never sure of anything.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
@@ -519,8 +519,9 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
 #
-# First, length, among texts like those that it was taught on. Then others: the judge has seen only texts that the base
-# writes. So write ten times the same token after a prompt, for every token there is, and let it choose the best.
+# The judge is section 7's, of 300 rankings; none of 2,000 was tried. First, length, among texts like those it was
+# taught on. Then others: it has seen only texts that the base writes. So write ten times the same token after a prompt,
+# for every token there is, and let it choose the best.
 #
 # **Predict:** how many of the 2,046 beat nine in ten of the real answers?
 

@@ -213,10 +213,10 @@ def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
 
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}, "three seeds of each: see --full"
 accuracies = {n: [r["accuracy"] for r in rows if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
-for rankings, each in accuracies.items():
-    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), "of held-out pairs")
-weak_accuracy, accuracy = map(np.array, accuracies.values())
 error = 1.96 * math.sqrt(0.25 / (64 * math.comb(4, 2)))
+for rankings, each in accuracies.items():
+    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), f"of the pairs of 64 held-out prompts, ± {100 * error:.0f} points or more")
+weak_accuracy, accuracy = map(np.array, accuracies.values())
 assert (accuracy > weak_accuracy).all(), "more rankings help"
 
 # %% [markdown]
@@ -329,11 +329,9 @@ first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
-assert min(gained[run] for run in good) > 0.7, "the gold rises with a good judge"
-assert max(gained[run] for run in gained if run not in good) < 0.3, "and hardly with another"
-assert not any(did[*run, "gold"] == "turns" for run in gained), "no gold turns clearly,"
+assert all(did[*run, "gold"] == "climbs" for run in good), "the gold rises with a good judge"
+assert all(did[*run, "gold"] == "stays" for run in gained if run not in good), "and not with another; none turns clearly,"
 assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
-assert [f"{gold:.2f}" for gold in last[0.0]["gold"][1:]] == ["0.99", "0.94"]
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
@@ -453,8 +451,8 @@ for seed in np.flatnonzero(accuracy > GOOD):
     print(f"seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
     assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
-assert (rises > CLEAR["ref_loss"]).sum() == 2 and (rises < -CLEAR["ref_loss"]).sum() == 1
-assert (falls[rises < CLEAR["ref_loss"]] < -0.1).all(), "and not by little where the reference loss does not rise"
+assert (rises[3:][accuracy > GOOD] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
+assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,

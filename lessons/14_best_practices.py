@@ -102,7 +102,7 @@ def measure(*runs):
 
 
 def agree(now, settings):
-    """Assert that a run that was computed now is the one that was measured before, but for the last digits."""
+    """Assert that a run that was computed now is the one of the same seed that was measured before, but for rounding."""
     for row, s in zip(now, settings):
         key = "accuracy" if isinstance(s, Classification) else "task_loss"
         there = over_seeds(rows, s, key)[s.seed]
@@ -163,13 +163,13 @@ adapted = mp.get_peft_model(base, mp.LoraConfig(r=8, lora_alpha=16, target_modul
 ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (4, 32))
 adapted.loss(ids, ids).backward()
 mp.optim.AdamW(adapted.parameters(), lr=1.0, weight_decay=0.0).step()  # A has no gradient yet
-adapter = adapted.layers["model.layers.2.mlp.gate_proj"].adapters["default"]
-moved = np.sqrt(((16 / 8 * adapter.lora_B.numpy() @ adapter.lora_A.numpy()) ** 2).mean())
-print(f"first step of LoRA: W moves by {moved:.2f} times the rate (root mean square), {1 / moved:.1f} times less than in full")
-assert abs(moved - 16 / 8 * np.sqrt(8 / (3 * 128))) < 0.03
+parts = [layer.adapters["default"] for layer in adapted.layers.values()]
+moves = [np.sqrt(((16 / 8 * a.lora_B.numpy() @ a.lora_A.numpy()) ** 2).mean()) for a in parts if a.lora_A.shape[1] == 128]
+print(f"first step of LoRA: each of {len(moves)} matrices moves by {min(moves):.2f} to {max(moves):.2f} times the rate (root mean square)")
+assert min(moves) < 16 / 8 * np.sqrt(8 / (3 * 128)) < max(moves), "the estimate lies among them"
 
 # %% [markdown]
-# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, near to what this matrix shows, and 20 times it in
+# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, as these matrices show, and 20 times it in
 # a model of width 4096. The estimate is of the first step alone, since later $A$ moves too. It falls like $1/\sqrt r$
 # at one $\alpha$, but what it measures is mostly the terms' scatter, their random signs. Each term also moves $W$ a
 # little down the gradient. That part all $r$ terms have in common, so with $\alpha/r$ in front they make an average,
@@ -208,6 +208,9 @@ for method, rate in (("full", 1e-3), ("lora", 3e-3), ("lora", 1e-2)):
     print(f"general text loses {spread(general[method][rate])} with {method} at {rate:g}, {spread(general[method][lowest])} at {lowest:g}")
     assert below(general[method][lowest], general[method][rate])
 assert below(general["lora"][3e-3], general["lora"][1e-2])
+rates = {n.name: n.value for n in judge("best-4").evidence}
+times = ", ".join(f"{rates[f'lora, {case}'] / rates[f'full, {case}']:g} ({case})" for case in price)
+print(f"LoRA's best rate in the league, in units of full fine-tuning's: {times}")
 
 # %% [markdown]
 # A U: too low a rate learns little, too high a rate does damage. Full fine-tuning turns first, after 1e-3, and LoRA
@@ -220,8 +223,8 @@ assert below(general["lora"][3e-3], general["lora"][1e-2])
 #
 # And is there one best rate of a method? The verdict has those that the league's searches chose, with 50, 500 and 5,000
 # examples of two tasks. Full fine-tuning's is 6e-5 with 50 examples of `rewrite`, and 5e-4 to 1e-3 in the other five
-# cases: for a model this narrow above the textbook's range in all. LoRA's is 4.2 times full fine-tuning's, and the
-# interval ends below the advice of ten.
+# cases: for a model this narrow above the textbook's range in all. LoRA's is 4.2 times full fine-tuning's (1.5 to 12
+# by case), and the interval of this mean ends below the advice of ten.
 
 # %% [markdown]
 # > `best-4` 1e-5 to 5e-5 for full, higher for PEFT: **holds if**. The best rates of full fine-tuning are 6e-05 to
@@ -381,10 +384,10 @@ assert below(noisy[0.25], clean)
 assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(), "closer than with a quarter wrong"
 
 # %% [markdown]
-# About even: half of 640 are still twice as many right answers as 160. And where only a quarter is wrong, quantity
-# beats quality here. A likely reason, not tested: random mistakes disagree with one another, and right answers agree.
-# Rolnick et al. 2017 (arXiv:1705.10694) still reached 90 % on MNIST with 100 randomly labeled images for each right
-# one.
+# About even: half of 640 are still twice as many right answers as 160. And 640 with a quarter wrong, seen once, end
+# below 160 clean ones seen four times; with fewer passes over the 160 it was not tried. A likely reason, not tested:
+# random mistakes disagree with one another, and right answers agree. Rolnick et al. 2017 (arXiv:1705.10694) still
+# reached 90 % on MNIST with 100 randomly labeled images for each right one.
 #
 # If a share $p$ of the answers is random, the training loss is least for a mixture: with $1 - p$ the right answer, with
 # $p$ a random one. A right answer then keeps at least the share $1 - p$ of its probability, so it costs at most

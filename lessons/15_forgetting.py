@@ -8,7 +8,7 @@
 # **Pareto frontier**: the runs beside which no other is at least as good in both and better in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# control). Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
 # or open it as a notebook. It computes a few runs now, and reads the others, with three seeds each, from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
@@ -34,6 +34,9 @@ from experiments import forgetting
 from experiments.forgetting import FULL, LORA, RATES, REMEDIES, frontier, point
 
 import minipeft as mp
+from minipeft.claims import protocol
+from minipeft.claims.comparison import Searches
+from minipeft.claims.league import EQUAL
 from minipeft.experiments import shipped
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.run import evaluate, fine_tune
@@ -273,19 +276,28 @@ for lora, full in ((1e-3, 1e-4), (3e-3, 3e-4), (3e-3, 1e-3), (1e-2, 1e-3)):
 assert below(loss, zero) is None and below(zero, cost), "at 1e-2 it forgets more than full at 1e-3"
 share = over_seeds(rows, LORA, "forgotten") / over_seeds(rows, FULL, "forgotten")
 print(f"LoRA at 3e-3 forgets {spread(share, 2)} of what full at 1e-3 forgets")
-assert within(share - 0.5, 0.15) and within(difference(LORA, FULL)[0], 0.1), "half, for nearly the same task loss"
+assert below(share, zero + 1) and within(difference(LORA, FULL)[0], 0.1), "less, for nearly the same task loss"
+find = protocol.finder(Searches.pairs("league", EQUAL).rows())
+for pair in (pair for pair in EQUAL if pair.a == "lora"):  # beside full, each at its gentlest setting: see `forget-5`
+    trials = [protocol.chosen(find, way)[0] for way in (pair.one, pair.other)]
+    of_text = np.array([[[*find(replace(t, seed=s, split="test"))["general"].values()] for s in protocol.SEEDS] for t in trials])
+    lora, full = of_text.mean(axis=2)
+    print(f"league, {pair.where}: the loss on text after LoRA minus that after full {spread(lora - full)}")
+    assert below(lora, full), "less"
 
 # %% [markdown]
 # That depends on the rates. Beside full fine-tuning at a low rate (the first two lines) LoRA learns a little more *and*
 # forgets a little more; which is cheaper at the very same loss these rows do not say. LoRA at 3e-3 forgets about half
-# as much as full fine-tuning at 1e-3, for about the same task loss. At 1e-2 who learns more is undecided, and LoRA
-# forgets more. So it is the rate as much as LoRA, in a model of 1.4 million parameters after 40 steps.
+# as much as full fine-tuning at 1e-3, for about the same task loss (full was not run between 3e-4 and 1e-3). At
+# 1e-2 who learns more is undecided, and LoRA forgets more. So it is the rate as much as LoRA, in a model of 1.4 million
+# parameters after 40 steps.
 #
 # Those are losses of text. The verdicts count general questions that are answered right, with the rows of the league
 # (Lesson 3). `forget-5` puts methods side by side, each at its gentlest setting within 0.02 nats of the weaker one's
-# best loss on the task: there LoRA and full fine-tuning are not told apart, and adapters keep clearly less on `source`.
-# `full-4` puts full fine-tuning beside itself, at a quarter of the usual rate and at four times it. There the higher
-# rate has no advantage: it forgets more, and on `rewrite` it learns less.
+# best loss on the task. There the items do not tell LoRA and full fine-tuning apart, though with LoRA the loss on
+# text rises clearly less (the last lines printed); adapters keep clearly less on `source`. `full-4` puts full
+# fine-tuning beside itself, at a quarter of the usual rate and at four times it. There the higher rate has no
+# advantage: it forgets more, and on `rewrite` it learns less.
 
 # %% [markdown]
 # > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known:
@@ -366,13 +378,13 @@ print("replay's share of the tokens in the loss: " + ", ".join(f"{share:.0%} at 
 assert shares[0] > 0.4 and shares[1] > 0.7
 
 # %% [markdown]
-# - **L2-SP** protects, and weight decay does not. L2-SP learns more than the lower rate and forgets less. It forgets
-#   less than half of what no remedy does, at no higher a task loss. In section 2's parabola it puts $\alpha$ for $H$:
-#   every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the
-#   posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and
-#   puts for $H$ the diagonal of the Fisher information, the mean square of each weight's gradient over answers that the
-#   model draws itself. With the old text's own answers (the *empirical* Fisher) it is about the same where the model
-#   fits.
+# - **L2-SP** protects, and weight decay at strength 10 does not. L2-SP learns more than the lower rate and forgets
+#   less. It forgets less than half of what no remedy does, at no higher a task loss. In section 2's parabola it puts
+#   $\alpha$ for $H$: every weight counts alike. Elastic weight consolidation (EWC, Kirkpatrick et al. 2017,
+#   arXiv:1612.00796) takes the posterior of the old data for a Gaussian around $\theta_0$ (Laplace), whose negative
+#   logarithm is that parabola, and puts for $H$ the diagonal of the Fisher information, the mean square of each
+#   weight's gradient over answers that the model draws itself. With the old text's own answers (the *empirical* Fisher)
+#   it is about the same where the model fits.
 # - **LoRA with replay** forgets less than the lower rate, and its task loss is about the same.
 # - **LoRA** alone learns more than the lower rate and forgets more. **Replay** of a block a verse forgets less;
 #   whether it learns less is undecided, and LoRA with replay has both means lower.

@@ -261,14 +261,14 @@ REPORTS = {case: {m: report(find, search(case.task, m, case.examples), KEYS[case
 BEST = {case: best(find, case, MAIN) for case in CASES}
 
 
+def beside_best(case, method):
+    """How much better it is than the best, on the test items."""
+    return compare(REPORTS[case][method], REPORTS[case][BEST[case]], KEYS[case.task], level=1 - 0.05 / 5)
+
+
 def keeps_up(case, method):
-    """True: on the test items it loses less than LOSE to the best. False: more. None: the interval contains LOSE."""
-    found = compare(REPORTS[case][method], REPORTS[case][BEST[case]], KEYS[case.task], level=1 - 0.05 / 5)
-    return method == BEST[case] or above(-LOSE[case.task], found)
-
-
-def names(methods):
-    return ", ".join(NAMES[m] for m in methods)
+    """True: it loses less than LOSE to the best. False: more. None: the interval contains LOSE."""
+    return method == BEST[case] or above(-LOSE[case.task], beside_best(case, method))
 
 
 WISHES = {"the smallest file": lambda line: line.storage, "the least computation": lambda line: line.flops}
@@ -279,21 +279,23 @@ for case in CASES:
     held = {m: keeps_up(case, m) for m in MAIN}
     able, unsure = ([m for m in MAIN if held[m] is value] for value in (True, None))
     CHOSEN[case] = {"able": able, "unsure": unsure}
-    print(f"\n{case.name}: best on validation {NAMES[BEST[case]]}; keep up: {names(able)}; undecided: {names(unsure) or 'none'}")
+    print(f"\n{case.name}: best on validation {NAMES[BEST[case]]}; keep up: {', '.join(NAMES[m] for m in able)}")
+    print("  undecided (99 %):", ", ".join(f"{NAMES[m]} {beside_best(case, m).interval}" for m in unsure) or "none")
     for wish, column in WISHES.items():
         CHOSEN[case][wish] = min(able, key=lambda m: column(TABLE[case][m]))
         print(f"  {wish}: {NAMES[CHOSEN[case][wish]]}")
     items = {m: report(find, search(case.task, m, case.examples), "cloze") for m in able}
     most = max(able, key=lambda m: items[m].mean.value)
-    near = [m for m in able if m != most and not compare(items[most], items[m], "cloze").clearly_better]
+    near = {m: e for m in able if m != most and not (e := compare(items[m], items[most], "cloze")).clearly_worse}
     CHOSEN[case]["most items"] = [most, *near]
-    print(f"  the most general items kept: {NAMES[most]}" + f"; not told apart from it: {names(near)}" * bool(near))
+    print(f"  the most general items kept: {NAMES[most]}" + "".join(f"; not told apart from it: {NAMES[m]} {e.interval}" for m, e in near.items()))
     both = min([most, *near], key=lambda m: TABLE[case][m].storage)
     print(f"  the smallest file of these: {NAMES[both]}")
-for m, n in {"lora": 4, "qlora": 3, "full": 3, "bottleneck": 2, "prefix": 0, "prompt": 0}.items():
-    assert sum(m in found["able"] for found in CHOSEN.values()) == n
-assert sum("prompt" in found["unsure"] for found in CHOSEN.values()) == 4 and CHOSEN[Case("rewrite", 5000)]["able"] == ["full"]
-assert all(found["most items"][0] == "lora" for found in CHOSEN.values() if len(found["able"]) > 1)
+for value, word in (("able", "keeps up"), ("unsure", "is undecided")):
+    print(f"in how many cases each {word}: " + ", ".join(f"{NAMES[m]} {sum(m in found[value] for found in CHOSEN.values())}" for m in MAIN))
+assert not any(m in found["able"] for found in CHOSEN.values() for m in ("prefix", "prompt"))
+assert CHOSEN[Case("rewrite", 5000)]["able"] == ["full"]
+assert all("lora" in found["most items"] for found in CHOSEN.values() if len(found["able"]) > 1)
 disk = {m: 100 * line.storage + (m != "full") * 4 * N for m, line in TABLE[Case("rewrite", 500)].items()}
 print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" for m, total in disk.items()))
 

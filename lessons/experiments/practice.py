@@ -270,7 +270,7 @@ def find_data_quality(rows: Sequence[Row]) -> list[Advice]:
         many = over_seeds(rows, replace(common, examples=640, noise=noise))
         found.append(
             Advice(
-                "data", f"few clean examples beat four times as many of which {noise:.0%} are wrong",
+                "data", f"few clean examples beat four times as many of which {noise:.0%} are wrong, in as many steps",
                 f"160 clean {spread(few)}, 640 with {noise:.0%} wrong {spread(many)}: {spread(many - few)} more",
                 below(few, many),
             )
