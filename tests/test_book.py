@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_a_figure_in_words():
     assert describe(figure) == (
         'Figure "Two things" with 2 panels. Panel 1: "Memory"; MB: LoRA 1.5, full 4. '
         "Panel 2: error of h (logarithmic) against step; error: 0.001 at 1 to 1e-05 at 3; 1 other line."
+    )
+
+
+def test_a_line_in_words():
+    """A label of error bars is their line's; a U has its lowest point; a level has one value; of lines with one label the first is told."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.errorbar([1, 2, 3], [3, 1, 2], [0.1, 0.1, 0.1], capsize=3, label="LoRA")
+    axes.errorbar([5, 6, 7], [1, 2, 3], xerr=[1, 1, 1], fmt="o", label="$W_{up}$")
+    axes.axhline(2, label="base")
+    axes.plot([1, 2, 3], [1, 1.01, 1], label="seed")
+    axes.plot([1, 3], [1, 2], label="seed")
+    assert describe(axes.figure) == (
+        "Figure: LoRA: 3 at 1 to 2 at 3, lowest 1 at 2; W_up: 3 points, from 5 to 7; base: 2 throughout; seed, one of 2: 1 at 1 to 1 at 3; 1 other line."
     )
 
 
@@ -246,12 +262,18 @@ FRAMES = """<!DOCTYPE html>{frames}<pre id="found"></pre>
 const look = frame => {{
   const page = frame.contentWindow, d = page.document, box = e => e.getBoundingClientRect();
   const scrolls = e => e && (/auto|scroll/.test(page.getComputedStyle(e).overflowX) && e.tagName != "BODY" && e.tagName != "HTML" || scrolls(e.parentElement));
+  const rgb = text => text.match(/[\\d.]+/g).map(Number), part = v => v <= 10 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b) + 0.05;  // as WCAG 2 has it
+  const background = e => {{ const color = e ? rgb(page.getComputedStyle(e).backgroundColor) : [255, 255, 255]; return color[3] < 1 ? background(e.parentElement) : color; }};
+  const contrast = (a, b) => Math.max(a / b, b / a), text = e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim());
+  const faint = e => text(e) && contrast(luminance(rgb(page.getComputedStyle(e).color)), luminance(background(e))) < 4.5;
   const cut = e => box(e).width && (box(e).right > page.innerWidth + 0.5 || box(e).left < -0.5) && !scrolls(e);
   return {{
     page: frame.dataset.page, wide: d.documentElement.scrollWidth > page.innerWidth,
     cut: [...d.querySelectorAll("article *, .mobile-header *")].filter(cut).map(e => e.tagName + " " + e.textContent.slice(0, 40)),
     unseen: [...d.images].filter(i => !(i.complete && i.naturalWidth && i.alt)).map(i => i.src),
     outside: page.performance.getEntriesByType("resource").map(r => r.name).filter(r => !r.startsWith("file:") && !r.startsWith("data:")),
+    dark: luminance(background(d.body)) < 0.1, faint: [...d.querySelectorAll("article *")].filter(faint).map(e => e.tagName + " " + e.textContent.slice(0, 40)),
     results: [...d.querySelectorAll("#search-results li a")].map(e => e.textContent),
   }};
 }};
@@ -259,12 +281,12 @@ onload = () => setTimeout(() => found.textContent = "FOUND" + JSON.stringify([..
 </script>"""
 
 
-def seen(site: Path, pages: list[str], width: int, work: Path) -> list[dict]:
-    """What a browser shows of pages of a site, whose addresses are relative to it. AssertionError for a complaint."""
+def seen(site: Path, pages: list[str], width: int, dark: bool, work: Path) -> list[dict]:
+    """What a browser shows of pages of a site, whose addresses are relative to it, to who prefers dark pages or light ones. AssertionError for a complaint."""
     frame = '<iframe data-page="{page}" width="{width}" height="800" style="border: 0" src="{site}/{page}"></iframe>'
     frames = "".join(frame.format(page=page, width=width, site=site.resolve().as_uri()) for page in pages)
     (work / "outer.html").write_text(FRAMES.format(frames=frames), encoding="utf-8")
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={work / 'profile'}", "--dump-dom", (work / "outer.html").as_uri()]
+    command = [CHROMIUM, *FLAGS, f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={work / 'profile'}", "--dump-dom", (work / "outer.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     return json.loads(html.unescape(re.search("FOUND(.*)END</pre>", done.stdout)[1]))
@@ -272,13 +294,53 @@ def seen(site: Path, pages: list[str], width: int, work: Path) -> list[dict]:
 
 @needs_extra
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_every_page_whole_and_finds_words(book, tmp_path, width):
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_a_browser_shows_every_page_whole_and_readable_and_finds_words(book, tmp_path, width, dark):
     site = Path(os.environ.get("MINIPEFT_BOOK", book))  # another book, such as the whole one
     pages = sorted(path.relative_to(site.resolve()).as_posix() for path in pages_of(site))
     for i in range(0, len(pages), 20):
         some = [*pages[i : i + 20], "search.html?q=default+rank"]
-        *shown, search = seen(site, some, width, tmp_path)
+        *shown, search = seen(site, some, width, dark, tmp_path)
         for page in shown:
             assert (page["wide"], page["cut"], page["unseen"], page["outside"]) == (False, [], [], []), page
+            assert (page["dark"], page["faint"]) == (dark, []), page
         assert any(result.startswith("Lesson") for result in search["results"]), search
+
+
+@needs_extra
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")
+def test_keys_reach_the_search_and_open_what_is_folded(book, tmp_path):
+    """Pressed through Chromium's pipes, its descriptors 3 and 4, where a zero byte ends a message; in real time, without the last of FLAGS."""
+    (its_input, ours), (theirs, its_output) = os.pipe(), os.pipe()
+    page = (book / "lessons" / "01_small.html").resolve().as_uri()
+    command = [CHROMIUM, *FLAGS[:-1], "--remote-debugging-pipe", f"--user-data-dir={tmp_path}", page]
+    shell = ["bash", "-c", f'exec "$0" "$@" 3<&{its_input} 4>&{its_output}', *command]
+    with subprocess.Popen(shell, pass_fds=(its_input, its_output), stderr=subprocess.DEVNULL), open(theirs, "rb") as answers, open(ours, "wb", 0) as calls:
+        os.close(its_input), os.close(its_output)
+
+        def call(method, session=None, **params):
+            calls.write(json.dumps({"id": 1, "method": method, "params": params, **(session or {})}).encode() + b"\0")
+            message = {}
+            while "id" not in message:
+                text = b""
+                while not text.endswith(b"\0"):
+                    text += answers.read(1) or pytest.fail("the browser has ended")
+                message = json.loads(text[:-1])
+            return message.get("result", {})
+
+        def js(expression):
+            return call("Runtime.evaluate", session, expression=expression, returnByValue=True).get("result", {}).get("value")
+
+        def press(key, code, text=""):
+            for kind in ("keyDown", "keyUp"):
+                call("Input.dispatchKeyEvent", session, type=kind, key=key, windowsVirtualKeyCode=code, text=text * (kind == "keyDown"))
+            return js("(e => [e.tagName, e.name, e.parentElement.open].join())(document.activeElement)")
+
+        target = next(t["targetId"] for t in call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        session = {"sessionId": call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        while not js("document.readyState == 'complete' && document.links.length > 0"):
+            time.sleep(0.05)
+        reached = [""]
+        while len(reached) < 300 and not reached[-1].startswith("SUMMARY"):
+            reached.append(press("Tab", 9))
+        assert "INPUT,q," in reached and reached[-1] == "SUMMARY,,false" and press("Enter", 13, "\r") == "SUMMARY,,true"

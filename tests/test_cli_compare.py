@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from cli_helpers import jsonl, refused, run, tiny
@@ -10,9 +11,11 @@ from cli_helpers import jsonl, refused, run, tiny
 import minipeft as mp
 from minipeft.cli.compare import Questions
 from minipeft.cli.data import TaskOptions, encode, longest, split_off
+from minipeft.cli.plots import plot_learning, styled
 from minipeft.hub.base import load_base
 from minipeft.peft.methods import METHODS
 from minipeft.text.datasets import Completion, Document
+from minipeft.train.metrics import panels
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,22 @@ def test_the_help_says_how_long_a_record_may_be(command, capsys):
 def test_the_picture_is_saved(comparison):
     assert (comparison[0] / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in comparison[0].iterdir()} == {"compare.json", "compare.png"}
+
+
+def test_each_line_of_the_picture_has_its_name_and_its_look(comparison):
+    from matplotlib.colors import to_rgba
+
+    rows = comparison[1]["methods"]
+    _, (axes,) = panels(1, 6, 4)
+    plot_learning(axes, rows)
+    names = {text.get_text(): (text.xy, text.xyann[1], text.arrow_patch.get_edgecolor()) for text in axes.texts}
+    looks = [(to_rgba(color), marker) for _, color, marker in styled(rows)]
+    assert len(set(looks)) == len(rows) and len({color for color, _ in looks[:13]}) == 13
+    assert list(names) == [row["title"] for row in sorted(rows[1:], key=lambda row: row["task_loss"])]
+    for row, (color, _) in list(zip(rows, looks))[1:]:
+        assert names[row["title"]][::2] == ((12, row["task_loss"]), color)
+    heights = [height for _, height, _ in names.values()]
+    assert min(b - a for a, b in pairwise(heights)) > 0.05, "a name stands on another"
 
 
 def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(comparison, model, tmp_path, monkeypatch):

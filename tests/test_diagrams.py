@@ -16,6 +16,7 @@ import minipeft as mp
 from minipeft import diagrams
 from minipeft.accounting import count_parameters
 from minipeft.accounting.ppo import ppo_ledger
+from minipeft.book.pictures import describe
 from minipeft.diagrams.graphs import gradients
 from minipeft.diagrams.losses import candidates
 from minipeft.diagrams.merging import ties_steps
@@ -62,8 +63,9 @@ def closed():
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_a_phone_shows_it(draw):
-    """4 inches wide, on white; letters of 8 points or more, which stand inside and not on each other."""
+    """4 inches wide, on white; letters of 8 points or more, which stand inside and not on each other; and it is told in few words."""
     figure = draw()
+    assert describe(figure) == f'Figure "{figure.get_suptitle()}": {figure.alt}' and 10 < len(figure.alt.split()) < 70
     assert figure.get_figwidth() == 4 and figure.get_facecolor() == (1, 1, 1, 1) and figure.get_suptitle()
     texts = [t for t in (*figure.axes[0].texts, figure._suptitle) if t.get_text()]
     assert min(t.get_fontsize() for t in texts) >= 8
@@ -111,6 +113,9 @@ def test_masks_are_the_model_s():
             other[0][0][:, :, key] += 1
             changed = np.abs(model(ids, past_key_values=other).numpy()[0] - before).max(axis=-1) > 0
             assert np.array_equal(changed, masks["prefix"][:, key])
+    alt = diagrams.attention_mask().alt
+    for words in ("causal: a, ab, abc,", "prefix: PPa, PPab,", "padded: nobody, nobody, a, ab, abc, abcd;", "packed: a, ab, abc, A, AB, ABC."):
+        assert words in alt
 
 
 def test_the_graph_s_gradients_are_differences():
@@ -125,7 +130,7 @@ def test_the_graph_s_gradients_are_differences():
         assert math.isclose(found[name][1], difference, rel_tol=1e-8)
     assert found["p"] == (6, 3) and found["e"] == (1.5, 3) and found["L"] == (2.25, 1)
     text = said(diagrams.scalar_graph(x, w, t))
-    assert "∂L/∂w = 6" in text and "1.5 + 1.5 = 3" in text
+    assert "∂L/∂w = 6" in text and "1.5 + 1.5 = 3" in text and "∂L/∂w = 6" in diagrams.scalar_graph(x, w, t).alt
 
 
 def test_a_prediction_s_loss_is_the_model_s():
@@ -138,8 +143,10 @@ def test_a_prediction_s_loss_is_the_model_s():
         losses[target] = base.loss(ids, labels).item()
         shown = {i: -math.log(p) for i, _, p in candidates(base, text, target, 3)}
         assert len(shown) == 3 and math.isclose(shown[target], losses[target], rel_tol=1e-4)
-    text = said(diagrams.prediction(base, tokenizer, "And it came to pass in those", " days"))
+    figure = diagrams.prediction(base, tokenizer, "And it came to pass in those", " days")
+    text = said(figure)
     assert f"{losses[days]:.3f}" in text and "2,045" in text and "days" in text
+    assert f"came is days: the loss is -ln {math.exp(-losses[days]):.3g} = {losses[days]:.3f}" in figure.alt
 
 
 def test_a_block_names_shapes_and_counts():
@@ -158,6 +165,16 @@ def test_a_block_names_shapes_and_counts():
     assert f"{packed:,} of {total:,} in 4 bits" in said(diagrams.block(LLAMA, "4bit"))
 
 
+def test_a_block_says_what_the_method_adds_where():
+    everywhere = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."
+    for name, words in {
+        "lora": "each of 2 blocks has BA, r 3 at q_proj, down_proj. 1,728 trained", "4bit": f"4 bits at {everywhere}",
+        "adapter": "adapter 64 → 7 → 64 at o_proj, down_proj.", "prefix": "Pk [5, 32] at k_proj; Pv [5, 32] at v_proj.",
+        "prompt": "5 trained virtual tokens [5, 64]", "none": "v_proj [32, 64], o_proj [64, 64])",
+    }.items():  # fmt: skip
+        assert words in diagrams.block(LLAMA, METHODS[name]).alt
+
+
 def test_strips_are_lora_s():
     layer = mp.nn.Sequential(mp.nn.Linear(384, 128, bias=False))
     trained, total = mp.get_peft_model(layer, mp.LoraConfig(r=16, target_modules=["0"])).get_nb_trainable_parameters()
@@ -170,6 +187,8 @@ def test_bytes_of_the_stages_are_the_ledger_s():
     held = ppo_ledger(LLAMA).held
     states = sum(n for line, n in held.items() if line not in ("activations", "logits", "KV cache", "working memory"))
     size = model_states(LLAMA)
+    alt = diagrams.rlhf_stages(LLAMA).alt
+    assert "answers: policy trained, value a trained head on the policy, reference frozen, reward frozen; 1.9 MB." in alt
     head = held["reward model"] - size["frozen"]
     assert states == size["trained"] + size["head"] + 2 * size["frozen"] + head and 0 < head < 2 * size["head"]
 
@@ -196,3 +215,4 @@ def test_steps_of_ties_are_those_of_the_paper():
     steps = ties_steps((4, 1, -5, 0.5), (-1, 2, 3, 0.5), 0.5)
     assert steps["trim 1"].tolist() == [4, 0, -5, 0] and steps["trim 2"].tolist() == [0, 2, 3, 0]
     assert steps["sign"].tolist() == [1, 1, -1, 1] and steps["mean"].tolist() == [4, 2, -5, 0]
+    assert "2 · elect: +, +, -, +; 3 · mean: 4, 2, -5, 0" in diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)).alt

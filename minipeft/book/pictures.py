@@ -1,12 +1,17 @@
 """What a figure shows, in words, computed from the figure itself: its alternative text.
 
-    Figure with 2 panels. Panel 1, "Loss": nats a token against step; full: 3.9 at 1 to 3.1 at 8, ...
+    Figure with 2 panels. Panel 1: "Loss"; nats a token against step; full: 3.9 at 1 to 3.1 at 8; ...
+
+A diagram, whose words mean little without their places, brings its own: the attribute `alt` of its figure.
 
 In a kernel, the words become the figure's text/plain form, which a notebook keeps beside its picture.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 FEW = 8  # lines, bars or words that are named one by one
@@ -21,10 +26,12 @@ def register(shell: Any) -> None:
 
 
 def describe(figure: Any) -> str:
-    """The figure's title, and of each panel title, axes, and what is drawn in it."""
-    panels = [text for axes in figure.axes if not hasattr(axes, "_colorbar") and (text := _panel(axes))]
+    """The figure's title, and its own words; where it has none, of each panel title, axes, and what is drawn in it."""
     heading = figure.get_suptitle()
     start = f'Figure "{_words(heading)}"' if heading else "Figure"
+    if hasattr(figure, "alt"):
+        return f"{start}: {figure.alt}"
+    panels = [text for axes in figure.axes if not hasattr(axes, "_colorbar") and (text := _panel(axes))]
     if len(panels) == 1:
         return f"{start}: {panels[0]}."
     return f"{start} with {len(panels)} panels. " + " ".join(f"Panel {i}: {text}." for i, text in enumerate(panels, 1))
@@ -51,22 +58,41 @@ def _axis(axes: Any, name: str) -> str:
 
 
 def _lines(axes: Any) -> list[str]:
-    """Each labeled line by its ends; the others as a number."""
-    named, others = [], 0
-    for line in axes.lines:
+    """Each labeled line by its ends and what it reaches between them, of several with one label the first; the others as a number."""
+    errors = [group for group in axes.containers if hasattr(group, "has_yerr")]  # which bear their lines' labels
+    labels = {line: _label(line) for line in axes.lines} | {group[0]: _label(group) for group in errors}
+    caps, level = {cap for group in errors for cap in group[1]}, {group[0] for group in errors if not group.has_yerr}
+    alike, named, others = Counter(labels.values()), {}, 0
+    for line in (line for line in axes.lines if line not in caps):
         x, y = line.get_data()
-        shown = [(_number(a), _number(b)) for a, b in zip(x, y) if _number(b) != "nan"]
-        if len(shown) > 2 and line.get_linestyle() == "None" and (label := _label(line)):
-            named.append(f"{label}: {len(shown)} points, {_span([b for b in y if _number(b) != 'nan'])}")
-        elif len(shown) > 1 and (label := _label(line)):
-            named.append(f"{label}: {shown[0][1]} at {shown[0][0]} to {shown[-1][1]} at {shown[-1][0]}")
-        elif len(shown) == 1 and (label := _label(line)):
-            named.append(f"{label}: {shown[0][1]} at {shown[0][0]}")
-        else:
+        heights = (axes.transScale + axes.transLimits).transform(line.get_xydata())[:, 1]  # 0 to 1 in the panel
+        shown = [(_number(a), _number(b), height) for a, b, height in zip(x, y, heights) if _number(b) != "nan"]
+        if not (label := labels[line]) or label in named or not shown:
             others += len(shown) > 1
-    more = len(named) - 2 * FEW
+        elif len(shown) > 2 and line.get_linestyle() == "None":
+            values = x if line in level or len({b for _, b, _ in shown}) == 1 else y
+            named[label] = f"{len(shown)} points, {_span(values)}"
+        else:
+            named[label] = _course(shown)
+    texts = [f"{label}{f', one of {alike[label]}' * (alike[label] > 1)}: {text}" for label, text in named.items()]
+    more = len(texts) - 2 * FEW
     rest = [f"{more} more"] if more > 0 else []
-    return named[: 2 * FEW] + rest + ([f"{others} {'other ' * bool(named)}line{'s' * (others > 1)}"] if others else [])
+    return texts[: 2 * FEW] + rest + ([f"{others} {'other ' * bool(named)}line{'s' * (others > 1)}"] if others else [])
+
+
+def _course(shown: Sequence[tuple[str, str, float]]) -> str:
+    """A line of points (x, y, height) by its ends, and by a lowest and a highest point that lie visibly beyond both."""
+    (x, first, _), (u, last, _) = shown[0], shown[-1]
+    if len(shown) == 1:
+        return f"{first} at {x}"
+    if len({y for _, y, _ in shown}) == 1:
+        return f"{first} throughout"
+    text, ends = f"{first} at {x} to {last} at {u}", (shown[0][2], shown[-1][2])
+    for name, choose, sign in (("lowest", min, -1), ("highest", max, 1)):
+        at, most, height = choose(shown, key=lambda point: point[2])
+        if sign * height > sign * choose(ends) + 0.05:
+            text += f", {name} {most} at {at}"
+    return text
 
 
 def _bars(axes: Any) -> list[str]:
@@ -108,4 +134,4 @@ def _number(value: Any) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.replace("$", "").split())
+    return " ".join(re.sub(r"[$\\{}]", "", text).split())  # of a formula, without its marks

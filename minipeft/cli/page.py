@@ -19,7 +19,7 @@ from .report import Sample
 # Figure -> its caption; how its description begins, from the base's row; and what that says of a method, from its row.
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], str]]] = {
     "learning": (
-        "Loss on the task while learning: thin in training, marked held out; dashed, the base as it is.",
+        "Loss on held-out examples of the task while learning; dashed, the base as it is.",
         lambda base: f"Curves of the task loss over the steps, from {base['task_loss']:.2f}",
         lambda row: f"{row['title']} ends at {row['task_loss']:.2f}",
     ),

@@ -15,7 +15,7 @@ from .cells import Rows
 
 
 def plot_comparison(rows: Rows, path: Path) -> None:
-    """Three panels as one PNG, which share a legend: the names beside the bars, with each method's color and marker."""
+    """Three panels as one PNG, with the names at the ends of the curves, and beside the bars with color and marker."""
     figure, axes = panels(3, 13.5, 4.2)
     for ax, panel in zip(axes, PANELS.values()):
         panel(ax, rows)
@@ -23,10 +23,10 @@ def plot_comparison(rows: Rows, path: Path) -> None:
 
 
 def panel_svg(name: str, rows: Rows) -> bytes:
-    """One of PANELS as an SVG file of its own, with a legend; the same rows give the same bytes."""
-    figure, (axes,) = panels(1, 6, 4.4 if name == "memory" else 4.2 + 0.2 * -(-len(rows) // 3))
+    """One of PANELS as an SVG file of its own, with all names; the same rows give the same bytes."""
+    figure, (axes,) = panels(1, 6, 4.2 + 0.2 * -(-len(rows) // 3) if name == "trade" else 4.4)
     PANELS[name](axes, rows)
-    if name != "memory":
+    if name == "trade":
         for row, color, marker in styled(rows):
             axes.plot([], [], marker, color=color, label=row["title"])
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
@@ -44,24 +44,26 @@ def svg(figure: Any, name: str) -> bytes:
 
 
 def styled(rows: Rows) -> list[tuple[dict[str, Any], Any, str]]:
-    """The rows, each with its color and its marker; the base's are grey."""
-    from matplotlib import colormaps
-
-    hues = [colormaps["tab10"](i) for i in range(10) if i != 7]  # without grey
-    looks = [("grey", "o"), *((hues[i % 9], "osD^vP*X<>ph"[i % 12]) for i in range(len(rows) - 1))]
+    """The rows, each with its color and its marker; the base's are grey. The first twelve colors differ."""
+    hues = [f"C{i}" for i in range(10) if i != 7] + ["black", "navy", "goldenrod"]  # without grey
+    looks = [("grey", "o"), *((hues[i % 12], "osD^vP*X<>p"[i % 11]) for i in range(len(rows) - 1))]
     return [(row, *look) for row, look in zip(rows, looks)]
 
 
 def plot_learning(axes: Any, rows: Rows) -> None:
-    """Loss on the task over the steps: thin in training, marked where the held-out examples were measured."""
+    """Loss on the task over the steps, where the held-out examples were measured; each method's name at its end."""
     start = rows[0]["task_loss"]
     for row, color, marker in styled(rows)[1:]:
-        axes.plot(*zip(*smooth(row["curve"])), color=color, alpha=0.4, linewidth=0.8)
         axes.plot(*zip((0, start), *row["held_out_curve"]), marker + "-", color=color, markersize=5)
+    ends = sorted(((row["held_out_curve"][-1], row["title"], color) for row, color, _ in styled(rows)[1:]), key=lambda end: end[0][1])
+    for i, (end, title, color) in enumerate(ends):  # in the order of the ends, at even distances: no two names meet
+        place = {"xytext": (1.08, (i + 0.5) / len(ends)), "textcoords": "axes fraction", "va": "center"}
+        way = {"arrowstyle": "-", "color": color, "lw": 0.8, "relpos": (0, 0.5), "shrinkA": 0}
+        axes.annotate(title, end, **place, fontsize=9, arrowprops=way)
     axes.axhline(start, color="grey", linestyle="--", linewidth=1)
     if start > 10 * min(row["task_loss"] for row in rows):
         axes.set_yscale("log")
-    axes.set(title="Learning the task (thin: training, marked: held out)", xlabel="step", ylabel="loss on the task")
+    axes.set(title="Learning the task (held-out examples)", xlabel="step", ylabel="loss on the task")
 
 
 def plot_trade(axes: Any, rows: Rows) -> None:
@@ -94,12 +96,3 @@ def plot_memory(axes: Any, rows: Rows) -> None:
 
 
 PANELS: dict[str, Callable[[Any, Rows], None]] = {"learning": plot_learning, "trade": plot_trade, "memory": plot_memory}
-
-
-def smooth(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """(step, value) points as means of 10 neighbors (of fewer where there are few): a noisy line made readable."""
-    width = max(1, min(10, len(curve) // 4))
-    return [
-        (curve[i + width // 2][0], sum(value for _, value in curve[i : i + width]) / width)
-        for i in range(len(curve) - width + 1)
-    ]

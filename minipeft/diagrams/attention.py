@@ -39,12 +39,14 @@ def masks() -> dict[str, np.ndarray]:
 
 def attention_mask() -> Any:
     """A figure of the four `masks`: a row for the token that looks, a column for the token that is looked at."""
-    axes = sheet()
+    axes, said = sheet(), []
     names = {"causal": "abcdef", "prefix": "PPabcdef", "padded": "..abcd", "packed": "abcABC"}
     cell = 15 / (TOKENS + PREFIX)
     for i, (kind, mask) in enumerate(masks().items()):
         left, top = 3.5 + (i % 2) * WIDTH / 2, 11 + (i // 2) * 19.5
         words(axes, left - 2, top - 4.2, SAYS[kind], ha="left", fontweight="bold")
+        seen_by = ("".join(name for name, seen in zip(names[kind], row) if seen) or "nobody" for row in mask)
+        said.append(f"{kind}: {', '.join(seen_by)}")
         for k, name in enumerate(names[kind]):
             words(axes, left + (k + 0.5) * cell, top - 1.2, name, color=ORANGE if name == "P" else INK)
         for q, row in enumerate(mask):
@@ -55,7 +57,8 @@ def attention_mask() -> Any:
                 axes.add_patch(_square(corner, cell, SHADES[shade]))
     words(axes, WIDTH / 2, 46, "Row: the token that looks. Column: the one looked at.", color=GREY)
     words(axes, WIDTH / 2, 48.2, "P: trained keys and values.   Dot: padding.", color=GREY)
-    return cut(axes, 50, "Who attends to whom")
+    alt = f"whom each token of a row sees, from the first to the last. {'; '.join(said)}. P: trained keys and values."
+    return cut(axes, 50, "Who attends to whom", alt)
 
 
 def _square(corner: tuple[float, float], side: float, color: str) -> Any:

@@ -89,8 +89,29 @@ class _Block:
         self._on_stream("logits", f"[T, {V}]", "plain")
         if self.config.tie_word_embeddings:
             words(self.axes, STREAM + 6.2, self.y - 8.1, "the embedding's own numbers", ha="left", color=GREY)
-        self._legend()
-        return cut(self.axes, self.y, TITLES[self.name])
+        return cut(self.axes, self.y, TITLES[self.name], self._alt(self._legend()))
+
+    def _alt(self, counted: str) -> str:
+        """What the method adds where, and how much it is (`counted`); of a model without a method, the path and its shapes."""
+        d, V, n = self.config.hidden_size, self.config.vocab_size, self.config.num_hidden_layers
+        if self.name == "PLAIN":
+            first, second = (
+                ", ".join(f"{name} {list(self._shape(place + name))}" for name in (*into, out)) for place, into, _, out in self.branches
+            )
+            return (
+                f"token ids [T] pass the embedding [{V}, {d}], {n} blocks, a norm and the head [{V}, {d}] to logits [T, {V}]. Each block adds to "
+                f"the stream [T, {d}] what attention makes of its norm ({first}), and then what an MLP makes of its norm ({second})."
+            )
+        if self.name == "PROMPT_TUNING":
+            (P,) = {shape[0] for shape in self.trained.values()}
+            return f"{P} trained virtual tokens [{P}, {d}] stand before the embedded text on the way into {n} blocks. {counted}."
+        added: dict[str, list[str]] = {}
+        for name in (place + name for place, into, _, out in self.branches for name in (*into, out)):
+            text = "4 bits" if self.four_bits else self._strip(name).removeprefix("+ ") or self._adapter(name)
+            added.setdefault(text, []).append(name.rpartition(".")[2])
+        added.pop("", None)
+        places = "; ".join(f"{text} at {', '.join(names)}" for text, names in added.items())
+        return f"each of {n} blocks has {places}. {counted}."
 
     def _on_stream(self, name: str, shape: str, kind: str) -> None:
         box(self.axes, STREAM - 5, self.y, 10, 3.8, f"{name}\n{shape}", kind)
@@ -188,10 +209,10 @@ class _Block:
         shape = self._here(name).get("down_weight")
         return f"adapter {shape[1]} → {shape[0]} → {shape[1]}" if shape else ""
 
-    def _legend(self) -> None:
-        """How many numbers are trained; or, in four bits, how many are stored so."""
+    def _legend(self) -> str:
+        """Draw and return how many numbers are trained; or, in four bits, how many are stored so."""
         if self.method is None:
-            return
+            return ""
         total = self.arch.size
         if self.four_bits:
             packed = sum(math.prod(shape) for name, shape in self.arch.items() if self._packed(name))
@@ -201,6 +222,7 @@ class _Block:
             text, kind = f"{_count(count.trainable)} trained, {_count(total)} frozen", "trained"
         box(self.axes, 13.2, self.y - 3.2, 1.8, 1.8, "", kind)
         words(self.axes, 15.7, self.y - 2.2, text, ha="left")
+        return text
 
     def _packed(self, name: str) -> bool:
         layer = name.removesuffix(".weight").rpartition(".")[2]

@@ -23,11 +23,12 @@ def sheet() -> Any:
     return axes
 
 
-def cut(axes: Any, height: float, title: str) -> Any:
-    """The sheet's figure, cut off at `height` units, with a title in its first three."""
+def cut(axes: Any, height: float, title: str, alt: str) -> Any:
+    """The sheet's figure, cut off at `height` units, with a title in its first three. `alt` says what it shows to those who hear it."""
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.figure.set_size_inches(WIDTH / 10, height / 10)
     axes.figure.suptitle(title, x=0.5, y=1 - 1 / height, fontsize=11, fontweight="bold", color=INK, va="top")
+    axes.figure.alt = alt
     return axes.figure
 
 

@@ -26,7 +26,11 @@ def ranking(k: int) -> Any:
     bottom = place[k - 1][1] + 4.2
     words(axes, 20, bottom + 2.4, f"{k} texts computed once, {pairs} differences compared", color=GREY)
     words(axes, 20, bottom + 4.4, f"(pair by pair: {2 * pairs} texts)", color=GREY)
-    return cut(axes, bottom + 6.5, "One ranking, one batch element")
+    alt = (
+        f"{k} ranked answers, best first, are each scored once, and each score is compared with those of all later answers: "
+        f"{k} texts computed once, {pairs} differences. Pair by pair, it would be {2 * pairs} texts."
+    )
+    return cut(axes, bottom + 6.5, "One ranking, one batch element", alt)
 
 
 def ppo_update() -> Any:
@@ -56,7 +60,12 @@ def ppo_update() -> Any:
     line(axes, [(10.2, 41), (10.2, 43.2), (29.7, 43.2), (29.7, 41)], head=False, **DOWN)
     words(axes, 20, 45, "some passes over these answers move policy and value;", color=ORANGE)
     words(axes, 20, 47, "then new answers. Reference and reward stay.", color=ORANGE)
-    return cut(axes, 49, "One update of PPO")
+    alt = (
+        "the policy samples answers to prompts. Of each, policy and reference give log-probabilities, the reward model a score, and the value "
+        "V_t. The first three make rewards: the price of KL, and at the last token the score. Rewards and V_t make advantages and returns, "
+        "and these the losses of policy and value, which some passes over the answers move; then come new answers."
+    )
+    return cut(axes, 49, "One update of PPO", alt)
 
 
 def watched() -> Any:
@@ -76,7 +85,11 @@ def watched() -> Any:
     words(axes, 7.2, 14.4, "only watched", ha="left", color=GREY)
     line(axes, [(9, 22.1), (9, 24.5), (39.5, 24.5), (39.5, 8.7), (39, 8.7)], **DOWN)
     words(axes, 24, 25.9, "scored", color=ORANGE)
-    return cut(axes, 27.5, "What is measured, and what is meant")
+    alt = (
+        "the gold is what is meant. A rater makes noisy choices by it, and the judge, the proxy, learns from them. The judge scores the "
+        "policy's answers, and the policy is optimized for this reward. The gold sees the answers, too, but only watches."
+    )
+    return cut(axes, 27.5, "What is measured, and what is meant", alt)
 
 
 def two_ways() -> Any:
@@ -96,4 +109,8 @@ def two_ways() -> Any:
     box(axes, 22, 27, 17, 4.6, "policy $\\pi$", "trained")
     words(axes, 9.5, 33.5, "PPO", fontweight="bold")
     words(axes, 30.5, 33.5, "DPO", fontweight="bold")
-    return cut(axes, 35.5, "Two ways from comparisons to a policy")
+    alt = (
+        "comparisons of a winning and a losing answer go two ways. PPO: they train a reward model; answers are sampled and scored by it, "
+        "again and again; these train the policy. DPO: the frozen reference gives both answers' log-probabilities, once; one loss trains the policy."
+    )
+    return cut(axes, 35.5, "Two ways from comparisons to a policy", alt)

@@ -47,7 +47,10 @@ def scalar_graph(x: float = 2.0, w: float = 3.0, t: float = 4.0) -> Any:
     words(axes, 27, 36.3, f"two uses of e:\n∂L/∂e = {value:g} + {value:g} = {gradient:g}", color=ORANGE, ha="left")
     words(axes, 2, 46.8, "grey: values go down", color=GREY, ha="left")
     words(axes, 38, 46.8, "orange: gradients go up", color=ORANGE, ha="right")
-    return cut(axes, 48.5, "One number down, one gradient up")
+    values = ", ".join(f"{formulas.get(name, name)} is {value:g}" for name, (value, _) in nodes.items())
+    found = ", ".join(f"∂L/∂{name} = {nodes[name][1]:g}" for name in "eptxw")
+    alt = f"down go the values: {values}. Up go the gradients: {found}. e has two uses, whose gradients add up."
+    return cut(axes, 48.5, "One number down, one gradient up", alt)
 
 
 def _both_ways(axes: Any, above: Point, below: Point) -> None:

@@ -53,4 +53,10 @@ def prediction(model: Any, tokenizer: Any, text: str, target: str) -> Any:
     line(axes, [(20.9, 25.6), (20.9, 29.7)])
     words(axes, 21.7, 27.6, f"softmax, over all {tokenizer.vocab_size:,}", ha="left", color=GREY)
     words(axes, 20, 43.4, "cross-entropy: the mean of this over the tokens", color=GREY)
-    return cut(axes, 45.4, "From a text to a loss")
+    rows = "; ".join(f"{tokenizer.decode([i]).strip()} {z:.2f}, {p:.3g}" for i, z, p in shown)
+    chance = next(p for i, _, p in shown if i == goal)
+    alt = (
+        f"“{text}” becomes {len(ids)} token ids. At the last of them the model gives each of {tokenizer.vocab_size:,} tokens "
+        f"a logit, and softmax a probability: {rows}. The token that came is {target.strip()}: the loss is -ln {chance:.3g} = {-np.log(chance):.3f}."
+    )
+    return cut(axes, 45.4, "From a text to a loss", alt)

@@ -22,7 +22,7 @@ def ties(first: Sequence[float], second: Sequence[float], density: float = 0.5) 
     """A figure of two updates with four numbers each, their sum, and TIES step by step."""
     steps = ties_steps(first, second, density)
     axes = sheet()
-    left, width, gap = 12.5, 6.0, 0.6
+    left, width, gap, said = 12.5, 6.0, 0.6, []
     rows: list[tuple[float, str, Any, str]] = [
         (5.0, "adapter 1", first, "frozen"), (8.6, "adapter 2", second, "frozen"),
         (13.6, "their sum", np.add(first, second), "plain"),
@@ -31,11 +31,13 @@ def ties(first: Sequence[float], second: Sequence[float], density: float = 0.5) 
     ]  # fmt: skip
     for y, name, numbers, kind in rows:
         words(axes, 11.5, y + 1.5, name, ha="right", color=ORANGE if kind == "trained" else GREY)
-        for i, value in enumerate(np.add(numbers, 0.0)):  # which makes -0 a 0
-            text = ("+" if value > 0 else "-") if name == "2 · elect" else f"{value:g}"
+        numbers = np.add(numbers, 0.0)  # which makes -0 a 0
+        texts = [("+" if value > 0 else "-") if name == "2 · elect" else f"{value:g}" for value in numbers]
+        for i, (value, text) in enumerate(zip(numbers, texts)):
             box(axes, left + i * (width + gap), y, width, 3, text, "absent" if value == 0 else kind)
+        said.append(f"{name}: {', '.join(texts)}")
     middle = left + 2 * width + 1.5 * gap
     for above, below in ((11.6, 13.6), (26.6, 28.6), (31.6, 33.6)):
         line(axes, [(middle, above), (middle, below)])
     words(axes, 20, 38.4, "the mean of those that have the elected sign", color=GREY)
-    return cut(axes, 40.2, "Two updates, added and by TIES")
+    return cut(axes, 40.2, "Two updates, added and by TIES", f"{'; '.join(said)}, the mean of those that have the elected sign.")

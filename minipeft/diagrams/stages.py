@@ -28,13 +28,15 @@ def rlhf_stages(config: Any) -> Any:
     Reward models count without their own head, which has as many numbers as the value's.
     """
     size = model_states(config)
-    axes = sheet()
+    axes, said = sheet(), []
     column = {name: 2.8 + 9.1 * i for i, name in enumerate(MODELS)}
     top = {0: 12.5, 1: 27.5, 2: 42.5}
     for name, x in column.items():
         words(axes, x + 4.2, 6.3, name, fontweight="bold")
     for i, (title, held) in enumerate(STAGES):
         total = sum(size[state] for state in held.values())
+        states = (f"{name} {'a trained head on the policy' if state == 'head' else state}" for name, state in held.items())
+        said.append(f"{title}: {', '.join(states)}; {_bytes(total)}.")
         words(axes, 2.8, top[i] - 2, title, ha="left")
         words(axes, 38.5, top[i] - 2, _bytes(total), ha="right", fontweight="bold")
         for name, x in column.items():
@@ -54,7 +56,8 @@ def rlhf_stages(config: Any) -> Any:
     line(axes, [(reward, top[1] + bottom), (reward, top[2])], **down)
     words(axes, 20, 52.3, "trained: weights, gradients, Adam's two moments.", color=GREY)
     words(axes, 20, 54.4, "frozen: weights alone. All in float32.", color=GREY)
-    return cut(axes, 56, "Three stages, four models")
+    said.append("The policy of stage 1 is copied three times: the reward model starts from it, and policy and reference of stage 3.")
+    return cut(axes, 56, "Three stages, four models", " ".join(said))
 
 
 def _bytes(n: int) -> str:

@@ -37,4 +37,8 @@ def low_rank(out_features: int, in_features: int, r: int) -> Any:
     if strip > thin:
         times = max(out_features, in_features) / r
         words(axes, WIDTH / 2, y + 9.7, f"To scale, a strip would be 1/{times:,.0f} as thick as it is long.", color=GREY)
-    return cut(axes, y + 11.5, "A square, and two strips beside it")
+    alt = (
+        f"W of {out_features:,} x {in_features:,}, {square:,} numbers, is stored once. Beside it stand two strips, stored for each task: "
+        f"B of {out_features:,} x {r} and A of {r} x {in_features:,}, {strips:,} numbers, {square / strips:,.0f} times fewer."
+    )
+    return cut(axes, y + 11.5, "A square, and two strips beside it", alt)
