@@ -3,7 +3,7 @@
 #
 # A language model reads a text and says what may come next. This lesson explains the
 # words that all later lessons use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up,
-# validation, seed. The code is plain NumPy, held against the library's functions.
+# validation, seed.
 #
 # You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook.
@@ -100,7 +100,8 @@ assert len(tokenizer.encode(" λόγος")) == 11
 # ## 2 · Logits, and softmax
 #
 # Given ids, the model returns for each position one number for each token of the vocabulary: a score of how well that
-# token fits as the next. Such a score is called a **logit**.
+# token fits as the next. Such a score is called a **logit**. The figure shows the path of one prediction; its last
+# step, the loss, is section 3's.
 
 # %%
 OPENING = "And it came to pass in those"
@@ -111,6 +112,7 @@ best = z.argsort()[::-1][:6]
 print(f"{ids.shape} ids -> {logits.shape} logits, from {z.min():.2f} to {z.max():.2f}")
 print("the largest:", ", ".join(f"{tokenizer.decode([i])!r} {z[i]:.2f}" for i in best))
 assert logits.shape == (*ids.shape, 2048) and z.min() < 0, "a logit is no probability"
+diagrams.prediction(base, tokenizer, OPENING, " days").savefig(OUT / "00_foundations_path.png")
 
 # %% [markdown]
 # **Softmax** turns logits into probabilities, numbers above zero that add up to 1:
@@ -138,7 +140,7 @@ assert softmax(2 * z)[best[0]] > p[best[0]] > softmax(z / 2)[best[0]]
 # %% [markdown]
 # Adding a number changes nothing: $e^{100}$ stands above and below the line. Only *differences* of logits count: token
 # $i$ is $e^{z_i - z_k}$ times as probable as token $k$. So `softmax` may subtract the largest logit, and no exponential
-# grows too large (see "Break it").
+# grows too large.
 #
 # Doubling makes the distribution sharper, and halving flatter. To sample a text from a model, divide the
 # logits by a **temperature** first: the rows `2 z` and `z / 2` have the temperatures 0.5 and 2. Toward 0 only the
@@ -152,8 +154,7 @@ assert softmax(2 * z)[best[0]] > p[best[0]] > softmax(z / 2)[best[0]]
 #
 # It is 0 if the model was certain and right, and grows without bound as $p$ goes to 0. The mean over all tokens of a
 # text but the first, which nothing predicts, is the **cross-entropy**. Its unit, with the natural logarithm, is the
-# **nat**. (With $\log_2$ it is the *bit*, and a bit is $\ln 2 = 0.693$ nats.) The figure shows the path of one
-# prediction.
+# **nat**. (With $\log_2$ it is the *bit*, and a bit is $\ln 2 = 0.693$ nats.)
 
 # %%
 def cross_entropy(logits, targets):
@@ -168,7 +169,6 @@ print(f"loss of {OPENING!r}: by hand {by_hand:.6f}, by the library {library:.6f}
 print(f"by model.loss {base.loss(ids, ids).item():.6f}")
 assert abs(by_hand - library) < 1e-12
 assert abs(by_hand - base.loss(ids, ids).item()) < 1e-5
-diagrams.prediction(base, tokenizer, OPENING, " days").savefig(OUT / "00_foundations_path.png")
 
 # %% [markdown]
 # To read a loss $L$, undo the logarithm. $e^{L}$ is the **perplexity**: a loss of $L$ is that of someone who guesses
@@ -261,7 +261,7 @@ assert np.isclose(loss_of(0 * W, pairs), math.log(27))
 #
 # what the model said minus what happened, so its entries add up to zero. The mean over all pairs of letters is the
 # expected counts minus the counts, divided by the number of pairs. Check it in two ways: raise one weight a little, and
-# let the library compute it (Lesson 1 shows how).
+# let the library compute it.
 
 # %%
 def gradient_of(W, counts):
@@ -443,10 +443,6 @@ assert turned[adam][0] > 2 * needed[adam][0] and turned[momentum] == needed[mome
 # proportion to $\sqrt\kappa$ (Polyak 1964). But Adam has a size for each *weight*. Where the steep direction is a
 # mixture of weights, it needs more than twice as many steps; momentum needs the same.
 #
-# In `gradient_of` a row's gradient is proportional to how often its letter occurs, so descent moves the rows of rare
-# letters slowly. Kunstner et al. (2024, arXiv:2402.19449) find that in language models, too, the loss of rare words
-# falls more slowly with gradient descent, and that Adam is less sensitive to this.
-#
 # **AdamW** (Loshchilov & Hutter 2019, arXiv:1711.05101), which later lessons use, adds **weight decay**: each step also
 # multiplies the weights by $1 - \eta\lambda$. To add $\lambda w$ to the gradient instead would divide the decay, too,
 # by $\sqrt v$.
@@ -576,8 +572,7 @@ assert abs((valid.mean() - 25) / math.sqrt(50 / 4) - 2.5) < 0.1 and abs(right.st
 #
 # Chance enters these runs in two places: the weights at the start, and the batches. A computer's random numbers come
 # from a formula, and the number that it starts from is the **seed**. With the same machine, library and number of
-# threads the same seed gives the same run, to the last bit. (On a GPU not always: where threads add to one number in no
-# fixed order, the rounding differs.)
+# threads the same seed gives the same run, to the last bit.
 #
 # **Predict:** a single run of each of two schedules. By how much must the losses differ to show which is better?
 
@@ -606,9 +601,8 @@ assert warm[0] > warm[1] > 0 and warm[0] < spread["constant"], "small, and yet c
 # %% [markdown]
 # By more than the seed alone changes it, and one run of each does not show how much that is. So later lessons run
 # several seeds and report a mean with its **confidence interval**: 95 of 100 such intervals contain the true mean, if
-# the values are normally distributed. (2.776 is Student's $t$ for five values. The normal distribution's 1.96 would be
-# too short, as five values give only a rough standard deviation.) If the interval of a difference contains zero, the
-# runs do not show which is better.
+# the values are normally distributed. (2.776 is Student's $t$ for five values.) If the interval of a difference
+# contains zero, the runs do not show which is better.
 #
 # Here both intervals lie above zero: decay lowers the loss, and warm-up *costs* a little. The interval shows so small a
 # cost because each difference is taken within a seed, where both runs began alike and drew the same batches.
@@ -684,7 +678,7 @@ assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 # The careless softmax divides infinity by infinity, since $e^{1000}$ overflows. (In float32 $e^{89}$ does, and
 # $e^{-104}$ is 0. So the logarithm of a softmax can be $-\infty$, and libraries compute it from the logits in one go,
 # as exercise 00.3 does.) Adam's first step is longer, 3.16 times: $m$ is a tenth of the gradient, but $\sqrt v$ only
-# $\sqrt{0.001} = 0.032$ of its size. This mistake raises no error.
+# $\sqrt{0.001} = 0.032$ of its size.
 #
 # ## Quiz
 #
@@ -756,7 +750,7 @@ assert np.allclose(louder_step, 1000 * step)
 # **00.4 Look ahead.** Nesterov's momentum walks along $g + \mu\, b$, with the new $b$, where momentum walks along $b$.
 # Write `nesterov(w, gradients, lr, mu)`: the weights after one step for each row of `gradients`, `[steps, n]`.
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **By source.** `minipeft.text.corpora.general_corpora("validation")` has the held-out text by its source. Compute
 #   the base's nats a token and bits a byte for each. Is the order the same?

@@ -7,7 +7,7 @@
 # wrong one.
 #
 # You need Lesson 0 (loss, gradient, weight, softmax) and, from school, the derivative and the chain rule. Reading takes
-# about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
+# about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
 # (under a minute), or open it as a notebook. Where a line begins with **Predict**, stop and write down your answer; the
 # next cell computes it.
 #

@@ -39,6 +39,13 @@ if REDUCED:
 # %% [markdown]
 # ## 1 · The stream, a norm, an MLP
 #
+# The shipped model, from token ids to logits, with the shape of each weight:
+
+# %%
+base = mp.load_base("numpy")[0]  # what is done by hand here is NumPy's
+diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
+
+# %% [markdown]
 # A token id (Lesson 0) picks a row of a table, the **embedding**: a vector of $d$ numbers. So $T$ tokens are an array
 # $x$ of $[T, d]$, the **residual stream**. Each of $L$ **blocks** reads the stream and *adds* to it, twice:
 #
@@ -48,15 +55,13 @@ if REDUCED:
 # product with a $[V, d]$ table make of each position a logit for each of the $V$ possible next tokens.
 #
 # A **norm** keeps the numbers of a position at one size. *RMS norm* divides by the root of the mean square and
-# multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the mean and adds a bias. Zhang & Sennrich
-# (2019, arXiv:1910.07467) report comparable results without these, in 7 % to 64 % less time. Both norms give the same
-# for $x$ and $10x$, but for the small $\epsilon$, so the derivative at $10x$ is a tenth of that at $x$.
+# multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the mean and adds a bias. Both norms give
+# the same for $x$ and $10x$, but for the small $\epsilon$, so the derivative at $10x$ is a tenth of that at $x$.
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
 # The **MLP** maps $d$ numbers to $m$, applies a nonlinearity, and maps back. This one makes two wide arrays. The first
-# is a *gate*: through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of the second. Shazeer (2020,
-# arXiv:2002.05202) finds such MLPs better at equal size, and offers no explanation.
+# is a *gate*: through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of the second.
 #
 # $$\mathrm{MLP}(h) = W_\text{down}\,\big(\mathrm{silu}(W_\text{gate}\, h) \cdot W_\text{up}\, h\big) .$$
 
@@ -71,7 +76,6 @@ def mlp(h, gate, up, down):  # [T, d] -> [T, d]; weights are stored as [outputs,
 
 
 rng = np.random.default_rng(0)
-base = mp.load_base("numpy")[0]  # what is done by hand here is NumPy's
 block = base.model.layers[0]
 x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
 scale, eps = block.input_layernorm.weight.numpy(), base.config.rms_norm_eps
@@ -84,14 +88,15 @@ print("MLP,  by hand against the library's:", np.abs(wide - ours).max())
 assert np.allclose(wide, ours, atol=1e-5)
 
 # %% [markdown]
-# The shipped model, from token ids to logits, with the shape of each weight:
-
-# %%
-diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
-
-# %% [markdown]
 # ## 2 · Attention by hand
 #
+# In the figure a filled square says that the token of its row sees that of its column. (The prefix belongs to Lesson 6,
+# packing to Lesson 8.)
+
+# %%
+diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
+
+# %% [markdown]
 # From its normed stream $h_t$, each position $t$ makes three vectors of $D$ numbers: a **query** (what am I looking
 # for?), a **key** (what is here?) and a **value** (what do I hand over?):
 #
@@ -145,20 +150,14 @@ assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 # $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided, such scores
 # put most of the weight on one of 16 keys. The derivative of weight $a_i$ by score $j$ is $a_i (\delta_{ij} - a_j)$,
 # with $\delta_{ii} = 1$ and else 0. Where one weight is near 1, all of these are near 0, and $W_q$ and
-# $W_k$ hardly learn (Vaswani et al., section 3.2.1). In the figure a filled square says that the token of its row sees
-# that of its column. (The prefix belongs to Lesson 6, packing to Lesson 8.)
-
-# %%
-diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
-
-# %% [markdown]
+# $W_k$ hardly learn (Vaswani et al., section 3.2.1).
+#
 # ## 3 · Rotary positions: only distances matter
 #
 # In $q_t \cdot k_s$ no position stands: swap two earlier tokens, and a single attention layer hands the last position
-# the same sum. (Several layers under a causal mask can recover order: Kazemnejad et al. 2023, arXiv:2305.19466.) GPT-2
-# adds a trained vector for each position to the embedding. Llama rotates (Su et al. 2021, arXiv:2104.09864): it reads
-# two numbers of $q$, and the same two of $k$, as real and imaginary part of one complex number, and turns it by an
-# angle proportional to the position,
+# the same sum. GPT-2 adds a trained vector for each position to the embedding. Llama rotates (Su et al. 2021,
+# arXiv:2104.09864): it reads two numbers of $q$, and the same two of $k$, as real and imaginary part of one complex
+# number, and turns it by an angle proportional to the position,
 #
 # $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
 #   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
@@ -268,8 +267,7 @@ assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3 and a
 # gradient by its size (section 1). In post-norm each norm sets the stream back to 1, and near the output the gradient
 # is about as large after 64 blocks as after 4. Xiong et al. (2020, arXiv:2002.04745) bound both. A full learning rate
 # on such gradients makes training unstable, they argue, hence the warm-up (Lesson 0); their pre-norm models train
-# comparably well without. (Against the growth, GPT-2 divides the initial weights of the matrices that write to the
-# stream by $\sqrt{2L}$.)
+# comparably well without.
 #
 # ### Its parameters, counted twice
 #
@@ -283,8 +281,6 @@ assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3 and a
 # are **tied**, which saves $Vd$.) A Llama has, with $V' = V$ if tied and $2V$ if not,
 #
 # $$V'd + L\,(2\,d\,HD + 2\,d\,KD + 3\,d\,m + 2d) + d .$$
-#
-# With three matrices in the MLP, $m = \frac83 d$ costs as much as two at $m = 4d$; Llama 2 7B rounds it up to 11,008.
 #
 # For each token, each number of a matrix takes one multiplication and one addition: $2N$ operations for $N$ numbers.
 # Attention at position $t$ takes $4LHDt$ more, half for the scores and half for the average of the values, so over a
@@ -466,8 +462,7 @@ assert np.array_equal(written, without) and (REDUCED or copied > 0.95)
 # al. 2020, arXiv:1904.09751), so one draws. **Temperature** $\tau$ divides the logits, which raises the ratio of two
 # probabilities to the power $1/\tau$: a small $\tau$ nears greedy, a large one the uniform distribution, and no token
 # is excluded. **Top-k** keeps the $k$ likeliest tokens, **top-p** the fewest likeliest whose probabilities sum to at
-# least $p$. Both set the rest to 0 and rescale what they keep, so its ratios stay. Hugging Face's `generate` applies
-# the three in this order.
+# least $p$. Both set the rest to 0 and rescale what they keep, so its ratios stay.
 #
 # **Predict:** of six tokens, how many do top-k of 3 and top-p of 0.9 keep where the model is sure, and where it is not?
 
@@ -553,7 +548,7 @@ class NoMask(mp.nn.Module):
     def forward(self, x, context, layer, rng):
         a, (B, T, _) = self.attention, x.shape
         q, k, v = (p(x).reshape(B, T, -1, a.head_dim).swapaxes(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
-        q, k = (F.rope(y, *context.rotation) for y in (q, k))
+        q, k = (F.rope(y, *context.rotation) for y in (q, k))  # cos and sin of every position's angles, section 3
         return a.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=False).swapaxes(1, 2).reshape(B, T, -1))
 
 
@@ -694,7 +689,7 @@ print("picture:", OUT / "02_transformer.png")
 # **02.3 The mask.** Write `attention_weights(scores)`: from the scores $q_t \cdot k_s / \sqrt D$ of one head, `[T, T]`,
 # the weights $a_{ts}$, causal, each row with the sum 1. (Scores may be large.)
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Two layers.** Let the period vary from row to row, from 8 to 16. Now the model needs an induction head. How many
 #   more steps does it take, and which head of the first layer looks one back?

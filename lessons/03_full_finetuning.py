@@ -62,8 +62,8 @@ print(f"\n{train_records[0].prompt}{train_records[0].completion}")
 
 # %% [markdown]
 # What of this shall the model learn? Whoever asks will type the prompt. So each token has a **label**: in the
-# completion the token itself, in the prompt $-100$, which the loss ignores. (Lesson 8 compares this with learning the
-# prompt too.) The token $x_t$ is predicted from those before it:
+# completion the token itself, in the prompt $-100$, which the loss ignores. The token $x_t$ is predicted from those
+# before it:
 
 # %%
 ids, labels = train_examples[0]
@@ -211,9 +211,7 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 # everything (*LP-FT*), beats full fine-tuning by 1 % and 10 %.
 #
 # A milder remedy is a rate for each part, as in PyTorch:
-# `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`. ULMFiT (Howard & Ruder 2018,
-# arXiv:1801.06146) divides the rate by 2.6 from each layer to the next lower one (*discriminative fine-tuning*), as
-# lower layers hold what is more general, and unfreezes them one by one from the top.
+# `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`.
 #
 # ## Step 3 · Train: and which learning rate?
 #
@@ -270,8 +268,9 @@ assert too_long.min() > 3 and too_long.max() < 7
 #
 # **Which rate?** Measure the same 20 steps at rates from much too small to much too large, and for each the held-out
 # loss on the task, that on general text, and the *way*, the norm of the change beside that of the weights. The rate is
-# that of the peak, after three steps of warm-up and before the decay. The 20 steps of 16 are one pass over the 320
-# verses; with more passes, watch the held-out loss for overfitting (Lesson 0, section 8).
+# that of the peak, after three steps of warm-up, which begins at 0, so that the first step moves nothing, and before
+# the decay. The 20 steps of 16 are one pass over the 320 verses; with more passes, watch the held-out loss for
+# overfitting (Lesson 0, section 8).
 #
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
 
@@ -483,10 +482,6 @@ assert 2e-5 < 0.5 * 2.0 ** (math.floor(math.log2(0.02)) - 7), "less than half th
 # the copy it is 12, or 8 in PyTorch, whose AdamW keeps the moments in the weight's type. But near 0.02 the numbers of
 # bfloat16 are 0.00012 apart. A step of 2e-5 is rounded away there, and the weight stays (Lesson 17, section 3).
 #
-# Three ways to train all weights in less: *checkpointing* computes activations again instead of keeping them (Lesson
-# 12, section 4), Adam's moments fit in 8 bits (Dettmers et al. 2021, arXiv:2110.02861), and ZeRO splits weights,
-# gradients and moments among GPUs (Rajbhandari et al. 2019, arXiv:1910.02054).
-#
 # ## A batch that does not fit: gradient accumulation
 #
 # If 16 sequences are too many at once, take 4 times 4 and add the gradients up. But the loss is a mean over *tokens*,
@@ -513,8 +508,7 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 # %% [markdown]
 # Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding, and clipped once. The memory
 # of activations and logits shrinks to a quarter; that of weights, gradient and moments does not, and the work stays the
-# same. Until October 2024 the Trainer of Hugging Face's transformers took the plain mean ("Fixing Gradient
-# Accumulation", huggingface.co/blog/gradient_accumulation).
+# same.
 #
 # ## The league: how methods are compared
 #
@@ -663,7 +657,7 @@ if not REDUCED:
 # **03.4 Who knows nothing.** What is the loss, in nats a token, of a model that gives all 2048 tokens of the vocabulary
 # the same probability? (The base began at less than half of it.)
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Learn the prompts too.** Set `labels = input_ids` and train again. Is the held-out loss of the completions better
 #   or worse after the same number of steps, and what happens to the forgetting?

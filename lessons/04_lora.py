@@ -156,9 +156,8 @@ for step in (1, 2):
 #            = -\eta\, \frac{\alpha}{r} \sum_{i=1}^{d} \sum_{j=1}^{r} \left| (G A^\top)_{ij} \right| .$$
 #
 # The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
-# step changes the loss about equally at every rank.* (It moves each weight by less at a high rank, as $1/\sqrt r$;
-# rsLoRA divides $\alpha$ by $\sqrt r$ instead: Lesson 18, section 2.) Measured on a batch of Lesson 3's task, and
-# beside it a popular rule, $\alpha = 2r$.
+# step changes the loss about equally at every rank.* Measured on a batch of Lesson 3's task, and beside it a popular
+# rule, $\alpha = 2r$.
 #
 # **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
@@ -188,8 +187,7 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 # %% [markdown]
 # About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
 # tuning $\alpha$ is "roughly the same as tuning the learning rate if we scale the initialization appropriately" (the
-# paper, section 4.1). With $A$'s start left alone it is the rate of $B$ only: $\alpha$ doubled doubles what $B$ does,
-# and $B$'s gradient, whose size Adam cancels (run in Lesson 18, section 4).
+# paper, section 4.1).
 #
 # ## 4 · The layer as textbooks print it
 #
@@ -251,8 +249,7 @@ for targets in (["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], 
 
 # %% [markdown]
 # The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2's code has q, k and v in one
-# matrix, `c_attn`, as has the library's GPT-3; `enable_lora`, of the paper's own code, adapts q and v of it. PEFT puts
-# one $A$ and one $B$ of $3d$ rows there, so q, k and v share the $r$ numbers of $Ax$.)
+# matrix, `c_attn`, as has the library's GPT-3; `enable_lora`, of the paper's own code, adapts q and v of it.)
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many are trained with $r = 1$?
 
@@ -318,9 +315,8 @@ for name, (layer, predicted) in layers.items():
 # %% [markdown]
 # It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). "LoRA needs no activations of the
 # frozen weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is the gradient and the
-# optimizer's two moments. ($q$, $k$ and $v$ read the same $x$, which is kept once. `lora_dropout` drops elements of $x$
-# on the way to $A$ alone; then each adapter keeps its own.) Now a whole step, measured line by line, with an assertion
-# that `memory_ledger` predicts each from shapes.
+# optimizer's two moments. Now a whole step, measured line by line, with an assertion that `memory_ledger` predicts each
+# from shapes.
 #
 # **Predict:** with LoRA on all layers, do the activations take less memory than in full fine-tuning, or more?
 
@@ -722,7 +718,7 @@ print("picture:", OUT / "04_lora.png")
 # **04.4 The same first step.** With $r = 8$ and $\alpha = 16$ a learning rate was found. Now $r = 64$ is to be tried.
 # Which $\alpha$ makes the first step change the loss as much as it did (section 3)?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Is $A$ needed?** Freeze $A$ at its random values and train $B$ alone (LoRA-FA, Zhang et al. 2023,
 #   arXiv:2308.03303): section 6 says what that saves, namely $x$. Use $r = 16$ to have about as many trained parameters. How

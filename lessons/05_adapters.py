@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 18 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 19 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. Where a line
 # begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -497,7 +497,7 @@ print("picture:", OUT / "05_adapters.png")
 # mergeable. Write `merge(W, b, down, b_down, up, b_up)`, which returns the weight and the bias of one linear layer that
 # does the same. What becomes of the residual $h$?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Only above.** Put adapters on the upper three layers only (`layers_to_transform=[3, 4, 5]`). How much of the gain
 #   remains?

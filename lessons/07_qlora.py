@@ -10,7 +10,7 @@
 # training run, say why the four-bit weights are not trained themselves, and tell which merge keeps what the adapter has
 # learned.
 #
-# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 21 minutes (200 words or 25 lines of code a
+# You need Lessons 0 (loss, interval), 3 and 4 (LoRA). Reading takes about 22 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/07_qlora.py` (a minute on two cores), or open it as a notebook.
 # Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -532,7 +532,7 @@ figure.savefig(OUT / "07_qlora.png", dpi=120)
 # with the same $p$: half of the points above zero, and one fewer below. Then quantize `W` by hand with its eight
 # points: how much larger is the error for one bit less?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **The best sixteen.** Start from NF4's points and run a few rounds of k-means on `scaled`. How much smaller does the
 #   error get, and is the new code book still a good one for another model's weights?

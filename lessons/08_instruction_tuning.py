@@ -7,8 +7,7 @@
 # a good answer. SFT imitates. Which of two answers is better the later stages learn, a reward model and reinforcement
 # learning from human feedback, RLHF (Lessons 9 and 10). InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
 # validation loss rose after the first, and yet more epochs gave answers that people preferred (their sections 3.2 and
-# 3.5): the loss is not the aim. (It also rises where a model gets surer of its own wording, which need not make answers
-# worse.)
+# 3.5): the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, so that the model learns to follow instructions and not a single task. Three things can be new to a tuned
@@ -227,9 +226,8 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
 # More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
-# decreasing: each, the longest first, goes where the least room is left. Longer rows waste less, but attention grows
-# with their square. And where a batch is a number of *rows*, as in TRL, it now holds more records: fewer steps an
-# epoch.
+# decreasing: each, the longest first, goes where the least room is left. And where a batch is a number of *rows*, as in
+# TRL, it now holds more records: fewer steps an epoch.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
@@ -390,9 +388,6 @@ for name in ("source", "part-of-speech"):
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all answers
 # end. But none of the answers that are checked is right. What carried over is the form: something short, and then the
 # end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
-# (FLAN's models of up to eight billion parameters got *worse* on new tasks, larger ones better: figure 7. The authors
-# suspect that the trained tasks fill a small one.)
-#
 # On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
 # text far more often right than one that always gives the same answer. For parts of speech that is undecided.
 
@@ -421,11 +416,11 @@ if not REDUCED:
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA, of 65 billion parameters, was tuned on 1,000 chosen
-# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. More diverse and better
-# records helped it, more of the same hardly. A fact is what a word means (`define`) or how a verse goes on
-# (`continue`). A model *knows* it if, of four words or beginnings, the right one makes the meaning or the end
-# likeliest; a guess is right once in four. It is *asked* by an instruction, or *in the base's own text*, as by "stone
-# (noun):". One model is tuned on the tested facts, and so *told* them; one on *other* facts.
+# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. A fact is what a word means
+# (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the right one
+# makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an instruction, or *in the
+# base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on *other*
+# facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
@@ -500,15 +495,13 @@ if not REDUCED:
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, since it gets fewer records, and lower the mean loss on the three new
-# tasks, from one task to three to seven. FLAN's figure 6 shows the latter at scale. (Intervals are over seeds: other
-# new tasks might tell otherwise.)
+# tasks, from one task to three to seven. (Intervals are over seeds: other new tasks might tell otherwise.)
 #
 # **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
-# is undecided. In FLAN more phrasings hardly mattered beside more data sets (appendix B.1).
+# is undecided.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks: answers are a small share of that loss. At the new
-# ones it is undecided. (Shi et al. 2024, arXiv:2405.14394, report gains from it where prompts are long beside their
-# answers, or records few.)
+# ones it is undecided.
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -608,11 +601,10 @@ if not REDUCED:
 
 # %% [markdown]
 # With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
-# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. (Its loss counts another
-# end, which the base does not know.) With `transformers` two slips change the prompt: without
-# `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
-# get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
-# (huggingface.co/docs/transformers/chat_templating).
+# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. With `transformers` two
+# slips change the prompt: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat
+# already written out by the template can get a second beginning-of-sequence token, unless it is encoded with
+# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.
@@ -709,7 +701,7 @@ if not REDUCED:
 # **08.3 Where the answer begins.** Write `answer_begins(prompt, whole)`: given the tokens of the prompt and those of
 # prompt and answer together, two lists, the index in `whole` at which the answer begins.
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **A mean of means.** Average the loss of each *record* instead of each token (a `loss` and a `collate` of your own
 #   for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.

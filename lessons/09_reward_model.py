@@ -73,17 +73,16 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order
-# (halved by the mean). It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so each
-# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. Lesson 10 does not mind: a
-# constant added to all answers of a prompt does not change which of them is best.
+# The second: the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order.
+# It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so each prompt has a zero of its
+# own: no loss compares the rewards of answers to two prompts. Lesson 10 does not mind: a constant added to all answers
+# of a prompt does not change which of them is best.
 #
 # **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
 # the gradient is zero, and as the loss is convex in the rewards, this is its minimum: the model says 0.5 where two of
 # three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best, and Munos et al.
-# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium. Even without a circle it can fail:
-# the log-odds of A over C must be those of A over B plus those of B over C.
+# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium.
 #
 # Two optional refinements: a **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et al.
 # 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
@@ -202,9 +201,8 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %% [markdown]
 # ## 5 · Train, and what labels are worth
 #
-# InstructGPT has one reward model of 6 billion parameters for all policies: one of 175 billion costs more and could be
-# unstable. More than one pass overfitted (section 3.5, appendix C.2). A head alone shows why. It has 32 random features
-# for each of 20 pairs, and a coin has chosen the winners, so there is nothing to learn.
+# InstructGPT's reward model overfitted in more than one pass (section 3.5, appendix C.2). A head alone shows why. It
+# has 32 random features for each of 20 pairs, and a coin has chosen the winners, so there is nothing to learn.
 
 # %%
 rng = np.random.default_rng(0)
@@ -373,10 +371,10 @@ for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100
 #
 # ## 6 · Labels from a model that follows principles
 #
-# People cost money. Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in their
-# place: it reads written **principles**, and two answers, and says which follows them better. The rest of the chain
-# stays as it is; with such labels it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, and the
-# principles are that chain's gold, in words:
+# Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in their place: it reads written
+# **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is; with such
+# labels it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, and the principles are that
+# chain's gold, in words:
 
 # %%
 print(constitution.PRINCIPLES)
@@ -384,8 +382,7 @@ print(constitution.PRINCIPLES)
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
 # answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks
-# for the first answer is $(d - d')/2$, from which the preference for a letter drops out. (Lee et al. 2023,
-# arXiv:2309.00267, average probabilities, and train on the mean as a soft label: cross-entropy in place of one winner.)
+# for the first answer is $(d - d')/2$, from which the preference for a letter drops out.
 #
 # It is asked after two examples, the best of four forms on another seed (`minipeft/claims/constitution.py`).
 #
@@ -410,8 +407,8 @@ for arm in constitution.ARMS:
 # answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's,
 # which likes something by chance, and takes the extreme of it. But a random choice among the 16 is the SFT model
 # itself, and beside it neither the judge nor the rater gains anything that shows. PPO on its labels loses (the card).
-# With a large judge Lee et al. find such feedback about as good as people's: people prefer either policy's summaries to
-# the SFT model's in some 70 %.
+# With a large judge Lee et al. 2023 (arXiv:2309.00267) find such feedback about as good as people's: people prefer
+# either policy's summaries to the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -552,9 +549,7 @@ if not REDUCED:
 # In training the longer one won a few more pairs than the shorter one. On the held-out pairs the gold likes both alike,
 # and the judge takes the longer one far more often. (Some of this the fresh head may have by chance.) Singhal et al.
 # 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that a reward of length alone brings
-# most of RLHF's improvement. To repair it, balance the lengths of the training pairs, or train two heads on the same
-# features, one to follow length and one to be uncorrelated with it, and drop the first (ODIN, Chen et al. 2024,
-# arXiv:2402.07319).
+# most of RLHF's improvement. To repair it, balance the lengths of the training pairs (more in Lesson 11, section 5).
 #
 # Nonsense as such does not please this judge: fewer than one in ten of these texts pass the bar. But whoever looks for
 # the best has one that beats nine in ten answers, and nothing in the reward tells the two apart. A policy that is
@@ -653,7 +648,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # **09.4 How honest?** Write `calibration_error(predicted, observed, count)`, the expected calibration error of section
 # 7, from three vectors.
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Pairs or rankings?** Train on as many *pairs* as `Run(300)` sees, each from a prompt of its own (K = 2). What did
 #   the pairs that share a text cost in accuracy, and what did they save in labels and in time?

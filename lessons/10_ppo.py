@@ -53,9 +53,9 @@ if REDUCED:
 # %% [markdown]
 # *Reinforcement learning from human feedback* (Ouyang et al. 2022, arXiv:2203.02155) has three stages: fine-tuning on
 # demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the **policy**, which
-# is trained; the **reference**, a frozen copy of its start (with LoRA, TRL takes the policy with its adapters off); the
-# **reward model**, or judge; and a **value model**, here a linear layer on the policy (section 5). In the figure, those
-# that a stage holds in memory are filled, in bytes of the shipped base without activations.
+# is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a **value model**,
+# here a linear layer on the policy (section 5). In the figure, those that a stage holds in memory are filled, in bytes
+# of the shipped base without activations.
 
 # %%
 diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
@@ -224,9 +224,8 @@ assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k
 # A token is pushed by the rewards from it on, since it cannot change earlier ones. Its baseline may depend on all that
 # stands before it: the **value** $V_t$ guesses, before $y_t$ is drawn, what is still to come. Here a linear layer on
 # the policy's last hidden states, the **value head**, gives it. It starts at 0, and its loss moves the policy's
-# weights, too. (InstructGPT has a separate value network, which starts as the reward model.) *Generalized advantage
-# estimation* (Schulman et al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the
-# answer:
+# weights, too. *Generalized advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) sums what happened minus
+# what was expected over the rest of the answer:
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
 #
@@ -251,8 +250,6 @@ assert abs(first[0.95].std() / first[1.0].std() - 2 / 3) < 0.02
 # error, and here two thirds of the noise.
 #
 # Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation.
-# The test values below have results that were computed without this library.
-#
 # **Predict:** does whitening make the scale of the score, or a constant added to it, irrelevant?
 
 # %%
@@ -288,13 +285,12 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # %% [markdown]
 # ## 6 · The loss: no incentive beyond twenty percent
 #
-# Answers are expensive: drawn token by token, they take 80 % of RLHF's time (README of OpenRLHF). So a batch serves for
-# several steps: InstructGPT's 512 answers in eight minibatches, once (appendix C.4); section 7's 32 in two, twice.
-# After the first step the policy has moved away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t =
-# \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects for it, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}}
-# \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy
-# gradient of section 1. Deep in an answer it is an approximation, since the tokens before were drawn by
-# $\pi_{\text{old}}$, too. The exact ratio is the product over them all, whose variance grows with the length.
+# Answers are expensive: they are drawn token by token. So a batch serves for several steps: InstructGPT's 512 answers
+# in eight minibatches, once (appendix C.4); section 7's 32 in two, twice. After the first step the policy has moved
+# away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects
+# for it, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its
+# gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an
+# approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too.
 #
 # So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
 # move a token further than $\varepsilon = 0.2$, InstructGPT's, too, on the strength of old answers; where a curve of
@@ -336,9 +332,9 @@ assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "go
 # weights.
 #
 # The value head is clipped in the same way, lest a batch move the baseline far; that is in OpenAI's code, as is the
-# weight 0.1, and not in the paper (Huang et al. 2024, arXiv:2403.17031). In robot control clipping the values made
-# things worse (Andrychowicz et al. 2020, arXiv:2006.05990). The whole loss is the mean of the policy loss over all
-# tokens, with $A$ whitened, plus
+# weight 0.1, and not in the paper (Huang et al. 2024, arXiv:2403.17031). (InstructGPT's PPO-ptx, eq. 2, adds to what
+# PPO maximizes the log-likelihood of pretraining text, times $\gamma$; this package does not.) The whole loss is the
+# mean of the policy loss over all tokens, with $A$ whitened, plus
 #
 # $$0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
 
@@ -367,8 +363,7 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 # %% [markdown]
 # The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
 # Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
-# every ratio is 1. One that is not betrays dropout or wrong positions. (It cannot see another temperature in sampling,
-# nor that an inference engine rounds otherwise: $\pi_{\text{old}}$ is computed anew from the answers.)
+# every ratio is 1. One that is not betrays dropout or wrong positions.
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
 # of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
@@ -395,6 +390,7 @@ for r in history:  # the first minibatch of each update was checked while it ran
 if not REDUCED:
     start, end = (np.mean([r["objective/scores"] for r in part]) for part in (history[:4], history[-4:]))
     assert end > start + 0.25, "what is optimized rises"
+    assert 0.2 < history[0]["policy/clipfrac"] < 0.4, "no warm-up"
     assert sum(r["num_eos"] for r in history[-4:]) < sum(r["num_eos"] for r in history[:4]), "fewer answers end"
 
 for name, model in (("before", base), ("after", policy)):
@@ -403,7 +399,8 @@ for name, model in (("before", base), ("after", policy)):
 
 # %% [markdown]
 # Word salad before, other word salad after, at a higher score of a poor judge. Fewer answers end; nothing in the reward
-# asks for an end. What is missing is a model that can answer at all, and a reward that asks for what one sees.
+# asks for an end. (In update 1 about three tokens in ten are clipped: the rate is constant, and Adam's first steps have
+# full length.) What is missing is a model that can answer at all, and a reward that asks for what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -448,8 +445,7 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # The best of 16 has. With a price of KL of 0.05, PPO earns clearly more gold than the SFT model it starts from; than
 # SFT at ten times its rate, not clearly (no rate here was tuned). Choosing among 16 answers of the SFT model by the
 # same judge brings more, at a smaller KL. It costs 16 answers for each one that is given, every time; PPO pays once,
-# with 1,024 answers here. Without a price the policy is 25 nats away after 32 updates, and its gold cannot be told from
-# the start's (Lesson 11).
+# with 1,024 answers here.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
@@ -473,11 +469,8 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 #
 # RLOO leaves the answer out of its own baseline (section 2). GRPO does not, but $r - \bar r$ is $(k-1)/k$ of RLOO's
 # advantage: a shorter step, no more. Where all scores of a group are equal, only the price of KL is left to learn from;
-# DAPO (Yu et al. 2025, arXiv:2503.14476) draws others instead. Divided by $s$, groups whose answers hardly differ count
-# as much as others. And under GRPO's mean over an answer's tokens, each token of a long answer counts less, so a long
-# wrong answer is punished less per token. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out. TRL's
-# `GRPOTrainer` by default takes DAPO's mean over all tokens of the batch, and no price of KL (`beta=0`), hence no
-# reference. RLOO's paper has no ratio and no clip; the ratio is TRL's.
+# Divided by $s$, groups whose answers hardly differ count as much as others. And under GRPO's mean over an answer's
+# tokens, each token of a long answer counts less. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out.
 #
 # A KL in the *reward* is a number that multiplies $\nabla \log \pi$. A KL in the *loss* is differentiated itself, with
 # the drawn answers held fixed. But $\nabla E_\pi[k] = E_\pi[\nabla k] + E_\pi[k\, \nabla \log \pi]$, and such a loss
@@ -541,7 +534,8 @@ assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neit
 
 # %% [markdown]
 # All three raise the judge's reward in every seed, and leave the base. In reward and gold, RLOO and GRPO differ from
-# PPO by less than the interval. They need no value head, but several answers to each prompt.
+# PPO by less than the interval. (All have $\beta = 0.05$, which is not one price: PPO and RLOO multiply by it an
+# answer's KL, in units of the score; GRPO a $k_3$ per token, beside standardized advantages.)
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
@@ -657,7 +651,7 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 # **10.5 Two answers.** A policy gives one answer with probability 0.8 (reward 1) and another with 0.2 (reward 0). What
 # is the derivative of the expected reward by the first one's logit?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **LoRA.** Give `PPOTrainer` the policy `mp.get_peft_model(base, mp.LoraConfig(target_modules="all-linear"))` and ten
 #   times the learning rate. Which arrays do policy and reference share? How does reward per KL compare?

@@ -140,8 +140,7 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained.
 # With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa, Thomas & Garriga-Alonso 2024
 # (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, and if the gold's own tail is
-# light, no more gold than the base's; under light-tailed, independent ones a lower price brings ever more gold. The
-# reward models that they measured look light-tailed, but off the known ground errors need not be independent.
+# light, no more gold than the base's; under light-tailed, independent ones a lower price brings ever more gold.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -259,12 +258,10 @@ if not REDUCED:
 # $\sigma_g^2/\beta$, at a KL of $(\sigma_g^2 + \sigma_e^2)/2\beta^2$: linearly in $d$.
 #
 # What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
-# judge; below about 2,000 they find little better than chance (300 rankings are 1,800 pairs, but not independent ones).
-# A larger *policy* starts better and gains less, but its proxy and gold part about as far. And RL spends far more KL
-# than the best of $n$ for the same gold, and for the same harm. The objective is not to blame, for its optimum has the
-# most proxy of all policies at its KL. But KL counts every change, also one that no score sees, while the best of $n$
-# makes no answer more than $n$ times as likely. So KL does not compare methods; plotted against the *proxy*, their gold
-# is more alike.
+# judge; below about 2,000 they find little better than chance. And RL spends far more KL than the best of $n$ for the
+# same gold, and for the same harm. The objective is not to blame, for its optimum has the most proxy of all policies at
+# its KL. But KL counts every change, also one that no score sees, while the best of $n$ makes no answer more than $n$
+# times as likely. So KL does not compare methods; plotted against the *proxy*, their gold is more alike.
 #
 # Single updates are noisy. So we ask the gold as the mean of five: it *turns* where it falls from its best by more than
 # three standard errors, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is
@@ -407,8 +404,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
 # that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
-# best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL. And where PPO has
-# spent as much KL, it has less of the proxy, too, on average.
+# best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL.
 #
 # The verdict asks of *each* judge that both move clearly from the gold's peak on; it names those with which they do.
 
@@ -495,6 +491,7 @@ able = accuracy > GOOD
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
 assert (high["second"] < cheap["second"]).all(), "and a high one below it"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
+assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > on_chain[0.0].low
 
@@ -507,21 +504,21 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 #   one in every seed, clearly in one. On the chain, too, the small price ends clearly above the
 #   SFT model, and no price does not.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
-#   clearly in the second gold.
+#   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
+#   of 12 to 37. Whether it costs gold because it goes less far was not measured.
 # - An **early stop** ends the run at a given KL (`stop_kl`), and spares the updates after it. In the setting of Gao et
 #   al. a price has more proxy at the same KL than none, but no more gold: it acts like an early stop.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that RLHF's
 #   gains came in large part from longer answers. One may balance the pairs, so that the shorter answer wins as often,
-#   or charge for length, which also punishes answers that say more. Both, they find, curb the growth, but not in every
-#   setting. Or the judge gets a second head that takes up the length and is thrown away (Chen et al. 2024,
-#   arXiv:2402.07319).
+#   or charge for length, which also punishes answers that say more. Or the judge gets a second head that takes up the
+#   length and is thrown away (Chen et al. 2024, arXiv:2402.07319).
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
 # comparisons of the policy's own answers do, made where the judge errs now: Bai et al. 2022 (arXiv:2204.05862) train
-# judge and policy again every week, on new labels that people must give. Gao et al. expect from it less of the extremal
-# part, but not of the regressional one. Where a rule can check the answer, it may replace the judge: DeepSeek-R1-Zero
-# (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open. And DPO (Lesson
-# 20), which has no separate judge, gets worse at high KL, too (Rafailov et al. 2024, arXiv:2406.02900).
+# judge and policy again every week, on new labels that people must give. Where a rule can check the answer, it may
+# replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not
+# check stays open. And DPO (Lesson 20), which has no separate judge, gets worse at high KL, too (Rafailov et al. 2024,
+# arXiv:2406.02900).
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
@@ -557,13 +554,8 @@ if not REDUCED:
 # **ensemble** uses the difference: judges agree where they saw comparisons, and part where they guess. Coste et al.
 # 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of
 # their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together with a small price
-# of KL; each further judge costs its training and scoring. But if the errors of $k$ judges have the variance $\sigma^2$
-# and the correlation $\rho$, their mean has $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no
-# disagreement shows it. Judges from different pretraining seeds do better than judges from one base, as ours are, and
-# even they are hacked together (Eisenstein et al. 2023, arXiv:2312.09244).
-#
-# Now break it yourself: optimize the minimum of the two judges. Is it an honest judge, or only a slower way to the same
-# place?
+# of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, their mean has
+# $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
@@ -631,7 +623,7 @@ if not REDUCED:
 # **11.3 What a long way costs.** A policy is 66 nats from the reference. How many units of reward must the proxy have
 # gained there for the objective at $\beta = 0.2$ to be no lower than at the start?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **A better judge.** Train one from 3000 rankings. Does the gold rise earlier along $\sqrt{KL}$? Does the text get
 #   better?

@@ -3,12 +3,11 @@
 #
 # Papers state numbers of trained parameters, bytes of memory and operations. Most follow from a model's shapes and a
 # method's options. This lesson recomputes famous ones, finds three slips in the literature, derives what a training
-# step keeps in memory, and compares its predictions with measurements, its own and others'.
+# step keeps in memory, and compares its predictions with measurements.
 #
 # You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
-# as a notebook. At the terminal: `minipeft count`, `memory` and `audit`. *This engine* is the package's own, of Lessons
-# 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.
+# as a notebook. *This engine* is the package's own, of Lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.
 #
 # Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes
 # (`lessons/out`).
@@ -184,18 +183,16 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 #
 # ZeRO (Rajbhandari et al. 2019, section 3.1) counts 16; QLoRA (Dettmers et al. 2023, section 1) has "more than 780 GB"
 # for 65B, which is 12. Why the copy, called *master*? In 16 bits an update much smaller than the weight is rounded
-# away, at every step; the copy collects such updates (Lesson 17 trains without and with one). PyTorch's `autocast`
-# comes to 16, too: it has all four in float32, and 16-bit casts besides. (LoRA's paper gives 1.2 TB for GPT-3, section
-# 4.2. That is 6.9 bytes a parameter, and no such sum.)
+# away, at every step; the copy collects such updates (Lesson 17).
 #
 # 8-bit Adam (Dettmers et al. 2021, arXiv:2110.02861) stores each moment in a byte, and bitsandbytes adds a float32
 # scale for 256 of them: 2.03 bytes in place of 8. Among $n$ GPUs, ZeRO splits the 12 bytes of master and moments (stage
 # 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the weights (stage 3, as
 # PyTorch's FSDP does: $16/n$).
 #
-# A frozen parameter costs its storage alone: 2 bytes (GPT-3: the 350 GB of LoRA's paper), or in QLoRA's four bits
-# (*NF4*) a little more than half a byte, for a block of 64 weights shares a scale, and scales are packed too (Lesson
-# 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$ bits.
+# A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
+# for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
+# bits.
 #
 # **Predict:** LLaMA has 65 billion parameters. With LoRA of rank 64, in 16 bits or in NF4: which fits on a GPU of 48
 # GB?
@@ -340,8 +337,7 @@ assert in_pytorch(mine, linear_all) < rows["full"][2] < in_pytorch(mine, linear_
 # their inputs' gradients, and attention's own output, does not depend on which weights are trained. So LoRA saves few activations; with dropout
 # before $A$ each adapted layer keeps a copy of its input and a mask, on all layers more than full fine-tuning.
 # *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves most: each block keeps its input alone, $h$ numbers, and
-# backward computes one block at a time once more, which costs a second forward pass (section 7). (With every
-# $\sqrt{L}$-th input alone, memory grows as $\sqrt{L}$.)
+# backward computes one block at a time once more, which costs a second forward pass (section 7).
 #
 # ## 5 · Two ledgers
 #
@@ -430,11 +426,11 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 # peak to backward, where one block, computed again, keeps its softmax; nor with logits that are "never whole" but made
 # piece by piece.
 #
-# LLaMA-65B takes other sums than in section 3: in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too (8 bytes
-# in all); its default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA,
-# which runs the GPU, takes 0.4 GB; and 5 % (*headroom*) are added for gaps, as an allocator hands memory out in pieces.
-# So QLoRA's "65B on 48 GB" holds for states that are *paged*, as the paper has them (they move to the host when
-# memory is short), and adapters in 16 bits, and not for the defaults.
+# LLaMA-65B takes other sums than in section 3: in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too; its
+# default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA, which runs the
+# GPU, takes 0.4 GB; and 5 % (*headroom*) are added for gaps between an allocator's pieces. So QLoRA's "65B on 48 GB"
+# holds for states that are *paged*, as the paper has them (they move to the host when memory is short), and adapters in
+# 16 bits, and not for the defaults.
 #
 # ## 6 · Held against what others measured
 #
@@ -465,15 +461,12 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 # More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. Each miss is too low.
 # Memory that is *reserved* includes the gaps in an allocator's pieces, and what the driver reports as *used* is more
 # still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all in full.
-# Leave a margin.
-#
 # ## 7 · Time
 #
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
 # multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
 # Seconds are FLOPs over what the GPU does a second: its peak times the *utilization*, the share reached (Chowdhery et
-# al. 2022, arXiv:2204.02311, appendix B; their MFU leaves recomputation out, which is counted here). The tokens a
-# second below assume 40 % of an A100's 312 TFLOPs a second.
+# al. 2022, arXiv:2204.02311, appendix B). The tokens a second below assume 40 % of an A100's 312 TFLOPs a second.
 #
 # **Predict:** LoRA on all linear layers trains 1 in 44 of the small model's parameters. How many of
 # full fine-tuning's operations does its step take?
@@ -511,7 +504,7 @@ assert REDUCED or round(1 / count_parameters(mine, linear_all).share) == 44
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
 # The counts are above the rule, because adapters have products of their own and attention, which has no weights, costs
-# both the same. QLoRA has LoRA's products, and widens its weights from four bits besides.
+# both the same.
 #
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512

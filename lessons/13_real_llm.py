@@ -8,7 +8,7 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -590,7 +590,7 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 # **13.4 The embedding, too.** The frozen base of section 3's QLoRA has 106,168,320 weights at 4.127 bits, and the other
 # 28,346,688 numbers in float32. How many MB ($10^6$ bytes) would it take with those others in 16 bits?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Another task.** `minipeft.text.tasks` has two more: definitions and example sentences of a dictionary. Which of
 #   them does the model know already, by its loss before training? How much does it gain?

@@ -10,8 +10,8 @@
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (a minute and a half on two cores), or open it as a notebook. It computes one seed of
 # the most telling runs now, and reads the rest from `lessons/results/14_best_practices.jsonl`, one line a run, with all
-# its settings. With `--full` (in a notebook `!python lessons/14_best_practices.py --full`) it first computes those of
-# the 90 runs that are missing there (all of them: about a quarter of an hour).
+# its settings. With `--full` it first computes those of the 90 runs that are missing there (all of them: about a
+# quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -33,6 +33,8 @@ from experiments.practice import Classification
 import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.claims import judge
+from minipeft.claims.league import MAIN, league
+from minipeft.claims.protocol import finder, search, tuned
 from minipeft.experiments import shipped
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, interval, over_seeds, spread
@@ -126,6 +128,12 @@ def report(topic):
 # %%
 price = {n.name.removeprefix("paid, "): n.value for n in judge("best-8").evidence if n.name.startswith("paid")}
 print("\nchosen by the training loss, nats a token more on validation: " + ", ".join(f"{x:+.3f} ({case})" for case, x in price.items()))
+find, times = finder(league(MAIN).rows()), {}
+for method in MAIN:
+    trial, _ = tuned(find, search("rewrite", method, 50), seen := {})
+    lowest = min((one for one in seen if find(one)["train_loss"] is not None), key=lambda one: find(one)["train_loss"])
+    times[method] = lowest.rate / trial.rate
+print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {x:g}" for m, x in times.items()))
 assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples"] < 0.01 for task in ("rewrite", "source"))
 
 # %% [markdown]
@@ -173,7 +181,7 @@ assert min(moves) < 16 / 8 * np.sqrt(8 / (3 * 128)) < max(moves), "the estimate 
 # a model of width 4096. The estimate is of the first step alone, since later $A$ moves too. It falls like $1/\sqrt r$
 # at one $\alpha$, but what it measures is mostly the terms' scatter, their random signs. Each term also moves $W$ a
 # little down the gradient. That part all $r$ terms have in common, so with $\alpha/r$ in front they make an average,
-# which does not depend on $r$; and Schulman et al. find the best rate about independent of the rank. Now the runs.
+# which does not depend on $r$. Now the runs.
 #
 # **Predict:** each method runs at several rates. What does the loss look like over the rate, and for which of the two
 # does it turn up again first?
@@ -239,11 +247,11 @@ print(f"LoRA's best rate in the league, in units of full fine-tuning's: {times}"
 # A batch's gradient is a mean over $B$ examples, so its noise falls like $\operatorname{Var} g_B = \sigma^2 / B$: four
 # times the batch, half the standard deviation, and a larger step can be trusted. *Advice: a larger batch wants a larger
 # rate*, in proportion to $B$ with SGD (Goyal et al. 2017, arXiv:1706.02677), to $\sqrt B$ with Adam (Malladi et al.
-# 2022, arXiv:2205.10287), up to a size where noise no longer matters (McCandlish et al. 2018, arXiv:1812.06162). But
-# with the same 640 examples a larger batch also means fewer steps. And if the batch does not fit, add the gradients of
-# its parts: *accumulation is the same as the whole batch*, for less memory. The same it is only where each part counts
-# by its tokens: of parts with 2 and 8 tokens the mean over all ten weighs the second four times as much. (Transformers'
-# `Trainer` took the mean of the parts' means until October 2024, huggingface.co/blog/gradient_accumulation.)
+# 2022, arXiv:2205.10287). But with the same 640 examples a larger batch also means fewer steps. And if the batch does
+# not fit, add the gradients of its parts: *accumulation is the same as the whole batch*, for less memory. The same it
+# is only where each part counts by its tokens: of parts with 2 and 8 tokens the mean over all ten weighs the second
+# four times as much. (Transformers' `Trainer` took the mean of the parts' means until October 2024,
+# huggingface.co/blog/gradient_accumulation.)
 #
 # **Predict:** 16 examples at once, and 4 times 4: by how much do the final losses differ?
 
@@ -386,9 +394,7 @@ assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(
 # %% [markdown]
 # About even: half of 640 are still twice as many right answers as 160. And 640 with a quarter wrong, seen once, end
 # below 160 clean ones seen four times; with fewer passes over the 160 it was not tried. A likely reason, not tested:
-# random mistakes disagree with one another, and right answers agree. Rolnick et al. 2017 (arXiv:1705.10694) still
-# reached 90 % on MNIST with 100 randomly labeled images for each right one.
-#
+# random mistakes disagree with one another, and right answers agree.
 # If a share $p$ of the answers is random, the training loss is least for a mixture: with $1 - p$ the right answer, with
 # $p$ a random one. A right answer then keeps at least the share $1 - p$ of its probability, so it costs at most
 # $-\ln(1 - p)$ nats more, once for the whole answer. The harm here is larger in every answer of five tokens or more, so
@@ -440,8 +446,7 @@ assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 # %% [markdown]
 # One half, though on such data it is right nine times in ten. A skewed training set costs the rare class, as advised;
 # how much, the seeds do not agree on. What repeating its examples does is undecided: the interval leaves room for harm,
-# and for some help. Other remedies, not measured here, weigh the rare class's loss, or correct the logits by the
-# logarithm of each class's share of the training set (Menon et al. 2020, arXiv:2007.07314).
+# and for some help.
 #
 # The textbook's statement is judged on another task, the league's `source` (Lesson 3): which of three books is a
 # sentence from, with 80 % of 500 examples from one of them. Of full fine-tuning and LoRA only the second clearly loses
@@ -457,8 +462,6 @@ assert below(*(over_seeds(rows, s, "accuracy") for s in reversed(skewed)))
 
 # %% [markdown]
 # ## The verdicts
-#
-# Each is computed from the rows: measure again, or on another base, and they may change.
 
 # %%
 findings = practice.findings(rows)
@@ -471,8 +474,7 @@ assert sum(counts.values()) == len(findings)
 
 # %% [markdown]
 # These verdicts hold for a model of 1.4 million parameters, 40 steps, a base that has read the training split of the
-# texts, and Adam. What carries over is the procedure: vary one thing, run several seeds, and look at the interval of
-# the differences.
+# texts, and Adam.
 #
 # ## The picture
 #
@@ -613,7 +615,7 @@ for s in practice.epochs((0,)):
 # **14.4 Parts of a batch.** A batch comes in two parts: 10 tokens with a mean loss of 1.0 and 30 with 3.0. What is the
 # loss of the batch?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **A finer grid.** `measure(Rewriting("lora", 5e-3), ...)`: where is LoRA's optimum between the grid's points, and
 #   does it change the verdict? Then double `r` (`mp.LoraConfig` in `minipeft/peft/methods.py`): does it move?

@@ -7,7 +7,7 @@
 # small gradients become zero, in bfloat16 small steps are lost. This lesson makes both failures happen, measures them,
 # and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute dtype*.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (about a minute on two cores), or open it as a notebook. It makes one run now, and reads the
 # others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in
@@ -604,7 +604,7 @@ assert not math.isfinite(ends["float16"]) and abs(ends["bfloat16"] / exact - 1) 
 # **17.4 Who moves?** A weight is 3, and a step takes 0.005 from it. In which format does it move: bfloat16, float16,
 # both or neither?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **How low can a scale be?** In section 4, $S = 1$ was enough and $2^{-10}$ was not. Find the largest $S$ that costs
 #   0.1 nats, over three seeds, and the share of gradients that it flushes.

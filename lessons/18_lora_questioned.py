@@ -7,7 +7,7 @@
 # say how far a first step of each moves $W$, and so which comparisons decide nothing. (Its tables are of the league,
 # whose rows take days: those still to come are named, and until then the answer is that of the papers cited.)
 #
-# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 24 minutes (200 words or 25 lines of code a
+# You need Lesson 4, and of Lesson 3 "The league". Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -283,7 +283,7 @@ for task, key in KEYS.items():
     for m in layers:
         own, every = (report(find, search(task, method, 500), key) for method in (m, "lora"))
         BESIDE[task, m] = compare(own, every, key, level=1 - 0.05 / 12)
-        print(f"  {m:12s} {BESIDE[task, m].interval}  {BESIDE[task, m].word}")
+        print(f"  {m:12s} {BESIDE[task, m].interval}  {BESIDE[task, m].word}; at 95 %: {compare(own, every, key).word}")
 mlp, qkvo = ([report(find, search(task, m, 500), key) for task, key in KEYS.items()] for m in ("lora-mlp", "lora-qkvo"))
 for task, key, a, b in zip(KEYS, KEYS.values(), qkvo, mlp):
     print(f"{task}: attention's four better than the MLPs by {compare(a, b, key).interval}")
@@ -376,15 +376,16 @@ assert np.array_equal(rs(ids).numpy(), plain(ids).numpy())
 # $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with another
 # $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$ a high
 # rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks. Only runs
-# with several ranks at one rate can decide this. The league tunes the rate:
+# with several ranks at one rate can decide this. The league tunes the rate of each; of these methods it has LoRA alone
+# so far:
 
 # %%
 print(so_far(["lora", "rslora", *ALPHAS]))
 
 # %% [markdown]
-# Where a row is there, its column `rate` says what the tuning chose: the larger $\alpha$, the lower it should be. The
-# verdict `lora-13` will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned for
-# it.
+# The column `rate` says what the tuning chose. In the rows still to come it should be the lower, the larger $\alpha$.
+# The verdict `lora-13` will say whether a bad rank, choice of layers or $\alpha$ costs anything, once the rest is tuned
+# for it.
 #
 # ## 5 · LoRA against full fine-tuning
 #
@@ -498,7 +499,7 @@ assert np.abs(2 * pissa.start_B.numpy() @ pissa.start_A.numpy() - strongest).max
 # All 84, as neither factor is zero, and the first step in $W$ has another size: so a comparison at LoRA's rate would be
 # one of rates again. Lee et al. (2026, arXiv:2602.04998) tune the rate of LoRA and four variants (version 1), and find
 # them within 1 to 2 % of each other. (Another kind of variant gives each matrix a rank of its own: AdaLoRA, Zhang et
-# al. 2023, arXiv:2303.10512.) Tuned alike here:
+# al. 2023, arXiv:2303.10512.) The league, which is to tune all of them alike, has LoRA alone so far:
 
 # %%
 print(so_far(["lora", "dora", "pissa", "olora", "rslora"]))
@@ -617,7 +618,7 @@ print("picture:", OUT / "18_lora_questioned.png")
 #
 # **18.4 Carried over.** rsLoRA with $r = 64$ and $\alpha = 16$ is LoRA of which $\alpha$?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **The same directions?** For one matrix, compare the 8 strongest left singular vectors of a full fine-tune's
 #   $\Delta W$ with the columns of LoRA's $B$: how much of each column lies in their span, and how much of a random one

@@ -5,7 +5,7 @@
 # which weights should an adapter be merged that was trained beside four-bit weights? This lesson merges by task
 # arithmetic, TIES and DARE, by hand and with PEFT's options, measures what each loses, and chooses the base.
 #
-# You need Lessons 4 (LoRA), 7 (QLoRA) and 0 (section 9, intervals). Reading takes about 24 minutes (200 words or 25
+# You need Lessons 4 (LoRA), 7 (QLoRA) and 0 (section 9, intervals). Reading takes about 25 minutes (200 words or 25
 # lines of code a minute, up to the quiz). Run it with `python lessons/19_merging.py` (a minute on two cores), or open
 # it as a notebook. It trains the adapters of one seed now, and reads the losses of five from
 # `lessons/results/19_merging.jsonl`; `--full` first computes those that are missing there (all: a quarter of an hour).
@@ -54,6 +54,12 @@ print(f"{len(rows)} rows, seeds {SEEDS}")
 # %% [markdown]
 # ## 1 · Task vectors: four numbers
 #
+# Let a model have four weights, all 10. Two fine-tunes change them as the drawing says, in its first two rows.
+
+# %%
+diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_merging_ties.png")
+
+# %% [markdown]
 # A model is its weights, a long vector $\theta$. What fine-tuning on task $t$ has changed is the **task vector**
 #
 # $$\tau_t = \theta_t - \theta_0 .$$
@@ -72,12 +78,6 @@ print(f"{len(rows)} rows, seeds {SEEDS}")
 # and find that pre-training brings it about. Nothing guarantees it, so section 5 measures. For LoRA, $\tau$ of a matrix
 # is $\frac{\alpha}{r} B A$, and a merge (Lesson 4, section 8) is the case of one adapter and $\lambda = 1$.
 #
-# Let a model have four weights, all 10. Two fine-tunes change them as the drawing says, in its first two rows.
-
-# %%
-diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_merging_ties.png")
-
-# %% [markdown]
 # **Predict:** look at the sum, the third row. Which weights move in the direction that *both* tasks wanted, and which
 # one does not?
 
@@ -627,7 +627,7 @@ print("picture:", OUT / "19_merging.png")
 # changes its code when the update is merged into weights that lie anywhere, and which when into weights on their codes?
 # Two numbers.
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Weights of their own.** The rows give both adapters one weight. With `merging.merged`, try a grid of two on
 #   validation records. Is the best pair equal?

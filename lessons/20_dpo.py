@@ -6,7 +6,7 @@
 # the term that nobody can compute cancels; compute a step of it by hand; say how the *chosen* answer can become less
 # probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 21 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 22 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
 # minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
@@ -535,7 +535,7 @@ figure.savefig(OUT / "20_dpo.png", dpi=120)
 # **20.4 Who falls?** In section 3 the third answer has the feature 0.2 in place of 3. What is $d \log \pi(y_w) /
 # d\theta$ at $\theta = 0$?
 #
-# Further, without a checker:
+# Projects, with no answer written down:
 #
 # - **Another price.** Train section 4 with `beta` 0.5 and 0.005. What do they change in the chosen answer's $\Delta$?
 # - **Hold it up.** Add the chosen answer's negative log-likelihood to DPO's loss, with a weight (Pang et al. 2024,

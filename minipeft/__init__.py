@@ -2,44 +2,7 @@
 
 Every public name is imported when it is first used, so `import minipeft as mp` costs little more than NumPy.
 
-Words that mean one thing everywhere:
-
-    base model          the pretrained language model that a method is put on
-    base layer          the frozen layer that an adapter layer wraps (`base_layer`)
-    adapter             what one configuration adds to a model, under a name
-    adapter layer       an adapter's part at one base layer
-    targets             the layers that a method is put on (`target_modules`)
-    start               the values that an adapter begins with
-    rank                of LoRA: how many numbers its two strips share, so the rank of the change at most
-    alpha               of LoRA: the change is multiplied by alpha / rank (rsLoRA: by alpha over the root of the rank)
-    bottleneck          an adapter of two layers, from a width to a few numbers and back, after or beside a sublayer
-    league              all methods tuned by one protocol, and reported on test items under seeds that chose nothing
-    merge               add an adapter's change to the weights of the base layers, which then compute the same alone
-    task vector         what fine-tuning has changed, tuned weights minus the base's
-    interference        what a task loses by another one's update in the same weights
-    density             the share of an update that trimming or dropping keeps
-    storage dtype       what a frozen weight is kept in; its compute dtype is what a product is made in
-    virtual tokens      trained vectors before a text (prefix tuning: keys and values), which take positions
-    prompt              the text that a model continues; in prompt tuning, the virtual tokens before it
-    stop tokens         the tokens that end a generated text (`stop_token_ids`)
-    rollout             prompts and the responses that the policy has sampled to them
-    policy              the model that learns from its own responses
-    reference policy    the policy as it was at the start of the run, from which KL is measured
-    score               one number for a whole response, from a reward model or function
-    reward              what is maximized: the score less the price of KL, token by token
-    advantage           by how much a response, or a token of it, did better than expected
-    baseline            what was expected of a response; subtracted from its reward, it changes no mean gradient
-    ratio               the probability of a token now, over that when it was drawn
-    KL                  by how much more probable a policy finds its own responses than the reference does, in nats
-    judge, proxy        a reward model that is optimized, and its score
-    gold                what is meant: the reward that a judge was to learn, which is only watched
-    margin              by how much more a policy has raised a chosen response than the rejected one, times beta
-    master weights      the trained weights in float32, of which rounded ones are made where they are used
-    overflow, flush     a number that rounding makes infinite; one that it makes zero
-    ledger              the memory of a step in bytes, line by line (`MemoryLedger`)
-    block               consecutive numbers that are quantized together
-    scale, absmax       the largest absolute value of a block, by which its numbers are divided
-    code book           the values that the codes of quantized numbers stand for
+The words of the course are explained in minipeft/book/glossary.txt.
 """
 
 from typing import TYPE_CHECKING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import subprocess
@@ -11,10 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from minipeft.book.site import glossary
 from minipeft.hub.smollm2 import HOW_TO_GET
 
 LESSONS = sorted((Path(__file__).parent.parent / "lessons").glob("*.py"))
 lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+EMPHASIS = {  # bold words that name nothing for later
+    "add", "direction", "input", "joint", "last real token", "learning the prompt too", "left", "more phrasings",
+    "more tasks", "nudge", "one batch element", "other text", "phrasings", "plain words", "principles", "revisions",
+    "standard pytorch loop", "subtract", "tasks", "the second gold turns", "this engine", "unit", "variance",
+    "whole matrices", "why warm up",
+}  # fmt: skip
 
 
 def cells(path: Path) -> list[tuple[str, str]]:
@@ -91,5 +99,17 @@ def test_lesson_says_how_long_it_takes_to_read(path):
             break
     assert quiz, "it has a quiz"
     stated = int(re.search(r"Reading\s+takes\s+about\s+(\d+)\s+minutes", cells(path)[0][1])[1])
-    assert stated == round(words / 200 + lines / 25), f"{words} words and {lines} lines of code, said to be {stated} minutes"
+    assert stated == math.ceil(words / 200 + lines / 25), f"{words} words and {lines} lines of code, said to be {stated} minutes"
     assert stated <= 25, "what can be read at one sitting"
+
+
+@lesson
+def test_what_a_lesson_defines_is_in_the_glossary(path):
+    """A term is bold within a paragraph; what begins a list's item, or ends with a full stop or colon, is a heading."""
+    words = {word.casefold() for entry, _ in glossary() for word in entry.split(", ")} | EMPHASIS
+    text = "\n".join(body for kind, body in cells(path) if kind == "markdown").partition("## Quiz\n")[0]
+    prose = re.sub(r"^[>|].*$", "", text, flags=re.MULTILINE)
+    for lead, bold in re.findall(r"(^(?:- |\d\. ))?\*\*([^*]+)\*\*", prose, re.MULTILINE):
+        term = " ".join(bold.split()).casefold()
+        if not lead and term[-1] not in ".:?" and term != "predict":
+            assert words & {term, term.removesuffix("s")}, f"{path.name}: {term!r}"

@@ -189,13 +189,19 @@ def claims_page(lessons: dict[str, Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def glossary_page() -> str:
-    """The words of the package's docstring, with their meanings."""
-    import minipeft
+def glossary() -> list[tuple[str, str]]:
+    """(word, or words with a comma between, and their meaning) of each entry of glossary.txt."""
+    text = (Path(__file__).parent / "glossary.txt").read_text(encoding="utf-8")
+    rows = re.findall(r"^ {4}(\S.*?) {2,}(\S.*(?:\n {12,}\S.*)*)", text, re.MULTILINE)
+    return [(words, " ".join(meaning.split())) for words, meaning in rows]
 
-    rows = re.findall(r"^ {4}(\S.*?) {2,}(\S.*(?:\n {12,}\S.*)*)", minipeft.__doc__ or "", re.MULTILINE)
-    entries = (f"{links.escape(word)}\n: {links.escape(' '.join(meaning.split()))}\n" for word, meaning in sorted(rows))
-    return "# Glossary\n\nWords that mean one thing everywhere.\n\n" + "\n".join(entries)
+
+def glossary_page() -> str:
+    """The glossary, in the order of the alphabet."""
+    rows = sorted(glossary(), key=lambda row: row[0].casefold())
+    entries = (f"{links.escape(words)}\n: {links.escape(meaning)}\n" for words, meaning in rows)
+    lead = "The words of the course, and the numbers of the lessons that define them."
+    return f"# Glossary\n\n{lead}\n\n" + "\n".join(entries)
 
 
 def commands_page() -> str:

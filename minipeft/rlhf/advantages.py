@@ -78,8 +78,9 @@ def gae(rewards: Array, values: Array, gamma: float, lam: float, mask: Array) ->
 
         δ_t = r_t + γ V_{t+1} - V_t        A_t = δ_t + γλ A_{t+1}        R_t = A_t + V_t
 
-    Beyond the mask values count as 0, inputs are ignored, and outputs are 0. The advantages are not whitened. Raises
-    ValueError where the shapes differ.
+    Beyond the mask values count as 0, inputs are ignored, and outputs are 0: nothing is expected after the last real
+    token, so a response that the length limit cut is taken as ended. The advantages are not whitened. Raises ValueError
+    where the shapes differ.
     """
     if not rewards.shape == values.shape == mask.shape:
         raise ValueError(

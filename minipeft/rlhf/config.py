@@ -90,8 +90,8 @@ class PPOConfig(OnlineConfig):
 class GroupConfig(OnlineConfig):
     """RLOO's and GRPO's options beside those of OnlineConfig.
 
-    β is taken off the reward by RLOO, and weighs the KL in the loss of GRPO. 0.05 is TRL's for PPO and RLOO, and
-    PPOConfig's, so that the methods can be compared at one price; GRPO's paper has 0.04.
+    0.05 is TRL's β for PPO and RLOO, and PPOConfig's; GRPO's paper has 0.04. It is not one price: PPO and RLOO multiply
+    by it a response's KL, in units of the score; GRPO a k3 per token in the loss, beside standardized advantages.
     """
 
     num_generations: int = option(4, "rloo, grpo: responses to each prompt", least=2, flag="--generations", metavar="K")
