@@ -243,9 +243,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 # differences, and within a record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings;
 # there both matter.)
 #
-# Fast attention kernels take the boundaries of records in place of a mask. Hugging Face's `transformers` can infer them
-# from the positions, as TRL's packing needs it, and then wrong positions mix records in a Llama, too
-# (huggingface.co/docs/transformers/padding_free).
+# Fast attention kernels take the records' boundaries. Hugging Face's `transformers` can infer them from the positions,
+# and then wrong positions mix records in a Llama, too (huggingface.co/docs/transformers/padding_free).
 #
 # ## 4 · Train: one task, three, seven
 #
@@ -600,11 +599,11 @@ if not REDUCED:
     assert abs(mismatch["the template of the training"] - mismatch["a letter off ('answer:')"]) < 0.1
 
 # %% [markdown]
-# With a letter off, about as many of these 32 answers are right. With Alpaca's template, which the model has never
-# seen, fewer of the 32 are. With ChatML, whose tokens the base has never met, hardly any is. With `transformers` two
-# slips change the prompt: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat
-# already written out by the template can get a second beginning-of-sequence token, unless it is encoded with
-# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
+# With a letter off, about as many of these 32 answers are right. With Alpaca's template fewer are. With ChatML, whose
+# tokens the base has never met, hardly any is. With `transformers` two slips change the prompt: without
+# `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
+# get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
+# (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
 # masked by its id.
@@ -660,8 +659,8 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # Positions that begin anew with each record, a mask by which a token sees only its own, and no label for a record's
-# first token. A Llama's rotary positions
-# enter only as differences, so wrong ones do nothing here; the mask always matters.
+# first token. A Llama's rotary positions enter only as differences, so wrong ones do nothing here; the mask always
+# matters.
 #
 # </details>
 #
@@ -692,8 +691,8 @@ if not REDUCED:
 # `minipeft exercise 08.1 FILE.py`.
 #
 # **08.1 A packed row.** Write `packed_mask(lengths)`: the boolean mask `[T, T]` of a row in which records of these
-# lengths follow each other, without padding; True where a token (row) sees another (column): itself, and earlier ones of
-# its record.
+# lengths follow each other, without padding; True where a token (row) sees another (column): itself, and earlier ones
+# of its record.
 #
 # **08.2 Which mean?** A batch has three answers of 2, 3 and 11 tokens, whose mean losses are 3.0, 2.0 and 1.0 nats.
 # What is the loss of the batch, as section 2 defines it?

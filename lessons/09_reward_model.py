@@ -12,8 +12,7 @@
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
 # cores), or open it as a notebook. The curves' runs, with three seeds, are in `lessons/results/09_reward_model.jsonl`;
-# `python lessons/09_reward_model.py --full` computes those that are missing there,
-# all of them in about ten minutes.
+# `python lessons/09_reward_model.py --full` computes those that are missing there, all of them in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -349,11 +348,10 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # models agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler.
 # Where pairs differ, the agreement fixes the mean of $(2p - 1)^2$, and the mean of $2p - 1$ lies between this and its
 # square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
-# 0.84. A shared error breaks this: raters who all like length can agree more often than they are right.
+# 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*),
-# a reward model, then PPO, which trains the first to earn the second's reward. Texts and gold are others: (1 + VADER) /
-# 2 times how well formed the sentence is.
+# a reward model, then PPO. Texts and gold are others.
 
 # %%
 chain = CHAIN.rows()
@@ -682,8 +680,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # Upside down, it prefers 0.3 as often as it would otherwise prefer 0.2.
 #
 # ```python
-# upright = 1 / (1 + np.exp(-(0.3 - 0.2) / 0.1))
-# check("09.3", 0.75 * upright + 0.25 * (1 - upright))
+# upright = 1 / (1 + np.exp(-(0.3 - 0.2) / 0.1)) check("09.3", 0.75 * upright + 0.25 * (1 - upright))
 # ```
 #
 # </details>

@@ -293,7 +293,7 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too.
 #
 # So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
-# move a token further than $\varepsilon = 0.2$, InstructGPT's, too, on the strength of old answers; where a curve of
+# move a token further than $\varepsilon = 0.2$, on the strength of old answers; where a curve of
 # the figure is flat, the token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
@@ -327,9 +327,8 @@ assert [pushed(1.0, 1.3), pushed(-1.0, 0.7)] == [0, 0], "gone far enough in the 
 assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "gone the wrong way: pushed back"
 
 # %% [markdown]
-# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is pushed down, harder than at 1. The
-# clip never holds a token that has gone the wrong way. Nor does it bound the ratio: other tokens move the shared
-# weights.
+# At 0.7 it is not: for $A < 0$ the clip acts below $1 - \varepsilon$. At 1.3 it is. The clip never holds a token that
+# has gone the wrong way. Nor does it bound the ratio: other tokens move the shared weights.
 #
 # The value head is clipped in the same way, lest a batch move the baseline far; that is in OpenAI's code, as is the
 # weight 0.1, and not in the paper (Huang et al. 2024, arXiv:2403.17031). (InstructGPT's PPO-ptx, eq. 2, adds to what
@@ -363,11 +362,10 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 # %% [markdown]
 # The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
 # Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
-# every ratio is 1. One that is not betrays dropout or wrong positions.
+# every ratio is 1.
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
-# of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence. Another
-# machine or number of threads ends with other words and numbers.
+# of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence.
 #
 # **Predict:** the reward will rise. Will you like the answers better after sixteen updates?
 
@@ -398,9 +396,9 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before, other word salad after, at a higher score of a poor judge. Fewer answers end; nothing in the reward
-# asks for an end. (In update 1 about three tokens in ten are clipped: the rate is constant, and Adam's first steps have
-# full length.) What is missing is a model that can answer at all, and a reward that asks for what one sees.
+# Word salad before, other word salad after, at a higher score of a poor judge. (In update 1 about three tokens in ten
+# are clipped: the rate is constant, and Adam's first steps have full length.) What is missing is a model that can
+# answer at all, and a reward that asks for what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -468,7 +466,7 @@ assert zero.low < 0 < zero.high, "without a price, neither clearly better nor wo
 # | **GRPO** (Shao et al. 2024, arXiv:2402.03300) | $(r - \bar r)/(s + 10^{-4})$, the same for all its tokens | tokens | $k_3$, in the loss |
 #
 # RLOO leaves the answer out of its own baseline (section 2). GRPO does not, but $r - \bar r$ is $(k-1)/k$ of RLOO's
-# advantage: a shorter step, no more. Where all scores of a group are equal, only the price of KL is left to learn from;
+# advantage: a shorter step, no more. Where all scores of a group are equal, only the price of KL is left to learn from.
 # Divided by $s$, groups whose answers hardly differ count as much as others. And under GRPO's mean over an answer's
 # tokens, each token of a long answer counts less. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves both out.
 #

@@ -161,7 +161,7 @@ assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples
 # about
 #
 # $$\frac{\alpha}{r}\, \eta \sqrt{\frac{r}{3k}}, \qquad 0.29\, \eta \text{ for } \alpha = 16,\ r = 8,\ k = 128
-#   \text{ as here, and } 0.05\, \eta \text{ for } k = 4096 .$$
+# \text{ as here, and } 0.05\, \eta \text{ for } k = 4096 .$$
 #
 # **Predict:** by this estimate, what rate must LoRA have here to move $W$ as far as full fine-tuning in the first step?
 
@@ -395,6 +395,7 @@ assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(
 # About even: half of 640 are still twice as many right answers as 160. And 640 with a quarter wrong, seen once, end
 # below 160 clean ones seen four times; with fewer passes over the 160 it was not tried. A likely reason, not tested:
 # random mistakes disagree with one another, and right answers agree.
+#
 # If a share $p$ of the answers is random, the training loss is least for a mixture: with $1 - p$ the right answer, with
 # $p$ a random one. A right answer then keeps at least the share $1 - p$ of its probability, so it costs at most
 # $-\ln(1 - p)$ nats more, once for the whole answer. The harm here is larger in every answer of five tokens or more, so
@@ -402,9 +403,8 @@ assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(
 #
 # *Advice: include hard examples.* The league asks for both of its tasks: of 1,500 records that the seed draws, 500 of
 # the easiest third, those with the lowest loss on the base, or half of these and half of the hardest third. Each side
-# is tuned for itself, and the test has records of every kind. On `rewrite` the mixture is ahead, by 0.043 nats a token
-# with full fine-tuning and by 0.021 with LoRA; on `source` the intervals have both signs. (The mixture is also more
-# like the test than the easy ones are: whether it helps for that reason, or as hard examples teach more, is not told.)
+# is tuned, and the test has records of every kind. The mixture is also more like the test than the easy ones
+# are: whether it helps for that reason, or as hard examples teach more, is not told.
 
 # %% [markdown]
 # > `best-3` include hard examples: **holds if**. 2 of 4 comparisons are as stated, 2 not told:
@@ -629,8 +629,7 @@ for s in practice.epochs((0,)):
 # The mean is 0.03 and $s = 0.02$; the interval reaches below 0, so it is undecided, though all three agree.
 #
 # ```python
-# d = np.array([0.03, 0.01, 0.05])
-# check("14.1", 4.303 * d.std(ddof=1) / np.sqrt(3))
+# d = np.array([0.03, 0.01, 0.05]) check("14.1", 4.303 * d.std(ddof=1) / np.sqrt(3))
 # ```
 #
 # </details>
