@@ -78,9 +78,14 @@ def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
     assert verdict.effect.name and np.isfinite(verdict.effect.value)
     for number in (verdict.effect, *verdict.evidence):
         assert number.low is None or number.low <= number.value <= number.high
+    if id in WITH_ROWS:
+        assert verdict.seeds and verdict.base and verdict.task
+        # times have no test set, and what is memorized was trained on
+        assert verdict.items or EXPERIMENTS[id].timed or id == "full-7"
     lesson, said = (LESSONS / RULES[id].lesson).read_text(encoding="utf-8"), quotation(claims.statements()[id], verdict)
-    if id in IN_PLACE:  # another processor may round in another way
-        lesson, said = (re.sub(r"[\d.,]+", "0", " ".join(text.split())) for text in (lesson, said))
+    if id in IN_PLACE and claims.statements()[id].kind not in ("count", "code", "decision", "fact"):
+        # another processor rounds in another way, and a step's peak of memory is measured anew
+        lesson, said = (re.sub(r"\d+\.\d+|\de-\d+", "0", " ".join(text.split())) for text in (lesson, said))
     assert said in lesson, "its lesson says so: python -m minipeft.claims.quotes lessons/*.py"
 
 

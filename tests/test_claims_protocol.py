@@ -233,6 +233,7 @@ def test_equal_parameters_are_equal_and_every_method_fits_the_base():
     for name, method in TABLE.items():
         model = method.prepare(base, 10)
         sizes[name] = sum(p.size for p in model.parameters() if p.requires_grad)
+    assert TABLE["parallel"].config(10).scaling == TABLE["pfeiffer"].config(10).scaling == 1.0, "they differ in their place"
     assert sizes["lora-qv-r43"] == pytest.approx(sizes["lora"], rel=0.02)
     assert sizes["bottleneck-m37"] == pytest.approx(sizes["lora"], rel=0.02)
     assert sizes["bottleneck-m4"] == pytest.approx(sizes["lora-r1"], rel=0.06)

@@ -98,7 +98,7 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path):
     assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
     done[:] = [0, 0]
     rows = mp.sweep(run, RUNS, 1, path)
-    assert rows == read_rows(path) == [{**described(s), "qualname": qualname(run), "y": s.x**2} for s in RUNS]
+    assert rows == read_rows(path) == [{**described(s), "qualname": qualname(run), "minipeft": mp.__version__, "y": s.x**2} for s in RUNS]
     done[:] = range(4)
     assert mp.sweep(run, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -119,7 +119,7 @@ def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path, old = tmp_path / "rows.jsonl", '{"run":"Square", "x": 1.0, "seed": 0, "y": 1, "name": "\u00e9"}'
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too
     mp.sweep(square, RUNS[:2], 1, path)
-    new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+    new = json.dumps({**described(RUNS[1]), "qualname": "test_sweep.square", "minipeft": mp.__version__, "y": 4})
     assert path.read_text(encoding="utf-8").splitlines() == [old, new]
 
 
@@ -147,7 +147,7 @@ def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
         path.write_text(whole + whole[:cut])
         assert len(read_rows(path)) == 1
         mp.sweep(square, RUNS[:2], 1, path)
-        new = '{"run": "Square", "x": 2, "seed": 0, "qualname": "test_sweep.square", "y": 4}'
+        new = json.dumps({**described(RUNS[1]), "qualname": "test_sweep.square", "minipeft": mp.__version__, "y": 4})
         assert path.read_text().splitlines() == [whole.strip(), new]
     path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
     with pytest.raises(FileError, match="line 2: not valid JSON"):
@@ -166,8 +166,8 @@ def test_two_processes_that_write_to_one_store_lose_no_row(tmp_path):
         assert [row["i"] for row in rows if row["of"] == name] == list(range(100))
 
 
-def test_a_run_that_fails_is_a_row_and_is_tried_again(tmp_path):
-    path, broken = tmp_path / "rows.jsonl", True
+def test_a_run_that_fails_is_a_row_and_is_tried_again(tmp_path, monkeypatch):
+    path, broken, package = tmp_path / "rows.jsonl", True, mp.__version__
 
     def run(x, seed):
         if broken and x == 2:
@@ -179,11 +179,13 @@ def test_a_run_that_fails_is_a_row_and_is_tried_again(tmp_path):
     assert rows[2]["error"] == "ArithmeticError: no squares today"
     assert 'raise ArithmeticError("no squares today")' in rows[2]["traceback"]
     assert len(said) == 1 and "2 of 6 runs failed, the first with ArithmeticError: no squares today" in said[0]
+    monkeypatch.setattr(mp, "__version__", "9")  # which goes on with the rows of another
     quietly(run, GRID, 1, path)  # fails again
     assert len(read_rows(path)) == 6
     broken = False
     rows, said = quietly(run, GRID, 1, path)
     assert [row["y"] for row in rows] == [1, 1, 4, 4, 9, 9] and not said
+    assert [row["minipeft"] for row in rows] == [package, package, "9", "9", package, package]
     assert sorted(read_rows(path), key=str) == sorted(rows, key=str), "failures that were made good are not read"
     assert len(path.read_text().splitlines()) == 4 + 2 + 2 + 2, "and nothing has been deleted"
 

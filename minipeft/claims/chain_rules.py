@@ -27,8 +27,31 @@ from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, c
 from .statistics import crossed
 
 Rows = Sequence[Mapping[str, Any]]
-CHAIN = Experiment("chain", chain.run, chain.runs, timed=True)  # other processors round otherwise, and draw other words
-CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, timed=True)
+SPREADS = 6  # standard deviations of five seeds; two draws of a run differ by more about once in a hundred times
+
+
+class Sampled(Experiment):
+    """Runs whose rows are of sampled texts. Other processors round otherwise, and draw other words: computed again, a run's
+    mean gold may differ by SPREADS of its standard deviations over the seeds."""
+
+    @property
+    def allowed(self) -> str:
+        return f"{SPREADS} standard deviations over the seeds"
+
+    def differences(self, rows: Rows, others: Rows) -> list[str]:
+        """The runs whose mean gold differs by more."""
+        shipped, found = self.rows(), []
+        for row, other in zip(rows, others, strict=True):
+            setting = {name: row[name] for name in chain.Chain.__dataclass_fields__ if name != "seed"}
+            seeds = [one for one in shipped if setting.items() <= one.items()]
+            a, b, *golds = items([row, other, *seeds]).mean(axis=1)
+            if not abs(a - b) <= (near := SPREADS * np.std(golds, ddof=1)):
+                found.append(f"{chain.Chain(row['seed'], **setting)}, gold: {b:.3f}, and {a:.3f} in the package; {near:.3f} may be luck")
+        return found
+
+
+CHAIN = Sampled("chain", chain.run, chain.runs)
+CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, timed=True)  # a row has several policies
 
 NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0, 1]; nats an answer
 LIMIT = 4.0  # standard deviations

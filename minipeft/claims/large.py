@@ -128,10 +128,12 @@ def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """What the rows (default: those shipped) say of what a statement is about; "" where nothing."""
+    """What the rows (default: those shipped) say of what a statement is about; "" of a statement that they are not about."""
+    if id not in (*QUESTIONS, "best-4", "full-3"):
+        return ""
     rows = EXPERIMENT.rows() if rows is None else rows
     if EXPERIMENT.missing(rows):
-        return ""
+        return f"On SmolLM2-135M: {len(rows)} of {len(runs())} settings computed so far, so nothing is said."
     n, rates = rows[0]["examples"], best_rates(rows)
     if id == "best-4":
         others = [f"{name} {rate / rates['full']:.1f}" for name, rate in rates.items() if name != "full"]
@@ -141,11 +143,11 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         expected = f"; full-3's law predicts {law.value:.1e} [{law.low:.1e}, {law.high:.1e}]" if law else ""
         return f"The best rate of full fine-tuning is {rates['full']:.1e}{expected}."
     lines = []
-    for a, b, key in QUESTIONS.get(id, ()):
+    for a, b, key in QUESTIONS[id]:
         found, what = compared(rows, a, b, key), "general text, " * (key == "general")
         said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
         lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
-    return "; ".join(lines) + "." * bool(lines)
+    return "; ".join(lines) + "."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

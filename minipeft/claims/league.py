@@ -32,7 +32,7 @@ from .comparison import (
     way,
     worse,
 )  # fmt: skip
-from .protocol import SEEDS, TABLE, finder, search, tuned
+from .protocol import SEEDS, TABLE, VALIDATION, finder, search, tuned
 from .register import HOLDS, NOT, UNTESTABLE, Number, Verdict, claim, graded, listed, measured, those
 from .standings import flops
 
@@ -231,7 +231,7 @@ def rates(rows: Rows) -> Verdict:
         graded(outcome), f"The best rates of full fine-tuning are {min(full):.0e} to {max(full):.0e}; of the other methods they are higher "
         f"by a factor of {ratios}. It is so for: {those(outcome)}; not for: {those(outcome, False)}.", numbers[0],
         [*numbers[1:], *(Number(f"{m}, {case.name}", rate, "rate") for (case, m), rate in best.items())],
-        base="the shipped base", task="rewrite and source",
+        1, VALIDATION, "the shipped base", f"rewrite and source, {VALIDATION} validation records",
     )  # fmt: skip
 
 
@@ -265,8 +265,8 @@ def selection(rows: Rows) -> Verdict:
         above_zero(paid), f"Chosen by its training loss, a setting ends {paid.value:+.3f} nats per token above the one chosen on validation "
         f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the loss that was chosen by is "
         f"{lucky.value:+.3f} higher ({lucky.low:+.3f} to {lucky.high:+.3f}).",
-        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), None,
-        "the shipped base", "rewrite and source, 256 validation records",
+        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), VALIDATION,
+        "the shipped base", f"rewrite and source, {VALIDATION} validation records",
     )  # fmt: skip
 
 
@@ -313,7 +313,7 @@ def overfitting(rows: Rows) -> Verdict:
     return Verdict(
         above_zero(found), f"At equal training loss LoRA's loss on validation is {found.value:+.3f} nats per token lower ({found.low:+.3f} to "
         f"{found.high:+.3f} over {len(gaps)} cases, with {pairs} pairs of settings).",
-        found, base="the shipped base", task="rewrite and source, 256 validation records",
+        found, (), 1, VALIDATION, "the shipped base", f"rewrite and source, {VALIDATION} validation records",
     )  # fmt: skip
 
 

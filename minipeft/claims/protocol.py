@@ -178,7 +178,8 @@ TABLE: dict[str, Method] = {
     "olora": lora_on(init_lora_weights="olora"),
     "loftq": LoftQ(METHODS["qlora"].label, "LORA", METHODS["qlora"].options, quantized=True),
     "pfeiffer": _bottleneck.with_options(placement="pfeiffer", bottleneck_size=32),
-    "parallel": _bottleneck.with_options(placement="parallel", bottleneck_size=32),
+    # without He et al.'s factor of 4, so that it differs from "pfeiffer" in its place alone
+    "parallel": _bottleneck.with_options(placement="parallel", bottleneck_size=32, scaling=1.0),
     "prompt-random": _prompt.with_options(prompt_tuning_init="RANDOM"),
     "prefix-direct": _prefix.with_options(prefix_projection=False),
     **{f"lora-r{r}": lora_on(r=r) for r in (1, 2, 4, 16, 32, 64)},

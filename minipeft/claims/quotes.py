@@ -21,7 +21,8 @@ def quotation(statement: Statement, verdict: Verdict) -> str:
     """A verdict as lines of a percent script; "" of what is not tried yet."""
     if verdict.verdict == UNTRIED:
         return ""
-    sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, "test items")) if n and n > 1]
+    items = "validation records" if "validation" in verdict.task else "test items"
+    sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, items)) if n and n > 1]
     said = f"`{statement.id}` {statement.statement}: **{verdict.verdict}**. {verdict.because}"
     end = "\n\n" if said.rpartition("\n")[2].startswith("- ") else " "
     said += f"{end}({', '.join(sizes)})" * bool(sizes)

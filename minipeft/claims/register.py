@@ -43,7 +43,7 @@ HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
 )  # fmt: skip
 ROWS = Path(__file__).with_name("rows")
 EXPERIMENTS = "knowledge", "intrinsic_dimension", "memorization", "speed", "width"  # modules, each with its rule
-UNCOMPARED = ("processor", "date", "qualname")  # of a row: what is no measurement
+UNCOMPARED = ("processor", "date", "qualname", "minipeft")  # of a row: what is no measurement
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Verdict:
     effect     the number that decided
     evidence   the numbers beside it
     seeds      runs that differ in their seed alone, or repeats of a measurement
-    items      of the test set; where comparisons have their own, the fewest
+    items      of the test set, or of validation where the task says so; where comparisons have their own, the fewest
     base, task what was trained or measured, and on what
     """
 
@@ -120,8 +120,7 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times, or of texts that a model samples while it learns: they differ from machine to
-               machine, so only verdicts can agree
+    timed      whether the rows are times, or differ otherwise from machine to machine, so that only verdicts can agree
     tolerance  relative, of a number that is computed again on another machine
     """
 

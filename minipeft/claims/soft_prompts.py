@@ -258,6 +258,7 @@ def context_lost(rows: list[dict[str, Any]]) -> Verdict:
         f"{max(found)} and by {found[min(found)].value:.3f} for {min(found)}.",
         evidence[-1],
         evidence,
+        seeds=1,
         items=len(losses[0]),
         base=BASE,
         task="general text, without what the prompt itself would teach",

@@ -188,8 +188,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     because = f"Clearly faster than full fine-tuning are, of {len(curves) - 1} methods, in {'; '.join(told)}."
     effect = "seconds a step of the slowest, over full fine-tuning's", slowest, "times"
     every = {f"{name} {what}": so for what, of in cases.items() for name, so in of.items()}
-    task = f"rewrite, 96 validation records; {where([row for row in rows if 'seconds' in row])}"
-    return judged(graded(every), because, *effect, evidence, None, task)
+    task = f"rewrite, {full['validation']} validation records; {where([row for row in rows if 'seconds' in row])}"
+    return judged(graded(every), because, *effect, evidence, full["validation"], task)
 
 
 def product(a: Estimate, b: Estimate) -> Estimate:

@@ -185,4 +185,4 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"to {there.value:.1e} at width {SEVEN_B}."
     )
     effect = f"predicted at width {SEVEN_B}", there, "rate"
-    return judged(graded(cases), because, *effect, evidence, None, "pretraining, then source; 256 validation records")
+    return judged(graded(cases), because, *effect, evidence, 256, "pretraining, then source; 256 validation records")

@@ -3,11 +3,13 @@
 A rule says when its statement holds, and computes the verdict: from counts, equations and code that it runs, or from the
 rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
 tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence; of some, beside the
-verdict, what the same comparison gives on SmolLM2-135M.
+verdict, what the same comparison gives on SmolLM2-135M. This and --json also have what the table leaves out: the base, the
+task, the lesson's section and the rows.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared. --run all
-does so for all statements, in days on one core.
+does so for all statements, in days on one core; --executor divides them among many. The rows in lessons/results are not
+among them: `python lessons/NN_NAME.py --full` computes those that are missing there, in five to fifteen minutes a lesson.
 
 examples:
   minipeft claims                                  the table of all

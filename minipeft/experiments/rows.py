@@ -5,8 +5,8 @@
     {"run": "Rewriting", "method": "lora", ..., "seed": 0, "qualname": "practice.run", "task_loss": 2.69}
 
 The second run failed. The third's settings are a dataclass, whose name stands in "run". "qualname" is the function that
-measured; older rows do not have it. JSON has no number that is not finite: in the file it is the text "NaN", "Infinity"
-or "-Infinity", which is read as a float.
+measured, and "minipeft", not shown here, the version of the package; older rows have neither. JSON has no number that is
+not finite: in the file it is the text "NaN", "Infinity" or "-Infinity", which is read as a float.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from ..files import FileError, fsync_directory, parse_json
 from ..options import fits
 
 Row = dict[str, Any]
-FIELDS = ("run", "settings", "qualname", "version", "traceback")  # that no setting and no measurement can be called
+# that no setting and no measurement can be called
+FIELDS = ("run", "settings", "qualname", "minipeft", "version", "traceback")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -173,7 +174,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     find, found = finder(rows), {}
     for row in rows:
         known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says
-        known -= {"error", "traceback"} if failed(row) else set()
+        known -= {"minipeft", "error", "traceback"} if failed(row) else {"minipeft"}
         run = {name: value for name, value in row.items() if name in known}
         if not failed(row):
             found.setdefault(key(run), row)

@@ -93,7 +93,7 @@ def sweep(
 
     A row has in "qualname" the file and the name of its function, "my_sweep.run", and is used for this one alone; a
     row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
-    version only.
+    version only. "minipeft" is the version of this package that computed the row; any other uses it, too.
 
     A run may return its settings again; where it returns another value of one, or no dictionary, no run of it can be a
     row: the sweep stops with TypeError at the first, and the rows so far are kept.
@@ -112,6 +112,7 @@ def sweep(
     wanted = [described(one, run) | of_version for one in settings]
     _check_taken(run, settings)
     function = qualname(run)
+    package = sys.modules["minipeft"].__version__  # to import it would be to import the layers below, too
     if store is not None and version is None and function.endswith("<lambda>"):
         raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
     if store is not None and version is None and isinstance(run, partial) and (run.args or run.keywords):
@@ -134,7 +135,7 @@ def sweep(
         for number, (k, outcome) in enumerate(outcomes, start=1):
             if isinstance(outcome, str):
                 raise TypeError(outcome)
-            rows[k] = {**begun[k], "qualname": function, **outcome}
+            rows[k] = {**begun[k], "qualname": function, "minipeft": package, **outcome}
             if store is not None:
                 add_row(store, rows[k])
             varied = ", ".join(f"{name} {value}" for name, value in begun[k].items() if name in differing)
