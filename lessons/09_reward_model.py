@@ -680,7 +680,8 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # Upside down, it prefers 0.3 as often as it would otherwise prefer 0.2.
 #
 # ```python
-# upright = 1 / (1 + np.exp(-(0.3 - 0.2) / 0.1)) check("09.3", 0.75 * upright + 0.25 * (1 - upright))
+# upright = 1 / (1 + np.exp(-(0.3 - 0.2) / 0.1))
+# check("09.3", 0.75 * upright + 0.25 * (1 - upright))
 # ```
 #
 # </details>

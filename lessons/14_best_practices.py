@@ -161,7 +161,7 @@ assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples
 # about
 #
 # $$\frac{\alpha}{r}\, \eta \sqrt{\frac{r}{3k}}, \qquad 0.29\, \eta \text{ for } \alpha = 16,\ r = 8,\ k = 128
-# \text{ as here, and } 0.05\, \eta \text{ for } k = 4096 .$$
+#   \text{ as here, and } 0.05\, \eta \text{ for } k = 4096 .$$
 #
 # **Predict:** by this estimate, what rate must LoRA have here to move $W$ as far as full fine-tuning in the first step?
 
@@ -630,7 +630,8 @@ for s in practice.epochs((0,)):
 # The mean is 0.03 and $s = 0.02$; the interval reaches below 0, so it is undecided, though all three agree.
 #
 # ```python
-# d = np.array([0.03, 0.01, 0.05]) check("14.1", 4.303 * d.std(ddof=1) / np.sqrt(3))
+# d = np.array([0.03, 0.01, 0.05])
+# check("14.1", 4.303 * d.std(ddof=1) / np.sqrt(3))
 # ```
 #
 # </details>
