@@ -170,9 +170,8 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 #
 # $$\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) = E_{y \sim \pi}\left[\log \pi(y) - \log \pi_{\text{ref}}(y)\right].$$
 #
-# It is 0 where both are the same and positive otherwise. $\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ is another number.
-# The first, the *reverse* KL, is large where the policy says what the reference hardly would; the second, the *forward*
-# KL, where it no longer says what the reference says, which a reward may well ask for.
+# It is 0 where both are the same and positive otherwise. This *reverse* KL is large where the policy says what the
+# reference hardly would; the *forward* KL, of the two exchanged, where it no longer says what the reference says.
 #
 # With $d = \log \pi_{\text{ref}}(y) - \log \pi(y)$ of an answer drawn from $\pi$ there are three estimates in use
 # (Schulman 2020, joschu.net/blog/kl-approx.html):
@@ -245,9 +244,8 @@ assert abs(first[0.0].mean() - 0.5) < 0.05 and abs(first[1.0].mean()) < 0.15 and
 assert abs(first[0.95].std() / first[1.0].std() - 2 / 3) < 0.02
 
 # %% [markdown]
-# With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. As
-# $\delta_1$ contains $V_2$ and $\lambda\delta_2$ contains $-\lambda V_2$, the usual 0.95 keeps $1 - \lambda$ of the
-# error, and here two thirds of the noise.
+# With 0 the mean is wrong by 0.5, and the deviation is 1. With 1 the mean is right, and the deviation $\sqrt{20}$. The
+# usual 0.95 keeps $1 - \lambda$ of the error.
 #
 # Last, the advantages are **whitened**: minus their mean over all tokens of the batch, over their standard deviation.
 # **Predict:** does whitening make the scale of the score, or a constant added to it, irrelevant?
@@ -289,17 +287,15 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # in eight minibatches, once (appendix C.4); section 7's 32 in two, twice. After the first step the policy has moved
 # away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects
 # for it, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its
-# gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1. Deep in an answer it is an
-# approximation, since the tokens before were drawn by $\pi_{\text{old}}$, too.
+# gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1.
 #
 # So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
-# move a token further than $\varepsilon = 0.2$, on the strength of old answers; where a curve of
-# the figure is flat, the token is not pushed:
+# move a token further than $\varepsilon = 0.2$; where a curve of the figure is flat, the token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
 #
 # **Predict:** a token's advantage is $-1$, and its ratio has already fallen to 0.7. Is it pushed further down? And if
-# its ratio has *risen* to 1.3, for instance because of other tokens?
+# its ratio has *risen* to 1.3?
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.4))
@@ -361,8 +357,7 @@ diagrams.ppo_update().savefig(OUT / "10_ppo_update.png")
 
 # %% [markdown]
 # The judge is Lesson 9's: a reward model of a rater who follows VADER, on the base's own endings of sentences by Jane
-# Austen. VADER itself, the **gold**, is only watched. In every update the trainer checks that, before the first step,
-# every ratio is 1.
+# Austen. VADER itself, the **gold**, is only watched.
 #
 # In the table, *KL* is in nats an answer, *clipped* the share of tokens on a flat side, *distinct-2* the share of pairs
 # of adjacent tokens in the batch that are different, and *ended* how many of the 32 answers end their sentence.
@@ -438,12 +433,19 @@ print(f"PPO, beta = 0.05 less SFT at ten times its rate: {shown(crossed(golds['P
 assert crossed(golds["PPO, beta = 0.05"] - golds["SFT"]).low > 0 and crossed(golds["best of 16"] - golds["PPO, beta = 0.05"]).low > 0
 zero = crossed(golds["PPO, beta = 0"] - golds["SFT"])
 assert zero.low < 0 < zero.high, "without a price, neither clearly better nor worse than where it began"
+for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
+    of = those_of(chain, POLICIES[name][0], (1,))[0]
+    print(name, *(of["checks"]["32"] if "checks" in of else of)["samples"], sep="\n    ")
 
 # %% [markdown]
 # The best of 16 has. With a price of KL of 0.05, PPO earns clearly more gold than the SFT model it starts from; than
 # SFT at ten times its rate, not clearly (no rate here was tuned). Choosing among 16 answers of the SFT model by the
 # same judge brings more, at a smaller KL. It costs 16 answers for each one that is given, every time; PPO pays once,
 # with 1,024 answers here.
+#
+# Would a person see it? All answers of the four verses are sentences that end, unlike section 7's. Which of the three
+# is kindest four verses do not show: the SFT model's speak of death and gold, the others' of God, peace and faith, but
+# none makes much sense.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
