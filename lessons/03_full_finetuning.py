@@ -305,13 +305,13 @@ curve = np.array(curve)  # [rates, 2]
 _, best_rate, tuned = best
 gain, forgotten = before[0] - curve[:, 0], curve[:, 1] - before[1]
 at = GRID.index(best_rate)
-print(f"best rate {best_rate:.1e}: the task gains {gain[at]:.3f} nats a token, general text loses {forgotten[at]:.3f}")
-pretraining = read_json(Path(mp.__file__).parent / "hub" / "base" / "training.json")
-peaks = [part["settings"]["learning_rate"] for part in (pretraining["start"], pretraining)]
-print(f"the base's pretraining, in two parts, had the peak rates {peaks[0]:.1e} and {peaks[1]:.1e}")
-wide = [f"{rate:.1e}" for rate, g in zip(GRID, gain) if g > 0.7 * gain[at]]
-print("rates that bring at least 70% of that gain:", ", ".join(wide))
 if not REDUCED:
+    print(f"best rate {best_rate:.1e}: the task gains {gain[at]:.3f} nats a token, general text loses {forgotten[at]:.3f}")
+    pretraining = read_json(Path(mp.__file__).parent / "hub" / "base" / "training.json")
+    peaks = [part["settings"]["learning_rate"] for part in (pretraining["start"], pretraining)]
+    print(f"the base's pretraining, in two parts, had the peak rates {peaks[0]:.1e} and {peaks[1]:.1e}")
+    wide = [f"{rate:.1e}" for rate, g in zip(GRID, gain) if g > 0.7 * gain[at]]
+    print("rates that bring at least 70% of that gain:", ", ".join(wide))
     assert 0 < at < len(GRID) - 1, "the best rate lies inside the range: the curve is a U"
     assert gain[at] > 0.1
     assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
@@ -560,7 +560,7 @@ for rate, point in zip(np.array(GRID)[shown], curve[shown]):
     b.annotate(f"{rate:.0e}", point, textcoords="offset points", fontsize=9, **place)
 b.set(xlabel="task loss (left is better)", ylabel="general loss (down is better)")
 b.set_title("What each rate buys, and what it costs")
-b.legend(loc="upper left", fontsize=9)
+b.legend(loc="upper right" if REDUCED else "upper left", fontsize=9)
 b.margins(0.15)
 a.grid(alpha=0.25)
 b.grid(alpha=0.25)

@@ -352,7 +352,7 @@ for name, loss in losses.items():
 for name, other in (("base in NF4", "base"), ("LoftQ start", "base in NF4"), ("QLoRA", "LoRA"), ("QLoRA, LoftQ start", "QLoRA")):
     value, low, high = beside(name, other)
     verdict = "worse" if low > 0 else "better" if high < 0 else "undecided"
-    print(f"  {name} minus {other}: {value:+.4f}, from {low:+.4f} to {high:+.4f}: {verdict}")
+    print(f"  {name} minus {other}: {value:+.4f}, from {low:+.4f} to {high:+.4f}" + f": {verdict}" * (not REDUCED))
 assert beside("QLoRA", "base in NF4").high < 0, "it learns"
 if not REDUCED:
     cost, left = beside("base in NF4", "base"), beside("QLoRA", "LoRA")

@@ -41,6 +41,8 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "09_reward_model.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: judges from 16 and 32 rankings for 100 and 300, too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
@@ -540,8 +542,7 @@ print(f"\na judge that prefers the better answer in {accuracy(rewards, held_gold
 print(f"the best of {len(real)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}:")
 for token in best:
     print(f"{judged[token]:+.2f}  {tokenizer.decode(nonsense[token])}")
-if not REDUCED:
-    assert judged[best[0]] > bar and (judged > bar).mean() < 0.1, "nonsense that beats nine in ten answers is easily found"
+assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nonsense that beats nine in ten answers is easily found"
 
 # %% [markdown]
 # In training the longer one won a few more pairs than the shorter one. On the held-out pairs the gold likes both alike,

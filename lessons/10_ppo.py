@@ -372,7 +372,7 @@ rows = read_rows(RESULTS)
 small = dict(updates=2, rankings=16) if REDUCED else {}
 policy, history = policies.learn(Run("PPO", **small))
 print("\nupdate  reward    gold      KL  clipped  distinct-2  ended")
-for r in history[:: max(1, len(history) // 6)] + history[-1:]:
+for r in history[: -1 : max(1, len(history) // 6)] + history[-1:]:
     print(
         f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}"
         f"  {r['policy/clipfrac']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"

@@ -38,13 +38,12 @@ from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = (
-    Path(__file__).parent if "__file__" in globals()
-    else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
-)  # fmt: skip
+HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: judges from 8 rankings and 2 updates in sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 base, tokenizer = mp.load_base()
@@ -544,9 +543,9 @@ print(f"\nagreement with the gold: first judge {judge_accuracy:.1%}, second {sec
 print("            judge it was trained on   second judge    gold")
 for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")
-share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
-print(f"of what the first judge thinks it gained, the second sees {share:.0%}")
 if not REDUCED:
+    share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
+    print(f"of what the first judge thinks it gained, the second sees {share:.0%}")
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]

@@ -52,6 +52,8 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "15_forgetting.jsonl"
+if REDUCED:
+    print("REDUCED SETTING: the runs computed now take 2 steps for 40, on 8 held-out verses for 96: no number of theirs says anything. The rows are the full lesson's.\n")
 
 if "--full" in sys.argv:
     sweep(forgetting.run, forgetting.RUNS, executor=1, store=RESULTS)
@@ -493,7 +495,7 @@ print("\nof the way    task loss    general loss")
 for t, (task_loss, general_loss) in zip(ts, line):
     print(f"{t:10.0%} {task_loss:12.3f} {general_loss:15.3f}")
 prompt = "It was a fine morning, and"
-for name, model in (("the base", base), ("tuned at 1e-3", tuned), ("tuned at 1e-2", wrecked)):
+for name, model in (("the base", base), ("2 steps, 1e-3" if REDUCED else "tuned at 1e-3", tuned), ("2 steps, 1e-2" if REDUCED else "tuned at 1e-2", wrecked)):
     text = tokenizer.decode(model.generate([tokenizer.encode(prompt)], max_new_tokens=20)[0], skip_special_tokens=True)
     print(f"{name:14s} {text!r}")
 if not REDUCED:

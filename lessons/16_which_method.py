@@ -40,6 +40,8 @@ REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+if REDUCED:
+    print("REDUCED SETTING: section 2 measures two methods for six, so section 4 leaves out the least memory. The rows are those of the full lesson.\n")
 base, tokenizer = mp.load_base()
 N = sum(p.size for p in base.parameters())
 NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "bottleneck": "adapters", "prefix": "prefix", "prompt": "prompt"}

@@ -73,6 +73,7 @@ def test_lesson_has_its_form(path):
     assert {"markdown", "code"} == {kind for kind, _ in found}
     assert "$" in text, "it states an equation"
     assert "import minipeft as mp" in code, "it uses the library"
+    assert ("MINIPEFT_REDUCED" in code) == ('print("REDUCED SETTING: ' in code), "a reduced lesson says so"
     assert re.search(r"^## .*break it", text, re.MULTILINE | re.IGNORECASE), "it has a break-it experiment"
     _, exercises = re.split(r"^## Exercises$", text, maxsplit=1, flags=re.MULTILINE)
     numbered = re.findall(r"^(?:\d\. |\*\*\d\d\.\d )", exercises, re.MULTILINE)
