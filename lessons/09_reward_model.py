@@ -331,9 +331,9 @@ assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy
 assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
 
 # %% [markdown]
-# 500, by the rule. A hundred rankings teach a model of this size nothing that differs clearly from a coin toss, two
-# thousand clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six hundred clean
-# ones; whether as much as the rule's 500, three seeds do not tell.
+# 500, by the rule. A hundred rankings teach a model of this size nothing that differs clearly from a coin toss, 2,000
+# clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six hundred clean ones;
+# whether as much as the rule's 500, three seeds do not tell.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -346,7 +346,7 @@ print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: the gold
 assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 
 # %% [markdown]
-# So a model that knows the truth agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward
+# Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward
 # models agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler.
 # Where pairs differ, the agreement fixes the mean of $(2p - 1)^2$, and the mean of $2p - 1$ lies between this and its
 # square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and

@@ -396,18 +396,17 @@ assert sum(map(abs, interval(noisy[0.5] - clean))) < (clean - noisy[0.25]).mean(
 
 # %% [markdown]
 # About even: half of 640 are still twice as many right answers as 160. And 640 with a quarter wrong, seen once, end
-# below 160 clean ones seen four times; with fewer passes over the 160 it was not tried. A likely reason, not tested:
-# random mistakes disagree with one another, and right answers agree.
+# below 160 clean ones seen four times; with fewer passes over the 160 it was not tried.
 #
-# If a share $p$ of the answers is random, the training loss is least for a mixture: with $1 - p$ the right answer, with
-# $p$ a random one. A right answer then keeps at least the share $1 - p$ of its probability, so it costs at most
-# $-\ln(1 - p)$ nats more, once for the whole answer. The harm here is larger in every answer of five tokens or more, so
-# the mixture alone does not explain it: in its 40 steps the model also learned less.
+# If a share $p$ of the answers is random, the training loss is least for that mixture. A right answer then keeps at
+# least the share $1 - p$ of its probability, so it costs at most $-\ln(1 - p)$ nats more, once for the whole answer.
+# The harm here is larger in every answer of five tokens or more, so the mixture alone does not explain it: in its 40
+# steps the model also learned less.
 #
 # *Advice: include hard examples.* The league asks for both of its tasks: of 1,500 records that the seed draws, 500 of
-# the easiest third, those with the lowest loss on the base, or half of these and half of the hardest third. Each side
-# is tuned, and the test has records of every kind. The mixture is also more like the test than the easy ones
-# are: whether it helps for that reason, or as hard examples teach more, is not told.
+# the easiest third, those with the lowest loss on the base, or half of these and half of the hardest third. The test
+# has records of every kind. The mixture is also more like the test than the easy ones are: whether it helps for that
+# reason, or as hard examples teach more, is not told.
 
 # %% [markdown]
 # > `best-3` include hard examples: **holds if**. 2 of 4 comparisons are as stated, 2 not told:

@@ -8,7 +8,7 @@
 # **Pareto frontier**: the runs beside which no other is at least as good in both and better in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# control). Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
 # or open it as a notebook. It computes a few runs now, and reads the others, with three seeds each, from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
