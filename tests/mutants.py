@@ -313,6 +313,7 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: Any) -> bool:
+        gc.unfreeze()  # what conftest.py has frozen could not be found
         for module in self.modules:  # not all are imported by all tests
             importlib.import_module(name_of(module))
         forked(lambda _: self.measure(session.items), 3600)
