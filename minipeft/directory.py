@@ -37,7 +37,7 @@ OF_A_RUN = re.compile(  # what a run that trains writes into its directory
 WRITTEN = re.compile(rf"{OF_A_RUN.pattern}|rows\.jsonl|(sweep|compare)\.png|compare\.json|index\.html")  # by any command
 _CONFIGURATIONS = ("adapter_config.json", "config.json")  # without which nothing is loaded
 _PLAN = ".plan.json"  # in READY: the names of the old files, and of the new
-_TEMPORARY = f"replacing|{re.escape(_PLAN)}|{WRITTEN.pattern}"
+_TEMPORARY = rf"replacing|{re.escape(_PLAN)}|{WRITTEN.pattern}|\d+_\w+\.ipynb"
 
 
 class DirectoryInUse(RuntimeError):

@@ -52,9 +52,10 @@ _OF_ANOTHER_FORM = (
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
     """Let `write(file)` produce the bytes of `path`; the file appears complete, or, where that raises, not at all.
 
-    Raises FileNotFoundError, naming the directory, where it is missing; any OSError names a file.
+    Raises FileNotFoundError, naming the directory, where it is missing; as `check_replaceable`; any OSError names a file.
     """
     path = Path(path)
+    check_replaceable(path)
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such directory", str(path.parent))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -68,6 +69,14 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def check_replaceable(path: Path, option: str = "") -> None:
+    """ValueError, naming an option, where no file is to take the place of what is there: a directory, a device, a pipe."""
+    linked = os.readlink(path) if path.is_symlink() else ""
+    if linked.startswith("/proc/") or (path.exists() and not path.is_file()):  # /dev/stdout is a link to /proc/self/fd/1
+        what = "a directory" if path.is_dir() else "a device, a pipe or an open file"
+        raise ValueError(f"{option} {path}: is {what}; name a file".lstrip())
 
 
 @contextmanager

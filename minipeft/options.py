@@ -111,6 +111,13 @@ def check(config: Any, error: type[Exception] = ValueError) -> None:
             raise error(f"{field.name} must be {_wanted(type(config), field)}, got {given!r}")
 
 
+def check_flags(**given: Any) -> None:
+    """Raises TypeError for a text where True or False belongs: "false" would count as true."""
+    for name, value in given.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name} must be True or False, not the text {value!r}")
+
+
 def add_options(
     parser: Any, cls: type, *names: str, defaults: Mapping[str, Any] | None = None, **helps: str
 ) -> None:

@@ -37,9 +37,11 @@ from typing import Any
 os.environ |= {"MINIPEFT_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
+import nbformat
 from cli_helpers import jsonl, run, tiny
 
 import minipeft as mp
+import minipeft.book.lessons
 import minipeft.cli.report
 import minipeft.train.metrics
 from minipeft.files import READY, FileError
@@ -56,6 +58,7 @@ QUICK = ("--steps", 2, "--batch-size", 2, "--save-steps", 1)
 # what takes most of the time and writes nothing else
 minipeft.train.metrics.png = lambda figure: b"a picture"
 minipeft.cli.report.ANSWER = 2
+minipeft.book.lessons.execute = lambda path: nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text", id="a")])
 
 # ----------------------------------------------------------------------------------------------------------- operations
 
@@ -178,6 +181,19 @@ def cases(given: Path, output: Path) -> dict[str, Callable[[], Case]]:
         compare = partial(run, "compare", *options, "--output", output, "--report", output)
         return Case(compare, [compare], old=compare)
 
+    def filing(name: str, file: str, *options: Any) -> Case:
+        """A command that writes one file."""
+        write = partial(run, name, *options, output / file)
+        return Case(write, [write], old=write)
+
+    def executing() -> Case:
+        execute = partial(run, "lessons", 1, "--notebooks", output)
+        return Case(execute, [execute])
+
+    def computing() -> Case:
+        compute = partial(run, "claims", "--run", "soft-7", "--store", output)
+        return Case(compute, [compute])
+
     def evaluating() -> Case:
         evaluate = partial(run, "evaluate", "--data", data, "--model", model, "--json", output / "scores.json")
         evaluate = partial(evaluate, "--max-new-tokens", 2)
@@ -206,6 +222,7 @@ def cases(given: Path, output: Path) -> dict[str, Callable[[], Case]]:
             "finetune", *tune, "--method", "lora", load=of_adapter, over=(*tune, "--method", "lora", "-r", 2)
         ),
         "sft": lambda: command("sft", *tune),
+        "sft-again": lambda: command("sft", *tune, over=(*tune, "--seed", 1)),
         "reward": lambda: command("reward", *prefer, load=of_judge),
         "reward-again": lambda: command("reward", *prefer, "--seed", 1, load=of_judge, over=prefer),
         "dpo": lambda: command("dpo", *prefer, "--method", "lora", load=of_adapter),
@@ -218,6 +235,10 @@ def cases(given: Path, output: Path) -> dict[str, Callable[[], Case]]:
         "sweep": sweeping,
         "compare": comparing,
         "evaluate": evaluating,
+        "memory": lambda: filing("memory", "step.json", model, "--seq", 8, "--timeline"),
+        "claims": lambda: filing("claims", "soft.png", "soft-7", "--picture"),
+        "claims-run": computing,
+        "lessons": executing,
         "save_pretrained": saving,
         "PeftModel.save_pretrained": saving_adapter,
     }  # fmt: skip
@@ -306,7 +327,7 @@ def killed_everywhere(name: str, root: Path, counter: Counter, every: int, first
 
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    if name == "evaluate":
+    if name in ("evaluate", "memory", "claims"):  # whose directory must be there
         output.mkdir()
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # in this process, which then has imported all
         if case.old:

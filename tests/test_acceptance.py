@@ -163,6 +163,15 @@ MISUSE = {
     "integer parameter": (train_integers, TypeError, r"layer.weight of shape \(4, 1\) is uint8; only floating-point"),
     "ids in lists": (lambda: model([[1, 2]]), TypeError, "input_ids must be an integer array, not a list"),
     "mask in lists": (lambda: model(IDS, [[1] * 12] * 3), TypeError, "attention_mask must be an integer array, not a list"),
+    "load_base": (lambda: mp.load_base(load_in_4bit="false"), TypeError, "load_in_4bit must be True or False, not the text 'false'"),
+    "from_pretrained": (lambda: mp.from_pretrained("x", load_in_4bit="no"), TypeError, "load_in_4bit must be True or False"),
+    "quantize_model": (
+        lambda: mp.quant.quantize_model(model, compress_statistics="no"), TypeError, "compress_statistics must be True or False"
+    ),
+    "adapter": (
+        lambda: mp.PeftModel.from_pretrained(model, "x", is_trainable="no"), TypeError, "is_trainable must be True or False"
+    ),
+    "generate": (lambda: model.generate(IDS, use_cache="no"), TypeError, "use_cache must be True or False, not the text 'no'"),
 }  # fmt: skip
 
 

@@ -132,6 +132,7 @@ def test_the_league_table(capsys, monkeypatch):
     (["lora-6", "--store", "x"], "--store does nothing without --run"),
     (["--picture", "a.png"], "--picture draws one statement: give its ID"),
     (["lora-6", "--picture", "a.pdf"], "--picture writes a PNG file: a.pdf must end in .png"),
+    (["lora-6", "--picture", "nowhere/a.png"], "--picture nowhere/a.png: there is no directory nowhere"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
     assert message in refused(capsys, "claims", *argv)

@@ -1,6 +1,7 @@
 """minipeft evaluate: scores of files of every form, an adapter's, as JSON, and what is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_the_shipped_items(capsys, tmp_path):
         (["--loss-only", "--temperature", "1"], "temperature is for answers"),
         (["--json", "no/such/file.json"], "--json no/such/file.json: there is no directory no/such"),
         (["--json", "."], "--json .: is a directory; name a file"),
+        (["--json", "pipe"], "--json pipe: is a device, a pipe or an open file; name a file"),
         (["--max-length", "500"], "max_length 500 is more than the 192 positions"),
         (["--max-new-tokens", "500"], "this model has 192 positions"),
         (["--template", "alpacca"], "alpaca"),
@@ -129,6 +131,7 @@ def test_the_shipped_items(capsys, tmp_path):
 )
 def test_what_is_refused(model, data, tmp_path, monkeypatch, capsys, argv, sentence):
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
     assert sentence in refused(capsys, "evaluate", "--data", data, "--model", model, *argv)
 
 

@@ -71,7 +71,7 @@ def test_a_step_that_is_run_is_drawn_beside_the_prediction(capsys, tmp_path):
     ("bert-base --seq 64 --timeline step.html", "activations are known of the families this package builds"),
     ("model --seq 64 --timeline model/step.html", "--timeline model/step.html lies in MODEL model, which is read"),
     ("model/config.json --seq 64 --timeline model/config.json", "is MODEL model/config.json, which is read"),
-    ("model --seq 64 --timeline directory.html", "directory.html: is a directory; give a file in it"),
+    ("model --seq 64 --timeline directory.html", "--timeline directory.html: is a directory; name a file"),
 ])
 def test_a_mistake_is_one_line_and_leaves_no_file(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)

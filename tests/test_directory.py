@@ -216,9 +216,14 @@ def test_a_second_process_is_refused_by_name_and_a_kill_opens_the_directory(give
     assert run(*TUNE) == 0
     process, _ = holding(given / "O")
     before = content(given / "O")
-    for more in ("--overwrite", "--resume"):
-        message = f"O: the process {process.pid} writes there; wait for its end, or choose another directory"
-        assert message in refused(capsys, *TUNE, more)
+    message = f"O: the process {process.pid} writes there; wait for its end, or choose another directory"
+    for command in (
+        (*TUNE, "--overwrite"), (*TUNE, "--resume"), (*TUNE, "--output", "O/checkpoint-3/new"),
+        ("sweep", "--data", "d.jsonl", "--model", "M", "--output", "O"),
+        ("evaluate", "--data", "d.jsonl", "--model", "M", "--json", "O/metrics.jsonl"),
+        ("memory", "M", "--seq", 8, "--timeline", "O/finetune.json"), ("claims", "soft-7", "--picture", "O/loss.png"),
+    ):  # fmt: skip
+        assert message in refused(capsys, *command)
     for save in (mp.load_base()[1].save, lambda path: mp.save_pretrained(mp.load_base()[0], path)):
         with pytest.raises(DirectoryInUse, match=str(process.pid)):
             save(given / "O")
@@ -280,7 +285,7 @@ def test_a_thread_may_hold_a_directory_twice_and_two_threads_may_not(tmp_path):
 
 def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(given):
     (given / "O").mkdir()
-    for name in (f".model.safetensors.{HEX}.tmp", f".checkpoint-3.{HEX}.tmp/optimizer.safetensors", f".replacing.{HEX}.tmp/x",
+    for name in (f".model.safetensors.{HEX}.tmp", f".01_a.ipynb.{HEX}.tmp", f".checkpoint-3.{HEX}.tmp/optimizer.safetensors", f".replacing.{HEX}.tmp/x",
                  f".finetune.json.{HEX}.tmp", LOCK):  # fmt: skip
         (given / "O" / name).parent.mkdir(exist_ok=True)
         (given / "O" / name).write_text("half")
@@ -291,12 +296,20 @@ def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(given):
     assert {name for name in os.listdir(given / "O") if name.startswith(".") or name.endswith("tmp")} == {*foreign}
 
 
-def test_a_single_file_has_no_leftovers_either(given):
-    (given / f".scores.json.{HEX}.tmp").write_text("half")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --data d.jsonl --model M --limit 1 --loss-only --json scores.json",
+        "memory M --seq 8 --timeline step.json",
+        "claims soft-7 --picture soft.png",
+    ],
+)
+def test_a_single_file_has_no_leftovers_either(command, given):
+    *argv, file = command.split()
+    (given / f".{file}.{HEX}.tmp").write_text("half")
     (given / f".others.json.{HEX}.tmp").write_text("mine")
-    names = {*os.listdir(given), "scores.json"} - {f".scores.json.{HEX}.tmp"}
-    argv = ("evaluate", "--data", "d.jsonl", "--model", "M", "--limit", 1, "--loss-only", "--json", "scores.json")
-    assert run(*argv) == 0 and {*os.listdir(given)} == names
+    names = {*os.listdir(given), file} - {f".{file}.{HEX}.tmp"}
+    assert run(*argv, file) == 0 and {*os.listdir(given)} == names
 
 
 # ------------------------------------------------------------------------------------------------------- replacement

@@ -116,6 +116,19 @@ def test_two_writers_do_not_disturb_each_other(tmp_path):
     assert path.read_text() == "outer" and os.listdir(tmp_path) == ["file"]
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "file", "w+") as file:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")  # as /dev/stdout is where it goes to a file
+        for name in ("pipe", "stdout"):
+            with pytest.raises(ValueError, match=f"/{name}: is a device, a pipe or an open file; name a file"):
+                write_text(tmp_path / name, "new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "stdout").is_symlink() and not (tmp_path / "file").read_text()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "new")  # takes the place of the link
+    assert not (tmp_path / "link").is_symlink() and not (tmp_path / "file").read_text()
+
+
 def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such directory: '.*nowhere'$"):
         write_text(tmp_path / "nowhere" / "file", "text")

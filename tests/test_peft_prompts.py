@@ -283,6 +283,8 @@ def test_arguments_that_do_not_fit_are_named():
     prompted = adapted()
     with pytest.raises(PeftError, match=r"shape \(3, 7\) or .*, not \(3, 12\): the 5 virtual tokens are added"):
         prompted(IDS, attention_mask=np.ones((3, 7 + P), int))
+    with pytest.raises(ValueError, match=r"attention_mask is 1 \(or true\)"):  # which ones in front would hide
+        prompted(IDS, attention_mask=np.zeros(IDS.shape, np.float32))
     with pytest.raises(PeftError, match="past_key_values cannot be given"):
         prompted.generate(IDS, past_key_values=[1])
     with pytest.raises(PeftError, match="PromptTuningConfig needs a Transformer; this is a Linear"):

@@ -118,6 +118,9 @@ def test_arguments_of_hugging_face_that_are_not_here_are_refused():
     for name in ("continue_final_message", "chat_template", "return_tensors", "tokenizer_kwargs"):
         with pytest.raises(TypeError, match=f"apply_chat_template has no argument '{name}' here"):
             tokenizer().apply_chat_template(MESSAGES, **{name: True})
+    for name in ("add_generation_prompt", "tokenize"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, not the text 'false'"):
+            tokenizer().apply_chat_template(MESSAGES, **{name: "false"})
 
 
 def test_neither_parts_of_a_message_nor_names_in_it_make_a_control_token():

@@ -62,6 +62,9 @@ def test_what_is_no_text_or_no_token_is_refused():
     ):
         with pytest.raises(error, match=message):
             call(value)
+    for name in ("allow_special", "add_special_tokens"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, not the text 'false'"):
+            TOKENIZER.encode("Hi", **{name: "false"})
 
 
 def test_pad():

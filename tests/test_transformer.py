@@ -107,7 +107,7 @@ def test_packed_sequences_equal_separate_ones(dialect, xp, rng):
 @dialects
 def test_a_mask_of_ones_is_no_mask(dialect, xp, rng):
     model, ids = build(dialect, xp), xp.asarray(tokens(rng, 2, 6))
-    for ones in (np.ones((2, 6), np.int64), np.ones((2, 6), bool), np.full((2, 6), 3), np.ones((2, 6), np.float32)):
+    for ones in (np.ones((2, 6), np.int64), np.ones((2, 6), bool), np.ones((2, 6), np.float32)):
         masked = model(ids, attention_mask=xp.asarray(ones))
         assert np.array_equal(to_numpy(model(ids).data), to_numpy(masked.data))
 
@@ -503,9 +503,17 @@ def test_a_mask_that_is_added_to_scores_is_refused_where_it_would_be_read_the_ot
     added = np.where(np.tri(5, dtype=bool), 0.0, -np.inf).astype(np.float32)
     nan = np.ones((2, 5), np.float32)
     nan[0, 0] = np.nan
-    for mask in (np.broadcast_to(added, (2, 1, 5, 5)).copy(), added[[0, 1]], nan, np.ones((2, 1, 5, 5), np.float32)):
+    hidden = np.tri(2, 5, -1, np.float32)  # its first row has zeros only
+    for mask in (np.broadcast_to(added, (2, 1, 5, 5)).copy(), added[[0, 1]], nan, np.ones((2, 1, 5, 5), np.float32),
+                 np.zeros((2, 5), np.float32), hidden):  # fmt: skip
         with pytest.raises(ValueError, match=r"attention_mask is 1 \(or true\) where .* give mask == 0"):
             model(ids, attention_mask=xp.asarray(mask))
+    for mask in (np.full((2, 5), 2), -hidden.astype(int), np.full((2, 1, 5, 5), -1)):  # in host memory, where they are read
+        with pytest.raises(ValueError, match=r"attention_mask is 1 \(or true\) where"):
+            model(ids, attention_mask=mask)
+    for mask in (np.full((2, 5), "1"), np.full((2, 5), None)):
+        with pytest.raises(TypeError, match="attention_mask must hold true and false, or 1 and 0, not "):
+            model(ids, attention_mask=mask)
     with pytest.raises(TypeError, match="position_ids must be integers, not float32"):
         model(ids, position_ids=xp.asarray(np.ones((2, 5), np.float32)))
 

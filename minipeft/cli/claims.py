@@ -49,9 +49,11 @@ from ..claims.register import (
     rule_of,
     statements,
 )
+from ..directory import locked
 from ..experiments.sweep import executor_of
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import console, grid, print_json
+from .outputs import check_file
 
 COLUMNS = 140  # of the table where standard output is no terminal
 
@@ -128,6 +130,7 @@ def check(args: Arguments) -> None:
             raise ValueError("--picture draws one statement: give its ID")
         if not args.picture.endswith(".png"):
             raise ValueError(f"--picture writes a PNG file: {args.picture} must end in .png")
+        check_file(args, Path(args.picture), "--picture")
 
 
 # ------------------------------------------------------------------------------------------------------------ showing
@@ -233,7 +236,8 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
     axes.invert_yaxis()
     axes.set_xlabel(f"{numbers[0].unit}, with 95 % intervals")
     axes.set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
-    save_png(figure_, path)
+    with locked(Path(path).parent, Path(path).name):
+        save_png(figure_, path)
     print(f"{path}: {len(numbers)} numbers with their intervals")
     return 0
 

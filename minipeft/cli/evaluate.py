@@ -69,12 +69,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Arguments) -> None:
     config = from_arguments(GenerationConfig, args)
     metric = None if args.metric is None else load_function(args.metric, "--metric")
-    if isinstance(args.json, str) and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
-    if isinstance(args.json, str) and Path(args.json).is_dir():
-        raise ValueError(f"--json {args.json}: is a directory; name a file")
     if isinstance(args.json, str):
-        mp.directory.keep_apart(args.json, outputs.inputs(args, Path(args.json)), "--json")
+        outputs.check_file(args, Path(args.json), "--json")
     datasets = mp.text.datasets
     records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
     unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))

@@ -48,9 +48,30 @@ def hold(args: Arguments, path: Path, option: str = "--output") -> None:
 
 
 def check_directory(args: Arguments, path: Path, option: str = "--output") -> None:
-    """ValueError where a directory that is to be written is a file, or could replace what the command reads."""
+    """ValueError where a directory that is to be written is a file, or could replace what the command reads.
+
+    DirectoryInUse where it is, or lies in, a checkpoint-N or the like of a directory in which another process writes.
+    """
     check_no_file(path, option)
     mp.directory.keep_apart(path, inputs(args, path), option)
+    place = Path(os.path.realpath(path))
+    for above in (place, *place.parents):
+        if mp.directory.OF_A_RUN.fullmatch(above.name) and (above.parent / mp.directory.LOCK).exists():
+            with mp.directory.locked(above.parent):
+                pass
+
+
+def check_file(args: Arguments, path: Path, option: str) -> None:
+    """ValueError where no file can be written at a path, or it could replace what the command reads.
+
+    A file of a run's names keeps its directory from other processes until the command ends, DirectoryInUse.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no directory {path.parent}")
+    mp.files.check_replaceable(path, option)
+    mp.directory.keep_apart(path, inputs(args, path), option)
+    if mp.directory.WRITTEN.fullmatch(path.name):
+        args.until_end.enter_context(mp.directory.locked(path.parent))
 
 
 def check_no_file(path: Path, option: str) -> None:
@@ -66,7 +87,7 @@ def inputs(args: Arguments, output: Path) -> Iterator[tuple[str, str]]:
     given = {name: value for name in READ if isinstance(value := getattr(args, name, None), (str, list))}
     for name, value in given.items():
         for path in [value] if isinstance(value, str) else value:
-            yield f"--{name.replace('_', '-')}", path
+            yield args.flag(name) if name in args.flags else name.upper(), path
             if name == "adapter":
                 with suppress(mp.files.FileError, OSError):  # which is said when it is loaded
                     yield f"the base of --adapter {path},", recorded_base(path)[0] or ""

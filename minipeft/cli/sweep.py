@@ -69,7 +69,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Arguments) -> int:
     args.only_one("task", "data")
     output = Path(args.output)
-    outputs.check_directory(args, output)
+    outputs.hold(args, output)
     task, options = from_arguments(TaskOptions, args), given_options(args)
     ranks, name = options.pop("r", [None]), args.method or (None if args.adapter_config else "lora")
     base, _ = loaded(args.model, args.backend)
@@ -100,8 +100,7 @@ def run(args: Arguments) -> int:
         raise KeyboardInterrupt("the same command goes on where it was") from None
     several = [name for name in ("lr", "r") if len({row[name] for row in rows}) > 1] or ["lr"]
     print(f"\n{mp.experiments.table(rows, [LOSS, 'general_loss'], several)}\n")
-    with mp.directory.locked(output, "sweep.png"):
-        mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
+    mp.train.metrics.save_png(mp.experiments.plot(rows, LOSS, *several), output / "sweep.png")
     print(*verdict(rows, several), sep="\n")
     print(f"saved: {output / 'rows.jsonl'}, {output / 'sweep.png'}")
     return int(any(map(mp.experiments.rows.failed, rows)))

@@ -12,7 +12,7 @@ from .. import accounting
 from ..options import configuration, option
 from .arguments import Arguments
 from .bars import size
-from .outputs import inputs
+from .outputs import check_file
 
 SHOWN = 12  # rows of what lives at the peak
 NARROW = 100  # columns of a small picture
@@ -35,15 +35,11 @@ def check(args: Arguments, mode: str) -> None:
     path = Path(args.timeline)
     if path.suffix not in (".html", ".json"):
         raise ValueError(f"--timeline {path}: a timeline is a page, .html, or a trace, .json: give such an ending")
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a directory; give a file in it" if path.is_dir() else f"there is no directory {path.parent}"
-        raise ValueError(f"--timeline {path}: {what}")
     if mode != "training":
         raise ValueError(f"--timeline is of a training step: leave --{mode} out")
     if args.seq is None:
         raise ValueError("--timeline is of a step on sequences: give their length, --seq")
-    read = (("MODEL" if name == "--model" else name, given) for name, given in inputs(args, path))
-    mp.directory.keep_apart(path, read, "--timeline")
+    check_file(args, path, "--timeline")
 
 
 def write(args: Arguments, title: str, arch: Any, config: Any, options: dict[str, Any]) -> Any:
@@ -51,10 +47,11 @@ def write(args: Arguments, title: str, arch: Any, config: Any, options: dict[str
     options = {"batch": args.batch, "seq_len": args.seq, **options}
     found = accounting.timeline(arch, config, **options, measure=args.measure)
     found = dataclasses.replace(found, name=title)
-    if Path(args.timeline).suffix == ".json":
-        found.to_chrome(args.timeline)
-    else:
-        mp.files.write_text(args.timeline, page(found, accounting.what_ifs(arch, config, **options)))
+    with mp.directory.locked(Path(args.timeline).parent, Path(args.timeline).name):
+        if Path(args.timeline).suffix == ".json":
+            found.to_chrome(args.timeline)
+        else:
+            mp.files.write_text(args.timeline, page(found, accounting.what_ifs(arch, config, **options)))
     return found
 
 

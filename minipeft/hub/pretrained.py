@@ -25,6 +25,7 @@ from ..nn.heads import SequenceClassifier
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter, some
 from ..nn.transformer import Transformer, TransformerConfig
+from ..options import check_flags
 from ..quant import Linear4bit
 from ..quant.surgery import quantizable_layers, quantized_layers
 from ..text.tokenizer import OTHERS, Tokenizer
@@ -185,8 +186,9 @@ def from_pretrained(
 
     Nothing is downloaded and no pickle is read. Raises HubError for a path without a model, an architecture or option
     that our model does not compute (before any weight is read), and weights that do not fit the configuration;
-    FileError for a damaged file.
+    FileError for a damaged file; TypeError for a text as load_in_4bit.
     """
+    check_flags(load_in_4bit=load_in_4bit)
     path, xp = Path(path), get_backend(backend)
     dtype = dtype or "float32"
     if dtype not in _DTYPES:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..autograd.tensor import no_grad
 from ..backend import Array, Rng, as_rng, asarray, is_array, to_numpy, xp_of
+from ..options import check_flags, fits
 from . import device
 from .module import Module
 from .transformer import KeyValue, KVCache
@@ -72,19 +73,20 @@ def generate_stream(
 
     Raises ValueError for arguments that make no sense and for prompts that, continued by `max_new_tokens`, would be
     longer than the positions that the model has beside its virtual tokens; TypeError for adapter_names of a model
-    without adapters; FloatingPointError when the logits are not numbers.
+    without adapters, and a text as use_cache; FloatingPointError when the logits are not numbers.
     """
     ids, cache = _host(input_ids, "input_ids"), KVCache(past_key_values or ())
     (B, T), past = ids.shape, len(cache)
     mask = None if attention_mask is None else _host(attention_mask, "attention_mask")
     config, stream = getattr(model, "config", None), as_rng(seed)
+    check_flags(use_cache=use_cache)
     _check(ids, mask, cache, max_new_tokens, temperature, top_k, top_p, stream)
     length = np.full(B, past + T) if mask is None else (mask != 0).sum(axis=1)
     virtual, limit = _virtual(model, adapter_names, B), getattr(config, "max_position_embeddings", None)
     _check_room(limit, length, virtual, max_new_tokens)
     ends = _ends(getattr(config, "eos_token_id", None) if eos_token_id is None else eos_token_id, B)
     pad = getattr(config, "pad_token_id", None) if pad_token_id is None else pad_token_id
-    pad = pad if pad is not None else next((i for row in ends for i in row), 0)
+    pad = _id("pad_token_id", pad) if pad is not None else next((i for row in ends for i in row), 0)
 
     xp, rows = xp_of(model.parameters()[0].data), np.arange(B)
     for step in range(max_new_tokens):
@@ -192,13 +194,19 @@ def next_logits(
 
 def _ends(ids: Any, B: int) -> list[list[int]]:
     """The ids that end each of B rows, from one id, or several for all rows, or a list for each row."""
-    several = (Sequence, np.ndarray)
+    several = (list, tuple, range, np.ndarray)
     ids = [] if ids is None else list(ids) if isinstance(ids, several) else [ids]
     if not any(isinstance(i, several) for i in ids):
-        return [[int(i) for i in ids]] * B
+        return [[_id("eos_token_id", i) for i in ids]] * B
     if len(ids) != B:
         raise ValueError(f"eos_token_id has lists for {len(ids)} rows, but there are {B} prompts")
-    return [[int(i) for i in row] for row in ids]
+    return [[_id("eos_token_id", i) for i in row] for row in ids]
+
+
+def _id(name: str, value: Any) -> int:
+    if not fits(value, int):
+        raise ValueError(f"{name} must be a token id, an integer of 64 bits, not {value!r}")
+    return int(value)
 
 
 def _virtual(model: Module, adapter_names: Sequence[str] | None, B: int) -> np.ndarray:
@@ -252,11 +260,11 @@ def _check(
         raise ValueError(f"past_key_values hold {next(iter(cache))[0].shape[0]} rows, but there are {B} prompts")
     if not isinstance(new, (int, np.integer)) or new < 0:
         raise ValueError(f"max_new_tokens must be a non-negative integer, not {new!r}")
-    if not 0 <= temperature < np.inf:
+    if not (fits(temperature, float) and temperature >= 0):
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature!r}")
     if k is not None and (not isinstance(k, (int, np.integer)) or k < 0):
         raise ValueError(f"top_k must be a positive integer, or None (or 0) for no limit, not {k!r}")
-    if p is not None and not 0 < p <= 1:
+    if p is not None and not (fits(p, float) and 0 < p <= 1):
         raise ValueError(f"top_p must lie in (0, 1], not {p!r}")
     if stream is None or any(i < 0 for i in stream.path):
         raise ValueError("seed must be a non-negative integer")

@@ -464,6 +464,8 @@ class Backbone(Module):
         for name, given in zip(INPUTS, (input_ids, attention_mask, position_ids)):
             if not (given is None or hasattr(given, "ndim")):
                 raise TypeError(f"{name} must be an integer array, not a {type(given).__name__}")
+        if attention_mask is not None:
+            check_mask(attention_mask)
         if input_ids is not None and input_ids.ndim != 2:
             raise ValueError(f"input_ids must have the shape [batch, seq], not {input_ids.shape}")
         if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != self.config.hidden_size):
@@ -482,12 +484,6 @@ class Backbone(Module):
         S, limit, xp = past + T, self.config.max_position_embeddings, xp_of(mask, positions)
         if mask is not None and mask.shape not in ((B, S), (B, 1, T, S)):
             raise ValueError(f"attention_mask must have the shape {(B, S)} or {(B, 1, T, S)}, not {mask.shape}")
-        floats = mask is not None and mask.dtype.kind == "f"
-        if floats and (mask.ndim == 4 or bool(((mask != 0) & (mask != 1)).any().item())):
-            raise ValueError(
-                f"attention_mask is 1 (or true) where there is something to see, and else 0; this one, of {mask.dtype} and "
-                f"shape {mask.shape}, may be one that is added to the scores: give mask == 0"
-            )
         if positions is None:
             if mask is None or mask.ndim == 4:
                 positions = xp.arange(past, S)[None]
@@ -576,6 +572,26 @@ class BackboneModel(Module):
     def gradient_checkpointing_enable(self, enabled: bool = True) -> None:
         """Keep only each block's input in the forward pass and compute the block again in backward (`checkpoint`)."""
         self.backbone.gradient_checkpointing = enabled
+
+
+def check_mask(mask: Array) -> None:
+    """Raises ValueError for a mask of other numbers than 0 and 1, or that may be added to scores; TypeError for no numbers.
+
+    Integers on a device are not read.
+    """
+    kind = mask.dtype.kind
+    if kind not in "biuf":
+        raise TypeError(f"attention_mask must hold true and false, or 1 and 0, not {mask.dtype}")
+    if kind == "b" or (kind != "f" and xp_of(mask) is not np):
+        return
+    wrong = ((mask != 0) & (mask != 1)).any()
+    if kind == "f" and mask.ndim == 2:  # a row of zeros adds nothing, so that all is seen, or there is nothing to see
+        wrong |= (mask == 0).all(axis=1).any()
+    if (kind == "f" and mask.ndim == 4) or bool(wrong.item()):
+        raise ValueError(
+            f"attention_mask is 1 (or true) where there is something to see, and else 0; this one, of {mask.dtype} and "
+            f"shape {mask.shape}, is of another kind; of one that is added to the scores give mask == 0"
+        )
 
 
 def check_labels(labels: Any) -> None:

@@ -26,6 +26,7 @@ from ..autograd.tensor import Tensor, is_grad_enabled
 from ..backend import Array, as_rng, to_numpy, xp_of
 from ..nn.module import Module, Parameter
 from ..nn.transformer import INPUTS, check_labels
+from ..options import check_flags
 from .config import PeftConfig, PeftError
 from .layer import AdaptedLayer, Adapter, TrainedCopy
 from .mixed import BASE, Selection
@@ -462,8 +463,10 @@ class PeftModel(Module, Generic[M]):
         """`model` with the adapter of a directory, which PEFT or this package wrote.
 
         Raises FileError or PeftError for a directory that is incomplete, does not fit the model, or uses options that
-        this package does not have. Warns where it was trained on another base; see `minipeft.peft.provenance`.
+        this package does not have, TypeError for a text as is_trainable. Warns where it was trained on another base; see
+        `minipeft.peft.provenance`.
         """
+        check_flags(is_trainable=is_trainable)
         from .huggingface import load_arrays, read_adapter
 
         config, arrays = read_adapter(directory)

@@ -9,6 +9,7 @@ from typing import Any
 from ..nn.heads import HEADS
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
+from ..options import check_flags
 from .checks import QuantError
 from .linear import Linear4bit
 
@@ -30,8 +31,10 @@ def quantize_model(
         quant_type, blocksize, compress_statistics: see `quantize_4bit`; double quantization is on.
 
     Raises QuantError for a name that matches nothing (other than the usual heads), when nothing is left to quantize, and
-    for a weight that another module shares: quantizing it would untie the two.
+    for a weight that another module shares: quantizing it would untie the two; TypeError for a text as
+    compress_statistics.
     """
+    check_flags(compress_statistics=compress_statistics)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     made = model.copy(share=True)
     paths = [path for path, _ in made.named_modules()]

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..directory import replacing
 from ..files import FileError, expecting, read_json, write_json, write_text
+from ..options import check_flags
 from ..train.batches import pad_sequences
 from . import chat
 
@@ -208,8 +209,10 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts, on several threads.
 
-        Raises TypeError for what is no str, ValueError for one that is not valid Unicode, or that has no tokens here.
+        Raises TypeError for what is no str, and for a str as True or False; ValueError for a text that is not valid
+        Unicode, or that has no tokens here.
         """
+        check_flags(allow_special=allow_special, add_special_tokens=add_special_tokens)
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text to encode must be a str, got {type(text).__name__}")
@@ -259,8 +262,9 @@ class Tokenizer:
 
         As in Hugging Face, except that a message that spells a special token stays text. Raises ValueError where the
         tokenizer has no template, or the template cannot write these messages; TypeError for arguments of Hugging
-        Face's that this has not.
+        Face's that this has not, and a text as True or False.
         """
+        check_flags(add_generation_prompt=add_generation_prompt, tokenize=tokenize)
         if missing := [name for name in NOT_HERE if name in variables]:
             raise TypeError(f"apply_chat_template has no argument {missing[0]!r} here; other names are the template's variables")
         pieces = self.chat_pieces(messages, add_generation_prompt, **variables)
