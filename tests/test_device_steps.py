@@ -5,6 +5,8 @@ Needs CuPy on the package `hostcuda`, which counts every call; elsewhere these t
 
 from __future__ import annotations
 
+from functools import partial
+
 import models
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import minipeft as mp
 from minipeft import quant, rlhf
 from minipeft.nn.generation import generate_stream
 from minipeft.peft import LoraConfig, get_peft_model
+from minipeft.peft.methods import METHODS
 from minipeft.text.examples import Example, PreferencePair
 from minipeft.train import SGD, Adam, AdamW, Trainer, TrainingArguments, TrainingDiverged, clip_grad_norm
 from minipeft.train.callbacks import Callback
@@ -62,6 +65,24 @@ def step(method, accumulate=1, **options):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_step_waits_once(accumulate, optim):
     assert step("full", accumulate, optim=optim).waits == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_of_every_method_waits_once(method):
+    base = mp.Transformer(models.config("gpt2", num_hidden_layers=LAYERS), seed=0, backend="cupy")  # with biases, for BitFit
+    args = TrainingArguments(max_steps=6, progress=False, per_device_train_batch_size=4)  # of which AdaLoRA prunes in three
+    Trainer(METHODS[method].prepare(base, 6), EXAMPLES, args=args).train(callbacks=[counts := Counts()])
+    assert {n.waits for n in counts.steps[1:]} == {1}
+
+
+@pytest.mark.parametrize("loss", [None, partial(rlhf.RewardModel.loss, center=0.1)])
+def test_a_step_of_a_reward_model_waits_once(loss):
+    rankings = [rlhf.Ranking((a, b), margin=0.5) for (a, _), (b, _) in zip(EXAMPLES[:8:2], EXAMPLES[1:8:2])]
+    args = TrainingArguments(max_steps=3, learning_rate=1e-3, progress=False, per_device_train_batch_size=4)
+    judge = rlhf.RewardModel(built("full"))
+    judge = judge if loss is None else get_peft_model(judge, LoraConfig(r=2, modules_to_save=["score"]))  # as `minipeft reward`
+    Trainer(judge, rankings, args=args, collate=rlhf.collate_rankings, loss=loss).train(callbacks=[counts := Counts()])
+    assert counts.steps[-1].waits == 1
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto", "orpo"])

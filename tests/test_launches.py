@@ -19,6 +19,7 @@ from minipeft.autograd.autocast import DTYPES, autocast, rounded
 from minipeft.autograd.tensor import no_grad
 from minipeft.backend import Rng
 from minipeft.nn.transformer import KVCache
+from minipeft.quant import quantize_model
 
 SHAPE = dict(vocab_size=64, hidden_size=24, intermediate_size=48, num_attention_heads=3, num_key_value_heads=1,
              max_position_embeddings=64, tie_word_embeddings=True)  # fmt: skip
@@ -42,8 +43,9 @@ def counting(request):
     return count
 
 
-def on_device(config, **lora):
+def on_device(config, quantized=False, **lora):
     model = mp.Transformer(config, seed=0, backend="cupy")
+    model = quantize_model(model) if quantized else model
     return mp.get_peft_model(model, mp.LoraConfig(target_modules="all-linear", **lora)) if lora else model
 
 
@@ -82,6 +84,7 @@ STEPS = {  # configuration, LoRA's options, arguments, launches of 30 layers at 
     "full": (LLAMA(**SHAPE), {}, {}, 1220),
     "full, padded": (LLAMA(**SHAPE), {}, {"attention_mask": PADDED}, 1220),
     "LoRA": (LLAMA(**SHAPE), {"r": 4}, {}, 2200),
+    "QLoRA": (LLAMA(**SHAPE), {"r": 4, "quantized": True}, {}, 2617),
     "LoRA with dropout": (LLAMA(**SHAPE), {"r": 4, "lora_dropout": 0.1}, {}, 2830),
     "GPT-2": (GPT2(**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}), {}, {}, 1260),
 }

@@ -216,10 +216,8 @@ def test_a_device_has_the_codes_and_the_numbers_of_the_cpu(xp, rng, edge, quant_
         return
     (packed, state), (mine, here) = (quant.quantize_4bit(lib.asarray(x), 64, quant_type, nested) for lib in (np, xp))
     assert np.array_equal(to_numpy(mine), packed)
-    if nested:  # the mean, a sum, has no order that both share
-        assert here.offset == pytest.approx(state.offset, rel=1e-6)
-        assert (to_numpy(here.absmax) != state.absmax).mean() < 0.01 or edge == "subnormal"  # departure 4 of nf4
-        state = quant.QuantState.from_dict({k: to_numpy(v) if is_array(v) else v for k, v in here.as_dict().items()})
+    held = {k: to_numpy(v).tobytes() if is_array(v) else v for k, v in here.as_dict().items()}
+    assert held == {k: v.tobytes() if is_array(v) else v for k, v in state.as_dict().items()}
     assert to_numpy(quant.dequantize_4bit(mine, here)).tobytes() == quant.dequantize_4bit(packed, state).tobytes()
     if edge == "blocks of zeros":
         assert not to_numpy(quant.dequantize_4bit(mine, here))[: 64 * 300].any()

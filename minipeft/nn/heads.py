@@ -122,7 +122,8 @@ class ValueModel(_HeadedBackbone):
 def last_real_token(attention_mask: Array, length: int) -> Array:
     """The index [B], within the last `length` positions, of each row's last one whose mask [B, past + T] is not zero.
 
-    Raises ValueError when a row has none, or the mask another number of axes.
+    To look for one in every row, the host waits for a mask on a device. Raises ValueError when a row has none, or the
+    mask another number of axes.
     """
     if attention_mask.ndim != 2:
         raise ValueError(

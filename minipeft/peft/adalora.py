@@ -28,7 +28,7 @@ import numpy as np
 
 from ..autograd import ops as F
 from ..autograd.tensor import Tensor
-from ..backend import Array, Rng, asarray, xp_of
+from ..backend import Array, Rng, asarray, read, xp_of
 from ..nn.module import Module, Parameter
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Shape
@@ -221,10 +221,12 @@ class AdaLoraCallback:
         return bool(left) and sum(left) <= self.config.target_r * len(left)
 
     def _note_pattern(self) -> None:
-        """Write the kept triplets into the configuration. Before the first pruning, leave the loaded pattern."""
+        """Give the configuration the kept triplets, unread. Before the first pruning, leave the loaded pattern."""
         kept = {f"{path}.lora_E": layer.kept for path, layer in self.layers.items() if layer.kept is not None}
-        pattern = {key: [bool(k) for k in array.tolist()] for key, array in kept.items()} or self.loaded_pattern
-        self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=pattern)
+        config = self.model.peft_config[self.adapter_name] = self.config.replace(rank_pattern=self.loaded_pattern)
+        if kept:
+            del config.rank_pattern
+            config._kept = kept
 
 
 @configuration
@@ -257,6 +259,14 @@ class AdaLoraConfig(PeftConfig):
         if self.target_r > self.init_r:
             raise PeftError(f"target_r must be at most init_r={self.init_r}, got {self.target_r}")
 
+    def __getattr__(self, name: str) -> Any:
+        """`rank_pattern` after a pruning, when it is first asked for: to read the triplets is to wait for a device."""
+        kept = vars(self).get("_kept")
+        if name != "rank_pattern" or kept is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.rank_pattern = {key: [bool(k) for k in array] for key, array in zip(kept, read(*kept.values()))}
+        return self.rank_pattern
+
     def rank(self, name: str) -> int:
         """How many triplets the module at a path has."""
         kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
@@ -274,3 +284,6 @@ class AdaLoraConfig(PeftConfig):
         """The two averages of every number of P, λ and Q, to count memory."""
         followed = {path: shape for path, shape in shapes.items() if path.rpartition(".")[2] in MATRICES}
         return {f"{path}.{what}": shape for path, shape in followed.items() for what in AVERAGES}
+
+
+del AdaLoraConfig.rank_pattern  # the default, which would be found before `__getattr__`

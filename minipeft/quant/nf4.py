@@ -21,15 +21,14 @@ code takes a byte. `kernels` packs two into one, the first in the high half, and
 
 Departures from the paper: 1. q is its table; its eq. 4, which averages neighboring quantiles, does not give that.
 2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`. 4. Float
-arithmetic on a GPU takes numbers below 1.18e-38 for zero. `kernels` gives the CPU's codes and numbers there all the same;
-what is lost is a scale that is nearer to the mean of the scales than that.
+arithmetic on a GPU takes numbers below 1.18e-38 for zero. `kernels` gives the CPU's codes and numbers there all the same.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..backend import Array, asarray, xp_of
+from ..backend import Array, asarray, to_numpy, xp_of
 from . import eight_bits
 from .checks import QuantError
 from .codebooks import thresholds
@@ -59,11 +58,12 @@ def quantize_scales(c: Array) -> tuple[Array, Array, float]:
 
     Raises QuantError where the sum of the scales is no float32 number.
     """
+    host = to_numpy(c)  # a device adds in another order, and takes a small difference for zero
     with np.errstate(over="ignore"):
-        mean = float(c.mean().item())
+        mean = float(host.mean())
     if mean == np.inf:
         raise QuantError("the scales are too large for double quantization: their sum is above 3.4e38, a float32's limit")
-    codes, c2 = eight_bits.quantize(in_blocks(c - xp_of(c).float32(mean), NESTED_BLOCKSIZE))
+    codes, c2 = eight_bits.quantize(in_blocks(asarray(host - np.float32(mean), xp_of(c)), NESTED_BLOCKSIZE))
     return codes.reshape(-1)[: c.size], c2, mean
 
 

@@ -27,7 +27,7 @@ from ..backend import Array, Rng, asarray, to_numpy, xp_of
 from ..directory import replacing
 from ..files import FileError, read_json, write_json
 from ..nn.heads import SequenceClassifier
-from ..nn.transformer import Transformer
+from ..nn.transformer import Transformer, from_host
 from ..text.tokenizer import Tokenizer, pad_sequences
 from ..train.batches import Batch
 from .config import RewardConfig
@@ -128,6 +128,7 @@ class RewardModel(SequenceClassifier):
         dropout: a reward is to be a function of the text.
         """
         scores = self.rewards(input_ids, attention_mask)
+        better, worse, weight, margin = (from_host(a, xp_of(scores.data)) for a in (better, worse, weight, margin))
         return reward_loss(scores[better], scores[worse], margin, center, weight)
 
     def score_texts(self, texts: Sequence[np.ndarray], batch_size: int = 64) -> np.ndarray:
@@ -137,13 +138,13 @@ class RewardModel(SequenceClassifier):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        xp, scores = xp_of(self.score.weight.data), np.empty(len(texts))
+        scores = np.empty(len(texts))
         order = np.argsort([len(text) for text in texts], kind="stable")  # batches of like lengths
         with no_grad():
             for i in range(0, len(texts), batch_size):
                 rows = order[i : i + batch_size]
                 ids, mask = pad_sequences([texts[row] for row in rows], 0)
-                scores[rows] = to_numpy(self.rewards(asarray(ids, xp), asarray(mask, xp)).data)
+                scores[rows] = to_numpy(self.rewards(ids, mask).data)
         return scores
 
     def calibrate(self, texts: Sequence[np.ndarray]) -> None:

@@ -31,9 +31,12 @@ def model_loss(model: Module, **arguments: Any) -> Tensor:
 def on_device(batch: Batch, model: Module, loss: Loss = model_loss) -> dict[str, Any]:
     """The arguments of a batch for a loss, its arrays moved to the model's device.
 
-    A language model's own loss gets them as they are: it checks them in host memory, and moves them then.
+    The own loss of a language model or classifier gets them as they are: it looks at them in host memory, where that is
+    not to wait, and moves them then.
     """
-    if loss is model_loss and _headed(model):
+    plain = getattr(model, "base_model", model)
+    own = getattr(loss, "func", loss) in (model_loss, getattr(type(plain), "loss", None))  # func: of a partial
+    if own and hasattr(plain, "backbone"):
         return batch.arguments
     xp = xp_of(*[p.data for p in model.parameters()])
     return {k: asarray(v, xp) if is_array(v) else v for k, v in batch.arguments.items()}
