@@ -225,6 +225,7 @@ NUMBERS += [1e-308, 1e308, -0.0, math.inf, -math.inf, math.nan]
 TEXTS = ["", " ", "x", "false", "none", "NaN", "../x", "/etc/passwd", "..", "a/b", "(", "[", "(.*)*x", "(a|.)*(.*)*b", "\x00", "é\u2028"]
 TEXTS += ["\ud800", "\ufdd00\ufdd0", "x" * 70000, "1" * 5000, "1e9999", "{", "{x}", "{prompt}", "{{", "}}", "{% for i in range(99999) %}"]
 TEXTS += ["{{ 'x' * 10**9 }}", "{{ messages | tojson(indent=10**9) }}", "{{ '\\ufdd05\\ufdd0' }}", "{% endfor %}", "\t", "\n", "|", "#", ","]
+TEXTS += ["(?:(?:a{1000}){1000}){1000}x"]
 VALUES = [None, True, False, [], {}, [[]], [None], {"": 0}, HUGE, DEEP, *NUMBERS, *TEXTS]
 
 

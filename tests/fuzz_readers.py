@@ -22,7 +22,7 @@ from minipeft import quant, rlhf
 from minipeft.accounting import architecture, published
 from minipeft.accounting.models import groups
 from minipeft.experiments import rows
-from minipeft.files import FileError, read_safetensors, write_json, write_safetensors
+from minipeft.files import FileError, read_json, read_safetensors, write_json, write_safetensors
 from minipeft.hub.pretrained import HubError
 from minipeft.nn.heads import SequenceClassifier
 from minipeft.peft.config import PeftError
@@ -81,7 +81,12 @@ def models(folder: Path) -> None:
     of |= {family: LLAMA.replace(model_type=family) for family in ("mistral", "qwen2")}
     for name, config in of.items():
         mp.save_pretrained(model(config), folder / name)
-    mp.save_pretrained(SequenceClassifier(model(LLAMA), 3), folder / "classifier")
+    for name in ("classifier", "unnamed"):
+        mp.save_pretrained(SequenceClassifier(model(LLAMA), 3), folder / name)
+    path = folder / "unnamed" / "config.json"
+    content = read_json(path)
+    del content["id2label"], content["label2id"]
+    write_json(path, {**content, "num_labels": 3})
 
 
 def described(folder: Path) -> None:
@@ -145,10 +150,11 @@ def backend() -> Any:
 
 def tokenizers_(folder: Path) -> None:
     named = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-    for name, content in (("config", {**named, "chat_template": SYSTEM}), ("beside", {})):
+    several = [{"name": name, "template": SYSTEM} for name in ("default", "tool_use")]
+    for name, content in (("config", {**named, "chat_template": SYSTEM}), ("several", {"chat_template": several}), ("beside", {})):
         Tokenizer(backend(), content).save(folder / name)
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
 
     words = {word: i for i, word in enumerate(("[UNK]", "Is", "it", "a", "##b", "c", "cab", "▁", "<|im_end|>"))}
     for name, kind in {
@@ -159,6 +165,10 @@ def tokenizers_(folder: Path) -> None:
         made.pre_tokenizer = pre_tokenizers.Whitespace()
         made.add_special_tokens(["<|im_end|>"])
         Tokenizer(made, named).save(folder / name)
+    grown = backend()
+    longer = [normalizers.Replace(Regex("a+"), "a" * 10), normalizers.Replace("a", "a" * 5), normalizers.NFKC()]
+    grown.normalizer = normalizers.Sequence([normalizers.Prepend("a"), *longer])
+    Tokenizer(grown, {}).save(folder / "grown")
     write_json(folder / "beside" / "special_tokens_map.json", named)
     (folder / "beside" / "chat_template.jinja").write_text(SYSTEM)
 

@@ -125,6 +125,15 @@ def test_classifier_round_trip(case, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"a": "good", "b": "bad"}}))
     with pytest.raises(HubError, match="id2label must name the classes 0 to 1, not a, b"):
         mp.from_pretrained(tmp_path)
+    del config["id2label"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 5}))
+    assert list(mp.from_pretrained(tmp_path)[0].id2label.values()) == [f"LABEL_{i}" for i in range(5)]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 10**6}))
+    tracemalloc.start()
+    with pytest.raises(HubError, match=r"score.weight has the shape \(5, 16\), the configuration gives \(1000000, 16\)"):
+        mp.from_pretrained(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 10**7  # no name of each label
+    tracemalloc.stop()
     (tmp_path / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
     with pytest.raises(HubError, match="several labels a text, has a loss that is not computed here"):
         mp.from_pretrained(tmp_path)

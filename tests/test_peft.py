@@ -774,6 +774,9 @@ def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
+HUGE = "(?:(?:a{1000}){,1000}){1000,}"  # a pattern that the package regex writes out, until memory ends
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -806,6 +809,12 @@ def test_adalora_ends_with_the_triplets_of_the_weights_it_ends_with(tmp_path):
         ("Lora", dict(exclude_modules=["v_porj"]), "exclude_modules: no .* 'v_porj'; nearest: v_proj"),
         ("Lora", dict(exclude_modules=".*v_porj"), "exclude_modules: no module is called"),
         ("Lora", dict(rank_pattern={"q(": 4}), r"rank_pattern='q\(' is not a regular expression"),
+        ("Lora", dict(target_modules=f"{HUGE}x"), r"target_modules: a pattern must be at most 10,000 .*; '\(\?:.*x' is longer"),
+        ("Lora", dict(exclude_modules=f"(?x){HUGE}".replace("{", "{ ")), "exclude_modules: a pattern must be at most"),
+        ("Lora", dict(rank_pattern={f"(?x){HUGE}".replace("{1", "{1#}\n"): 4}), "rank_pattern: a pattern must be at most"),
+        ("Lora", dict(alpha_pattern={"|".join(["x" * 99] * 101): 4}), "alpha_pattern: a pattern must be at most"),
+        ("Lora", dict(layers_to_transform=[0], layers_pattern="a{%s}" % ("9" * 5000)), "layers_pattern: a pattern must be"),
+        ("IA3", dict(feedforward_modules=HUGE), "feedforward_modules: a pattern must be at most"),
         ("Lora", dict(layers_to_transform=[0], layers_pattern=["(l"]), r"layers_pattern='\(l' is not a regular exp"),
         ("Lora", dict(lora_alpha="16"), "lora_alpha must be a finite number, got '16'"),
         ("Lora", dict(lora_alpha=None), "lora_alpha must be a finite number, got None"),

@@ -1,5 +1,6 @@
 """The tokenizer: exact round trips, special tokens only where asked for, padding, and any Hugging Face directory."""
 
+import base64
 import json
 import shutil
 from importlib.resources import files
@@ -168,6 +169,8 @@ def test_padding_and_truncation_in_the_file_are_not_obeyed(directory):
     [
         ({"eos_token": "</s>"}, "names '</s>' as eos_token, which tokenizer.json does not have"),
         ({"pad_token": 0}, "pad_token must be a string or an added token, got 0"),
+        ({"chat_template": [{"name": [], "template": "x"}]}, "each chat_template of a list must be an object with a name"),
+        ({"chat_template": ["x"]}, "each chat_template of a list must be an object with a name"),
     ],
 )
 def test_contradicting_config(directory, config, reason):
@@ -218,6 +221,49 @@ def test_files_that_are_no_text_or_no_tokenizer_are_an_error_of_the_file(tmp_pat
     edited(tmp_path, model={"continuing_subword_prefix": "1e9999", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": merges})
     with pytest.raises(FileError, match="not a tokenizer that the tokenizers library reads"):  # it panics
         Tokenizer.load(tmp_path)
+
+
+def replace(text, put):
+    return {"type": "Replace", "pattern": {"String": text}, "content": put}
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 11, "pair": [], "special_tokens": {}}
+CHARSMAP = base64.b64encode(b"\4\0\0\0" + bytes(4) + b"x" * 10_001 + b"\0").decode()
+
+
+@pytest.mark.parametrize("part, content", [
+    ("normalizer", {"type": "Sequence", "normalizers": [replace("a", "a" * 10)] * 5}),
+    ("normalizer", {"normalizers": [{"pattern": {"String": "a"}, "content": "a" * 10}] * 5}),  # as older versions wrote it
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replace("aa", "b" * 202)] * 2}, replace("", "b")]}),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 600}, {"type": "NFKC"}]}),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}] * 6}),
+    ("post_processor", {"type": "Sequence", "processors": [TEMPLATE] * 4}),
+    ("decoder", {"type": "Sequence", "decoders": [{"type": "CTC", "pad_token": "p", "word_delimiter_token": "", "cleanup": False}] * 9}),
+])  # fmt: skip
+def test_what_may_make_a_text_much_longer_is_refused_before_the_library_runs_it(directory, part, content):
+    path = directory / "tokenizer.json"
+    read = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(read | {part: content}))
+    with pytest.raises(FileError, match=f"tokenizer.json: its {part} may make a text more than 10,000 times as long"):
+        Tokenizer.load(directory)
+
+
+def test_ordinary_normalizers_are_not_refused_and_long_patterns_are(directory):
+    path = directory / "tokenizer.json"
+    read = json.loads(path.read_text("utf-8"))
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    albert = [replace("``", '"'), {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"}, spaces]
+    for normalizers in ([{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")], albert):
+        path.write_text(json.dumps(read | {"normalizer": {"type": "Sequence", "normalizers": normalizers}}))
+        assert Tokenizer.load(directory).encode("Let there be light")
+    longer = json.dumps({"type": "Sequence", "normalizers": [replace("a", "a" * 10)] * 5})
+    path.write_text(f'{{"normalizer": {longer}, {json.dumps(read | {"normalizer": None})[1:]}')  # the library would obey the first
+    assert Tokenizer.load(directory).encode("a") == TOKENIZER.encode("a")
+    spaces["pattern"]["Regex"] = "(?i)" + "xk" * 2499
+    path.write_text(json.dumps(read | {"normalizer": spaces}))
+    with pytest.raises(FileError, match=r"tokenizer.json: its regular expressions have 5,002 characters; at most 5,000 are"):
+        Tokenizer.load(directory)
 
 
 def test_what_a_tokenizer_has_no_token_for_is_a_value_error():

@@ -11,6 +11,7 @@ that will be trained and share those of frozen ones, so training it leaves the m
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,16 @@ class SequenceClassifier(_HeadedBackbone):
         super().__init__(model, share=seed is None)
         d = self.config.hidden_size
         self.num_labels = int(num_labels)
-        self.id2label = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}  # as a configuration of Hugging Face names them
         self.score = Linear(d, num_labels, bias=False, seed=None)
         if seed is not None:
             std = np.float32(self.config.initializer_range)
             weight = np.random.default_rng(seed).standard_normal((num_labels, d), np.float32) * std
             self.score.weight.data = asarray(weight, xp_of(self.backbone.embedding.weight.data))
+
+    @cached_property  # a damaged configuration may have any number, until the weights are compared with it
+    def id2label(self) -> dict[str, str]:
+        """The classes' names, as a configuration of Hugging Face has them."""
+        return {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
 
     def forward(self, input_ids: Array | None = None, attention_mask: Array | None = None, **arguments: Any) -> Tensor:
         """Logits [B, num_labels]. The arguments are those of the backbone's `forward`; attention_mask is [B, past + T].

@@ -18,7 +18,7 @@ from ..nn.module import Module
 from ..options import configuration, option
 from .config import PeftConfig, PeftError, Shape
 from .layer import Adapter, Inner
-from .targets import by_family, family_of, matches
+from .targets import by_family, check_patterns, family_of, matches
 from .weights import dense_weight, out_in, with_weight
 
 SCALED = by_family({  # model_type -> target_modules
@@ -73,6 +73,8 @@ class IA3Config(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.feedforward_modules, str):
+            check_patterns("feedforward_modules", self.feedforward_modules)
         lists = isinstance(self.feedforward_modules, (list, tuple)) and isinstance(self.target_modules, list)
         if lists and not self.inference_mode:  # PEFT writes files that are otherwise
             extra = sorted(set(self.feedforward_modules) - set(self.target_modules))

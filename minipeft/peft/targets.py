@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import time
 from collections import Counter
@@ -86,7 +87,7 @@ class Targets:
     A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
     the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
     modules_to_save may begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
-    Raises PeftError for options that contradict each other, and for what is no regular expression.
+    Raises PeftError for options that contradict each other, and for what is no regular expression, or too long a one.
     """
 
     target_modules: list[str] | str | None = option(
@@ -210,6 +211,7 @@ def matches(targets: list[str] | str | None, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets or ())
 
 
+LONG = 10_000  # characters of a pattern, with its counted repeats written out, as the package regex compiles them
 SECONDS, SLOW = 0.1, 0.001  # of the processor: what a pattern may take for one path; ten times as much for all slow ones
 _spent: Counter[str] = Counter()  # by pattern, on those
 
@@ -237,8 +239,13 @@ def match(pattern: str, path: str, whole: bool = False) -> Any:
 
 
 def check_patterns(name: str, *patterns: str) -> None:
-    """Raises PeftError where a pattern of an option is no regular expression."""
+    """Raises PeftError where a pattern of an option is no regular expression, or takes too much to compile."""
     for pattern in patterns:
+        repeats = re.findall(r"\{(\d*),?(\d*)([\s#]?)", pattern)  # with (?x), digits go on after blanks and comments
+        times = (max(1.0, float(least or 1), float(most or 1), LONG * bool(more)) for least, most, more in repeats)
+        if len(pattern) * math.prod(times) > LONG:
+            what = f"{LONG:,} characters long, times the numbers of its counted repeats"
+            raise PeftError(f"{name}: a pattern must be at most {what}; {pattern[:60]!r} is longer")
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError, TypeError) as error:

@@ -7,7 +7,9 @@ never because a user's text happens to spell one.
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,13 @@ NOT_HERE = (
     "chat_template", "continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
+MOST_GROWTH, MOST_PATTERN = 10_000, 5_000  # see `read_backend`
+_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_TIMES = {  # characters made of one, at most, by what has no text of its own to put
+    "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 2, "BertNormalizer": 24, "ByteLevel": 5, "Metaspace": 2,
+    "CTC": 3, "BPEDecoder": 3, "WordPiece": 2, "BertProcessing": 3, "RobertaProcessing": 3,
+}  # fmt: skip
+_NO_WORDS = {"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}, "added_tokens": []}
 _GUARDS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # code points that Unicode keeps out of all text
 
 
@@ -88,7 +97,9 @@ class Tokenizer:
         """(the template, that for conversations with tools where it is another)."""
         template, named = self.config.get("chat_template"), {}
         if isinstance(template, list):  # several, each with a name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in template):
+                raise ValueError("tokenizer_config.json: each chat_template of a list must be an object with a name")
+            named = {entry["name"]: entry.get("template") for entry in template}
             template = named.get("default")
         if template is not None and not isinstance(template, str):
             raise ValueError(f"tokenizer_config.json: chat_template must be a string, got {type(template).__name__}")
@@ -101,18 +112,14 @@ class Tokenizer:
 
         An `eos_token` or `pad_token` that the config leaves out is taken from `special_tokens_map.json`; where
         neither file names one, its id is None. Raises FileError where `tokenizer.json` is missing (a directory with
-        only `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`, must be converted) or a file is
-        damaged, and ValueError where the files contradict one another.
+        only `vocab.json` and `merges.txt`, or SentencePiece's `tokenizer.model`, must be converted), a file is
+        damaged, or `read_backend` refuses it, and ValueError where the files contradict one another.
         """
-        import tokenizers
-
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileError(f"{directory}: there is no tokenizer.json, the one form of tokenizer that is read")
-        text = path.read_bytes()
-        with of_library(FileError, f"{path}: not a tokenizer that the tokenizers library reads"):
-            backend = tokenizers.Tokenizer.from_buffer(text)
+        backend = read_backend(path)
         config: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             content = read_json(directory / name) if (directory / name).is_file() else {}
@@ -356,6 +363,53 @@ def of_library(error: type[ValueError], what: str) -> Iterator[None]:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
         raise error(f"{what} ({e})") from e
+
+
+def read_backend(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json.
+
+    Raises FileError for a damaged file, for a part that may make a text more than MOST_GROWTH times as long (without memory
+    for that, the library ends the process), and for more than MOST_PATTERN characters of regular expressions, which may
+    take a time that grows with the square of their number.
+    """
+    import tokenizers
+
+    content = read_json(path)
+    if (length := _patterns([content.get(name) for name in _PARTS])) > MOST_PATTERN:
+        raise FileError(f"{path}: its regular expressions have {length:,} characters; at most {MOST_PATTERN:,} are supported")
+    with of_library(FileError, f"{path}: not a tokenizer that the tokenizers library reads"):
+        parts = tokenizers.Tokenizer.from_str(json.dumps(content | _NO_WORDS))  # the added tokens would be normalized
+        for name in _PARTS:
+            part = getattr(parts, name)
+            if part is not None and _growth(json.loads(part.__getstate__())) > MOST_GROWTH:
+                raise FileError(f"{path}: its {name} may make a text more than {MOST_GROWTH:,} times as long")
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+def _patterns(value: Any) -> int:
+    """Characters of all regular expressions in JSON's values."""
+    if isinstance(value, dict):
+        return sum(len(v) if k == "Regex" and isinstance(v, str) else _patterns(v) for k, v in value.items())
+    return sum(map(_patterns, value)) if isinstance(value, list) else 0
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """At most how many characters (of a post-processor, tokens) a part of a tokenizer makes of one."""
+    kind = part["type"]
+    if kind == "Sequence":
+        (inner,) = (value for value in part.values() if isinstance(value, list))
+        return math.prod(map(_growth, inner), start=1.0)
+    if kind == "Replace":  # a pattern may match the empty text, before and after each character
+        text, put = part["pattern"].get("String"), len(part["content"])
+        return max(1, put / len(text)) if text else 1 + 2 * put
+    if kind == "Prepend":
+        return 1 + len(part["prepend"])
+    if kind == "Precompiled":  # the size of a trie, the trie, and what it puts, each ended by a zero
+        data = base64.b64decode(part["precompiled_charsmap"])
+        return max(map(len, data[4 + int.from_bytes(data[:4], "little") :].decode("utf-8", "replace").split("\0")), default=1)
+    if kind == "TemplateProcessing":
+        return len(part["single"]) * max([1, *(len(token["ids"]) for token in part["special_tokens"].values())])
+    return _TIMES.get(kind, 1)
 
 
 def _size(backend: Any) -> int:
