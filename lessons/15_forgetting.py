@@ -304,11 +304,11 @@ for pair in (pair for pair in EQUAL if pair.a == "lora"):  # beside full, each a
 # advantage: it forgets more, and on `rewrite` it learns less.
 
 # %% [markdown]
-# > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known:
-# > **holds**. Rate 0.00025 beside rate 0.004, full, rewrite, 500 examples: better (+0.071 [+0.045, +0.098]; the task
-# > better, +0.132 [+0.114, +0.150]); rate 0.00025 beside rate 0.004, full, source, 500 examples: better (+0.322
-# > [+0.282, +0.361]; the task not told apart, +0.035 [-0.013, +0.083]). That good weights are the reason is not tested.
-# > (5 seeds, 640 test items)
+# > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known: **holds
+# > if**. Rate 0.00025 beside rate 0.004, full, rewrite, 500 examples: better (+0.071 [+0.045, +0.098]; the task better,
+# > +0.132 [+0.114, +0.150]); rate 0.00025 beside rate 0.004, full, source, 500 examples: better (+0.322 [+0.282,
+# > +0.361]; the task not told apart, +0.035 [-0.013, +0.083]). The tuned rates are 0.0005 and 0.0005. That good weights
+# > are the reason is not tested. (5 seeds, 640 test items)
 #
 # > `forget-5` remedy: PEFT: **cannot be tested here**. 0 of 4 comparisons are as stated, 2 not told:
 # >
@@ -423,14 +423,14 @@ for p in edge_all:
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. 3 of 4 comparisons are as stated, 1 not told:
 # >
-# > - rate 0.00025 beside rate 0.004, full, rewrite, 500 examples: better (+0.071 [+0.045, +0.098]; the task better,
-# >   +0.132 [+0.114, +0.150]).
-# > - rate 0.00025 beside rate 0.004, full, source, 500 examples: better (+0.322 [+0.282, +0.361]; the task not told
-# >   apart, +0.035 [-0.013, +0.083]).
-# > - rate 0.00075 beside rate 0.012, lora, rewrite, 500 examples: better (+0.031 [+0.012, +0.049]; the task not told
-# >   apart, -0.015 [-0.031, +0.000]), not told.
-# > - rate 0.00075 beside rate 0.012, lora, source, 500 examples: better (+0.235 [+0.200, +0.270]; the task not told
-# >   apart, +0.012 [-0.019, +0.043]).
+# > - rate 0.00025 beside the tuned rate, full, rewrite, 500 examples: better (+0.015 [+0.003, +0.027]; the task worse,
+# >   -0.024 [-0.033, -0.016]), not told.
+# > - rate 0.00025 beside the tuned rate, full, source, 500 examples: better (+0.050 [+0.031, +0.069]; the task equal,
+# >   -0.005 [-0.019, +0.009]).
+# > - rate 0.00075 beside the tuned rate, lora, rewrite, 500 examples: better (+0.013 [+0.003, +0.022]; the task equal,
+# >   -0.003 [-0.012, +0.006]).
+# > - rate 0.00075 beside the tuned rate, lora, source, 500 examples: better (+0.033 [+0.018, +0.048]; the task equal,
+# >   +0.003 [-0.001, +0.008]).
 # >
 # > (5 seeds, 640 test items)
 

@@ -76,7 +76,7 @@ print(f"the base has {N:,} parameters")
 
 # %% [markdown]
 # > `full-6` simple to implement: **holds**. The loop has 6 lines, and full fine-tuning adds none; a method's file adds
-# > 27 (ln_tuning) to 175 (adalora), not counting the surgery that they share.
+# > 27 (ln_tuning) to 184 (adalora), not counting the surgery that they share.
 #
 # > `which-3` adapters: modular components: **holds if**. Adapters are components in these senses: swapped and removed;
 # > LoRA's in these: swapped and removed. Bottleneck together beside alone, rewrite: worse (-3.357 [-3.818, -2.897]);
