@@ -105,8 +105,8 @@ assert difference < 1e-4
 # Below, statements from textbooks meet measurements. For the second, a **unit** is one of an adapter's $m$ numbers, and
 # a **direction** one of LoRA's $r$ numbers $Ax$. It is *read* by its mean over a sentence, which should tell the
 # sentence's book (the task `source` of Lesson 3), and *removed* by setting its column of $W_{up}$ or $B$ to zero. The
-# brackets are differences of the share of right answers: *equal* where the whole interval is close to 0, and *not told
-# apart* where it includes 0 and is wider.
+# brackets are differences of the share of right answers: *equal* where the whole interval is close to 0, and
+# *undecided* where it includes 0 and is wider.
 
 # %% [markdown]
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. Between means inside: the
@@ -116,8 +116,8 @@ assert difference < 1e-4
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
 # > options to 11. 0 of 4 comparisons are as stated, 2 not told:
 # >
-# > - a unit beside a direction of LoRA, read: not told apart (+0.014 [-0.024, +0.053]).
-# > - a unit beside one before training, read: not told apart (+0.126 [-0.002, +0.254]).
+# > - a unit beside a direction of LoRA, read: undecided (+0.014 [-0.024, +0.053]), not told.
+# > - a unit beside one before training, read: undecided (+0.126 [-0.002, +0.254]), not told.
 # > - a unit beside none, removed: equal (+0.002 [-0.005, +0.010]).
 # > - a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]).
 # >
@@ -379,7 +379,7 @@ print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bot
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
 # >
 # > - lora beside bottleneck-m37, rewrite, 500 examples: better, within 4 epochs (+0.067 [+0.056, +0.078]).
-# > - lora beside bottleneck-m37, source, 500 examples: not told apart (+0.014 [-0.000, +0.028]).
+# > - lora beside bottleneck-m37, source, 500 examples: undecided (+0.014 [-0.000, +0.028]), not told.
 # > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better, within 4 epochs (+0.040 [+0.030, +0.051]).
 # > - lora-r1 beside bottleneck-m4, source, 500 examples: equal (-0.001 [-0.012, +0.011]).
 # >

@@ -431,11 +431,11 @@ if not REDUCED:
 # > - right answers, tuned beside shuffled, new inputs: better (+0.024 [+0.004, +0.045]).
 # > - instructions followed, tuned beside shuffled, new inputs: better (+0.230 [+0.186, +0.273]).
 # > - right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]).
-# > - right answers, tuned beside shuffled, new phrasings: not told apart (-0.005 [-0.025, +0.015]).
+# > - right answers, tuned beside shuffled, new phrasings: undecided (-0.005 [-0.025, +0.015]), not told.
 # > - instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]).
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
-# > - instructions followed, tuned beside shuffled, new tasks: not told apart (+0.029 [-0.006, +0.065]).
+# > - instructions followed, tuned beside shuffled, new tasks: undecided (+0.029 [-0.006, +0.065]), not told.
 # >
 # > (5 seeds, 129 test items)
 #

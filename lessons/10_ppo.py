@@ -38,10 +38,7 @@ from minipeft.rlhf.ppo import clipped
 
 F = mp.functional
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = (
-    Path(__file__).parent if "__file__" in globals()
-    else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
-)  # fmt: skip
+HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "10_ppo.jsonl"
@@ -286,11 +283,13 @@ assert (np.diff(A_white[0, :3]) < 0).all() and (np.diff(whitened(10 + score)[0, 
 # Answers are expensive: they are drawn token by token. So a batch serves for several steps: InstructGPT's 512 answers
 # in eight minibatches, once (appendix C.4); section 7's 32 in two, twice. After the first step the policy has moved
 # away from the $\pi_{\text{old}}$ that drew them. The **ratio** $\rho_t = \pi(y_t) / \pi_{\text{old}}(y_t)$ corrects
-# for it, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}} \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its
-# gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy gradient of section 1.
+# each token's probability given its prefix, as $E_{\pi_{\text{old}}}[\rho A] = \sum_y \pi_{\text{old}}
+# \frac{\pi}{\pi_{\text{old}}} A = E_{\pi}[A]$. Its gradient is $\rho\, A\, \nabla \log \pi$: at $\rho = 1$ the policy
+# gradient of section 1.
 #
-# So $\pi$ must stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to
-# move a token further than $\varepsilon = 0.2$; where a curve of the figure is flat, the token is not pushed:
+# The prefix stays $\pi_{\text{old}}$'s, and far from 1 the ratio makes the estimate noisy. So $\pi$ must
+# stay near $\pi_{\text{old}}$. PPO (Schulman et al. 2017, arXiv:1707.06347) takes away the incentive to move a token
+# further than $\varepsilon = 0.2$; where a curve of the figure is flat, the token is not pushed:
 #
 # $$\max\left(-A\rho, \; -A\,\mathrm{clip}(\rho, 1 - \varepsilon, 1 + \varepsilon)\right).$$
 #
@@ -346,8 +345,8 @@ assert abs(pg.item() - 0.0144655480) < 1e-9 and new.grad[0, 2] == 0 and abs(new.
 
 # %% [markdown]
 # > `rlhf-1` optimise for preference, not likelihood: **holds**. One step moves log p(a) - log p(b) by +10.03 nats where
-# > a is preferred and by -10.12 where b is, on the same texts; the likelihood of both, to which a preference is
-# > nothing, moves it by -0.48; as stated where a is preferred and b is preferred. (4 test items)
+# > a is preferred and by -10.12 where b is, on the same texts; a step on the likelihood of both texts, which ignores
+# > the preference, moves it by -0.48; as stated where a is preferred and b is preferred. (4 test items)
 
 # %% [markdown]
 # ## 7 · Run it
@@ -423,10 +422,8 @@ for name, (stage, beta) in POLICIES.items():
     kl = of[0]["best_of"]["16"]["kl"] if best else items(of, "kl").mean()
     distinct = [(row["checks"]["32"] if stage == "ppo" else row).get("distinct_2") for row in of]
     print(f"{name:22s}   {shown(crossed(golds[name])):24s}  {kl:7.1f}", "(at most)" if best else f"{np.mean(distinct):14.2f}")
-for one, other in (
-    ("PPO, beta = 0.05", "SFT"), ("PPO, beta = 0.05", "SFT on the preferred"), ("best of 16", "PPO, beta = 0.05"),
-    ("PPO, beta = 0", "SFT"),
-):  # fmt: skip
+PAIRS = ("PPO, beta = 0.05", "SFT"), ("PPO, beta = 0.05", "SFT on the preferred"), ("best of 16", "PPO, beta = 0.05"), ("PPO, beta = 0", "SFT")
+for one, other in PAIRS:
     print(f"{one} less {other}: {shown(crossed(golds[one] - golds[other]))}")
 faster = items(those_of(chain, "sft", broken="ten times the rate"))
 print(f"PPO, beta = 0.05 less SFT at ten times its rate: {shown(crossed(golds['PPO, beta = 0.05'] - faster))}")
@@ -444,8 +441,7 @@ for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
 # with 1,024 answers here.
 #
 # Would a person see it? All answers of the four verses are sentences that end, unlike section 7's. Which of the three
-# is kindest four verses do not show: the SFT model's speak of death and gold, the others' of God, peace and faith, but
-# none makes much sense.
+# is kindest four verses do not show; none makes much sense.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
@@ -454,7 +450,8 @@ for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
 #
 # > `rlhf-5` the KL term keeps the policy near its start: **holds**. After 32 updates the KL from the SFT model is 25.0,
 # > 5.8 and 3.0 nats an answer at beta 0, 0.05 and 0.2: beta 0.05 in place of 0 saves +19.2 [+14.0, +24.3] nats; beta
-# > 0.2 in place of 0.05 saves +2.8 [+0.7, +5.0] nats. The gold is 0.31, 0.42 and 0.36. (5 seeds, 256 test items)
+# > 0.2 in place of 0.05 saves +2.8 [+0.7, +5.0] nats. The gold is 0.31, 0.42 and 0.36: steps of +0.11 [-0.03, +0.25]
+# > and -0.06 [-0.12, +0.00]. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 9 · Without a value function: RLOO and GRPO
@@ -561,25 +558,28 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 
 # %% [markdown]
 # One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In the chain of
-# section 8, broken so, the value loss stays there: who knows the number finds the bug in the log.
+# section 8, broken so, the value loss stays there: who knows the number finds the bug in the log. The verdict's watch
+# does not, and no gold is clearly lost.
 #
-# The verdict says what six ways to break it cost, and which number first leaves the range of unbroken runs.
+# It tells which number first leaves the range of unbroken runs: `clipfrac` is section 7's *clipped*,
+# `approxkl` $k_2$ between $\pi_{\text{old}}$ and $\pi$, `ratio_max` the largest $\rho$, `grad_norm` the unclipped
+# gradient's norm.
 
 # %% [markdown]
 # > `rlhf-7` unstable: **holds if**. What 6 ways to break it cost of the gold, beside the usual run:
 # >
-# > - ten times the rate: +0.30 [+0.21, +0.39] (first out of range: clipfrac, approxkl and ratio_max, in update 1).
-# > - no clipping: +0.03 [+0.00, +0.06] (first out of range: clipfrac, in update 1).
-# > - ten times the reward: +0.11 [-0.00, +0.23] (first out of range: grad_norm, kl and value_loss, in update 1, 9, 18
-# >   and 20).
+# > - ten times the rate: +0.30 [+0.21, +0.39] (first out of range, update 1: clipfrac, approxkl and ratio_max).
+# > - no clipping: +0.03 [+0.00, +0.06] (first out of range, update 1: clipfrac).
+# > - ten times the reward: +0.11 [-0.00, +0.23] (first out of range, update 1: grad_norm; 9: value_loss; 18: kl; 20:
+# >   kl).
 # > - no price of a missing end: -0.01 [-0.06, +0.04] (no warning).
 # > - returns from whitened advantages: -0.01 [-0.05, +0.04] (no warning).
-# > - sampled at another temperature: +0.05 [-0.00, +0.10] (first out of range: clipfrac and entropy, in update 1 and
-# >   16).
+# > - sampled at another temperature: +0.05 [-0.00, +0.10] (first out of range, update 1: clipfrac; 16: entropy).
+# > - ten times the rate, less what it costs SFT (-0.03 [-0.05, -0.02]): +0.34 [+0.25, +0.42].
 # >
-# > Where all 7 intervals are to hold together, these are above 0: ten times the rate and ten times the rate, beside
-# > SFT's. Ten times the rate costs SFT -0.03 [-0.05, -0.02]: no rate of the chain was tuned. Of 5 unbroken runs 0 would
-# > have been warned of. (5 seeds, 256 test items)
+# > Where all 7 intervals are to hold together, these are above 0: ten times the rate and ten times the rate, less what
+# > it costs SFT. No rate of the chain was tuned. Of 5 unbroken runs 0 would have been warned of. (5 seeds, 256 test
+# > items)
 
 # %% [markdown]
 # ## Quiz

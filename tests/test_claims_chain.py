@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import numpy as np
@@ -181,6 +182,8 @@ def verdict(id: str, make) -> str:
 def test_the_price_of_kl_follows_its_rows():
     priced = [{0.0: 20.0, 0.05: 5.0, 0.2: 2.0}, {0.0: 20.0, 0.05: 5.0, 0.2: 5.0}, {0.0: 5.0, 0.05: 5.0, 0.2: 5.0}]
     assert [verdict("rlhf-5", lambda run, kl=kl: {"kl": kl[run.beta]}) for kl in priced] == [HOLDS, IF, NOT]
+    found = RULES["rlhf-5"].judge(rows(lambda run: {"gold": 0.3 if run.beta == 0 else 0.5}))
+    assert re.search(r"0\.30, 0\.50 and 0\.50: steps of \+0\.20 \[.*\] and [+-]0\.00 \[-0\.\d+, \+0\.\d+\]\.$", found.because)
 
 
 def test_instability_follows_its_rows():
@@ -275,8 +278,10 @@ def test_the_statistic_that_warns_first_is_named():
 def test_a_verdict_says_what_warned_and_how_often_in_vain():
     def made(run):
         pushed = run.broken == "ten times the rate" and run.stage == "ppo"
-        return {"gold": 0.2, "grad_norm": lambda u, x: x * (100 if u >= 2 else 1)} if pushed else {"gold": 0.5}
+        early, late = {"grad_norm": lambda u, x: x * (100 if u >= 2 else 1)}, {"value_loss": lambda u, x: x * (1000 if u >= 6 else 1)}
+        return {"gold": 0.2} | (late if run.seed == 1 else early) if pushed else {"gold": 0.5}
 
     found = RULES["rlhf-7"].judge(rows(made))
-    assert "first out of range: grad_norm, in update 2)" in found.because
+    assert "first out of range, update 2: grad_norm; 6: value_loss)" in found.because
+    assert re.search(r"What 6 ways .*- ten times the rate, less what it costs SFT \([+-]0\.00 .*\): \+0\.30 .*all 7 intervals", found.because, re.S)
     assert "Of 5 unbroken runs 0 would have been warned of." in found.because

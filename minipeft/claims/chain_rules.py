@@ -169,10 +169,12 @@ def near_its_start(rows: Rows) -> Verdict:
     steps = {f"{high:g} in place of {low:g}": kl[low] - kl[high] for low, high in pairwise(BETAS)}
     decision, found, _ = decided(steps, NEAR["kl"])
     saved = "; ".join(f"beta {name} saves {shown(e, 1)} nats" for name, e in found.items())
-    gold = [f"{items(one).mean():.2f}" for one in of.values()]
+    gold = [items(one) for one in of.values()]
+    earned = listed([shown(crossed(high - low)) for low, high in pairwise(gold)])
     because = (
         f"After {LAST} updates the KL from the SFT model is {listed([f'{x.mean():.1f}' for x in kl.values()])} nats an answer at beta "
-        f"{listed([f'{beta:g}' for beta in BETAS])}: {saved}. The gold is {listed(gold)}."
+        f"{listed([f'{beta:g}' for beta in BETAS])}: {saved}. The gold is "
+        f"{listed([f'{x.mean():.2f}' for x in gold])}: steps of {earned}."
     )  # fmt: skip
     effect = as_number(f"nats saved by beta {next(iter(found))}", next(iter(found.values())), "nats an answer")
     evidence = [number for beta, one in of.items() for number in summary(f"beta {beta:g}", one)]
@@ -190,23 +192,25 @@ def unstable(rows: Rows) -> Verdict:
     both = {what: items([*usual, *of]) for what, of in broken.items()}
     costs = {what: x[: len(usual)] - x[len(usual) :] for what, x in both.items()}
     sft, faster = those_of(rows, "sft"), those_of(rows, "sft", broken="ten times the rate")
-    costs["ten times the rate, beside SFT's"] = costs["ten times the rate"] - (items(sft) - items(faster))
+    beyond, of_sft = "ten times the rate, less what it costs SFT", items(sft) - items(faster)
+    costs[beyond] = costs["ten times the rate"] - of_sft
     decision, found, _ = decided(costs, NEAR["gold"])
     histories, told, evidence = [row["history"] for row in usual], [], []
     for what, of in broken.items():
         warnings = [first_warning(row["history"], histories) for row in of]
         updates = [update for update, _ in warnings if update is not None]
-        names = listed(list(dict.fromkeys(name for _, first in warnings for name in first)))
-        when = f"first out of range: {names}, in update {listed(sorted({str(u) for u in updates}, key=int))}" if updates else "no warning"
+        at = {u: listed(list(dict.fromkeys(name for update, first in warnings if update == u for name in first))) for u in sorted(set(updates))}
+        when = "first out of range, update " + "; ".join(f"{u}: {names}" for u, names in at.items()) if at else "no warning"
         lost = [row for row in of if row["stopped"]]
         told.append(f"{what}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
+    told.append(f"{beyond} ({shown(crossed(of_sft))}): {shown(found[beyond])}")
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"What {len(told)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all {len(costs)} intervals are to hold "
-        f"together, these are above 0: {listed(surely(costs))}. Ten times the rate costs SFT {shown(crossed(items(sft) - items(faster)))}: no rate of "
-        f"the chain was tuned. Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
+        f"What {len(broken)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all {len(costs)} intervals are to hold "
+        f"together, these are above 0: {listed(surely(costs))}. No rate of the chain was tuned. "
+        f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)
     evidence += [as_number(f"gold lost: {name}", e, "gold") for name, e in found.items()] + summary("unbroken", usual)

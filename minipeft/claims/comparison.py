@@ -9,7 +9,7 @@
                   of losses in nats per token, of choices in shares; in its direction, so that above 0 a is better
     clear         the interval excludes 0
     equal         the interval lies within ±NEAR: a difference that nobody would notice
-    neither       no clear difference; the interval says how large it may be
+    undecided     neither clear nor equal; the interval says how large it may be
     so            what a rule asks of a difference: True, False, or None where the interval is too wide to tell. A statement
                   that is so in no comparison does not hold here; but where one is not told, it cannot be tested here
     holds if      of k comparisons each is wrong once in twenty times; that the statement is so in some of them is said
@@ -38,7 +38,7 @@ from . import protocol
 from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder, search, trial_of, tuned, untrained
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
-UNDECIDED = "not told apart"
+UNDECIDED = "undecided"
 MANY = 12  # comparisons: of more, those that are as stated are counted, and stand in the evidence alone
 SPREADS = 4  # standard deviations
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
@@ -345,8 +345,7 @@ def told(
     """The same of reports. `failed`: of pairs without a report, why; they are not told."""
     so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
     surely = [each.so(holds, 1 - 0.05 / (len(so) + beside)) for each in found]
-    unclear = [one is None and each.difference().word != UNDECIDED for each, one in zip(found, so)]  # it must be said
-    words = [each.told + ", not told" * more for each, more in zip(found, unclear)] + [*failed]
+    words = [each.told + ", not told" * (one is None) for each, one in zip(found, so)] + [*failed]
     if not found:
         return Verdict(UNTESTABLE, itemized(words))
     undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))

@@ -66,7 +66,7 @@ def preference() -> Verdict:
     return Verdict(
         graded(cases),
         f"One step moves log p(a) - log p(b) by {up.value:+.2f} nats where a is preferred and by {down.value:+.2f} where b "
-        f"is, on the same texts; the likelihood of both, to which a preference is nothing, moves it by {neither.value:+.2f}; "
+        f"is, on the same texts; a step on the likelihood of both texts, which ignores the preference, moves it by {neither.value:+.2f}; "
         f"as stated where {those(cases)}.",
         up, [up, down, neither], items=len(ups), base=BASE, task="pairs of sentences, one step at rate 1e-4",
     )  # fmt: skip
