@@ -309,8 +309,8 @@ assert min(begins, key=begins.get) == "the base"
 
 # %% [markdown]
 # > `soft-9` sensitive to initialization: **cannot be tested here**. Prompt beside prompt-random, rewrite, 500 examples:
-# > worse (-0.012 [-0.024, -0.000]); prompt beside prompt-random, source, 500 examples: not told apart (-0.014 [-0.157,
-# > +0.130]). (5 seeds, 512 test items)
+# > worse (-0.012 [-0.024, -0.000]); prompt beside prompt-random, source, 500 examples: undecided (-0.014 [-0.157,
+# > +0.130]), not told. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · The lost context

@@ -309,8 +309,8 @@ for pair in (pair for pair in EQUAL if pair.a == "lora"):  # beside full, each a
 # > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known: **holds
 # > if**. Rate 0.00025 beside rate 0.004, full, rewrite, 500 examples: better (+0.071 [+0.045, +0.098]; the task better,
 # > +0.132 [+0.114, +0.150]); rate 0.00025 beside rate 0.004, full, source, 500 examples: better (+0.322 [+0.282,
-# > +0.361]; the task not told apart, +0.035 [-0.013, +0.083]). The tuned rates are 0.0005 and 0.0005. That good weights
-# > are the reason is not tested. (5 seeds, 640 test items)
+# > +0.361]; the task undecided, +0.035 [-0.013, +0.083]). The tuned rates are 0.0005 and 0.0005. That good weights are
+# > the reason is not tested. (5 seeds, 640 test items)
 #
 # > `forget-5` remedy: PEFT: **cannot be tested here**. 0 of 4 comparisons are as stated, 2 not told:
 # >
