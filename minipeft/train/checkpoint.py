@@ -77,7 +77,7 @@ def frozen_fingerprint(model: Module) -> str:
 
 def adapter_options(model: Any) -> dict[str, dict[str, Any]]:
     """{adapter: its options} of a PeftModel, {} of others; without the base's name, and the ranks, which AdaLoRA moves."""
-    without = ("base_model_name_or_path", "rank_pattern")
+    without = ("base_model_name_or_path", "rank_pattern", "_kept")
     adapters = getattr(model, "peft_config", {}).items()
     return {name: {k: v for k, v in vars(config).items() if k not in without} for name, config in adapters}
 
