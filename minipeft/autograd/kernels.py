@@ -27,7 +27,7 @@ from .tensor import is_grad_enabled, kernel, together
 
 
 @kernel(ops.add, "numpy")
-def _add(a, b, later=False):
+def _add(a, b, *, later=False):
     return _large("add", a, b), lambda g: g, lambda g: g
 
 

@@ -44,7 +44,7 @@ __all__ = [
 
 
 @op
-def add(a, b, later=False):
+def add(a, b, *, later=False):
     """a + b; with `later` a device may leave the addition to the norm that reads it: nothing may write to a or b before."""
     return a + b, lambda g: g, lambda g: g
 
