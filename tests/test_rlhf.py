@@ -412,3 +412,8 @@ def test_a_function_of_texts_is_a_reward_and_must_give_finite_numbers():
             rlhf.text_reward(lambda prompts, completions, given=given: given, Tokenizer())(roll)
     with pytest.raises(ValueError, match="gave nan to the completion 'x'"):
         rlhf.text_reward(lambda prompts, completions: [1, float("nan")], Tokenizer())(roll)
+
+
+def test_the_objective_is_the_score_with_what_is_paid():
+    found = rlhf.statistics.of_objective({"objective/scores": 1.0}, -0.25, 0.1)
+    assert found == {"objective/non_score_reward": -0.25, "objective/rlhf_reward": 0.75, "objective/kl_coef": 0.1}

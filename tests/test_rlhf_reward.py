@@ -14,6 +14,7 @@ import minipeft as mp
 from minipeft import rlhf
 from minipeft.files import FileError
 from minipeft.rlhf.ratings import KINDS
+from minipeft.text.splits import side
 
 EOS = 1
 
@@ -335,6 +336,11 @@ def test_two_ratings_are_enough_for_a_preference_and_one_is_not(tmp_path):
     assert len(pairs) == 20 and all(pair.chosen != pair.rejected for pair in pairs)
     with pytest.raises(ValueError, match="has no two texts whose ratings differ"):
         rlhf.human_preferences(source_archive(tmp_path, tables(texts=300, ratings="[1]")), pairs=20)
+
+
+def test_two_texts_of_one_document_are_enough(tmp_path):
+    path, split = source_archive(tmp_path, tables(texts=2)), side("movieReviewSnippets 0")
+    assert {p.prompt for p in rlhf.human_preferences(path, split, pairs=40)} >= {KINDS["movieReviewSnippets"]}
 
 
 def test_a_split_of_one_text_leaves_no_pair_to_draw(tmp_path):
