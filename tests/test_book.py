@@ -72,7 +72,7 @@ def test_a_figure_in_words():
 
 
 def test_a_line_in_words():
-    """A label of error bars is their line's; a U has its lowest point; a level has one value; of lines with one label the first is told."""
+    """Error bars keep their label, a U-curve names its lowest point, a level has one value, and of equal labels the first is told."""
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()

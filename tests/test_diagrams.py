@@ -63,7 +63,7 @@ def closed():
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_a_phone_shows_it(draw):
-    """4 inches wide, on white; letters of 8 points or more, which stand inside and not on each other; and it is told in few words."""
+    """It is 4 inches wide, on white. Its letters have 8 points or more, stay inside, and do not overlap. Its text is short."""
     figure = draw()
     assert describe(figure) == f'Figure "{figure.get_suptitle()}": {figure.alt}' and 10 < len(figure.alt.split()) < 70
     assert figure.get_figwidth() == 4 and figure.get_facecolor() == (1, 1, 1, 1) and figure.get_suptitle()
