@@ -42,19 +42,24 @@ if REDUCED:
 #
 # ### Six numbers
 #
-# The product of a weight $w$ and an input $x$ should equal a target $t$. The error is $e$, the loss its square:
-#
+# The product of a weight $w$ and an input $x$ should equal a target $t$. The error is $e$, the loss its square. Each
+# number is made from numbers before it, so the computation is a **graph**: numbers are its nodes, and a line leads from
+# a number to each that is made from it. Here it is drawn with numbers:
+
+# %%
+x, w, t = 2.0, 3.0, 4.0
+diagrams.scalar_graph(x, w, t, backward=False).savefig(OUT / "01_autograd_values.png")
+
+# %% [markdown]
 # $$p = w x, \qquad e = p - t, \qquad L = e \cdot e .$$
 #
-# Each number is made from numbers before it, so the computation is a **graph**: numbers are its nodes, and a line leads
-# from a number to each that is made from it. How fast does $L$ change with each? Begin at the end, where the answer is
-# known, $\partial L / \partial L = 1$, and go back one line at a time. The chain rule says: take the gradient of the
-# result, times the derivative of this one step. A number that is used twice gets an answer from each use; they **add**.
+# How fast does $L$ change with each? Begin at the end, where the answer is known, $\partial L / \partial L = 1$, and go
+# back one line at a time. The chain rule says: take the gradient of the result, times the derivative of this one step.
+# A number that is used twice gets an answer from each use; they **add**.
 #
 # **Predict:** with $x = 2$, $w = 3$, $t = 4$ the loss is 4. By how much does it change if $w$ rises by 0.001?
 
 # %%
-x, w, t = 2.0, 3.0, 4.0
 p = w * x
 e = p - t
 L = e * e  # down: 6, 2, 4

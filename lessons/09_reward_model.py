@@ -3,11 +3,10 @@
 #
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
 # reward model turns such choices into a number. After this lesson you can derive its loss from a model of how people
-# choose, name choices that no such number explains, use rankings of more than two and say what their pairs are worth,
-# and read the number at the right place. You can say why more than one pass overfits, what few and noisy labels teach,
-# and what accuracy is possible where raters disagree. You can put a model in the rater's place and tell errors that
-# averaging repairs from others. And you can test whether a judge knows how sure it can be, repair it where it does not,
-# and find texts on which it fails.
+# choose, name choices that no such number explains, use rankings of more than two, and read the number at the right
+# place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy is possible
+# where raters disagree. You can put a model in the rater's place. And you can test whether a judge knows how sure it
+# can be, and find texts on which it fails.
 #
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
@@ -47,12 +46,13 @@ if REDUCED:
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
 LENGTH, K = 20, 4
+diagrams.rlhf_stages(base.config).savefig(OUT / "09_reward_model_stages.png")
 
 # %% [markdown]
 # ## 1 · How people choose
 #
-# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on
-# the difference alone,
+# Of the three stages in the picture `09_reward_model_stages.png` this lesson is the second. Bradley and Terry's model:
+# every text has a quality $r$, and the better one wins with a probability that depends on the difference alone,
 #
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
 #

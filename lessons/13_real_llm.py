@@ -62,8 +62,13 @@ begin = time.time()
 model, tokenizer = mp.from_pretrained(GGUF)
 N = sum(p.size for p in model.parameters())
 print(f"{GGUF.name}: {N:,} parameters, {model.config.num_hidden_layers} layers of width {model.config.hidden_size}")
+config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
 
 # %% [markdown]
+# Its 30 blocks are like those of the shipped base, only wider: 9 heads of queries share 3 of keys and values. The
+# picture `13_real_llm_block.png` shows one of them; in orange is what LoRA will train.
+#
 # ## 1 · What is in the file
 #
 # A .gguf file holds everything: the model's shape, its vocabulary, its chat template, and the weights. In the format
@@ -101,17 +106,12 @@ assert np.abs(steps / steps.min() - np.round(steps / steps.min())).max() < 1e-3,
 #
 # ## 2 · It reads tokens, and a template
 #
-# Its 30 blocks are like those of the shipped base, only wider: 9 heads of queries share 3 of keys and values. The
-# picture `13_real_llm_block.png` shows one of them; in orange is what LoRA will train.
-#
 # Its tokens come from byte-level *byte-pair encoding* (BPE; Sennrich et al. 2015, arXiv:1508.07909): a pattern cuts the
 # text into words (each with the space before it), numbers and signs. A word begins as its bytes, and neighbors are
 # joined in the order of a list of merges, learned from text and read from the file. So every text has tokens, a rare
 # word several, and a word with a space before it has others than the word alone.
 
 # %%
-config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
 print([tokenizer.decode([token]) for token in tokenizer.encode("Lord, the Lord is unfathomable")])
 assert len(tokenizer.encode("Lord")) == len(tokenizer.encode(" Lord")) == 1 and tokenizer.encode("Lord") != tokenizer.encode(" Lord")
 

@@ -42,8 +42,8 @@ FIGURES = {
     "block 7B": lambda: diagrams.block(SEVEN_B, mp.LoraConfig(r=16, target_modules="all-linear")),
     "square": lambda: diagrams.low_rank(4096, 4096, 8), "wide": lambda: diagrams.low_rank(128, 384, 16),
     "tall": lambda: diagrams.low_rank(384, 128, 64), "graph": diagrams.scalar_graph, "masks": diagrams.attention_mask,
-    "ranking": lambda: diagrams.ranking(4), "update": diagrams.ppo_update, "watched": diagrams.watched,
-    "two ways": diagrams.two_ways,
+    "values": lambda: diagrams.scalar_graph(backward=False), "ranking": lambda: diagrams.ranking(4),
+    "update": diagrams.ppo_update, "watched": diagrams.watched, "two ways": diagrams.two_ways,
     "prediction": lambda: diagrams.prediction(*mp.load_base(), "And it came to pass in those", " days"),
     "surprise": lambda: diagrams.prediction(*mp.load_base(), "It is", " word"),
     "ties": lambda: diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)),
@@ -131,6 +131,8 @@ def test_the_graph_s_gradients_are_differences():
     assert found["p"] == (6, 3) and found["e"] == (1.5, 3) and found["L"] == (2.25, 1)
     text = said(diagrams.scalar_graph(x, w, t))
     assert "∂L/∂w = 6" in text and "1.5 + 1.5 = 3" in text and "∂L/∂w = 6" in diagrams.scalar_graph(x, w, t).alt
+    forward = diagrams.scalar_graph(x, w, t, backward=False)
+    assert "e = p - t\n1.5" in said(forward) and "∂" not in said(forward) + forward.alt, "values alone"
 
 
 def test_a_prediction_s_loss_is_the_model_s():
