@@ -201,6 +201,8 @@ def test_what_does_not_fit_says_why(xp, rng):
     assert SequenceClassifier(base, np.int64(3)).num_labels == 3
     with pytest.raises(ValueError, match="num_labels must be a positive integer, not 0"):
         SequenceClassifier(base, 0)
+    with pytest.raises(ValueError, match="num_labels must be a positive integer, not True"):
+        SequenceClassifier(base, True)
     with pytest.raises(TypeError, match="is built on a Transformer, not on a Linear"):
         SequenceClassifier(mp.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="this Linear has none of them"):

@@ -128,6 +128,9 @@ def test_classifier_round_trip(case, tmp_path):
     del config["id2label"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 5}))
     assert list(mp.from_pretrained(tmp_path)[0].id2label.values()) == [f"LABEL_{i}" for i in range(5)]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": True}))
+    with pytest.raises(HubError, match="num_labels must be a positive integer, not True"):
+        mp.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 10**6}))
     tracemalloc.start()
     with pytest.raises(HubError, match=r"score.weight has the shape \(5, 16\), the configuration gives \(1000000, 16\)"):

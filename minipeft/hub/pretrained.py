@@ -270,7 +270,7 @@ def _described(content: dict[str, Any]) -> tuple[TransformerConfig, int | None]:
     count = len(labels) if isinstance(labels, dict) else content.get("num_labels", 2)
     if isinstance(labels, dict) and {*map(str, labels)} != {*map(str, range(len(labels)))}:
         raise HubError(f"id2label must name the classes 0 to {len(labels) - 1}, not {', '.join(map(str, labels))}")
-    if not isinstance(count, int) or not 1 <= count < 2**31:
+    if type(count) is not int or not 1 <= count < 2**31:
         raise HubError(f"num_labels must be a positive integer, not {count!r}")
     return config, count
 

@@ -57,7 +57,7 @@ class SequenceClassifier(_HeadedBackbone):
     """
 
     def __init__(self, model: Transformer, num_labels: int = 2, seed: int | None = 0):
-        if not isinstance(num_labels, (int, np.integer)) or num_labels < 1:
+        if isinstance(num_labels, bool) or not isinstance(num_labels, (int, np.integer)) or num_labels < 1:
             raise ValueError(f"num_labels must be a positive integer, not {num_labels!r}")
         super().__init__(model, share=seed is None)
         d = self.config.hidden_size
