@@ -25,5 +25,6 @@ def pick(logits: Array, temperature: float, top_k: int | None, top_p: float | No
     logits = xp.ascontiguousarray(logits, dtype=None if logits.dtype == np.float64 else np.float32)
     token, mass = xp.empty(B, xp.int64), xp.empty(logits.shape if temperature else 0, xp.float64)
     options = V, float(temperature), int(top_k or V), float(top_p or 1)
-    kernels.pick(logits, logits.dtype, B, V, logits, 0 if uniform is None else uniform, mass, token, *options)
+    given = logits, 0 if uniform is None else uniform, mass, token, *options
+    kernels.pick(logits, logits.dtype, B, V, *given, threads=min(1024, max(32, 1 << (V // 48).bit_length())))
     return token
