@@ -1,5 +1,9 @@
 """Every kernel of a device below its equation: CUDA for what the CPU's definitions say in NumPy. `cuda` makes them callable.
 
+    elementwise   an expression for each element of arrays that broadcast
+    rows          a block of threads for each `row`, which EACH, SUM and LARGEST share; T is float or double, W a weight's type
+    updates       an expression for each element of many arrays
+
 Nothing depends on the order in which threads run: each number has one writer, and sums are trees of one shape. CuPy compiles
 with -ftz=true: float arithmetic takes subnormal numbers for zero. Where they count, integers or float64 compute.
 """
@@ -91,7 +95,8 @@ angles = elementwise("angles", "int64 position, float64 frequency", "T c, T s",
                      "double angle = position * frequency; c = cos(angle), s = sin(angle)")
 
 # Projections q [B, T, H D], k and v [B, T, n D] <-> heads [B, H, T, D] and twice [B, n, room, D] from position `first` on, of
-# which q and k are turned; cosine and sine [1 or B, T, D/2]. Each thread moves a pair, which is D/2 = half apart.
+# which q and k are turned: (x cos - y sin, y cos + x sin), and back by the opposite angle. cosine and sine [1 or B, T, D/2];
+# each thread moves a pair x and y, which are D/2 = half apart.
 rotate_heads = rows("rotate_heads", """const T* q, const T* k, const T* v, T* out_q, T* out_k, T* out_v, const T* cosine,
     const T* sine, bool each, bool back, int64 size, int64 queries, int64 H, int64 n, int64 half, int64 room, int64 first""", """
     int64 i = row * blockDim.x + threadIdx.x, heads = H + 2 * n;
@@ -271,7 +276,7 @@ pick = rows("pick", """const T* x, const double* u, double* mass, int64* token, 
     T top = LARGEST(i, V, x[i]);
     int64 first = fold(V, V, [&](int64 i) { return x[i] == top ? i : V; }, [](int64 a, int64 b) { return min(a, b); });
     bool bad = SUM(i, V, isnan(x[i])) || isinf(top);
-    if (threadIdx.x == 0) *token = bad ? -1 : first;
+    if (threadIdx.x == 0) *token = bad ? -1 : first;  // the most probable one, where temperature is 0
     if (bad || temperature == 0) return;
     word keys = ~0ull >> (64 - 8 * sizeof(T)), least = 0, cut = 0;
     if (k < V) least = search(keys, k, V, [&](int64 i, word c) { return key(x[i]) >= c; });
