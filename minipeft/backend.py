@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import philox
+from . import cuda_kernels, philox
 from .threads import SPLIT, BackendError, get_num_threads, one_blas_thread, split_rows
 from .threads import run_tasks as run_tasks
 from .threads import set_num_threads as set_num_threads
@@ -196,37 +196,12 @@ def add_at(out: Array, index: Any, values: Array) -> None:
     elif values.size:
         parts = index if isinstance(index, tuple) else (index,)
         if all(isinstance(part, xp.ndarray) and part.dtype.kind in "iu" for part in parts):
-            places = _places(len(parts))(*[x for part in zip(parts, out.shape) for x in part])
+            places = cuda_kernels.places(len(parts))(*[x for part in zip(parts, out.shape) for x in part])
         else:
             parts, places = out.shape, xp.arange(out.size).reshape(out.shape)[index]
         n, width = places.size, math.prod(out.shape[len(parts) :])
         order = xp.argsort(places.reshape(-1), kind="stable")
-        _sum_runs()(places.reshape(-1), order, values, n, width, out, size=n * width)
-
-
-@functools.cache
-def _places(n: int) -> Any:
-    """A kernel: the position, in memory order, of (i0, i1, ...) in an array [n0, n1, ...]; an i < 0 is i + n."""
-    inputs = ", ".join(f"{chr(65 + a)} i{a}, int64 n{a}" for a in range(n))
-    step = "place = place * n{0} + ((long long)i{0} % n{0} + n{0}) % n{0};"
-    code = "place = 0;" + "".join(step.format(a) for a in range(n))
-    return importlib.import_module("cupy").ElementwiseKernel(inputs, "int64 place", code, "places")
-
-
-@functools.cache
-def _sum_runs() -> Any:
-    """A kernel: thread (k, c) adds column c of the values of one place, if the k-th in order is the first of them."""
-    return importlib.import_module("cupy").ElementwiseKernel(
-        "raw int64 places, raw int64 order, raw V values, int64 n, int64 width", "raw T out",
-        """
-        long long k = i / width, c = i % width, place = places[order[k]];
-        if (k == 0 || places[order[k - 1]] != place) {
-            T total = out[place * width + c];
-            for (; k < n && places[order[k]] == place; k++) total += T(values[order[k] * width + c]);
-            out[place * width + c] = total;
-        }""",
-        "sum_runs",
-    )  # fmt: skip
+        cuda_kernels.sum_runs(places.reshape(-1), order, values, n, width, out, size=n * width)
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks

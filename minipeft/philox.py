@@ -14,12 +14,13 @@ upper 24 of them are a float32 in [0, 1). So does NumPy's generator of this name
 from __future__ import annotations
 
 import functools
-import importlib
 import threading
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+
+from .cuda_kernels import draw
 
 PIECE = 1 << 16  # numbers drawn at a time: 256 KiB, which stay in a core's cache
 THREADS = 128  # of a block on a device
@@ -67,38 +68,4 @@ def fill_on_device(
     if out.size:
         pointers = [0 if a is None else a for a in (rows, x)]
         options = first_row, n, size, blocks, np.float32(p), out.dtype.type(1 / (1 - p)), out
-        _kernel(out.dtype.char)((-(-n * blocks // THREADS),), (THREADS,), (*key, *pointers, *options))
-
-
-@functools.cache
-def _kernel(dtype: str) -> Any:
-    code = ROUNDS + f"typedef {dict(f='float', d='double')[dtype]} T;" + DRAW
-    return importlib.import_module("cupy").RawKernel(code, "draw")
-
-
-ROUNDS = r"""
-typedef unsigned long long word;
-__device__ void philox(word k0, word k1, word x[4]) {
-    for (int round = 0; round < 10; round++) {
-        word h0 = __umul64hi(0xD2E7470EE14C6C93, x[0]), l0 = 0xD2E7470EE14C6C93 * x[0];
-        word h1 = __umul64hi(0xCA5A826395121157, x[2]), l1 = 0xCA5A826395121157 * x[2];
-        x[0] = h1 ^ x[1] ^ k0, x[1] = l1, x[2] = h0 ^ x[3] ^ k1, x[3] = l0;
-        k0 += 0x9E3779B97F4A7C15, k1 += 0xBB67AE8584CAA73B;
-    }
-}"""
-DRAW = r"""
-extern "C" __global__ void draw(word k0, word k1, const long long* rows, const T* x, long long first_row, long long n,
-                                long long size, long long blocks, float p, T scale, T* out) {
-    long long thread = blockIdx.x * (long long)blockDim.x + threadIdx.x, i = thread / blocks, b = thread % blocks;
-    if (i >= n) return;
-    long long row = rows ? rows[2 * i] : first_row + i, start = 8 * b + (rows ? rows[2 * i + 1] : 0);
-    word bits[4] = {word(b + 1), word(row), 0, 0};
-    philox(k0, k1, bits);
-    #pragma unroll
-    for (int j = 0; j < 8; j++) {
-        if (start + j >= size) return;
-        float u = ((unsigned int)(bits[j / 2] >> 32 * (j % 2)) >> 8) * 0x1p-24f;
-        long long at = i * size + start + j;
-        out[at] = !x ? T(u) : u < p ? T(0) : x[at] * scale;
-    }
-}"""
+        draw(out, out.dtype, -(-n * blocks // THREADS), 0, *key, *pointers, *options, threads=THREADS)

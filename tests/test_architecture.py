@@ -16,6 +16,11 @@ def test_layers_import_one_way():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_cuda_stands_in_one_file():
+    files = {path.relative_to(ROOT / "minipeft"): path.read_text(encoding="utf-8") for path in (ROOT / "minipeft").rglob("*.py")}
+    assert [str(name) for name, text in files.items() if "__device__" in text or "long long" in text] == ["cuda_kernels.py"]
+
+
 def test_import_loads_numpy_and_little_else():
     code = "import sys, minipeft; minipeft.Tensor, minipeft.Transformer; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

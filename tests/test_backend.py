@@ -17,7 +17,7 @@ import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft import backend, philox
+from minipeft import backend, cuda_kernels, philox
 from minipeft.backend import BackendError, Rng, add_at, as_rng, asarray, get_backend, read, scatter_add, to_numpy, xp_of
 
 
@@ -483,9 +483,9 @@ PI = [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0, 0x082EFA98EC4E
 )
 def test_philox_gives_the_published_vectors(xp, counter, key, expected):
     if xp.__name__ == "cupy":
-        code = 'extern "C" __global__ void run(word k0, word k1, word* x) { philox(k0, k1, x); }'
+        run = cuda_kernels.rows("run", "word k0, word k1, word* x", "philox(k0, k1, x);", cuda_kernels.PHILOX)
         x = xp.asarray(np.array(counter, np.uint64))
-        xp.RawKernel(philox.ROUNDS + code, "run")((1,), (1,), (*map(np.uint64, key), x))
+        run(xp.zeros(1), float, 1, 1, *map(np.uint64, key), x, threads=1)
         found = x.tolist()
     else:  # NumPy counts before it draws
         before = (sum(word << 64 * i for i, word in enumerate(counter)) - 1) % (1 << 256)

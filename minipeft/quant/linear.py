@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..autograd.cuda import product
-from ..autograd.device import products_sum
+from ..autograd.on_device import products_sum
 from ..autograd.tensor import Tensor, kernel, op
 from ..backend import Array, Rng, xp_of
+from ..cuda import product
 from ..nn.layers import Conv1D, Linear
 from ..nn.module import Module, Parameter
 from .bitsandbytes import QuantState, dequantize_4bit, quantize_4bit

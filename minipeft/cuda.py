@@ -1,10 +1,13 @@
 """How a device is asked to compute: a kernel made of CUDA's text, or a matrix product by cuBLAS.
 
-    elementwise   y = f(x) for each element of arrays that broadcast
-    rows          a block of threads for each row of the work
-    product       alpha a @ b + beta out, one matrix or many; transposed factors are read where they lie
+    elementwise, pointwise   y = f(x) for each element of arrays that broadcast; pointwise: with the gradients of x
+    total                    the sum of f(x) along axes
+    rows                     a block of threads for each row of the work
+    updates                  one update of each element of many arrays
+    product                  alpha a @ b + beta out, one matrix or many; transposed factors are read where they lie
 
-CuPy is imported, and a kernel compiled, when it is first called. Nothing here waits for the device.
+CuPy is imported, and a kernel compiled, when it is first called. Nothing here waits for the device. The kernels themselves
+are in `cuda_kernels`.
 """
 
 from __future__ import annotations
@@ -17,19 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array
+Array = Any  # cupy.ndarray
 
 
 @functools.cache
 def cupy() -> Any:
     """The module."""
     return importlib.import_module("cupy")
-
-
-@functools.cache
-def made(kind: str, *definition: Any) -> Callable:
-    """cupy.kind(*definition), made once."""
-    return getattr(cupy(), kind)(*definition)
 
 
 def contiguous(a: Array) -> Array:
@@ -39,56 +36,69 @@ def contiguous(a: Array) -> Array:
 
 # ------------------------------------------------------------------------------------------------------------ kernels
 
-FLOAT16 = """#include <cupy/carray.cuh>
-#if __has_include(<cupy/float16.cuh>)  // CuPy 14
-#include <cupy/float16.cuh>
-#endif
-"""
+
+def _made(kind: str, *definition: Any) -> Callable:
+    """cupy.kind(*definition), made when it is first called."""
+    make = functools.cache(lambda: getattr(cupy(), kind)(*definition))
+    return lambda *arrays, **options: make()(*arrays, **options)
 
 
-def elementwise(inputs: str, outputs: str, operation: str, name: str, preamble: str = "") -> Callable:
-    """A CuPy ElementwiseKernel: `operation` for each element of inputs that broadcast."""
-    return lambda *arrays: made("ElementwiseKernel", inputs, outputs, operation, name, True, preamble)(*arrays)
+def elementwise(name: str, inputs: str, outputs: str, operation: str, preamble: str = "") -> Callable:
+    """`operation` for each element of inputs that broadcast; where arrays are `raw`, `i` counts to the call's `size`."""
+    return _made("ElementwiseKernel", inputs, outputs, operation, name, True, preamble)
 
 
-ROWS = r"""
-#define INFINITE T(__int_as_float(0x7f800000))
-#define NOT_A_NUMBER T(__int_as_float(0x7fffffff))
-#define EACH(j, n) for (long long j = threadIdx.x; j < n; j += blockDim.x)  // a row's elements, among the threads of a block
-
-template <class F> __device__ T reduce(T v, T nothing, F f) {  // f over the block, in a fixed order; each thread gets it
-    __shared__ T warps[32];
-    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : nothing;
-    for (int k = 16; k; k /= 2) v = f(v, __shfl_xor_sync(~0u, v, k));
-    __syncthreads();
-    return v;
-}
-__device__ T sum(T v) { return reduce(v, 0, [](T a, T b) { return a + b; }); }
-__device__ T largest(T v) { return reduce(v, -INFINITE, [](T a, T b) { return max(a, b); }); }
-"""
+def pointwise(name: str, inputs: str, y: str, gradients: str, preamble: str = "") -> tuple[Callable, Callable]:
+    """(y of the inputs; given g = dL/dy and the inputs, the gradient d<x> of each input <x>)."""
+    typed, several = (", ".join(f"T {d}{x}" for x in inputs.split()) for d in ("", "d"))
+    value = elementwise(name, typed, "T y", f"{preamble} y = {y}")
+    return value, elementwise(f"{name}_gradient", f"T g, {typed}", several, f"{preamble} {gradients}")
 
 
-def rows(name: str, arguments: str, body: str, preamble: str = "") -> Callable[..., None]:
+def total(name: str, inputs: str, output: str, summand: str) -> Callable:
+    """The sum of `summand` along the `axis` of the call."""
+    return _made("ReductionKernel", inputs, output, summand, "a + b", f"{output.split()[-1]} = a", "0", name)
+
+
+def rows(include: str, head: str, name: str, arguments: str, body: str, preamble: str = "") -> Callable[..., None]:
     """A kernel with a block of threads for each row: `kernel(like, other, blocks, width, *arguments)`.
 
-    In its text T is the dtype of the array `like`, float32 or float64, and W the dtype `other`; EACH, `sum` and `largest`
-    share a row of `width` elements among the threads of its block. `threads` and bytes of `shared` memory may be given.
+    In its text T is the dtype of the array `like`, float32 or float64, and W the dtype `other`; what stands in `head` lets
+    the threads of a block share a row of `width` elements. `threads` and bytes of `shared` memory may be given.
     """
 
     @functools.cache
     def compiled(T: str, W: str) -> Any:
         types = {"e": "float16", "f": "float", "d": "double", "?": "bool"}
-        head = f"{FLOAT16}typedef {types[T]} T;\ntypedef {types[W]} W;\n{ROWS}{preamble}"
-        code = f'{head}\nextern "C" __global__ void {name}({arguments}) {{\n{body}\n}}'
-        return cupy().RawKernel(code, name, ("-std=c++17",))
+        text = f"{include}typedef {types[T]} T;\ntypedef {types[W]} W;\n{head}{preamble}"
+        return cupy().RawKernel(f'{text}\nextern "C" __global__ void {name}({arguments}) {{\n{body}\n}}', name, ("-std=c++17",))
 
     def launch(like: Array, other: Any, blocks: int, width: int, *given: Any, threads: int = 0, shared: int = 0) -> None:
         if blocks:
             threads = threads or min(1024, -(-max(1, width) // 128) * 32)
             compiled(like.dtype.char, np.dtype(other).char)((blocks,), (threads,), given, shared_mem=shared)
+
+    return launch
+
+
+def updates(rows: Callable, head: str, name: str, columns: str, numbers: str, body: str) -> Callable[..., None]:
+    """A kernel that runs `body` for each element of many arrays: `kernel(like, blocks, arrays, table, looked, n, **numbers)`.
+
+    `columns` names what belongs together, such as a parameter and its gradient: its elements go by these names in `body`,
+    and the `numbers` by theirs, all T's. table int64 [2 + columns, arrays] has of each array its first block of threads,
+    its size, then every column's address: FIND and COLUMN of `head` read it. Nothing happens where one of the n float64
+    numbers `looked` at is not finite.
+    """
+    typed = "".join(f", T {number}" for number in numbers.split())
+    pointers = "".join(f"T* {c}_ = COLUMN({i}); " for i, c in enumerate(columns.split()))
+    named = "".join(f"T& {c} = {c}_[i]; " for c in columns.split())
+    look = "for (int k = 0; k < n; ++k) if (!isfinite(looked[k])) return;"
+    text = f"{look}\nFIND\n{pointers}\nEACH(i, size) {{ {named}\n{body} }}"
+    kernel = rows(name, f"const int64* table, int arrays, const double* looked, int n{typed}", text, head)
+
+    def launch(like: Array, blocks: int, arrays: int, table: Array, looked: Array, n: int, **given: float) -> None:
+        values = (like.dtype.type(given[number]) for number in numbers.split())
+        kernel(like, like.dtype, blocks, 0, table, np.int32(arrays), looked, np.int32(n), *values, threads=256)
 
     return launch
 
