@@ -41,7 +41,7 @@ def get_num_threads() -> int:
         asked = os.environ.get("MINIPEFT_THREADS")
         if not asked:
             _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        elif asked.isdigit() and int(asked) > 0:
+        elif asked.isdecimal() and int(asked) > 0:
             set_num_threads(int(asked))
         else:
             raise BackendError(f"MINIPEFT_THREADS={asked!r} is not a number of threads; give an integer of at least 1")

@@ -383,7 +383,7 @@ def test_threads_by_environment():
     assert python(code, MINIPEFT_THREADS="3").stdout == "3\n"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert python(code).stdout == python(code, MINIPEFT_THREADS="").stdout == f"{cores}\n"
-    for wrong in ("0", "two", "-1", "1.5"):
+    for wrong in ("0", "two", "-1", "1.5", "2²"):
         done = python(code, MINIPEFT_THREADS=wrong)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].endswith(
