@@ -143,7 +143,7 @@ class OFTConfig(PeftConfig):
     def from_dict(cls, options: dict[str, Any]) -> Any:
         """Raises PeftError, too, for a file of an earlier version of PEFT, whose rotations are others."""
         version = str(options.get("peft_version") or "0").split(".")
-        if [int("0" + "".join(filter(str.isdecimal, part))) for part in version[:2]] < [0, 18]:
+        if [int("0" + "".join(filter(str.isdecimal, part))[:9]) for part in version[:2]] < [0, 18]:
             raise PeftError(f"the adapter is of a PEFT before {SINCE}, whose OFT is another; train it again")
         return super().from_dict(options)
 
