@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 13 · A real LLM, fine-tuned here
 #
-# Until now the base had one and a half million parameters. This lesson takes a model that people use:
+# Until now the base had 1.4 million parameters. This lesson takes a model that people use:
 # SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens and then, by its authors, on
 # conversations (Allal et al. 2025, arXiv:2502.02737). You will read its file, four bits a weight, and talk to it; say
 # beforehand what a training step needs; teach it a task with LoRA and with QLoRA on a laptop's two cores; measure what
@@ -456,7 +456,7 @@ assert wrong > right + 1
 
 # %% [markdown]
 # Not a word. Nothing has raised an error, and the loss on the novel is only higher, by more than a nat, which does not
-# say why. A test against another implementation's logits finds the cause at once. An adapter has the same trap: a row
+# say why. A test against another implementation's logits finds the fault at once. An adapter has the same trap: a row
 # of $BA$ is a row of $B$ times $A$, so on its way to llama.cpp the rows of $B$ at query and key must be put in the
 # file's order, and $A$ stays as it is. `convert_lora_to_gguf.py` does that.
 #
@@ -547,12 +547,13 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 #
 # <details><summary>Answer</summary>
 #
-# chrF cannot tell. The share of plain words can: copying leaves it at the verse's, rewriting raises it. The held-out
-# loss and the answers themselves are further witnesses.
+# chrF cannot tell, and the share of plain words alone cannot either: it was as high before, in answers that have little
+# to do with the verse. Both together can, and reading the answers: here it mostly copies, and replaces few words.
 #
 # </details>
 #
-# **4.** Any change of a model raises the loss on answers that were drawn from it. What then is the control for?
+# **4.** Any change of a model's distribution raises, on average, the loss on answers that were drawn from it. What then
+# is the control for?
 #
 # <details><summary>Answer</summary>
 #
