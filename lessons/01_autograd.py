@@ -210,8 +210,8 @@ assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 # would multiply by the new ones.
 #
 # Sometimes a number should count as a constant, though it was computed from weights. `x.detach()` is the same array
-# without the graph, so the walk stops there: $x \cdot \mathrm{detach}(x)$ has the value $x^2$ and the gradient $x$, half
-# of the true one. Inside `mp.no_grad()` nothing at all is recorded.
+# without the graph, so the walk stops there: $x \cdot \mathrm{detach}(x)$ has the value $x^2$ and the gradient $x$,
+# half of the true one. Inside `mp.no_grad()` nothing at all is recorded.
 #
 # A copy is a use: where NumPy broadcast an input, such as a bias that is added to every row, its gradient is the sum
 # over the copies, and a row of weights that `F.embedding` picked twice (Lesson 0) gets the sum of both. (`d[ids] += g`
@@ -522,7 +522,8 @@ print("picture:", OUT / "01_autograd.png")
 # Three mistakes, each written as an operation of the library:
 #
 # 1. a softmax whose backward pass returns zeros;
-# 2. a softmax that takes only the diagonal of its Jacobian, $\bar x = g\, y (1 - y)$, as if it were a sigmoid;
+# 2. a softmax that takes only the diagonal of its Jacobian, $\bar x = g\, y (1 - y)$, as if it were a **sigmoid**,
+#    $1 / (1 + e^{-x})$, of each number alone;
 # 3. a layer norm that forgets that $\mu$ and $\sigma$ depend on $x$.
 #
 # Two checks judge them. The careless one takes the gradient of `f(x).sum()`: a cotangent of ones. The careful one
@@ -642,9 +643,9 @@ assert verdicts["layer_norm_with_constant_statistics"] == (False, False, False)
 # `minipeft exercise 01.3 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
 # `minipeft exercise 01.1 FILE.py`.
 #
-# **01.1 A gate.** Write `swish(x)`, $y = x\,\sigma(x)$, on plain arrays in the library's form: it returns the value and
-# one pullback. (Make it an `@op` and let `mp.gradcheck` judge it, too; the checker takes either.) Which arrays does
-# your pullback remember, and could it remember fewer?
+# **01.1 A gate.** Write `swish(x)`, $y = x\,\sigma(x)$ with the sigmoid $\sigma$, on plain arrays in the library's
+# form: it returns the value and one pullback. (Make it an `@op` and let `mp.gradcheck` judge it, too; the checker takes
+# either.) Which arrays does your pullback remember, and could it remember fewer?
 #
 # **01.2 A running sum.** What is the pullback of `np.cumsum`? Derive it from $\bar x_i = \sum_{j \ge i} g_j$ and write
 # `cumsum_pullback(g)` for a vector, without a loop.

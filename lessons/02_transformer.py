@@ -587,14 +587,15 @@ print("            all right      positions wrong      mask forgotten")
 for dialect in (gpt2, llama):
     c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     m = mp.Transformer(c, seed=0)
-    runs = m(padded, mask), m(padded, mask, position_ids=np.arange(11)[None]), m(padded)
+    places = np.array([[0] * 5 + [0, 1, 2, 3, 4, 5]])
+    runs = m(padded, mask), m(padded, mask, position_ids=np.arange(11)[None]), m(padded, position_ids=places)
     right, moved, unmasked = (np.abs(run.numpy()[0, -1] - m(short).numpy()[0, -1]).max() for run in runs)
     print(f"  {c.model_type:6s}  {right:10.1e}  {moved:17.1e}  {unmasked:18.1e}")
     assert right < 1e-4 and unmasked > 0.1 and (moved > 0.1 if dialect is gpt2 else moved < 1e-3)
 
 # %% [markdown]
-# Wrong positions change GPT-2's logits by far and leave Llama's as they were, for only distances matter to it
-# (section 3). A forgotten mask changes both.
+# Wrong positions change GPT-2's logits by far and not Llama's: only distances matter to it (section 3). A forgotten
+# mask changes both.
 #
 # ## The picture
 #

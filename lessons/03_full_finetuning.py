@@ -55,9 +55,9 @@ N = sum(p.size for p in base.parameters())
 print(f"the base: {N:,} parameters, {base.config.num_hidden_layers} layers, vocabulary {base.config.vocab_size}")
 train_examples = data.drawn("rewrite", 320, seed=0)  # of all verses of at most 260 characters with their prompt
 train_records = data.asked("rewrite", "train", 160)
-test_records = data.asked("rewrite", "validation", 16 if REDUCED else 64)
-test_examples = data.encode(test_records)
-assert not {record.prompt for record in test_records} & {record.prompt for record in data.questions("rewrite", "train")}
+held_out_records = data.asked("rewrite", "validation", 16 if REDUCED else 64)
+held_out_examples = data.encode(held_out_records)
+assert not {record.prompt for record in held_out_records} & {record.prompt for record in data.questions("rewrite", "train")}
 print(f"\n{train_records[0].prompt}{train_records[0].completion}")
 
 # %% [markdown]
@@ -103,7 +103,7 @@ blocks = blocks[:: len(blocks) // (8 if REDUCED else 64)]
 def losses_of(model):
     """(held-out loss on the task, held-out loss on general text)."""
     judge = mp.Trainer(model, train_examples, args=mp.TrainingArguments(per_device_eval_batch_size=32))
-    return judge.evaluate(test_examples), judge.evaluate(blocks)
+    return judge.evaluate(held_out_examples), judge.evaluate(blocks)
 
 
 def rewrite(model, record):
@@ -115,17 +115,17 @@ def rewrite(model, record):
 
 before = losses_of(base)
 print(f"\nthe base, as it is: task loss {before[0]:.3f}, general loss {before[1]:.3f}, in nats per token")
-print("asked to rewrite a verse, it goes on as it likes:", repr(rewrite(base, test_records[0])))
+print("asked to rewrite a verse, it goes on as it likes:", repr(rewrite(base, held_out_records[0])))
 assert before[0] < math.log(base.config.vocab_size), "better than guessing among the vocabulary"
 
 # %% [markdown]
 # ## Step 2 · Head: does the task need another output?
 #
-# A language model's head turns hidden states into a logit per token. Our task's answers are text, so the head stays.
-# For a *label* (spam or not) the classic recipe takes the head off and puts a fresh linear layer on: $C \cdot d$ new
-# weights for $C$ classes and width $d$; the rest comes pretrained. It is read at the last real token, as under the
-# causal mask no other has seen the whole text. Here is that recipe, as a loop written by hand: which translation is
-# this verse from?
+# A language model's head turns the last norm's output $h$ (*hidden state*) into a logit per token. Our task's answers
+# are text, so the head stays. For a *label* (spam or not) the classic recipe takes the head off and puts a fresh linear
+# layer on: $C \cdot d$ new weights for $C$ classes and width $d$; the rest comes pretrained. It is read at the last
+# real token, as under the causal mask no other has seen the whole text. Here is that recipe, as a loop written by hand:
+# which translation is this verse from?
 #
 # **Predict:** chance is 50 %. How many does it get right after 20 steps of 16 texts?
 
@@ -145,7 +145,7 @@ for step in range(3 if REDUCED else 20):
     classifier.loss(ids, kind, attention_mask=mask).backward()
     optimizer.step()
     optimizer.zero_grad()
-ids, mask, kind = verses(test_records)
+ids, mask, kind = verses(held_out_records)
 with mp.no_grad():
     accuracy = (classifier(ids, mask).numpy().argmax(axis=-1) == kind).mean()
 print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after {8 * (step + 1)} verses in each")
@@ -201,8 +201,9 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 # sends the weights elsewhere on the same texts, about at a right angle. A smaller random head sends them no less far,
 # as Adam divides by the size of the gradients (Lesson 0, section 6).
 #
-# Zero is right for one layer only. Of two in a row, $W_2 W_1 h$, each is a factor of the other's gradient, so if both
-# start at zero, both stay there. That is why LoRA starts one of its two matrices at zero and one at random (Lesson 4).
+# From zero one layer alone can learn. Of two in a row, $W_2 W_1 h$, each is a factor of the other's gradient, so if
+# both start at zero, both stay there. That is why LoRA starts one of its two matrices at zero and one at random (Lesson
+# 4).
 #
 # Kumar et al. (2022, arXiv:2202.10054) measure the damage in image models, on ten data sets. Beside training the head
 # alone (*linear probing*), full fine-tuning has an accuracy 2 % higher on data like the training set, and 7 % lower on
@@ -256,15 +257,14 @@ assert too_long.min() > 3 and too_long.max() < 7
 # **Why warm up** weights that are trained already? In the first step $\hat m / \sqrt{\hat v} = g / |g|$. Each weight
 # goes the full $\eta$ by the sign that one batch gives it, and another batch has the other sign for about a third of
 # them. Later, where signs change from step to step, the mean $\hat m$ is small beside $\sqrt{\hat v}$, and so is the
-# step. Until then a small rate limits the damage, and all the more below a new head. (In Lesson 14, section 5, warm-up
-# changes next to nothing at a good rate, and helps at one ten times too high.)
+# step. Until then a small rate limits the damage, and all the more below a new head.
 #
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Catastrophic forgetting and too little data had been blamed. Mosbach et al. (2021,
 # arXiv:2006.04884) find that neither explains it: early in failed runs the gradients vanish, and the model stops
-# learning. The usual recipe had three epochs, and an AdamW without the correction of its first steps, which were then
-# several times too long, as printed above. With the correction, a small rate (2e-5), warm-up and 20 epochs, training is
-# far more stable. What remains is a spread in generalization, between runs of about the same training loss.
+# learning. The usual recipe had three passes over the data, and an AdamW without the correction of its first steps,
+# which were then several times too long, as printed above. With the correction, a small rate (2e-5), warm-up and 20
+# passes, training is far more stable.
 #
 # **Which rate?** Measure the same 20 steps at rates from much too small to much too large, and for each the held-out
 # loss on the task, that on general text, and the *way*, the norm of the change beside that of the weights. The rate is
@@ -334,26 +334,26 @@ if not REDUCED:
 # is reported on the same verses, which flatters it a little. The league, below, keeps the two apart.)
 #
 # **Why lower than in pretraining?** Near a good place plain gradient descent takes short steps by itself, as gradients
-# are small there. Adam's steps stay about $\eta$ long, so the rate has to keep the model near the base: the way grows
-# with it, and what is forgotten with the way. Pretraining starts at random weights and has to go far; fine-tuning has
-# not. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al. 2023, arXiv:2307.09288). Here, in a run
-# of 20 steps, the best rate is of the order of pretraining's.
+# are small there. Adam's do not shrink with the gradients, so the rate has to keep the model near the base: the way
+# grows with it, and what is forgotten with the way. Pretraining starts at random weights and has to go far; fine-tuning
+# has not. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al. 2023, arXiv:2307.09288). Here, in a
+# run of 20 steps, the best rate is of the order of pretraining's.
 #
 # Wide models want lower rates: an output sums over the width $d$, and if each of its weights moves by $\eta$ with the
 # sign of its input, it changes by $\eta\, d$ times the mean size of an input (Yang et al. 2022, arXiv:2203.03466). The
-# Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, decays along a line, and clips the gradient's norm to
-# 1, as ours does. A factor that all gradients share would cancel in $\hat m / \sqrt{\hat v}$; clipping keeps one odd
-# batch from ruling the means.
+# Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, decays along a line, and shortens the gradient to
+# norm 1 where it is longer, as ours does. A factor that all gradients share would cancel in $\hat m / \sqrt{\hat v}$;
+# clipping keeps one odd batch from ruling the means.
 
 # %%
 def ended(model):
     """In how many of the held-out verses the model stops by itself, greedily, within 40 tokens."""
-    ids, mask = tokenizer.pad([tokenizer.encode(record.prompt) for record in test_records], side="left")
+    ids, mask = tokenizer.pad([tokenizer.encode(record.prompt) for record in held_out_records], side="left")
     written = model.generate(ids, mask, max_new_tokens=40)[:, ids.shape[1] :]
     return (written == tokenizer.eos_token_id).any(axis=1).mean().item()
 
 
-for record in test_records[: 1 if REDUCED else 3]:
+for record in held_out_records[: 1 if REDUCED else 3]:
     king_james = record.prompt.split("\n")[0].removeprefix("King James: ")
     print(f"\n  King James   {king_james}\n  before       {rewrite(base, record)}")
     print(f"  after        {rewrite(tuned, record)}\n  the Bible    {record.completion.strip()}")
@@ -364,10 +364,9 @@ if not REDUCED:
 
 # %% [markdown]
 # After twenty steps this tiny model mostly knows when to stop, but what it writes is far from the verse.
-# `minipeft finetune` runs the same code for as long as you like.
 #
 # The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. As
-# textbooks print it:
+# textbooks print it (how to read a verdict: "The league", below):
 
 # %%
 print(full.LOOP)
@@ -375,8 +374,8 @@ print(full.LOOP)
 # %% [markdown]
 # > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. The
 # > printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins
-# > at 3.49, ends +0.110 nats at rate 5e-05 and +2.960 nats at rate 0.001 above that of the same loop with zeroing; at 0
-# > of 2 rates it is no worse for that. (5 seeds, 32 test items)
+# > at 3.49, ends +0.110 nats at rate 5e-05 and +2.960 nats at rate 0.001 above that of the same loop with zeroing:
+# > clearly above at 2 of 2 rates. (5 seeds, 32 test items)
 
 # %% [markdown]
 # ## Step 4 · Save: a whole model per task
@@ -419,9 +418,9 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 
 # %% [markdown]
 # > `full-1` the procedure: load weights; optionally a task head; train every parameter; save a checkpoint: **holds
-# > if**. Two steps move 100.0% of the language model's numbers, and 82.7% with a classifier's head in place of the
-# > model's own, as then the embeddings of words that the batch lacks have no gradient. The saved model's loss differs
-# > by 0.
+# > if**. So of these: every parameter trains and the checkpoint is whole. Two steps move 100.0% of the language model's
+# > numbers, and 82.7% with a classifier's head in place of the model's own, as then the embeddings of words that the
+# > batch lacks have no gradient. The saved model's loss differs by 0.
 #
 # > `full-8` a whole copy of the model per task must be stored: **holds**. Two steps move 100% of the numbers, and the
 # > file has 1.00 times the bytes of the parameters; in 16 bits a task takes 13.5 GB at 7B and 138.0 GB at 70B.
@@ -430,9 +429,9 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 # ## The memory bill
 #
 # Training takes, for each of the $N$ trained parameters in float32: the weight (4 bytes), its gradient (4) and Adam's
-# two means $m$ and $v$, its *moments* (8). That is $16N$ bytes before the first token is read. Then come the
-# activations that the pullbacks keep (Lesson 1, section 4), which grow with the batch. `memory_ledger` runs the model's
-# own code on shapes alone and adds up; beside it, what NumPy really allocated in two steps of training.
+# two means $m$ and $v$, its *moments* (8). That is $16N$ bytes, whatever the batch. Then come the activations that the
+# pullbacks keep (Lesson 1, section 4), which grow with the batch. `memory_ledger` runs the model's own code on shapes
+# alone and adds up; beside it, what NumPy really allocated in two steps of training.
 #
 # **Predict:** for 1.44 million parameters and 16 texts of 64 tokens, which is larger, $16N$ or the activations?
 
@@ -507,8 +506,7 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 
 # %% [markdown]
 # Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding, and clipped once. The memory
-# of activations and logits shrinks to a quarter; that of weights, gradient and moments does not, and the work stays the
-# same.
+# of activations and logits shrinks to a quarter; that of weights, gradient and moments does not.
 #
 # ## The league: how methods are compared
 #
@@ -524,16 +522,18 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run ($10^{12}$
 # multiplications and additions), by how much the loss on general text has risen (`forgets`), and by how much the share
-# of right answers to general questions has risen (`cloze`). The rows ship with the package; those not yet computed are
-# named as still to come. Of this lesson's methods, with 500 examples: `full`, `head` (the output layer alone), and
-# `scratch`, the same model from random weights.
+# of right answers to general questions has risen (`cloze`). Of this
+# lesson's methods, with 500 examples: `full`, `head` (the output layer), and `scratch`, the same model from random
+# weights.
 
 # %%
 print(so_far(["full", "head", "scratch"]))
 
 # %% [markdown]
-# `minipeft claims --league rewrite` prints the table of all methods. The verdicts on textbooks' statements that lessons
-# quote follow rules that are stated beside them (`minipeft claims ID`).
+# `minipeft claims --league rewrite` prints all methods. A **verdict** on a textbook's statement follows a rule
+# (`minipeft claims ID`). *Holds if*: in some of the cases. A difference above 0 says that the first is better: its loss
+# is lower, its share higher. *Equal*: the whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it. *Not
+# told*: with the rule's limit in it. *Within 4 epochs*: the worse took all that are allowed.
 #
 # ## The picture
 #
@@ -582,7 +582,7 @@ broken, reported = fine_tune(best_rate, shifted)
 after = losses_of(broken)
 print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {reported[-1][1]:.3f}, as it should;")
 print(f"the true task loss goes {before[0]:.3f} -> {after[0]:.3f}")
-print("it writes:", repr(rewrite(broken, test_records[0])))
+print("it writes:", repr(rewrite(broken, held_out_records[0])))
 assert reported[-1][1] < reported[0][1]
 if not REDUCED:
     assert after[0] > before[0], "worse than no training at all"
@@ -620,7 +620,7 @@ if not REDUCED:
 #
 # </details>
 #
-# **4.** Training takes $16N$ bytes before the first token is read. What are they?
+# **4.** Training takes $16N$ bytes, whatever the batch. What are they?
 #
 # <details><summary>Answer</summary>
 #

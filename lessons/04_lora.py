@@ -198,7 +198,7 @@ print(LAYER)
 
 # %% [markdown]
 # First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` does
-# not, so in the card below the layer runs on to the second flaw.) Second, `alpha` is defined
+# not, so in the verdict below the layer runs on to the second flaw.) Second, `alpha` is defined
 # nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library
 # and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain
 # $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong for the
@@ -363,8 +363,8 @@ assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradient
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
 
 # %% [markdown]
-# A little more, by the $r$ numbers per position. With $q$ and $v$ alone, the inputs of the MLP's projections go.
-# Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
+# A little more: $r$ numbers per position and layer, less the input of the head, now frozen. With $q$ and $v$ alone, the
+# inputs of the MLP's projections go. Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
 #
 # Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
 # precision with Adam, a trained parameter takes 16 bytes (weight 2, gradient 2, a float32 copy and two moments 12;
@@ -381,8 +381,8 @@ assert abs(states / 350e9 - 1) < 0.01
 
 # %% [markdown]
 # About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
-# 1.2 TB are composed; 16 bytes a parameter are more. In the card, 7B is a step of 512 tokens in bfloat16 by the ledger
-# (gradient 2 bytes, moments 8, no float32 copy), and "a step on the base" has 8 short texts.
+# 1.2 TB are composed; 16 bytes a parameter are more. In the verdict, 7B is a step of 512 tokens in bfloat16 by the
+# ledger (gradient 2 bytes, moments 8, no float32 copy), and "a step on the base" has 8 short texts.
 
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
@@ -482,8 +482,8 @@ assert all(np.array_equal(np.round(whole + sign * 0.999 * whole / 512), whole) f
 # Most are, but not all, as both sums are rounded. The library keeps $W$ instead: `merge_adapter` computes with merged
 # weights, and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different
 # adapters (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a weight is a
-# whole number from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it is lost. The card
-# has several widths and batches.
+# whole number from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it is lost. The
+# verdict has several widths and batches.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
@@ -547,7 +547,8 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
 
 # %% [markdown]
-# In the cards, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of `soft-6`.
+# In the verdicts, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of
+# `soft-6`.
 
 # %% [markdown]
 # > `peft-1` storage: one base and a small file per task: **holds if**. There are 2 tasks or more: the base itself is
@@ -721,8 +722,8 @@ print("picture:", OUT / "04_lora.png")
 # Projects, with no answer written down:
 #
 # - **Is $A$ needed?** Freeze $A$ at its random values and train $B$ alone (LoRA-FA, Zhang et al. 2023,
-#   arXiv:2308.03303): section 6 says what that saves, namely $x$. Use $r = 16$ to have about as many trained parameters. How
-#   much of what LoRA learns in section 7 is left, at the better of two rates each?
+#   arXiv:2308.03303): section 6 says what that saves, namely $x$. Use $r = 16$ to have about as many trained
+#   parameters. How much of what LoRA learns in section 7 is left, at the better of two rates each?
 #
 # <details><summary>Solution of 04.1</summary>
 #

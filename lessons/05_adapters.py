@@ -56,7 +56,7 @@ diagrams.block(mp.load_base()[0].config, sixteen).savefig(OUT / "05_adapters_blo
 # $$h + W_{up}\, f(W_{down}\, h + b_{down}) + b_{up}, \qquad W_{down}\ [m, d], \quad W_{up}\ [d, m].$$
 #
 # $f$ is not linear: ReLU, $\max(z, 0)$, or one of its smooth relatives SiLU and GELU. That is the bend. The block then
-# adds the adapter's output to its stream, as it would have added $h$; the layer norm of our base stands before the
+# adds the adapter's output to its stream, as it would have added $h$; the norm of our base stands before the
 # sublayer, that of BERT after this addition. The plainest case has $d = 3$, $m = 1$, no biases:
 #
 # **Predict:** what comes out of $h = (1, 2, 3)$ below? And of $-h$?
@@ -103,10 +103,10 @@ assert difference < 1e-4
 # ReLU, scaled by 4.
 #
 # Below, statements from textbooks meet measurements. For the second, a **unit** is one of an adapter's $m$ numbers, and
-# a **direction** one of LoRA's $r$ numbers $Ax$. It is *read* by its mean over a sentence, which should tell the
-# sentence's book (the task `source` of Lesson 3), and *removed* by setting its column of $W_{up}$ or $B$ to zero. The
-# brackets are differences of the share of right answers: *equal* where the whole interval is close to 0, and
-# *undecided* where it includes 0 and is wider.
+# a **direction** one of LoRA's $r$ numbers $Ax$. Of all units the one counts that tells a sentence's book best on
+# validation sentences (the task `source` of Lesson 3). It is *read* by its mean over a sentence, which should tell the
+# book of test sentences, and *removed* by setting its column of $W_{up}$ or $B$ to zero. Differences are of the share
+# of right answers, after a removal of how many fewer are right; Lesson 3, "The league", says how to read the brackets.
 
 # %% [markdown]
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. Between means inside: the
@@ -155,8 +155,9 @@ del base
 
 # %% [markdown]
 # Twice as many, 3,171,840. GPT-3 with the narrowest bottleneck has the 7.1M that Hu et al. list for it. A wider one
-# costs in proportion: on GLUE one $m = 64$ for all tasks reached 79.6, and the best $m$ of 8, 64 and 256 for each task
-# 80.0 (Houlsby et al., Table 1). The tree of a model shows where adapters stand:
+# costs $2d + 1$ more for each unit, and need not be much better: on GLUE one $m = 64$ for all tasks reached 79.6, and
+# the best $m$ of 8, 64 and 256 for each task 80.0 (Houlsby et al., Table 1). The tree of a model shows where adapters
+# stand:
 
 # %%
 model, tokenizer = mp.load_base()
@@ -372,8 +373,9 @@ assert off < 1e-3 < np.abs(one - other).max()
 print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bottleneck-m37", "lora-r1", "bottleneck-m4"]))
 
 # %% [markdown]
-# On `rewrite` LoRA learns more, at both sizes, and for half of the computation: the adapters went on to four epochs, the
-# most that the protocol allows, and might gain from more. On `source` the smaller pair is equal, the larger undecided.
+# On `rewrite` LoRA learns more, at both sizes, and for half of the computation: the adapters went on to four epochs,
+# the most that the protocol allows, and might gain from more. On `source` the smaller pair is equal, the larger
+# undecided.
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:

@@ -4,15 +4,14 @@
 # A language model continues a text. Ask the shipped base "Define the word." and it goes on as a novel might: it never
 # learned that a question wants an answer, and an end. Teaching it that is the first of the three stages that made GPT-3
 # into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*, SFT, on pairs of an instruction and
-# a good answer. SFT imitates. Which of two answers is better the later stages learn, a reward model and reinforcement
+# a good answer. Which of two answers is better the later stages learn, a reward model and reinforcement
 # learning from human feedback, RLHF (Lessons 9 and 10). InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
-# validation loss rose after the first, and yet more epochs gave answers that people preferred (their sections 3.2 and
+# validation loss rose after the first, but more epochs gave answers that people preferred (their sections 3.2 and
 # 3.5): the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, so that the model learns to follow instructions and not a single task. Three things can be new to a tuned
-# model: the input, the words that ask, and the task. The lesson measures them apart, on a model of 1.4 million
-# parameters.
+# model: the input, the words that ask, and the task. The lesson measures them apart.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
@@ -386,8 +385,8 @@ for name in () if REDUCED else ("source", "part-of-speech"):
     print(f"who always says {most!r} has {n / len(records):.1%}")
 
 # %% [markdown]
-# To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all answers
-# end. But none of the answers that are checked is right. What carried over is the form: something short, and then the
+# To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
+# are checked nearly all end. But none of them is right. What carried over is the form: something short, and then the
 # end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
 # On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
 # text far more often right than one that always gives the same answer. For parts of speech that is undecided.
@@ -444,11 +443,13 @@ if not REDUCED:
 # >
 # > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
 # > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
-# > - tuned to answer about other facts, it gives more of these when asked: so (+16.8 [+10.5, +23.1] points).
-# > - asked, it gives no more of them than in its own text: not told apart (+1.6 [-3.3, +6.4] points).
+# > - tuned on other facts, it knows more of the tested ones than the base, both asked: so (+16.8 [+10.5, +23.1]
+# >   points).
+# > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > A part that asks for more is not so where the interval lies below 5 points. (5 seeds, 256 test items)
+# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. (5 seeds, 256 test
+# > items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
@@ -495,14 +496,14 @@ if not REDUCED:
     assert abs(overall(now, "loss", "inputs") - stored) < 0.03, "the same settings, the same result, but for rounding"
 
 # %% [markdown]
-# **More tasks** raise the loss of `rewrite`, since it gets fewer records, and lower the mean loss on the three new
+# **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new
 # tasks, from one task to three to seven. (Intervals are over seeds: other new tasks might tell otherwise.)
 #
 # **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
 # is undecided.
 #
-# **Learning the prompt too** is clearly worse on the trained tasks: answers are a small share of that loss. At the new
-# ones it is undecided.
+# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as answers are under a third of that loss.
+# At the new ones it is undecided.
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -669,7 +670,7 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The one that trained `rewrite` alone has the lower loss on it, since all records were its own; the one that trained
+# The one that trained `rewrite` alone has the lower loss on it; all records were its own. The one that trained
 # seven has the lower mean loss on the tasks that nobody trained.
 #
 # </details>

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Lesson 13 · A real LLM, fine-tuned here
 #
-# Until now the base had one and a half million parameters. This lesson takes a model that people use:
+# Until now the base had 1.4 million parameters. This lesson takes a model that people use:
 # SmolLM2-135M-Instruct, ninety times as large, trained on two trillion tokens and then, by its authors, on
 # conversations (Allal et al. 2025, arXiv:2502.02737). You will read its file, four bits a weight, and talk to it; say
 # beforehand what a training step needs; teach it a task with LoRA and with QLoRA on a laptop's two cores; measure what
@@ -52,7 +52,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 2 steps for 16, 3 held-out verses for 16, short answers. Nothing is said of what was learned.\n")
+    print("REDUCED SETTING: 2 steps of 1 short verse for 16 of 4, 2 held-out verses for 16, short answers. Nothing is said of what was learned.\n")
 
 GGUF = find_smollm2()
 if GGUF is None:
@@ -186,10 +186,10 @@ assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the fo
 # of verses that nobody has published.
 
 # %%
-STEPS, TESTED, SHOWN = (2, 3, 2) if REDUCED else (16, 16, 12)
+STEPS, EACH, TESTED, SHOWN, LONGEST = (2, 1, 2, 2, 60) if REDUCED else (16, BATCH, 16, 12, 200)
 
 
-def verses(split, n, longest=200):
+def verses(split, n, longest=LONGEST):
     """n pairs of a split, of medium length, as instructions."""
     fitting = [v for v in bible(split) if 40 <= min(map(len, v[3:])) and max(map(len, v[3:])) <= longest]
     chosen = np.random.default_rng(0).permutation(len(fitting))[:n]
@@ -198,7 +198,7 @@ def verses(split, n, longest=200):
 
 template = chat(tokenizer)
 test_records = verses("validation", TESTED)
-train_examples = encode_examples(verses("train", BATCH * STEPS), tokenizer, 160, template).examples
+train_examples = encode_examples(verses("train", EACH * STEPS), tokenizer, 160, template).examples
 test_examples = encode_examples(test_records, tokenizer, 160, template).examples
 test_examples.sort(key=lambda example: len(example.input_ids))  # a batch is padded to its longest
 example = train_examples[0]
@@ -228,14 +228,14 @@ def plain(texts):
     return np.mean([word in PLAIN for word in words])
 
 
-novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), LENGTH)[: 1 if REDUCED else 4]
+novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), 32 if REDUCED else LENGTH)[: 1 if REDUCED else 4]
 novel = [(block, block) for block in novel]  # every token is learned
 
 
 def answers(model, prompts, n, **how):
     """Answers to all prompts at once, greedy if `how` does not say otherwise."""
     ids, mask = tokenizer.pad(prompts, side="left")
-    out = generate(model, ids, mask, 8 if REDUCED else n, **how)
+    out = generate(model, ids, mask, 4 if REDUCED else n, **how)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
 
 
@@ -284,7 +284,7 @@ def fine_tune(base):
     """A LoRA on all linear layers: (model, losses, seconds)."""
     adapted = mp.get_peft_model(base, config)
     arguments = mp.TrainingArguments(
-        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=BATCH, warmup_steps=3, progress=False,
+        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=EACH, warmup_steps=3, progress=False,
         packing=2 * 160,  # examples share rows (Lesson 8): nothing is computed for padding
     )
     result = mp.Trainer(adapted, train_examples, args=arguments, pad_token_id=tokenizer.pad_token_id).train()
@@ -362,7 +362,7 @@ for i in range(min(3, SHOWN)):
 questions = (
     "What is the capital of France?", "Write one sentence about the sea.", "Name three colors.",
     "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
-)[: 2 if REDUCED else 6]  # fmt: skip
+)[: 1 if REDUCED else 6]  # fmt: skip
 asked = [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions]
 drawn = answers(model, asked * 2, 40, temperature=1.0, seed=0)  # two of each, drawn and not greedy
 own = [Conversation((Message("user", q), Message("assistant", a))) for q, a in zip(questions * 2, drawn)]
@@ -452,11 +452,11 @@ for layer in broken.model.layers:
 right, wrong = (loss(m, novel[:1]) for m in (model, broken))
 print(f"loss on the novel: {right:.2f} nats a token; with the rows as they stand in the file: {wrong:.2f}")
 print("and what is the capital of France?", answers(broken, [ids], 24)[0] or "It has nothing to say.")
-assert wrong > right + 1
+assert wrong > right + (0 if REDUCED else 1)
 
 # %% [markdown]
 # Not a word. Nothing has raised an error, and the loss on the novel is only higher, by more than a nat, which does not
-# say why. A test against another implementation's logits finds the cause at once. An adapter has the same trap: a row
+# say why. A test against another implementation's logits finds the fault at once. An adapter has the same trap: a row
 # of $BA$ is a row of $B$ times $A$, so on its way to llama.cpp the rows of $B$ at query and key must be put in the
 # file's order, and $A$ stays as it is. `convert_lora_to_gguf.py` does that.
 #
@@ -547,12 +547,13 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 #
 # <details><summary>Answer</summary>
 #
-# chrF cannot tell. The share of plain words can: copying leaves it at the verse's, rewriting raises it. The held-out
-# loss and the answers themselves are further witnesses.
+# chrF cannot tell, and the share of plain words alone cannot either: it was as high before, in answers that have little
+# to do with the verse. Both together can, and reading the answers: here it mostly copies, and replaces few words.
 #
 # </details>
 #
-# **4.** Any change of a model raises the loss on answers that were drawn from it. What then is the control for?
+# **4.** Any change of a model's distribution raises, on average, the loss on answers that were drawn from it. What then
+# is the control for?
 #
 # <details><summary>Answer</summary>
 #

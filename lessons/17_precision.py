@@ -172,8 +172,8 @@ print(f"\nafter a thousand steps of 0.001: {weight}")
 assert weight == 1
 
 # %% [markdown]
-# At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the
-# next number: of half the last place, but below a power of two, where numbers lie twice as close, of a quarter,
+# At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the next
+# number: than half of the last place, or, just below a power of two, where numbers lie twice as close, than a quarter,
 #
 # $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{and on either side where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
 #
@@ -238,8 +238,8 @@ assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(
 #
 # The backward pass rounds gradients, too. It goes from the loss through the *activations*, the outputs of the modules,
 # to the weights. A gradient that becomes zero on the way is lost for every weight behind it. float16's smallest number
-# is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*. Below are the gradients of all
-# activations of this model in one step.
+# is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*. Below are the gradients, other than
+# zero, of all activations of this model's blocks in one step.
 #
 # **Predict:** how many of them are flushed in float16, and what does it cost?
 
@@ -268,9 +268,9 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.fin
 # arXiv:2005.14165, Table 2.1). Such a step is computed as many small batches whose gradients are added (*gradient
 # accumulation*), and each batch's loss is divided by the tokens of the whole step.
 #
-# We imitate one batch of 1024: its loss is multiplied by $S = 2^{-10}$. Before Adam uses them, the gradients of the
-# *weights* are divided by $S$ in float32, so in exact arithmetic this run equals the one with $S = 1$. What differs is
-# what was flushed in between: six gradients in ten.
+# We imitate one of the 1024 batches of such a step: its loss is multiplied by $S = 2^{-10}$. Before Adam uses them, the
+# gradients of the *weights* are divided by $S$ in float32, so in exact arithmetic this run equals the one with $S = 1$.
+# What differs is what float16 lost in between: six gradients in ten are flushed, and the others, subnormal, lose bits.
 #
 # **Predict:** what does that cost in float16? And in bfloat16?
 
@@ -384,10 +384,9 @@ except ValueError as error:
 
 # %% [markdown]
 # In float32 nothing is lost. In float16 between one and two in a hundred become zero, and more than one in ten becomes
-# subnormal and loses bits: the division takes back what the scale had saved. (These are fewer than of the activations:
-# a weight's gradient is a sum over tokens, and so it is larger.) PyTorch refuses instead. The remedy is a master copy:
-# load the weights that are trained in float32. With adapters those are few, and PEFT casts them to float32 itself
-# (`autocast_adapter_dtype`), over a base in sixteen bits.
+# subnormal and loses bits: the division takes back what the scale had saved. PyTorch refuses instead. The remedy is a
+# master copy: load the weights that are trained in float32. With adapters those are few, and PEFT casts them to float32
+# itself (`autocast_adapter_dtype`), over a base in sixteen bits.
 #
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
@@ -424,7 +423,7 @@ assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master c
 #
 # ## 7 · The ledger beside
 #
-# *Activations* are what the forward pass keeps for the backward pass (Lesson 12).
+# In a ledger, *activations* are all that the forward pass keeps for the backward pass (Lesson 12), not outputs alone.
 #
 # **Predict:** mixed precision halves the bytes of a number. LLaMA-7B, all weights trained with Adam: how many of its
 # bytes of weights, gradients and moments does it save?

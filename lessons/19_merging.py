@@ -79,7 +79,7 @@ diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_m
 # is $\frac{\alpha}{r} B A$, and a merge (Lesson 4, section 8) is the case of one adapter and $\lambda = 1$.
 #
 # **Predict:** look at the sum, the third row. Which weights move in the direction that *both* tasks wanted, and which
-# one does not?
+# do not?
 
 # %%
 theta_0 = np.full(4, 10.0)
@@ -90,11 +90,11 @@ assert total.tolist() == [13, 13, 8, 11]
 assert np.array_equal(total - tau[1], theta_0 + tau[0]), "what was added can be taken away again"
 
 # %% [markdown]
-# The second and the fourth: both tasks agree on the sign. The third gives the first task less than half of what it
-# wanted, $-5$, and moves against the second, which wanted $+3$: the sum is $-2$. **Interference** is what a task loses
-# because the update of another was added. TIES' paper names two causes: signs that disagree, as here, and small changes
-# of one task that disturb another and help none. Section 5 measures it as the rise of a task's test loss over its own
-# adapter alone at the same scale.
+# The second and the fourth: both tasks agree on the sign. The first gives task 1 three quarters of what it wanted,
+# $+4$, and moves against task 2; the third gives it less than half, $-2$ of $-5$, against task 2's $+3$.
+# **Interference** is what a task loses because the update of another was added. TIES' paper names two causes: signs
+# that disagree, as here, and small changes of one task that disturb another and help none. Section 5 measures it as the
+# rise of a task's test loss over its own adapter alone at the same scale.
 #
 # ## 2 · TIES: trim, elect, average what agrees
 #
@@ -157,7 +157,7 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # | type | what is made | the sum of the products? |
 # |---|---|---|
 # | `cat` | $[B_1\ B_2]$ beside $[w_1 s_1 A_1;\ w_2 s_2 A_2]$, rank $r_1 + r_2$ | exactly |
-# | `svd` | the best approximation of the sum, of rank $r$ | nearly: what is left of the other singular values |
+# | `svd` | the best approximation of the sum, of rank $r$ | nearly: all but the smaller singular values |
 # | `linear` | $A = \sum \sqrt{w_i s_i} A_i$, $B = \sum \sqrt{w_i s_i} B_i$, rank $r$ | no: cross terms |
 # | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, then as `linear` | no |
 # | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
@@ -165,8 +165,8 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # (`magnitude_prune` is TIES' trimming alone. Of a negative $w_i$ `linear` takes the root of its size, and gives the
 # minus to $A_i$ alone, as on both factors it would cancel.) A trimmed product is not of low rank, so the last row loses
 # what a rank of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
-# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms** of
-# `linear`, for $w_i s_i = 1$:
+# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms**
+# of `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
 #
@@ -281,11 +281,11 @@ if not REDUCED:
 # %% [markdown]
 # - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
 #   training.
-# - **Full scale is not better than half**: at `rewrite` the sums at 1 and at 0.5 do not clearly differ. The larger the
-#   scale, the larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. (To
-#   second order it is $\lambda g^\top \tau_2 + \lambda^2 (\tau_1^\top H \tau_2 + \frac12 \tau_2^\top H \tau_2)$, with
-#   the first task's gradient and Hessian at $\theta_0$.) Alone, 0.75 of an adapter is nearly as good as all of it. So
-#   0.75 loses little of each update and avoids much interference.
+# - **Full scale is not clearly better than half** at `rewrite`, and worse at `define`. The larger the scale, the larger
+#   the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. (To second order it is
+#   $\lambda g^\top \tau_2 + \lambda^2 (\tau_1^\top H \tau_2 + \frac12 \tau_2^\top H \tau_2)$, with the first task's
+#   gradient and its second derivatives, the matrix $H$, at $\theta_0$.) Alone, 0.75 of an adapter is nearly as good as
+#   all of it. So 0.75 loses little of each update and avoids much interference.
 # - **Joint training is better**, by about 0.05 nats a token. But it needs the data of both tasks at once, and a merge
 #   does not. Where one model need not have both tasks, keep the adapters and choose one a request (Lesson 4, section
 #   9).
@@ -304,8 +304,8 @@ if not REDUCED:
 # ## 6 · What variance costs
 #
 # One adapter, no merging: `rewrite`, of which DARE keeps a density $d$; on whole matrices $\frac{\alpha}{r} BA$
-# (section 4; no rank is cut off), or on the two factors (PEFT's `dare_linear`). The control is trimming whole matrices
-# to that density.
+# (section 4; no rank is cut off), or on the two factors (as PEFT's `dare_linear` does to several adapters; of one alone
+# it takes nothing away). The control is trimming whole matrices to that density.
 #
 # **Predict:** at $d = 0.1$ the noise on whole matrices is three times as long as the update. What is left of the gain?
 
@@ -360,8 +360,8 @@ for t in NEGATIVE:
 # %% [markdown]
 # Neither. The loss on general text rises less than a tenth as much as on `define`. But `define` gets worse, too, by
 # between one and two thirds as much as `rewrite`. A task vector holds all that was learned; both tasks expect a short
-# answer after a prompt, which may be why. The random update does far less, so direction counts, not length. Whoever
-# subtracts a task has to test what should stay.
+# answer after a prompt, which may be why. The random update does far less: at equal length the direction decides.
+# Whoever subtracts a task has to test what should stay.
 #
 # ## 8 · Into which base?
 #
@@ -465,8 +465,8 @@ for t in PARTS:
 # %% [markdown]
 # - **Best of the four is the wrong base in floats**, $W + U$. It is better than $Q + U$ by most of what four bits cost
 #   the base itself. So the adapter learned little that corrects the error of $Q$, and $W$ is the better base.
-# - **In four bits, merge into $W$ and round once**: $\text{NF4}(W + U)$ costs less than 0.01 nats beside what was
-#   trained, at every size.
+# - **In four bits, merge into $W$ and round once**: $\text{NF4}(W + U)$ costs less than 0.01 nats in the mean beside
+#   what was trained, at every size.
 # - **Do not merge into $Q$ and round**: $\text{NF4}(Q + U)$ keeps over nine tenths of the gain of $U$, about half of
 #   that of $\frac12 U$ and less than 15 % of that of $\frac14 U$. What is lost depends on the size of the update
 #   relative to the gaps, and no error is raised.

@@ -141,8 +141,8 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 #
 # $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. The result is
 # that of a reward model and perfect reinforcement learning if three things hold: raters choose as Bradley and Terry
-# say, the model can express $\pi^*$, and the comparisons determine the reward of every answer. Sections 3 and 5 show
-# what happens without the third.
+# say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to one number
+# for all. Section 3 shows what happens without the second and the third, section 5 without the third.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
 
@@ -243,8 +243,8 @@ if not REDUCED:
     assert late["rejected"] < late["chosen"] < 0, "both fall, the rejected one further"
 
 # %% [markdown]
-# Both fall, the rejected one further. Is that DPO's doing? One part of it is not. These answers were drawn from the
-# reference, and the mean of $\Delta$ over such answers is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10,
+# Both fall, the rejected one further. Is that DPO's doing? One part of it is not. Each is one of four that were drawn
+# from the reference, and over all four the mean of $\Delta$ is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10,
 # section 4): *every* policy that has moved makes its old answers less probable in the mean. So we ask what $\Delta$ the
 # four answers to a held-out prompt have: the best, the two in the middle, which no pair would show, and the worst.
 # Beside DPO stand plain fine-tuning on the same chosen answers, and ORPO (section 5), which adds that to a loss of
@@ -284,7 +284,8 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # altogether, so this is no ranking of methods.) Whether it falls less than the worst one, 128 prompts do not tell.
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
-# (section 3). So look at `logps/chosen` while you train, not at the margin alone. To hold it up, one can add the chosen
+# (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone. (A step's
+# `logps/chosen` changes more with its pairs than by what was learned.) To hold it up, one can add the chosen
 # answer's log-likelihood to what is maximized, as ORPO does (Pang et al. 2024, arXiv:2404.19733); on other prompts than
 # the pairs' it may fall all the same, as the table above shows.
 #
@@ -299,7 +300,7 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
 # | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ is the point from which gains and losses count |
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term is to hold the chosen up |
-# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a pair that leads by $\gamma$ is pushed as DPO pushes one that leads by 0 |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a margin of $\gamma$ is pushed as DPO pushes one of 0 |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
 # tokens, so its goal is in nats a token.) DPO's $\Delta$ is a sum over tokens, to which a longer answer can contribute

@@ -11,6 +11,7 @@ import numpy as np
 import minipeft as mp
 from minipeft.backend import asarray, to_numpy
 from minipeft.experiments import shipped
+from minipeft.peft.combine import Combination
 from minipeft.peft.loftq import get_loftq_model
 from minipeft.quant import dequantize_model, quantize_model
 from minipeft.text.examples import Example, encode_examples
@@ -106,6 +107,19 @@ def merged(model: Any, names: list[str], weights: list[float], **how: Any) -> An
     return plain
 
 
+def thinned(model: Any, name: str, rule: str, density: float) -> Deltas:
+    """What an adapter adds, of which a rule of `Combination` keeps a density, on the factors or, for _svd, on whole matrices.
+
+    Not by `add_weighted_adapter`: as in PEFT, of one adapter alone it takes nothing away.
+    """
+    how, made = Combination(rule, 128 if rule.endswith("svd") else None, density), {}
+    for path, part in model.parts(name):
+        A, B = (to_numpy(factor.data) for factor in part.factors())
+        A, B = how.factors(path, (A,), (B,), (part.scaling,), (1.0,))
+        made[path] = B @ A
+    return made
+
+
 def deltas(model: Any, name: str) -> Deltas:
     """What an adapter adds to each weight."""
     return {path: to_numpy(part.delta_weight()) for path, part in model.parts(name)}
@@ -146,9 +160,7 @@ def with_each_other(s: Merge) -> dict[str, Any]:
         found[f"random {t}"] = losses(plus(base, at_random(rewriting, s.seed), t), s, EVERYTHING)
     for density in DENSITIES:
         for rule in ("dare_linear", "dare_linear_svd", "magnitude_prune_svd"):
-            rank = {"svd_rank": 128} if rule.endswith("svd") else {}
-            one = merged(model, ["rewrite"], [1.0], combination_type=rule, density=density, **rank)
-            found[f"{rule} {density}"] = losses(one, s, ["rewrite"])
+            found[f"{rule} {density}"] = losses(plus(base, thinned(model, "rewrite", rule, density)), s, ["rewrite"])
     chosen = {}
     for name, (other, how) in RULES.items():
         tried = {w: merged(model, ["rewrite", other], [w, w], **how) for w in WEIGHTS}

@@ -70,9 +70,9 @@ def procedure() -> Verdict:
     }
     return Verdict(
         graded(right),
-        f"Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a classifier's head in place of the "
-        f"model's own, as then the embeddings of words that the batch lacks have no gradient. The saved model's loss differs by "
-        f"{difference:.2g}.",
+        f"So of these: {those(right)}. Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a "
+        f"classifier's head in place of the model's own, as then the embeddings of words that the batch lacks have no gradient. The "
+        f"saved model's loss differs by {difference:.2g}.",
         Number("share of the numbers that two steps move", 100 * language, "%"),
         [Number("with a classifier's head", 100 * head, "%"), Number("loss after loading - before saving", difference, "nats")],
         base=BASE, task="8 sentences",
@@ -129,7 +129,8 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
     start = statistics.mean(row["before"] for row in rows)
     because = (
         f"The printed loop never zeroes the gradients, and each step takes the sum of all so far. Its held-out loss, which begins at "
-        f"{start:.2f}, ends {listed(told)} above that of the same loop with zeroing; at {sum(cases.values())} of {len(cases)} rates it is no worse for that."
+        f"{start:.2f}, ends {listed(told)} above that of the same loop with zeroing: clearly above at {sum(not x for x in cases.values())} "
+        f"of {len(cases)} rates."
     )
     return Verdict(
         verdict, because, worst, evidence, seeds=5, items=32, base=BASE, task="verses into Basic English, 60 steps of 8, AdamW"
@@ -223,8 +224,8 @@ def memory() -> Verdict:
     )
     return Verdict(
         graded(cases),
-        f"The optimizer is one of {those(cases)}: gradients and states take {extra['adamw', '7B']:.0f} times the bytes of "
-        f"the weights with AdamW{few}; with AdamW a 7B model's weights, gradients and states take {bytes_7B / 1e9:.0f} GB.",
+        f"The optimizer is one of {those(cases)}: in 16 bits, with no float32 copy, gradients and states take "
+        f"{extra['adamw', '7B']:.0f} times the bytes of the weights with AdamW{few}; at 7B all three take {bytes_7B / 1e9:.0f} GB with AdamW.",
         Number("gradients and AdamW's states over weights, 7B", extra["adamw", "7B"], "times"), evidence,
     )  # fmt: skip
 
@@ -254,7 +255,8 @@ def expensive() -> Verdict:
     told = [f"{size} {money[size]:.2f} dollars of computation and {cards[size]} cards of {CARDS[CARD][0]} GB" for size in SIZES]
     return Verdict(
         graded(cases),
-        f"Expensive means {those(cases)}: 1,000 examples take at {', at '.join(told)}.",
+        f"Expensive means {those(cases)}: 1,000 examples of {TOKENS} tokens, at {PRICE:g} dollars an {CARD.upper()}-hour and "
+        f"{UTILIZATION:.0%} of its peak, take at {', at '.join(told)}.",
         Number("1,000 examples at 7B", money["7B"], "dollars"),
         evidence,
         task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak",

@@ -186,9 +186,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         aligned = less("others", "base", "present", level=level)
         beyond = less("others", "base", "present", of_other="text", level=level)
         taught = less("these", "others", "absent", level=level)
-        more = had | {"tuned to answer about other facts, it gives more of these when asked": aligned}
+        more = had | {"tuned on other facts, it knows more of the tested ones than the base, both asked": aligned}
         return {name: (e, _more(e)) for name, e in more.items()} | {
-            "asked, it gives no more of them than in its own text": (beyond, _within(beyond)),
+            "asked, it knows no more of them than the base in its own text": (beyond, _within(beyond)),
             "told facts that were in none of its texts, it does not learn them": (taught, _within(taught)),
         }
 
@@ -208,7 +208,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
-        f"A part that asks for more is not so where the interval lies below {100 * SMALL:g} points."
+        f"More: not so where the interval lies below {100 * SMALL:g} points. No more: so there, and not so above 0."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
     return judged(verdict, because, *effect, evidence, 256, "facts")

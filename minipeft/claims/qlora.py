@@ -53,7 +53,7 @@ def procedure() -> Verdict:
         ]
     return Verdict(
         graded(cases),
-        f"It trains with adapters in {those(cases)}: the loss falls by {evidence[0].value:.2f} (float32) and "
+        f"It trains with adapters in {those(cases)}: the loss on the 8 sentences that it learns falls by {evidence[0].value:.2f} (float32) and "
         f"{evidence[2].value:.2f} nats (bfloat16) in 4 steps, all on a base with {layers} layers in four bits, which keeps "
         "its bytes.",
         evidence[0], evidence, base=BASE, task="8 sentences",
@@ -81,8 +81,8 @@ def smaller() -> Verdict:
     cases = {size: abs(ratio / 4 - 1) <= NEAR for size, ratio in ratios.items()}
     return Verdict(
         graded(cases),
-        f"So for {those(cases)}: a quantized weight takes {evidence[-1].value:.3f} bits with its scales, {packed:.2f} times "
-        "less, and embeddings, norms and head stay in 16, "
+        f"So for {those(cases)}: a quantized weight takes {evidence[-1].value:.3f} bits with its scales ({evidence[2].value:.3f} in the base, whose "
+        f"matrices are small), {packed:.2f} times less, and embeddings, norms and head stay in 16, "
         f"{listed([f'{100 * share:.1f} % ({size})' for size, share in kept.items()])} of the numbers, so the model is "
         f"{listed([f'{ratio:.2f} ({size})' for size, ratio in ratios.items()])} times smaller.",
         Number("7B: 16 bits over 4 bits, the whole model", ratios["7B"], "times"),
@@ -233,7 +233,7 @@ def traps() -> Verdict:
     told = (
         f"blocks of 4096 make the error {ratio['large blocks']:.2f} times as large",
         f"scales that keep their mean get an error {ratio['scales with their mean']:.1f} times as large",
-        f"a merge back into four bits loses {lost:.1%} of the {gained:.2f} nats that training gained",
+        f"a merge back into four bits loses {lost:.1%} of the {gained:.2f} nats that training on 8 sentences gained there",
         f"a block of zeros that is divided by its largest number becomes {errors['zero blocks'][1]}",
     )
     return Verdict(
