@@ -170,7 +170,7 @@ def test_the_gradient_is_the_slope_of_the_loss(dialect, method):
 def test_an_oft_of_an_earlier_peft_is_refused():
     """Its rotations are others; a version may be any text."""
     for version in ("0.17.9", "0", "0.1³", "x", None):
-        with pytest.raises(PeftError, match="the adapter is of a PEFT before .* train it again"):
+        with pytest.raises(PeftError, match=r"the adapter is of a PEFT before .* train it again"):
             mp.OFTConfig.from_dict({"peft_version": version})
     for version in ("0.18", "1.0.dev0", "9" * 5000):
         assert mp.OFTConfig.from_dict({"peft_version": version}) == mp.OFTConfig()
