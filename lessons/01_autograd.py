@@ -412,7 +412,8 @@ for name, (held, freed), predicted, what in cases:
 # $$\Big\langle g,\ \frac{f(x + hv) - f(x - hv)}{2h} \Big\rangle \approx \langle g, Jv \rangle
 #   = \langle J^\top g, v \rangle = \langle \mathrm{pullback}(g), v \rangle .$$
 #
-# If any element of the pullback is wrong, the two sides differ for almost every $v$ and $g$.
+# If any element of the pullback is wrong at this $x$, the two sides differ for almost every $v$ and $g$. (An op with
+# branches needs an $x$ in each.)
 #
 # How small should $h$ be? Expand $f(x \pm hv)$ in powers of $h$ (Taylor's series): in the difference the even powers
 # cancel, and after division by $2h$ the first term that should not be there shrinks like $h^2$. But $f$ itself is

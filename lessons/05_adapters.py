@@ -212,7 +212,8 @@ assert [name for name, g in both_zero.items() if g] == ["b_up"]
 # As usual: $W_{up}$ and $b_{up}$. Once $W_{up}$ is not zero, the lower two learn too. With both matrices at zero only
 # $b_{up}$ has a gradient, and no other would ever get one: the gradients of $W_{down}$ and $b_{down}$ are multiplied by
 # $W_{up} = 0$, and that of $W_{up}$ by $f(W_{down} h + b_{down}) = f(0) = 0$, as $b_{down}$, too, starts at zero. The
-# adapter could only add a constant.
+# adapter could only add a constant. (With $b_{down} = 1$ all units would learn, and all alike, as their gradients are
+# equal. So $W_{down}$ starts at random.)
 #
 # ## 4 · Learning a task
 #

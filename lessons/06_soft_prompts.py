@@ -9,7 +9,7 @@
 # After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
 # learning rate depends on the start, and name what they cost that other methods do not: room in the context.
 #
-# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 17 minutes (200 words or 25 lines of
+# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 18 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Run it with `python lessons/06_soft_prompts.py` (half a minute on two cores), or open
 # it as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #

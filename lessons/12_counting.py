@@ -2,8 +2,8 @@
 # # Lesson 12 · Counting: where 4.7 million, 780 GB and 0.1 % come from
 #
 # Papers state numbers of trained parameters, bytes and operations. Most follow from a model's shapes and a method's
-# options. This lesson recomputes famous ones, finds three slips, derives what a training step keeps in memory, and
-# compares predictions with measurements.
+# options. This lesson recomputes famous ones, finds slips, derives what a training step keeps in memory, and
+# compares them with measurements.
 #
 # You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it

@@ -168,7 +168,8 @@ assert np.isclose(implicit[2] - implicit[0], r[2] - r[0]) and across[0] < 0 < ac
 #
 # $$\nabla \mathcal L = -\beta\, \sigma(-m)\, \big[\nabla \log \pi(y_w) - \nabla \log \pi(y_l)\big], \qquad m = \text{margin}.$$
 #
-# A step pushes the chosen answer up and the rejected one down, hardest where the pair is still in the wrong order.
+# A step pushes the chosen answer up and the rejected one down, hardest where the margin is
+# below 0: where, beside the reference, the policy still prefers the rejected one.
 
 # %%
 sums = [mp.Tensor(np.array(s), requires_grad=True) for s in ([-1.7, -1.6], [-1.5, -1.5])]
@@ -377,7 +378,8 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 # second model: where no reference is given, TRL takes the policy with its adapter disabled.
 #
 # The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. The table is no race:
-# PPO learned from all six pairs of each ranking, through a reward model, and then from 512 answers of its own.
+# PPO learned from all six pairs of each ranking, through a reward model, and then from 512 answers of its own; and no
+# rate or price was tuned.
 
 # %%
 ppo_rows = read_rows(HERE / "results" / "10_ppo.jsonl")
