@@ -33,7 +33,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 60 training steps for 300, too few to learn the task. What the text says of trained models")
+    print("REDUCED SETTING: 16 training steps for 300, too few to learn the task. What the text says of trained models")
     print("holds for the full lesson alone; here it is neither printed nor checked.\n")
 
 # %% [markdown]
@@ -375,7 +375,7 @@ def loss_by_position(model, n=256):
 
 
 test = sequences(np.random.default_rng(99), 256)
-losses = train(model, 60 if REDUCED else 300)
+losses = train(model, 16 if REDUCED else 300)
 final = loss_by_position(model)
 first, second = final[:15].mean(), final[15:].mean()
 print(f"\ntransformer: {final.mean():.3f} (floor {FLOOR:.3f}); first half {first:.3f}, second half {second:.4f}")
@@ -555,7 +555,7 @@ class NoMask(mp.nn.Module):
 peeking = mp.Transformer(config, seed=0)
 for i, block in enumerate(peeking.model.layers):
     peeking.replace(f"model.layers.{i}.self_attn", NoMask(block.self_attn))
-peeked = train(peeking, 60 if REDUCED else 300)
+peeked = train(peeking, 16 if REDUCED else 300)
 print(f"\nwithout the mask the training loss ends at {peeked[-1]:.3f}; the honest floor is {FLOOR:.3f}")
 row = prompt.copy()
 for _ in range(15):

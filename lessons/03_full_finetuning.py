@@ -275,7 +275,7 @@ assert too_long.min() > 3 and too_long.max() < 7
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
 
 # %%
-STEPS, BATCH = (4, 8) if REDUCED else (20, 16)
+STEPS, BATCH = (4, 4) if REDUCED else (20, 16)
 GRID = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
 
 

@@ -51,7 +51,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "08_instruction_tuning.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 2 test records a task for 32: no number of sections 4 and 7 says anything. The rows are the full lesson's.\n")
+    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 2 test records a task for 32, or 1 for 8: no number of sections 4 and 7 says anything. The rows are the full lesson's.\n")
 base, tokenizer = mp.load_base()
 
 # %% [markdown]
@@ -578,7 +578,7 @@ print("saved", OUT / "08_instruction_tuning.png")
 # First: ask in another template than the one of the training. Each is a good template, and no error is raised.
 
 # %%
-asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=8)]
+asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 8)]
 mismatch = {}
 for name, template in {
     "the template of the training": TEMPLATE,

@@ -41,7 +41,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: section 2 measures two methods for six, so section 4 leaves out the least memory. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: section 2 measures two methods for six, in small steps, so section 4 leaves out the least memory. The rows are those of the full lesson.\n")
 base, tokenizer = mp.load_base()
 N = sum(p.size for p in base.parameters())
 NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "bottleneck": "adapters", "prefix": "prefix", "prompt": "prompt"}
@@ -97,19 +97,23 @@ print(f"the base has {N:,} parameters")
 # fine-tuning's, to a half, or to the whole?
 
 # %%
-def cost(method, steps):
+STEPS, SIZE, TIMED = (2, 4, {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, {})
+
+
+def cost(method):
     """(peak bytes of a step, predicted and measured; median seconds of a step; seconds a token, unmerged and merged)."""
-    task = shipped.rewriting(16 * steps, seed=0)
-    row, model = fine_tune(base, task, Settings(method, METHODS[method].learning_rate, steps), progress=False)
+    task = shipped.rewriting(SIZE * STEPS, seed=0)
+    settings = Settings(method, METHODS[method].learning_rate, STEPS, batch_size=SIZE)
+    row, model = fine_tune(base, task, settings, progress=False)
     plain = merged(model)
-    times = row["seconds_per_step"], latency(model), None if plain is None else latency(plain)
-    return *memory(METHODS[method], base, task.train, 16, tokenizer.pad_token_id), *times
+    times = row["seconds_per_step"], latency(model, **TIMED), None if plain is None else latency(plain, **TIMED)
+    return *memory(METHODS[method], base, task.train, SIZE, tokenizer.pad_token_id), *times
 
 
 print("\nnow, here:   peak memory MB (predicted)    s/step    ms a token: as it is, merged")
 peak = {}
 for method in ("full", "lora") if REDUCED else MAIN:
-    predicted, peak[method], second, token, after = cost(method, 2 if REDUCED else 8)
+    predicted, peak[method], second, token, after = cost(method)
     text = "cannot be" if after is None else f"{1e3 * after:.2f}"
     print(f"  {NAMES[method]:10s} {peak[method] / 1e6:10.1f} {predicted / 1e6:12.1f} {second:12.3f} {1e3 * token:15.2f} {text:>12s}")
     if mp.backend.get_backend() is np:  # on a GPU CuPy's pool is measured, which takes more than its arrays use

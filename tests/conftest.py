@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from minipeft import backend
+from minipeft.train.metrics import png
 
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -127,6 +128,20 @@ def no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_rendering():
+    """A command's figure is made, and not rendered, which takes longer than its training here; see `rendered`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minipeft.train.metrics.png", lambda figure: b"not rendered")
+        yield
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """For tests that look at pictures: figures are rendered."""
+    monkeypatch.setattr("minipeft.train.metrics.png", png)
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def predicted(dialect: str, method: str, batch: int = B, seq_len: int | None = T
 
 def arrays() -> int:
     """Bytes of all NumPy arrays made since tracemalloc was started; Python's own objects weigh much on small models."""
-    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
-    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([domain]).traces)
+    traces, domain = tracemalloc.take_snapshot().traces, np.lib.tracemalloc_domain
+    return sum(trace.size for trace in traces if trace.domain == domain)
 
 
 def train(model: Module, checkpointing: bool = False, make=AdamW) -> int:

@@ -151,7 +151,7 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
     assert (tmp_path / "step.json").stat().st_size < 600 * len(found.events)
 
 
-def test_the_picture_is_a_png(tmp_path):
+def test_the_picture_is_a_png(tmp_path, rendered):
     course("gpt2", "full").plot(tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
 

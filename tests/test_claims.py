@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,8 +35,12 @@ LESSONS = Path(__file__).parent.parent / "lessons"
 IDS = [id for id in claims.statements() if claims.rule_of(id)]
 IN_PLACE = [id for id in IDS if claims.rule_of(id).experiment is None]
 EXPERIMENTS = {id: claims.rule_of(id).experiment for id in IDS if id not in IN_PLACE}
-WITH_ROWS = [id for id, experiment in EXPERIMENTS.items() if not experiment.missing(experiment.rows())]
-TRIED = [id for id in IDS if id in IN_PLACE or id in WITH_ROWS]
+
+
+@cache
+def has_rows(id: str) -> bool:
+    """Whether all rows of an experiment are there; who collects the tests does not read them."""
+    return not EXPERIMENTS[id].missing(EXPERIMENTS[id].rows())
 
 
 # ------------------------------------------------------------------------------------------------------- the register
@@ -70,15 +75,17 @@ def test_a_rule_states_itself_and_names_a_lesson_s_section(id):
     assert re.search(rf"^# ## {re.escape(rule.section)}$", text, re.M), rule.section
 
 
-@pytest.mark.parametrize("id", TRIED)
+@pytest.mark.parametrize("id", IDS)
 def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
+    if id in EXPERIMENTS and not has_rows(id):
+        pytest.skip("not tried yet")
     verdict = claims.judge(id)
     assert verdict.verdict in register.VERDICTS and verdict.verdict != UNTRIED
     assert re.fullmatch(r"[A-Z0-9].*\.", verdict.because, re.S), verdict.because
     assert verdict.effect.name and np.isfinite(verdict.effect.value)
     for number in (verdict.effect, *verdict.evidence):
         assert number.low is None or number.low <= number.value <= number.high
-    if id in WITH_ROWS:
+    if id in EXPERIMENTS:
         assert verdict.seeds and verdict.base and verdict.task
         # times have no test set, and what is memorized was trained on
         assert verdict.items or EXPERIMENTS[id].timed or id == "full-7"
@@ -349,7 +356,7 @@ def test_other_rows_give_another_verdict(id, changes, expected):
 
 
 def test_every_rule_that_reads_rows_has_them_all_and_was_given_others():
-    assert {*ROWS} == {id for id in WITH_ROWS if EXPERIMENTS[id].name not in MADE_UP}
+    assert {*ROWS} == {id for id in EXPERIMENTS if EXPERIMENTS[id].name not in MADE_UP and has_rows(id)}
     for id in ROWS:
         experiment = claims.rule_of(id).experiment
         assert len(experiment.rows()) == len(experiment.settings) and experiment.path().parent == register.ROWS

@@ -227,7 +227,7 @@ def test_finetune_with_two_rates_for_the_two_factors(model, data, tmp_path, caps
     assert "must be a number of at least 1" in capsys.readouterr().err
 
 
-def test_finetune_then_generate(model, data, tmp_path, capsys):
+def test_finetune_then_generate(model, data, tmp_path, capsys, rendered):
     output = tmp_path / "tuned"
     assert finetune(model, data, output, "--validation", data) == 0
     out = capsys.readouterr().out

@@ -62,7 +62,7 @@ def test_json_is_a_list_of_objects(capsys):
     assert any(n["value"] is None for n in traps["evidence"]), "not a number"
 
 
-def test_the_picture_of_what_has_intervals(capsys, tmp_path):
+def test_the_picture_of_what_has_intervals(capsys, tmp_path, rendered):
     path = tmp_path / "soft.png"
     status, out, _ = output(capsys, "claims", "soft-7", "--picture", path)
     assert (status, out) == (0, f"{path}: 4 numbers with their intervals\n")
@@ -72,10 +72,18 @@ def test_the_picture_of_what_has_intervals(capsys, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_rows_are_computed_again_and_compared(capsys, tmp_path):
+def test_all_rows_are_computed_again_and_compared(capsys, monkeypatch, tmp_path):
+    from minipeft.cli import claims as command
+
+    some = {id: claims.statements()[id] for id in ("lora-6", "soft-7")}
+    monkeypatch.setattr(command, "statements", lambda: some)
+    status, out, err = output(capsys, "claims", "--run", "all", "--store", tmp_path)
+    assert status == 0 and out.startswith("soft-7: ") and "lora-6" not in out
+    assert "all 5 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
+    assert "5 of 5 runs" in err and (tmp_path / "lost_context.jsonl").exists()
     status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)
     assert status == 0 and "all 5 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
-    assert "5 of 5 runs" in err and (tmp_path / "lost_context.jsonl").exists()
+    assert "5 of 5 rows are in the store" in err
     rows = [json.loads(line) for line in (tmp_path / "lost_context.jsonl").read_text().splitlines()]
     for row in rows:
         row["losses"] = [1.0] * len(row["losses"])
@@ -83,15 +91,6 @@ def test_rows_are_computed_again_and_compared(capsys, tmp_path):
     status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)  # goes on from what is there
     assert status == 1 and "soft-7: does not hold here." in out and "the verdict is another" in out
     assert "5 numbers differ by more than 2% from the shipped rows" in out and "5 of 5 rows are in the store" in err
-
-
-def test_all_rows_are_computed_again_by_one_command(capsys, monkeypatch, tmp_path):
-    from minipeft.cli import claims as command
-
-    some = {id: claims.statements()[id] for id in ("lora-6", "soft-7")}
-    monkeypatch.setattr(command, "statements", lambda: some)
-    status, out, _ = output(capsys, "claims", "--run", "all", "--store", tmp_path)
-    assert status == 0 and out.startswith("soft-7: ") and "all 5 rows agree" in out and "lora-6" not in out
 
 
 def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):

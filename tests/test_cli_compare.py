@@ -15,7 +15,7 @@ from minipeft.cli.plots import plot_learning, styled
 from minipeft.hub.base import load_base
 from minipeft.peft.methods import METHODS
 from minipeft.text.datasets import Completion, Document
-from minipeft.train.metrics import panels
+from minipeft.train.metrics import panels, png
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,7 @@ def comparison(model, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
+        patch.setattr("minipeft.train.metrics.png", png)
         patch.setattr("sys.stdout.write", lambda text: lines.append(text) or len(text))
         assert run("compare", "--reduced", "--model", model, "--output", output, "--lr", "0.01") == 0
     return output, json.loads((output / "compare.json").read_text()), "".join(lines)

@@ -34,7 +34,7 @@ def prompts(tmp_path):
     return jsonl(tmp_path / "prompts.jsonl", ({"prompt": row["prompt"]} for row in PAIRS[::16]))
 
 
-def test_sft_reward_and_ppo_chain_through_their_directories(tmp_path, prompts, capsys):
+def test_sft_reward_and_ppo_chain_through_their_directories(tmp_path, prompts, capsys, rendered):
     rows = [{"instruction": f"Say {w}.", "output": w} for w in ("good", "bad", "one", "two", "red", "blue")]
     records = jsonl(tmp_path / "rows.jsonl", rows)
     pairs = ({"prompt": r["instruction"], "chosen": r["output"], "rejected": "no"} for r in rows)

@@ -28,7 +28,7 @@ def reward(output, *more) -> int:
     return run("reward", "--output", output, "--batch-size", 8, "--lr", 0.02, *more)
 
 
-def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data, tmp_path, capsys):
+def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data, tmp_path, capsys, rendered):
     output = tmp_path / "a judge"
     assert reward(output, "--data", data, "--model", model, "--epochs", 4) == 0
     out = capsys.readouterr().out

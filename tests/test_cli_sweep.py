@@ -23,7 +23,7 @@ def data(tmp_path):
     return jsonl(tmp_path / "my.jsonl", [{"prompt": f"{i} ", "completion": f"{i + 1}"} for i in range(30)])
 
 
-def test_the_same_command_goes_on_and_computes_what_is_new(model, data, tmp_path, capsys):
+def test_the_same_command_goes_on_and_computes_what_is_new(model, data, tmp_path, capsys, rendered):
     where = tmp_path / "sweep"
     options = ["--data", data, "--model", model, "--steps", 2, "--lr", 1e-3, 1e-1, "--executor", 1, "--output", where]
     status, out, err = output(capsys, "sweep", *options, "-r", 2, "--seeds", 2)

@@ -6,11 +6,10 @@ import ast
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_lessons import LessonRunner
 
 from minipeft.book.site import glossary
 from minipeft.hub.smollm2 import HOW_TO_GET
@@ -45,18 +44,23 @@ def test_there_are_lessons():
     assert LESSONS
 
 
-@lesson
-def test_lesson_runs_and_leaves_its_picture(path, tmp_path):
-    out, home = tmp_path / "out", tmp_path / "elsewhere"
-    home.mkdir()
-    environment = {**os.environ, "MINIPEFT_REDUCED": "1", "MINIPEFT_LESSONS_OUT": str(out), "MPLBACKEND": "Agg"}
+@pytest.fixture(scope="module")
+def runner():
+    environment = {**os.environ, "MINIPEFT_REDUCED": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("MINIPEFT_THREADS", "1")  # the models are small, and a thread may wait for a busy core
-    run = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
-        cwd=home, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, f"{path.name} failed:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-    if HOW_TO_GET in run.stdout:
+    made = LessonRunner(environment)
+    yield made
+    made.close()
+
+
+@lesson
+def test_lesson_runs_and_leaves_its_picture(path, runner, tmp_path):
+    out, home, log = tmp_path / "out", tmp_path / "elsewhere", tmp_path / "log.txt"
+    home.mkdir()
+    status = runner.run(path, home, {"MINIPEFT_LESSONS_OUT": str(out)}, log)
+    printed = log.read_text(encoding="utf-8")
+    assert status == 0, f"{path.name} failed:\n{printed[-6000:]}"
+    if HOW_TO_GET in printed:
         pytest.skip(HOW_TO_GET)
     pictures = list(out.glob(f"{path.stem}*.png"))
     assert pictures, f"{path.name} saved no picture named {path.stem}*.png"

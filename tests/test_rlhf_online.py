@@ -479,7 +479,7 @@ def test_a_value_models_callbacks_get_the_value_model_also_in_an_own_loop():
     assert all(r.models == [model] * 4 and r.steps == [1, 2, 3, 4] for model, r in recorders.items())
 
 
-def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tmp_path, monkeypatch):
+def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tmp_path, monkeypatch, rendered):
     policy, asked = base(), []
 
     def length(roll):

@@ -522,7 +522,7 @@ def test_a_mean_over_different_settings_is_refused():
         table([rows[0], rows[-1] | {"loss": [[1, 2.5]]}], "loss")
 
 
-def test_a_plot_has_a_line_with_a_band_for_each_value():
+def test_a_plot_has_a_line_with_a_band_for_each_value(rendered):
     figure = plot(rows_of(LOSSES), "loss", x="lr", by="r")
     (axes,) = figure.axes
     assert [line.get_label() for line in axes.lines] == ["r 4", "r 8"] and axes.get_xscale() == "log"

@@ -412,7 +412,7 @@ def test_the_gradient_that_went_wrong_first_is_named(rng):
 # ----------------------------------------------------------------------------------------------------- what is said
 
 
-def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, capsys):
+def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, capsys, rendered):
     options = {"output_dir": tmp_path / "run", "max_steps": 4, "eval_steps": 2}
     _, result = train(tiny_model(), counting(8, rng), counting(4, rng), **options)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ it is clear (`seeds.below`): the 95 % confidence interval of its mean excludes 0
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from minipeft.nn.heads import SequenceClassifier
 from minipeft.text.corpora import wordnet
 from minipeft.train import Batch, Trainer, TrainingArguments
 
-TESTS = 200  # held-out glosses of each class
+TESTS = 8 if os.environ.get("MINIPEFT_REDUCED") == "1" else 200  # held-out glosses of each class
 RATES = {
     "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),

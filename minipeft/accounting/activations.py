@@ -89,15 +89,18 @@ def blocks_of(arch: Architecture, trained: Mapping[str, Shape]) -> list[Block]:
     for name, shape in {**arch.shapes, **trained}.items():
         if found := re.match(r"(.*?\.\d+)\.", name):
             groups.setdefault(found[1], ({}, {}))[name not in arch][name] = shape
-    blocks = [_block(arch, shapes, trained, extra) for shapes, extra in groups.values()]
+    copies = {trained_name(name) for name in trained}
+    blocks = [_block(arch, shapes, trained, copies, extra) for shapes, extra in groups.values()]
     return [block for block in blocks if any(norm.width == block.h for norm in block.norms)]  # not an image encoder's
 
 
-def _block(arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str, Shape], extra: Any) -> Block:
+def _block(
+    arch: Architecture, shapes: Mapping[str, Shape], trained: Mapping[str, Shape], copies: set[str], extra: Any
+) -> Block:  # fmt: skip
     d = arch.dimensions
     h, heads, width = d["hidden_size"], d["num_attention_heads"], d["head_dim"]
     queries = heads * width
-    norms, copies = [], {trained_name(name) for name in trained}
+    norms = []
     for name, shape in shapes.items():
         if arch.kinds[name] == "norm" and name.endswith(".weight"):
             per_head = {"q_norm": heads, "k_norm": d["num_key_value_heads"]}.get(name.split(".")[-2], 1)

@@ -27,6 +27,7 @@ import io
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -74,8 +75,13 @@ def footprints(ids: Collection[str] | None = None) -> list[Footprint]:
             continue
         options = parse_json(row["options"]) if row["options"] else None
         row["quantity"] = options["measured"] if options else ""
-        found.append(Footprint(row, float(row["published_GiB"]) * 2**30, predict(options) if options else None))
+        found.append(Footprint(row, float(row["published_GiB"]) * 2**30, _predicted(row["options"]) if options else None))
     return found
+
+
+@cache
+def _predicted(options: str) -> float:
+    return predict(parse_json(options))
 
 
 def predict(options: dict[str, Any]) -> float:

@@ -25,7 +25,7 @@ from ..backend import Array, get_num_threads
 from ..nn.module import Module
 from ..nn.transformer import TransformerConfig
 from .architectures import Architecture, architecture
-from .parameters import constant_parameters, elements, trained_parameters
+from .parameters import Shape, constant_parameters, elements, trained_parameters
 from .precision import (
     OPTIMIZERS,
     PRECISIONS,
@@ -267,10 +267,13 @@ def states_and_model(
 
 def states_from_shapes(
     arch: Architecture, config: Any, p: Precision, quantization: str | None, double_quantization: bool,
-    pack_experts: bool = False,
+    pack_experts: bool = False, shapes: Mapping[str, Shape] | None = None,
 ) -> States:  # fmt: skip
-    """The states of a model under a method, from its table of shapes: linear layers, or experts too, in four bits."""
-    shapes = trained_parameters(arch, config)
+    """The states of a model under a method, from its table of shapes: linear layers, or experts too, in four bits.
+
+    shapes: those of `trained_parameters`, where they are known.
+    """
+    shapes = trained_parameters(arch, config) if shapes is None else shapes
     trained, is_method = elements(shapes), hasattr(config, "parameter_shapes")
     frozen = {name: shape for name, shape in arch.items() if name not in shapes}
     packed = 0  # bytes in four bits

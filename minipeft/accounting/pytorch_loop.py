@@ -112,7 +112,7 @@ def _states(arch: Architecture, config: Any, trained: Mapping[str, Shape], s: Lo
     frozen = 4 if s.upcast else p.frozen
     kept = replace(p, frozen=frozen)
     four_bits = (s.quantization, s.double_quantization, s.pack_experts)
-    weights, sizes, averaged = states_from_shapes(arch, config, kept, *four_bits)
+    weights, sizes, averaged = states_from_shapes(arch, config, kept, *four_bits, trained)
     n = sum(sizes) * training
     states, weight, gradient = (s.gpus if s.sharding >= level else 1 for level in ("zero1", "zero3", "zero2"))
     if s.accumulation > 1 and s.sharding == "zero3":

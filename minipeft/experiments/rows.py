@@ -31,6 +31,7 @@ Row = dict[str, Any]
 # that no setting and no measurement can be called
 FIELDS = ("run", "settings", "qualname", "minipeft", "version", "traceback")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+SPECIAL = b"NaN", b"Infinity", b"\\u"  # a line without them is read as JSON has it
 
 
 def described(settings: Any, run: Callable[..., Any] | None = None) -> Row:
@@ -170,7 +171,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
         names = row.get("settings", []) if isinstance(row, dict) and "run" in row else None
         if not fits(names, list[str]) or not {*names} <= row.keys():
             raise FileError(f"{path}, line {number}: not a row of a sweep: an object with 'run', and all that 'settings' names")
-        rows.append(plain(row))
+        rows.append(plain(row) if any(text in line for text in SPECIAL) else row)
     find, found = finder(rows), {}
     for row in rows:
         known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says

@@ -26,6 +26,7 @@ HELD_OUT_VERSES = 96  # verses of the validation split
 BLOCKS = 48  # blocks of held-out general text
 LENGTH = 128  # tokens of such a block
 REPLAY = 64  # tokens of a block of general text to be replayed: about as long as a verse with its prompt
+REPLAYED = 600  # such blocks
 
 base = cache(load_base)
 
@@ -77,7 +78,7 @@ def rewriting(
     completions = {i: chosen[j].completion for i, j in zip(wrong, np.roll(wrong, 1))}
     records = [Completion(r.prompt, completions.get(i, r.completion)) for i, r in enumerate(chosen)]
     train = encode_examples(records, tokenizer, 2 * LENGTH).examples
-    general = general_blocks(tokenizer, REPLAY, 600, "train") if replay else []
+    general = general_blocks(tokenizer, REPLAY, REPLAYED, "train") if replay else []
     return TaskData(train, *_held_out(held_out, blocks), general, tokenizer.pad_token_id)
 
 

@@ -81,6 +81,8 @@ def token_shape(tokens: list[int], shape: Shape) -> Shape:
 
 def tokens_of(tokens: Tokens, path: str) -> list[int] | None:
     """Which tokens are trained in the module at a path; None: none."""
+    if tokens is None:
+        return None
     named = tokens if isinstance(tokens, Mapping) else dict.fromkeys(TOKEN_EMBEDDINGS, tokens)
     return next((own for name, own in named.items() if matches([name], path)), None) or None
 
