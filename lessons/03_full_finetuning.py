@@ -256,8 +256,8 @@ assert too_long.min() > 3 and too_long.max() < 7
 # **Why warm up** weights that are trained already? In the first step $\hat m / \sqrt{\hat v} = g / |g|$. Each weight
 # goes the full $\eta$ by the sign that one batch gives it, and another batch has the other sign for about a third of
 # them. Later, where signs change from step to step, the mean $\hat m$ is small beside $\sqrt{\hat v}$, and so is the
-# step. Until then a small rate limits the damage, and all the more below a new head. (In Lesson 14, section 5, warm-up
-# changes next to nothing at a good rate, and helps at one ten times too high.)
+# step. Until then a small rate limits the damage, and all the more below a new head. (In Lesson 14, section 5, where
+# each side has its own rate, no run with warm-up is clearly better than the one without.)
 #
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Catastrophic forgetting and too little data had been blamed. Mosbach et al. (2021,
