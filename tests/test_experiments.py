@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from experiments import forgetting, practice
-from experiments.practice import Classification
 
 import minipeft as mp
+from minipeft.claims import protocol
 from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import latency, memory, merged
-from minipeft.experiments.rows import described, is_of, read_rows
+from minipeft.experiments.rows import add_row, read_rows
 from minipeft.experiments.run import Settings, TaskData, evaluate, fine_tune, l2_sp, with_dropout
-from minipeft.experiments.shipped import Rewriting
 from minipeft.peft.methods import METHODS
 from minipeft.text.examples import Example
 
@@ -174,60 +172,13 @@ def test_costs_are_measured_on_the_models_own_device(xp, base, task):
 # ---------------------------------------------------------------------------------------------------- the shipped task
 
 
-def test_noise_mixes_completions_up_and_nothing_else():
-    clean, noisy = shipped.rewriting(40, 0), shipped.rewriting(40, 0, noise=0.25)
-    answers = [tuple(e.input_ids[e.labels >= 0]) for e in clean.train], [tuple(e.input_ids[e.labels >= 0]) for e in noisy.train]
-    prompts = [[tuple(e.input_ids[e.labels < 0]) for e in t.train] for t in (clean, noisy)]
-    assert prompts[0] == prompts[1] and Counter(answers[0]) == Counter(answers[1])
-    assert sum(a != b for a, b in zip(*answers)) == 10
-
-
 def test_what_is_held_out_depends_on_no_seed():
     a, b = shipped.rewriting(4, 0), shipped.rewriting(4, 1)
     assert a.held_out is b.held_out and a.general is b.general and len(a.held_out) == shipped.HELD_OUT_VERSES
     assert not all(np.array_equal(x.input_ids, y.input_ids) for x, y in zip(a.train, b.train))
 
 
-# --------------------------------------------------------------------------------------------------------- verdicts
-
-
-def rows_of(loss):
-    """Rows of all of practice.RUNS, with the losses that a function of the settings gives."""
-    rows = []
-    for s in practice.RUNS:
-        value = loss(s) + 0.001 * s.seed
-        row = described(s) | {"task_loss": value, "accuracy": value, "recall_nouns": 1.0, "recall_verbs": value}
-        if getattr(s, "evaluations", 1) > 1:
-            row |= {"held_out_curve": [value, value - 0.1, *[value + i for i in range(14)]], "train_curve": [1 / (i + 1) for i in range(16)]}
-        rows.append(row)
-    return rows
-
-
-def verdicts(rows):
-    return {f.advice: f.agrees for f in practice.findings(rows)}
-
-
-def test_a_verdict_follows_from_the_rows_and_turns_with_them():
-    def textbook(s):
-        if isinstance(s, Classification):
-            return 0.9 if s.majority == 0.5 else 0.8 if s.oversampled else 0.6
-        best = {"full": 1e-3, "lora": 1e-2}[s.method] * {4: 0.3, 16: 1, 64: 3}[s.batch_size]
-        loss = 2.5 + abs(np.log10((s.learning_rate) / best)) + s.batch_size / 1000 - s.warmup
-        return float(loss + s.noise + (0.01 if s.examples == 160 else 0))
-
-    found = verdicts(rows_of(textbook))
-    assert all(agrees is True for advice, agrees in found.items() if "learns as much" not in advice)
-    assert found["each at its best rate, LoRA learns as much as full fine-tuning"] is None  # equal is neither
-
-    def contrary(s):
-        if isinstance(s, Classification):
-            return 0.5 if s.majority == 0.5 else 0.6 if s.oversampled else 0.9
-        best = 1e-3 * {4: 3, 16: 1, 64: 0.3}[s.batch_size]
-        loss = 2.5 + abs(np.log10(s.learning_rate / best)) - s.batch_size / 1000 + s.warmup + (s.accumulation > 1)
-        return float(loss + (0.2 if s.method == "lora" else 0) - s.noise + (0.5 if s.examples == 160 else 0))
-
-    found = verdicts(rows_of(contrary))
-    assert all(agrees is False for advice, agrees in found.items() if "epochs" not in advice)
+# ------------------------------------------------------------------------------------------------------ differences
 
 
 def test_a_difference_is_clear_where_its_interval_excludes_zero():
@@ -243,27 +194,6 @@ def test_a_difference_is_clear_where_its_interval_excludes_zero():
     assert seeds.spread(a) == "2.000 ± 2.484" and seeds.spread(a[:1]) == "1.000"
 
 
-def test_rates_that_cannot_be_told_apart_are_all_best():
-    def loss(s):
-        if isinstance(s, Classification):
-            return 0.5
-        if s.method == "full":
-            return 2.5 + abs(np.log10(s.learning_rate / 1e-3))
-        return {3e-3: 2.5, 1e-2: 2.5 + 0.01 * s.seed}.get(s.learning_rate, 3.0)
-
-    rows = rows_of(loss)
-    assert practice.best_rates(rows, [Rewriting("lora", rate) for rate in practice.RATES["lora"]]) == [3e-3, 1e-2]
-    finding = practice.find_learning_rate(rows)[0]
-    assert finding.agrees is None and "LoRA 0.003 or 0.01: 3 or 10 times" in finding.measured
-
-
-def test_epochs_that_cannot_be_told_apart_are_all_best():
-    settings = practice.epochs((0,))[0]
-    curves = ([3.0, 2.0, 2.1, 2.5], [3.1, 2.1, 2.0, 2.6], [3.0, 2.0, 2.1, 2.5])
-    rows = [described(replace(settings, seed=seed)) | {"held_out_curve": curve} for seed, curve in enumerate(curves)]
-    assert practice.best_epochs(rows, settings) == [2, 3]
-
-
 def test_nothing_beats_a_point_of_the_frontier():
     points = [tuple(p) for p in np.random.default_rng(0).random((50, 2))]
     edge = forgetting.frontier(points)
@@ -277,17 +207,41 @@ def test_nothing_beats_a_point_of_the_frontier():
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"),
-    [("14_best_practices", practice.RUNS), ("15_forgetting", forgetting.RUNS)],
+    ("name", "searches"),
+    [("14_best_practices", practice.SEARCHES), ("15_forgetting", forgetting.SEARCHES)],
 )
-def test_the_shipped_rows_are_those_of_the_sweep(name, runs):
-    rows = read_rows(RESULTS / f"{name}.jsonl")
-    missing = [s for s in runs if not any(is_of(row, s) for row in rows)]
-    assert not missing, f"python -m minipeft.experiments.sweep computes the {len(missing)} rows that are missing"
-    assert {row["seed"] for row in rows} == {0, 1, 2}
-    assert all(any(is_of(row, s) for s in runs) for row in rows)
+def test_the_shipped_rows_are_those_that_the_searches_need(name, searches):
+    rows = practice.known(searches, RESULTS / f"{name}.jsonl")
+    assert not protocol.wanted(protocol.finder(rows), searches)
+    own = [row for row in read_rows(RESULTS / f"{name}.jsonl") if row["run"] == "Trial"]
+    assert own and {row["minipeft"] for row in own} == {mp.__version__}
+    for row in own:
+        others = [other for other in rows if protocol.trial_of(other) != protocol.trial_of(row)]
+        assert protocol.trial_of(row) in protocol.wanted(protocol.finder(others), searches), "nobody needs it"
 
 
-def test_the_shipped_rows_are_of_the_shipped_base():
-    for row in read_rows(RESULTS / "15_forgetting.jsonl"):
-        assert row["general_loss"] - row["forgotten"] == pytest.approx(shipped.before()[1], abs=1e-3)
+def test_the_shipped_rows_of_the_way_back_lie_between_the_base_and_the_leagues():
+    find = protocol.finder(practice.known(forgetting.SEARCHES, RESULTS / "15_forgetting.jsonl"))
+    task = forgetting.walked(RESULTS / "15_forgetting.jsonl", "task")
+    assert [*task] == [0.0, 0.25, 0.5, 0.75, 1.0] and {losses.shape for losses in task.values()} == {(len(protocol.SEEDS), protocol.ITEMS)}
+    assert np.allclose(task[0.0][0], find(protocol.untrained("rewrite"))["nll"], atol=1e-3)
+    ends = [find(forgetting.Way(1.0, seed).to)["nll"] for seed in protocol.SEEDS]
+    assert np.allclose(task[1.0].mean(axis=1), np.mean(ends, axis=1), atol=0.05)  # nats a verse: another processor's rounding
+
+
+def test_the_way_back_leads_from_the_base_to_the_model():
+    start = shipped.base()[0]
+    far = start.copy()
+    for p in far.parameters():
+        p.data += 1
+    for share in (0.0, 0.25, 1.0):
+        moved = forgetting.between(share, far)
+        assert all(np.allclose(p.data, q.data + share, atol=1e-6) for p, q in zip(moved.parameters(), start.parameters()))
+
+
+def test_a_row_of_another_base_is_not_known(tmp_path):
+    own = next(row for row in read_rows(RESULTS / "14_best_practices.jsonl") if row["run"] == "Trial")
+    for version in ("00000000", None):
+        add_row(tmp_path / "rows.jsonl", own | {"version": version})
+    league = practice.known(practice.SEARCHES, tmp_path / "none.jsonl")
+    assert practice.known(practice.SEARCHES, tmp_path / "rows.jsonl") == league

@@ -1,43 +1,89 @@
-"""What is learned against what is forgotten: methods over their learning rates, remedies, and the frontier of them all."""
+"""What Lesson 15 computes beside the league: three remedies against forgetting, and the way back from a tuned model to its base.
+
+By the league's protocol, as `practice` says. A remedy is compared at equal quality of the task (`protocol.Gentle`): it and full
+fine-tuning without it each at the rate, of those tried, that keeps the lowest loss on general text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
-from minipeft.experiments import shipped
-from minipeft.experiments.rows import Row
-from minipeft.experiments.seeds import SEEDS, over_seeds
-from minipeft.experiments.shipped import Rewriting
+import numpy as np
 
-from .practice import RATES
+from minipeft.claims import data, protocol
+from minipeft.claims.comparison import Pair
+from minipeft.claims.protocol import BLOCKS, ITEMS, LENGTH, SEEDS, Choice, Gentle, Trial
+from minipeft.experiments.rows import Row, read_rows
+from minipeft.experiments.shipped import base, rounded
+from minipeft.experiments.sweep import sweep
+from minipeft.train.evaluation import example_losses
 
-FULL = Rewriting(learning_rate=1e-3)
-LORA = Rewriting("lora", 3e-3)
-REMEDIES = {
-    "none": [FULL],
-    "lower rate": [replace(FULL, learning_rate=rate) for rate in (1e-4, 3e-4)],
-    "replay": [replace(FULL, replay=share) for share in (0.25, 1.0)],
-    "weight decay": [replace(FULL, weight_decay=w) for w in (10.0,)],
-    "dropout": [replace(FULL, dropout=p) for p in (0.1,)],
-    "L2-SP": [replace(FULL, l2_start=alpha) for alpha in (0.3,)],
-    "LoRA": [LORA],
-    "LoRA, replay": [replace(LORA, replay=0.25)],
-}
+from . import practice
+from .practice import CASE, near
 
-
-def methods(seeds: tuple[int, ...] = SEEDS) -> list[Rewriting]:
-    """Each method over its rates."""
-    return [Rewriting(method, rate, seed=seed) for method in RATES for rate in RATES[method] for seed in seeds]
+NONE = near()
+REMEDIES = {"L2-SP, α = 0.3": near(l2_start=0.3), "replay, 0.25": near(replay=0.25), "weight decay, 1": near(weight_decay=1.0)}
+PAIRS = [Pair(CASE, name, Gentle(with_it, NONE), "none", Gentle(NONE, with_it)) for name, with_it in REMEDIES.items()]
+SEARCHES: list[Choice] = [NONE, *(way for pair in PAIRS for way in (pair.one, pair.other))]
 
 
-def remedies(seeds: tuple[int, ...] = SEEDS) -> list[Rewriting]:
-    """Full fine-tuning at its usual rate, with each remedy in several strengths; and LoRA."""
-    return [replace(s, seed=seed) for several in REMEDIES.values() for s in several for seed in seeds]
+@dataclass(frozen=True)
+class Way:
+    """A share of the way from the base to the tuned model of a seed."""
+
+    share: float
+    seed: int
+
+    @property
+    def to(self) -> Trial:
+        """The trial that the way leads to: NONE begins where the league's search ended."""
+        return replace(NONE.start, seed=self.seed, split="test")
 
 
-RUNS = sorted(methods() + remedies(), key=lambda s: s.seed)
-run = shipped.run
+WAYS = [Way(0.0, SEEDS[0]), *(Way(share, seed) for seed in SEEDS for share in (0.25, 0.5, 0.75, 1.0))]
+
+
+@lru_cache(1)
+def far(trial: Trial) -> Any:
+    """The model of a trial."""
+    return protocol.trained(trial)[1]
+
+
+def between(share: float, model: Any) -> Any:
+    """The base with its weights moved by a share of the way to those of `model`."""
+    moved = base()[0].copy()
+    for p, q in zip(moved.parameters(), model.parameters()):
+        p.data += share * (q.data - p.data)
+    return moved
+
+
+def run(way: Way) -> Row:
+    """The model at this place of the way: the loss on each of 512 test verses, and on each block of general text, in nats."""
+    model, tokenizer = base()
+    if way.share:
+        model = between(way.share, far(way.to))
+    verses = data.encode(data.asked("rewrite", "test", ITEMS))
+    text = [block for blocks in data.general(BLOCKS, LENGTH).values() for block in blocks]
+    task, general = (example_losses(model, examples, 32, tokenizer.pad_token_id)[0].tolist() for examples in (verses, text))
+    return rounded({"task": task, "general": general})
+
+
+def compute(store: str | os.PathLike) -> None:
+    """All rows that are missing, computed in this process and added to the store."""
+    practice.compute(SEARCHES, store)
+    sweep(run, WAYS, 1, store, protocol.version())
+
+
+def walked(store: str | os.PathLike, key: str) -> dict[float, np.ndarray]:
+    """What the rows say at each share of the way: losses [seeds, verses or blocks], in nats. The base has the same under every seed."""
+    rows = [row for row in read_rows(store) if row["run"] == "Way" and row.get("version") == protocol.version()]
+    found = {Way(row["share"], row["seed"]): row[key] for row in rows}
+    at = {share: [found[way] for way in WAYS if way.share == share] for share in sorted({way.share for way in WAYS})}
+    return {share: np.array(losses * (len(SEEDS) // len(losses))) for share, losses in at.items()}
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -47,8 +93,3 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or y < best[-1][1]:
             best.append((x, y))
     return best
-
-
-def point(rows: Sequence[Row], settings: Rewriting) -> tuple[float, float]:
-    """(task loss, forgotten), means over the seeds."""
-    return float(over_seeds(rows, settings).mean()), float(over_seeds(rows, settings, "forgotten").mean())

@@ -210,30 +210,36 @@ def run(trial: Trial) -> Row:
     cloze              [640] whether the general items (`evaluation.cloze`) are answered right
     tokens             [ITEMS] the number of an answer's tokens, in the base's row alone: it is the same for all
     """
-    model, tokenizer = base()
-    row: Row = {}
-    if trial.rate is not None:
-        examples = data.drawn(trial.task, trial.examples, trial.seed, trial.data)
-        replay = general_blocks(tokenizer, REPLAY, 600, "train") if trial.replay else []
-        task = TaskData(examples, examples[:1], examples[:1], replay, tokenizer.pad_token_id)
-        method = METHODS["full"] if trial.method == "scratch" else TABLE[trial.method]
-        if trial.method == "scratch":
-            model = Transformer(model.config, seed=trial.seed)
-        settings = Settings(
-            learning_rate=trial.rate, steps=trial.steps, batch_size=trial.batch_size, warmup=trial.warmup,
-            weight_decay=trial.weight_decay, dropout=trial.dropout, replay=trial.replay, l2_start=trial.l2_start,
-            seed=trial.seed,
-        )  # fmt: skip
-        measured, model = fine_tune(model, task, settings, method, progress=False)
-        row = {name: measured[name] for name in ("train_loss", "trainable", "storage")}
+    row, model = trained(trial)
     try:
-        row |= _scores(model, trial) if row.get("train_loss", 0) is not None else {"loss": None}
+        row |= scores(model, trial) if row.get("train_loss", 0) is not None else {"loss": None}
     except FloatingPointError:  # it diverged in the last step
         row["loss"] = None
     return rounded(row)
 
 
-def _scores(model: Any, trial: Trial) -> Row:
+def trained(trial: Trial) -> tuple[Row, Any]:
+    """(what training alone measures, the model); of a trial without training, nothing and the base."""
+    model, tokenizer = base()
+    if trial.rate is None:
+        return {}, model
+    examples = data.drawn(trial.task, trial.examples, trial.seed, trial.data)
+    replay = general_blocks(tokenizer, REPLAY, 600, "train") if trial.replay else []
+    task = TaskData(examples, examples[:1], examples[:1], replay, tokenizer.pad_token_id)
+    method = METHODS["full"] if trial.method == "scratch" else TABLE[trial.method]
+    if trial.method == "scratch":
+        model = Transformer(model.config, seed=trial.seed)
+    settings = Settings(
+        learning_rate=trial.rate, steps=trial.steps, batch_size=trial.batch_size, warmup=trial.warmup,
+        weight_decay=trial.weight_decay, dropout=trial.dropout, replay=trial.replay, l2_start=trial.l2_start,
+        seed=trial.seed,
+    )  # fmt: skip
+    measured, model = fine_tune(model, task, settings, method, progress=False)
+    return {name: measured[name] for name in ("train_loss", "trainable", "storage")}, model
+
+
+def scores(model: Any, trial: Trial) -> Row:
+    """What a row says of the model that a trial has trained, or of another in its place; see `run`."""
     row, shots = _on(model, trial, "validation", VALIDATION), trial.rate is None and trial.examples
     row["loss"] = float(np.sum(row.pop("nll")) / np.sum(row.pop("tokens")))
     if "right" in row:

@@ -2,7 +2,7 @@
 
     {"run": "run", "settings": ["r", "seed"], "r": 4, "seed": 0, "qualname": "my_sweep.run", "loss": 2.31}
     {"run": "run", "settings": ["r", "seed"], "r": 8, "seed": 0, ..., "error": "...", "traceback": "..."}
-    {"run": "Rewriting", "method": "lora", ..., "seed": 0, "qualname": "practice.run", "task_loss": 2.69}
+    {"run": "Precise", "method": "full", ..., "seed": 0, "qualname": "precision.run", "task_loss": 2.34}
 
 The second run failed. The third's settings are a dataclass, whose name stands in "run". "qualname" is the function that
 measured, and "minipeft", not shown here, the version of the package; older rows have neither. JSON has no number that is
@@ -135,11 +135,6 @@ def finder(rows: Iterable[Row]) -> Callable[[Row], Row | None]:
         return tables[names].get(key(wanted))
 
     return find
-
-
-def is_of(row: Row, settings: Any) -> bool:
-    """Whether a row is the result of these settings, a dataclass."""
-    return finder([row])(described(settings)) is not None
 
 
 def complete(rows: Sequence[Row], runs: Sequence[Any]) -> tuple[list[Row], list[int]]:
