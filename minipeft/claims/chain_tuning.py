@@ -1,0 +1,237 @@
+"""The rates of `chain`, held against others: each stage on its own, on what the stages before it have made at their rates.
+
+    stage      its loss, on what no stage has learned from and no report asks
+    sft        nats a token of demonstrations
+    judge      nats a comparison: -log σ(r_preferred - r_other) by the rater's order of two answers, r as it is calibrated
+               (mean 0, variance 1), since what follows uses no other scale
+    chosen     1 - gold of its answers: SFT further, on the preferred answers
+    ppo        1 - gold of its answers, at the best judge and beta 0.05
+
+Each is tuned as everything here (`mechanisms.best_rate`): from its rate in `chain` by factors of 2 to the better neighbor,
+until none is better by LEAST, under the seed TUNING, which no report has. Whether a difference is more than luck: its
+interval over the items, and the same two rates under one more seed, AGAIN.
+
+Why the gold selects the policies. The judge's reward cannot: the faster the rate the more of it (and what Gao et al. 2022,
+arXiv:2210.10760, measure is how the gold falls meanwhile), and the sum that PPO makes large, reward less beta KL, is the
+judge's word again. A practitioner asks raters about answers to prompts that are kept for this, and so it is done here, for
+PPO and for what it is compared with. The row has the reward and the KL, too: what they would have chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import rlhf
+from ..evaluation.intervals import Estimate, mean
+from ..experiments.rows import Row
+from ..experiments.shipped import base, rounded
+from ..text.examples import Example
+from ..train import TrainingDiverged
+from ..train.evaluation import example_losses
+from . import chain
+from .chain import JUDGES, RATES
+from .kindness import sentences
+from .mechanisms import ByItem, best_rate
+from .protocol import TUNING, version
+from .register import listed
+
+AGAIN = 6  # a second seed, which no report has
+SELECTING = 1024  # prompts, and comparisons
+LEAST = {"sft": 0.002, "judge": 0.002, "chosen": 0.01, "ppo": 0.01}  # a rate that is better by less is not better
+KNOWN = ("gold", "kl", "proxy", "ended")  # of a policy
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row: a stage of the chain; of a judge also what is trained, on how many comparisons."""
+
+    stage: str
+    judge: str = ""
+    comparisons: int = 0
+    base: str = field(default_factory=version)
+
+    @property
+    def rate(self) -> float:
+        """The one that `chain` has."""
+        return RATES[self.judge or {"chosen": "sft"}.get(self.stage, self.stage)]
+
+    @property
+    def name(self) -> str:
+        names = {"sft": "SFT", "chosen": "SFT on the preferred answers", "ppo": "PPO"}
+        return names.get(self.stage) or f"judge ({self.judge}, {self.comparisons:,} comparisons)"
+
+
+def runs() -> list[Stage]:
+    """All stages."""
+    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES)]
+
+
+class Measured(NamedTuple):
+    """What is to be small, item by item [n], the items' weights [n], and what else is known, by name."""
+
+    totals: np.ndarray
+    weights: np.ndarray
+    known: Row
+
+    @property
+    def loss(self) -> float:
+        return float(self.totals.sum() / self.weights.sum())
+
+    def below(self, other: Measured) -> list[float | None]:
+        """By how much its loss is lower than another's: [value, low, high], over the items."""
+        return list(mean(other.totals - self.totals, self.weights))
+
+
+# ---------------------------------------------------------------------------------------------------- what selects
+
+
+@cache
+def prompts() -> list[list[int]]:
+    """Unseen ones, none of which is asked in a report."""
+    return chain.encoded(chain.unseen()[chain.HELD_OUT :][:SELECTING])
+
+
+@cache
+def demonstrations() -> list[Example]:
+    """The verses of these prompts, as far as they are such as SFT learns."""
+    every, own = sentences("validation") | sentences("test"), chain.unseen()[chain.HELD_OUT :][:SELECTING]
+    return chain.demonstrated({prompt: every[prompt] for prompt in own})
+
+
+@cache
+def comparisons(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(the answers that the rater prefers, the others) of two of the SFT model to each prompt, with their prompts."""
+    answers = chain.sampled(seed, prompts(), 2, 30_000 + seed)
+    order = rlhf.rank(chain.scored(prompts(), answers), np.random.default_rng([seed, 4]), temperature=chain.NOISE)
+    texts = [ranking.texts for ranking in rlhf.rankings(prompts(), answers, order)]
+    return [text[0] for text in texts], [text[1] for text in texts]
+
+
+def measured(s: Stage, seed: int, faster: float) -> Measured | None:
+    """A stage under a seed, at so many times its rate; None where it diverged."""
+    try:
+        if s.stage == "judge":
+            return of_judge(chain.fit_judge(seed, s.judge, chain.comparisons(seed)[2][: s.comparisons], faster), seed)
+        if s.stage == "ppo":
+            policy, row = chain.optimized(chain.Chain(seed, "ppo"), chain.judge(seed, *best()), lambda policy: {}, faster)
+            return None if row["stopped"] else of_policy(policy, seed)
+        if s.stage == "chosen":
+            return of_policy(chain.chosen(seed, faster), seed)
+        policy = chain.sft(seed, faster)
+        totals, weights = example_losses(policy, demonstrations(), 32, base()[1].pad_token_id)
+        return Measured(totals, weights, of_policy(policy, seed).known)
+    except (TrainingDiverged, FloatingPointError):
+        return None
+
+
+def best() -> tuple[str, int]:
+    """The judge that PPO goes by."""
+    return chain.SIZES[-1], chain.COMPARISONS[-1]
+
+
+def of_judge(model: rlhf.RewardModel, seed: int) -> Measured:
+    ahead = np.subtract(*(model.score_texts(texts, 256) for texts in comparisons(seed)))
+    return Measured(np.logaddexp(0, -ahead), np.ones(len(ahead)), {"accuracy": rlhf.reward_accuracy(ahead, np.zeros(len(ahead)))})
+
+
+def of_policy(policy: Any, seed: int) -> Measured:
+    found = chain.report(policy, seed, chain.judge(seed, *best()), prompts())
+    gold = np.array(found["gold"])
+    return Measured(1 - gold, np.ones(len(gold)), {name: float(np.mean(found[name])) for name in KNOWN})
+
+
+@np.errstate(all="ignore")  # of what diverges
+def run(settings: Stage) -> Row:
+    """The row of a stage.
+
+    rate     the best, judged under TUNING
+    tried    of each rate, by size: rate; loss, None where it diverged; lower, [value, low, high], by how much its loss is lower
+             than at the rate that `chain` has; and what else is known of the policy or judge
+    again    the same under the seed AGAIN, of the rate that `chain` has and of the best of all others
+    """
+    s, found = settings, {}
+
+    def at(rate: float, seed: int = TUNING) -> Measured | None:
+        if (rate, seed) not in found:
+            found[rate, seed] = measured(s, seed, rate / s.rate)
+        return found[rate, seed]
+
+    def loss(rate: float) -> float | None:
+        return None if at(rate) is None else at(rate).loss
+
+    def told(rate: float, seed: int) -> Row:
+        one, usual = at(rate, seed), at(s.rate, seed)
+        lower = None if one is None or usual is None else one.below(usual)
+        return {"rate": rate, "loss": None if one is None else one.loss, "lower": lower} | ({} if one is None else one.known)
+
+    rate, tried = best_rate(loss, s.rate, LEAST[s.stage])
+    other = min((one for one in tried if one != s.rate), key=lambda one: tried[one])
+    row = {"tried": [told(one, TUNING) for one in tried], "again": [told(one, AGAIN) for one in sorted((s.rate, other))]}
+    return {"rate": rate} | rounded(row)
+
+
+TUNED = ByItem("chain_tuning", run, runs)
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+class Rival(NamedTuple):
+    """The best of the other rates, beside the one that `chain` has: how many times it, and by how much its loss is lower,
+    under TUNING and under AGAIN. `clear`: with both intervals above 0."""
+
+    name: str
+    times: float
+    lower: tuple[Estimate, Estimate]
+
+    @property
+    def clear(self) -> bool:
+        return all(e.low is not None and e.low > 0 for e in self.lower)
+
+    @property
+    def words(self) -> str:
+        """ "SFT 4 times (+0.052 [+0.041, +0.063] and +0.048 [+0.036, +0.060])"."""
+        seeds = " and ".join(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in self.lower)
+        return f"{self.name} {self.times:g} times ({seeds})"
+
+
+def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
+    """Of each stage whose other rates did not all diverge."""
+    found = []
+    for row in rows:
+        s = Stage(row["stage"], row["judge"], row["comparisons"])
+        other = next(one["rate"] for one in row["again"] if one["rate"] != s.rate)
+        lower = [next(one["lower"] for one in row[seed] if one["rate"] == other) for seed in ("tried", "again")]
+        if None not in lower:
+            found.append(Rival(s.name, other / s.rate, tuple(Estimate(*e) for e in lower)))
+    return found
+
+
+def told(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """Whether the rates of `chain` are the best, by the rows (default: those shipped)."""
+    rows = TUNED.rows() if rows is None else rows
+    if TUNED.missing(rows):
+        return "No rate of the chain was tuned."
+    better = [rival.words for rival in rivals(rows) if rival.clear]
+    return (
+        "No rate of the chain was tuned before. Tried since on other prompts, by factors of 2 and under two other seeds, "
+        f"another rate is clearly better of {len(better)} of the {len(rows)} stages" + f": {listed(better)}" * bool(better) + "."
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute the rows; a stage that is there already is not computed again."""
+    parser = argparse.ArgumentParser(prog="python -m minipeft.claims.chain_tuning", description=main.__doc__)
+    parser.add_argument("directory", type=Path, help="where chain_tuning.jsonl is, or is made")
+    TUNED.compute(parser.parse_args(argv).directory)
+
+
+if __name__ == "__main__":
+    main()
