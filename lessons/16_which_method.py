@@ -31,6 +31,7 @@ from minipeft.claims.comparison import CASES, KEYS, Case, above, best, compare
 from minipeft.claims.inputs import SIZES
 from minipeft.claims.league import MAIN, UNTRAINED, league
 from minipeft.claims.protocol import SHOTS, finder, report, search, untrained
+from minipeft.claims.register import plain
 from minipeft.claims.standings import as_text, standings
 from minipeft.experiments import shipped
 from minipeft.experiments.costs import latency, memory, merged
@@ -147,9 +148,8 @@ for name, n in to_90.items():
 # merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
 # first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So
 # each answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and
-# values, over which each new token attends. (Full fine-tuning's two times are of one model: so far apart may timings
-# be.) Merging serves one task: a server that answers many tasks in one batch keeps the LoRAs apart, beside one base
-# (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+# values, over which each new token attends. Merging serves one task: a server that answers many tasks in one batch
+# keeps the LoRAs apart, beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 #
 # Switched off, an adapter leaves what was frozen, bit for bit: the base, or for QLoRA the base in four bits.
 #
@@ -199,8 +199,10 @@ for case in CASES:
     print(f"{case.name:24s}" + "".join(f"{cell:>17s}" for cell in cells) + f"; apart {APART[case]:.3f}")
     for name, of in asked.items():
         beside = {m: compare(report(find, search(case.task, m, case.examples), KEYS[case.task]), of, KEYS[case.task]) for m in MAIN}
-        clear = [NAMES[m] for m in MAIN if not beside[m].clearly_better]
-        print(f"    {name} {of.mean.value:.3f}; not clearly above it: {', '.join(clear) or 'none'}")
+        open_ = [NAMES[m] for m in MAIN if not beside[m].clearly_better]
+        print(f"    {name} {of.mean.value:.3f}; not clearly better: {', '.join(open_) or 'none'}")
+means = {task: [report(find, of, KEYS[task]).mean.value for of in (SHOWN[task], untrained(task))] for task in KEYS}
+assert means["rewrite"][0] > means["rewrite"][1] + 0.1 and means["source"][0] <= means["source"][1], "no help"
 for m in ("prefix", "prompt"):
     found = compare(report(find, search("source", m, 50), "right"), report(find, untrained("source"), "right"), "right")
     print(f"a {m} of 50 examples beside the base, source: {found.word} ({found.interval})")
@@ -210,7 +212,7 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
     assert 4 * counts.stored == TABLE[Case("rewrite", 500)][m].storage, "what is stored is what the formula says"
     assert (counts.stored < counts.trainable) == (m == "prefix")
 LARGE = {}
-print("\na step of 1 x 480 tokens, the base's answer" + "".join(f"{size:>12s}: GB  MB a task  TFLOPs" for size in ("here", *SIZES)))
+print("\nbfloat16, checkpointing, a step of 480 tokens" + "".join(f"{size:>10s}: GB  MB a task  TFLOPs" for size in ("here", *SIZES)))
 for m in ("base", *MAIN):
     config = "frozen" if m == "base" else METHODS[m].config()
     mode, loop = "evaluate" if m == "base" else "train", Loop(quantization="nf4" if m == "qlora" else None)
@@ -218,7 +220,9 @@ for m in ("base", *MAIN):
         held, flops = pytorch_ledger(shape, config, 1, 480, loop, mode=mode).total, step_flops(shape, config, 1, 480)
         stored = 0 if m == "base" else count_parameters(shape, config).stored
         LARGE[size, m] = held / 1e9, 2 * stored / 1e6, (flops.forward if m == "base" else flops.total) / 1e12
-    print(f"  {NAMES.get(m, m):40s}" + "".join("{:15.3g} {:10.3g} {:7.3g}".format(*LARGE[size, m]) for size in ("here", *SIZES)))
+    print(f"{NAMES.get(m, 'base, forward alone'):45s}" + "".join("{:>14s} {:>10s} {:>7s}".format(*map(plain, LARGE[size, m])) for size in ("here", *SIZES)))
+assert max(LARGE["here", m][0] for m in MAIN) < 1.02 * min(LARGE["here", m][0] for m in MAIN), "here memory is no column"
+assert LARGE["7B", "prefix"][0] > 2 * LARGE["7B", "prompt"][0] and LARGE["70B", "prefix"][0] < 1.03 * LARGE["70B", "prompt"][0]
 size, rank_64 = architecture("llama-7b").size, mp.LoraConfig(r=64, target_modules="all-linear")
 frozen = [pytorch_ledger("llama-7b", rank_64, 1, 512, Loop(quantization=q)).held["frozen weights"] / size for q in (None, "nf4")]
 assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 and np.allclose(frozen, [2, 0.57], atol=0.01)
@@ -396,8 +400,7 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # verdicts of their own (Lessons 8 to 11). The first below compares the base tuned on instructions (*tuned*) with the
 # base, with three answered questions in its prompt (*few-shot*), and with tuning on the same pairs without instructions
 # (*bare*). In the second, *SFT* is imitation of answers, the *gold* is the rater's score (Lesson 9), and *best of 16*
-# takes the answer that the reward model likes best. If you have answers, imitate them first: PPO starts from SFT, and
-# each of its updates samples answers, scores them and goes over them more than once.
+# takes the answer that the reward model likes best. If you have answers, imitate them first: PPO starts from SFT.
 #
 # That chain has no DPO; Lesson 10's runs of section 9 have, from the base and under three seeds. By DPO, training holds
 # one frozen copy of the weights, by PPO with a value head two.

@@ -183,8 +183,9 @@ def test_the_best_rate_of_each_stage_lies_inside_what_was_tried():
 
 def tuned(stage: Stage, lower: float, again: float) -> dict:
     """The row of a stage whose double rate has losses lower by so much."""
+
     def at(factor: float, by: float) -> dict:
-        return {"rate": factor * stage.rate, "loss": 1 - by, "lower": [by, by - 0.01, by + 0.01]}
+        return {"rate": factor * stage.rate, "loss": 1 - by, "lower": [by, by - 0.01, by + 0.01], "gold": by}
 
     return described(stage) | {"rate": stage.rate, "tried": [at(0.5, -1), at(1, 0), at(2, lower)], "again": [at(1, 0), at(2, again)]}
 
@@ -193,10 +194,9 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
     rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
-    assert chain_tuning.told(rows).endswith("of 1 of the 8 stages: SFT 2 times (+0.100 [+0.090, +0.110] and +0.200 [+0.190, +0.210]).")
-    assert chain_tuning.told(rows[1:]) == "No rate of the chain was tuned."
+    assert chain_tuning.told(rows) == "Of 7 rates that were held against others, clearly better is another of SFT (2 times, with +0.15 gold)."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 7 and chain_tuning.told(rows).endswith("of 0 of the 8 stages.")
+    assert len(chain_tuning.rivals(rows)) == 6 and chain_tuning.told(rows).endswith("another of none.")
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

@@ -36,7 +36,7 @@ from ..text.examples import Example
 from ..train import TrainingDiverged
 from ..train.evaluation import example_losses
 from . import chain
-from .chain import JUDGES, RATES
+from .chain import COMPARISONS, JUDGES, RATES
 from .kindness import sentences
 from .mechanisms import ByItem, best_rate
 from .protocol import TUNING, version
@@ -65,12 +65,12 @@ class Stage:
     @property
     def name(self) -> str:
         names = {"sft": "SFT", "chosen": "SFT on the preferred answers", "ppo": "PPO"}
-        return names.get(self.stage) or f"judge ({self.judge}, {self.comparisons:,} comparisons)"
+        return names.get(self.stage) or f"the judge {self.judge}, {self.comparisons:,}"
 
 
 def runs() -> list[Stage]:
-    """All stages."""
-    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES)]
+    """All stages, and the judges that have more than the fewest comparisons."""
+    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES if one[1] > COMPARISONS[0])]
 
 
 class Measured(NamedTuple):
@@ -184,46 +184,47 @@ TUNED = ByItem("chain_tuning", run, runs)
 
 
 class Rival(NamedTuple):
-    """The best of the other rates, beside the one that `chain` has: how many times it, and by how much its loss is lower,
-    under TUNING and under AGAIN. `clear`: with both intervals above 0."""
+    """The best of the other rates, beside the one that `chain` has.
+
+    times   so many times it
+    lower   by how much its loss is lower, under TUNING and under AGAIN
+    gold    by how much a policy's gold is higher, in the mean of both; None of a judge
+    """
 
     name: str
     times: float
     lower: tuple[Estimate, Estimate]
+    gold: float | None
 
     @property
     def clear(self) -> bool:
+        """Whether its loss is lower with both intervals."""
         return all(e.low is not None and e.low > 0 for e in self.lower)
 
     @property
     def words(self) -> str:
-        """ "SFT 4 times (+0.052 [+0.041, +0.063] and +0.048 [+0.036, +0.060])"."""
-        seeds = " and ".join(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in self.lower)
-        return f"{self.name} {self.times:g} times ({seeds})"
+        """ "SFT (0.125 times, with -0.06 gold)"."""
+        return f"{self.name} ({self.times:g} times" + (")" if self.gold is None else f", with {self.gold:+.2f} gold)")
 
 
 def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
-    """Of each stage whose other rates did not all diverge."""
+    """Of each stage of which another rate has not diverged."""
     found = []
     for row in rows:
         s = Stage(row["stage"], row["judge"], row["comparisons"])
-        other = next(one["rate"] for one in row["again"] if one["rate"] != s.rate)
-        lower = [next(one["lower"] for one in row[seed] if one["rate"] == other) for seed in ("tried", "again")]
-        if None not in lower:
-            found.append(Rival(s.name, other / s.rate, tuple(Estimate(*e) for e in lower)))
+        rate = next(one["rate"] for one in row["again"] if one["rate"] != s.rate)
+        seeds = [{one["rate"]: one for one in row[name]} for name in ("tried", "again")]
+        if all(of[rate]["lower"] for of in seeds):
+            gold = None if s.stage == "judge" else float(np.mean([of[rate]["gold"] - of[s.rate]["gold"] for of in seeds]))
+            found.append(Rival(s.name, rate / s.rate, (*(Estimate(*of[rate]["lower"]) for of in seeds),), gold))
     return found
 
 
 def told(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Whether the rates of `chain` are the best, by the rows (default: those shipped)."""
     rows = TUNED.rows() if rows is None else rows
-    if TUNED.missing(rows):
-        return "No rate of the chain was tuned."
     better = [rival.words for rival in rivals(rows) if rival.clear]
-    return (
-        "No rate of the chain was tuned before. Tried since on other prompts, by factors of 2 and under two other seeds, "
-        f"another rate is clearly better of {len(better)} of the {len(rows)} stages" + f": {listed(better)}" * bool(better) + "."
-    )  # fmt: skip
+    return f"Of {len(rows)} rates that were held against others, clearly better is another of {listed(better)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
