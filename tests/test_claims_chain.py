@@ -155,7 +155,7 @@ def test_rates_are_chosen_on_prompts_that_no_stage_learns_from_and_no_report_ask
 
 @pytest.mark.parametrize("stage", [Stage("sft"), Stage("chosen"), Stage("ppo"), Stage("judge", "lora", 4)], ids=lambda s: s.stage)
 def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage, monkeypatch):
-    for name in ("prompts", "demonstrations", "comparisons"):
+    for name in ("prompts", "demonstrations", "ordered"):
         monkeypatch.setattr(chain_tuning, name, cache(getattr(chain_tuning, name).__wrapped__))
     monkeypatch.setattr(chain_tuning, "SELECTING", 24)
     monkeypatch.setattr(chain_tuning, "LEAST", dict.fromkeys(chain_tuning.LEAST, 100.0))  # the search ends after three rates
@@ -163,12 +163,13 @@ def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage,
     low, usual, high = row["tried"]
     assert [one["rate"] for one in row["tried"]] == [stage.rate / 2, stage.rate, stage.rate * 2] and row["rate"] == stage.rate
     assert usual["lower"] == [0, 0, 0] and low["loss"] == pytest.approx(usual["loss"] - low["lower"][0], abs=2e-5)
-    assert len({one["loss"] for one in row["tried"]}) == 3, "another rate is another policy or judge"
+    measure = "nats" if stage.stage == "judge" else "loss"
+    assert len({one[measure] for one in row["tried"]}) == 3, "another rate is another policy or judge"
     (other,) = {one["rate"] for one in row["again"]} - {stage.rate}
     assert other == min((low, high), key=lambda one: one["loss"])["rate"]
     if stage.stage in ("chosen", "ppo"):
         assert usual["loss"] == pytest.approx(1 - usual["gold"], abs=2e-5) and usual["kl"] != 0
-    assert ("accuracy" if stage.stage == "judge" else "gold") in usual
+    assert usual["nats"] > 0 if stage.stage == "judge" else 0 <= usual["gold"] <= 1
 
 
 def test_the_best_rate_of_each_stage_lies_inside_what_was_tried():
@@ -194,9 +195,9 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
     rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
-    assert chain_tuning.told(rows) == "Of 7 rates that were held against others, clearly better is another of SFT (2 times, with +0.15 gold)."
+    assert chain_tuning.told(rows) == "Of 8 rates held against others, clearly better is another of SFT (2 times, with +0.15 gold)."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 6 and chain_tuning.told(rows).endswith("another of none.")
+    assert len(chain_tuning.rivals(rows)) == 7 and chain_tuning.told(rows).endswith("another of none.")
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

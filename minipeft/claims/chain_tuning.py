@@ -2,8 +2,8 @@
 
     stage      its loss, on what no stage has learned from and no report asks
     sft        nats a token of demonstrations
-    judge      nats a comparison: -log σ(r_preferred - r_other) by the rater's order of two answers, r as it is calibrated
-               (mean 0, variance 1), since what follows uses no other scale
+    judge      the share of pairs of answers to a prompt that it orders otherwise than the rater. (Its loss in training
+               depends on the scale of the rewards, which is calibrated afterwards.)
     chosen     1 - gold of its answers: SFT further, on the preferred answers
     ppo        1 - gold of its answers, at the best judge and beta 0.05
 
@@ -11,10 +11,11 @@ Each is tuned as everything here (`mechanisms.best_rate`): from its rate in `cha
 until none is better by LEAST, under the seed TUNING, which no report has. Whether a difference is more than luck: its
 interval over the items, and the same two rates under one more seed, AGAIN.
 
-Why the gold selects the policies. The judge's reward cannot: the faster the rate the more of it (and what Gao et al. 2022,
-arXiv:2210.10760, measure is how the gold falls meanwhile), and the sum that PPO makes large, reward less beta KL, is the
-judge's word again. A practitioner asks raters about answers to prompts that are kept for this, and so it is done here, for
-PPO and for what it is compared with. The row has the reward and the KL, too: what they would have chosen.
+Why the gold selects the policies. The judge's reward cannot: PPO exploits it, and the gold may fall while it rises, which is
+what Gao et al. 2022 (arXiv:2210.10760) measure. Nor can what PPO makes large, reward less beta KL: the judge's word again.
+A practitioner asks raters about answers to prompts that are kept for this, and so it is done here, for PPO and for what it
+is compared with. The row has the reward and the KL, too: what they would have chosen. SFT is held by its own loss, the
+demonstrations' alone; its gold stands beside it.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from ..text.examples import Example
 from ..train import TrainingDiverged
 from ..train.evaluation import example_losses
 from . import chain
-from .chain import COMPARISONS, JUDGES, RATES
+from .chain import JUDGES, RATES
 from .kindness import sentences
 from .mechanisms import ByItem, best_rate
 from .protocol import TUNING, version
 from .register import listed
 
 AGAIN = 6  # a second seed, which no report has
-SELECTING = 1024  # prompts, and comparisons
-LEAST = {"sft": 0.002, "judge": 0.002, "chosen": 0.01, "ppo": 0.01}  # a rate that is better by less is not better
+SELECTING, ANSWERS = 1024, 4  # prompts; answers to each that judges put in order
+LEAST = {"sft": 0.002, "judge": 0.01, "chosen": 0.01, "ppo": 0.01}  # a rate that is better by less is not better
 KNOWN = ("gold", "kl", "proxy", "ended")  # of a policy
 
 
@@ -69,8 +70,8 @@ class Stage:
 
 
 def runs() -> list[Stage]:
-    """All stages, and the judges that have more than the fewest comparisons."""
-    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES if one[1] > COMPARISONS[0])]
+    """All stages."""
+    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES)]
 
 
 class Measured(NamedTuple):
@@ -106,12 +107,11 @@ def demonstrations() -> list[Example]:
 
 
 @cache
-def comparisons(seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(the answers that the rater prefers, the others) of two of the SFT model to each prompt, with their prompts."""
-    answers = chain.sampled(seed, prompts(), 2, 30_000 + seed)
+def ordered(seed: int) -> list[np.ndarray]:
+    """ANSWERS of the SFT model to each prompt, behind it, in the rater's order, best first: the texts of all prompts."""
+    answers = chain.sampled(seed, prompts(), ANSWERS, 30_000 + seed)
     order = rlhf.rank(chain.scored(prompts(), answers), np.random.default_rng([seed, 4]), temperature=chain.NOISE)
-    texts = [ranking.texts for ranking in rlhf.rankings(prompts(), answers, order)]
-    return [text[0] for text in texts], [text[1] for text in texts]
+    return [text for ranking in rlhf.rankings(prompts(), answers, order) for text in ranking.texts]
 
 
 def measured(s: Stage, seed: int, faster: float) -> Measured | None:
@@ -137,8 +137,9 @@ def best() -> tuple[str, int]:
 
 
 def of_judge(model: rlhf.RewardModel, seed: int) -> Measured:
-    ahead = np.subtract(*(model.score_texts(texts, 256) for texts in comparisons(seed)))
-    return Measured(np.logaddexp(0, -ahead), np.ones(len(ahead)), {"accuracy": rlhf.reward_accuracy(ahead, np.zeros(len(ahead)))})
+    scores, (i, j) = model.score_texts(ordered(seed), 256).reshape(-1, ANSWERS), np.triu_indices(ANSWERS, 1)
+    ahead = scores[:, i] - scores[:, j]
+    return Measured((ahead <= 0).mean(axis=1), np.ones(len(ahead)), {"nats": float(np.logaddexp(0, -ahead).mean())})
 
 
 def of_policy(policy: Any, seed: int) -> Measured:
@@ -169,12 +170,13 @@ def run(settings: Stage) -> Row:
     def told(rate: float, seed: int) -> Row:
         one, usual = at(rate, seed), at(s.rate, seed)
         lower = None if one is None or usual is None else one.below(usual)
-        return {"rate": rate, "loss": None if one is None else one.loss, "lower": lower} | ({} if one is None else one.known)
+        known = {"loss": None if one is None else one.loss, "lower": lower} | ({} if one is None else one.known)
+        return {"rate": rate} | rounded(known)
 
     rate, tried = best_rate(loss, s.rate, LEAST[s.stage])
     other = min((one for one in tried if one != s.rate), key=lambda one: tried[one])
-    row = {"tried": [told(one, TUNING) for one in tried], "again": [told(one, AGAIN) for one in sorted((s.rate, other))]}
-    return {"rate": rate} | rounded(row)
+    again = [told(one, AGAIN) for one in sorted((s.rate, other))]
+    return {"rate": rate, "tried": [told(one, TUNING) for one in tried], "again": again}
 
 
 TUNED = ByItem("chain_tuning", run, runs)
@@ -224,7 +226,7 @@ def told(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Whether the rates of `chain` are the best, by the rows (default: those shipped)."""
     rows = TUNED.rows() if rows is None else rows
     better = [rival.words for rival in rivals(rows) if rival.clear]
-    return f"Of {len(rows)} rates that were held against others, clearly better is another of {listed(better)}."
+    return f"Of {len(rows)} rates held against others, clearly better is another of {listed(better)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
