@@ -205,8 +205,8 @@ class Rival(NamedTuple):
 
     @property
     def words(self) -> str:
-        """ "SFT (0.125 times, with -0.06 gold)"."""
-        return f"{self.name} ({self.times:g} times" + (")" if self.gold is None else f", with {self.gold:+.2f} gold)")
+        """ "SFT (to 0.125 times it, gold -0.06)"."""
+        return f"{self.name} (to {self.times:g} times it{'' if self.gold is None else f', gold {self.gold:+.2f}'})"
 
 
 def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
@@ -226,7 +226,7 @@ def told(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """Whether the rates of `chain` are the best, by the rows (default: those shipped)."""
     rows = TUNED.rows() if rows is None else rows
     better = [rival.words for rival in rivals(rows) if rival.clear]
-    return f"Of {len(rows)} rates held against others, clearly better is another of {listed(better)}."
+    return f"Of {len(rows)} rates tried against others, these lose clearly: {listed(better)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
