@@ -405,7 +405,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
 # best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL.
 #
-# The verdict asks of *each* judge that both move clearly from the gold's peak on; it names those with which they do.
+# The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -454,7 +454,7 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
 # reference loss is no proof of innocence. With the good judges both warn well before the second gold is best. Who stops
 # there forgoes gold: the warning says that it is time to look. Watch the mean length, too, and let people compare some
-# of the policy's answers with the base's: that is a gold in small amounts.
+# of the policy's answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what

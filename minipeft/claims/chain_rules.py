@@ -258,6 +258,7 @@ def exploited(rows: Rows) -> Verdict:
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
         f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
+        f"{chain_tuning.told(JUDGES)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
     return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))

@@ -222,11 +222,13 @@ def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
     return found
 
 
-def told(rows: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """Whether the rates of `chain` are the best, by the rows (default: those shipped)."""
-    rows = TUNED.rows() if rows is None else rows
-    better = [rival.words for rival in rivals(rows) if rival.clear]
-    return f"Of {len(rows)} rates tried against others, these lose clearly: {listed(better)}."
+def told(judges: Sequence[tuple[str, int]] | None = None, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """Whether the rates of the policies, and of these judges (default: PPO's), are the best, by the rows (default: those
+    shipped)."""
+    judges, rows = [best()] if judges is None else judges, TUNED.rows() if rows is None else rows
+    used = [row for row in rows if row["stage"] != "judge" or (row["judge"], row["comparisons"]) in judges]
+    better = [rival.words for rival in rivals(used) if rival.clear]
+    return f"Of {len(used)} rates tried against others, these lose clearly: {listed(better)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
