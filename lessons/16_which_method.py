@@ -8,7 +8,7 @@
 # Ovadia et al. 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and
 # on new ones. Training helped more where it met each fact in many wordings.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once; what is
 # learned and forgotten it reads from the league of Lesson 3, whose rows are in the package. For your own data,
@@ -441,7 +441,7 @@ assert abs(between[0]) < between[1], "three seeds tell neither from the other"
 # > - +0.05 [+0.00, +0.10] beside SFT on the preferred answers.
 # > - -0.07 [-0.12, -0.02] beside the best of 16.
 # >
-# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of 3 rates tried
+# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of 4 rates tried
 # > against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
