@@ -405,7 +405,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
 # best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL.
 #
-# The verdict asks of *each* judge that both move clearly from the gold's peak on; it names those with which they do.
+# The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -423,7 +423,8 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16 to the end, and the gold falls by
 # >   +0.09 [-0.08, +0.25], from 0.40 to 0.31.
 # >
-# > (5 seeds, 256 test items)
+# > Of 8 rates tried against others, these lose clearly: SFT (to 0.125 times it, gold -0.06), the judge lora, 600 (to 4
+# > times it) and the judge full, 100 (to 4 times it). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -453,8 +454,8 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
 # reference loss is no proof of innocence. With the good judges both warn well before the second gold is best. Who stops
-# there forgoes gold: the warning says that it is time to look. Watch the mean length, too, and let people compare some
-# of the policy's answers with the base's: that is a gold in small amounts.
+# there forgoes gold: the warning says it is time to look. Watch the length, too, and let people compare some
+# of the policy's answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what

@@ -8,7 +8,7 @@
 # Ovadia et al. 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and
 # on new ones. Training helped more where it met each fact in many wordings.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once; what is
 # learned and forgotten it reads from the league of Lesson 3, whose rows are in the package. For your own data,
@@ -25,15 +25,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
-from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger
+from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger, step_flops
 from minipeft.claims import judge
 from minipeft.claims.comparison import CASES, KEYS, Case, above, best, compare
-from minipeft.claims.league import MAIN, league
-from minipeft.claims.protocol import finder, report, search, untrained
+from minipeft.claims.inputs import SIZES
+from minipeft.claims.league import MAIN, UNTRAINED, league
+from minipeft.claims.protocol import SHOTS, finder, report, search, untrained
+from minipeft.claims.register import plain
 from minipeft.claims.standings import as_text, standings
 from minipeft.experiments import shipped
 from minipeft.experiments.costs import latency, memory, merged
+from minipeft.experiments.rows import read_rows
 from minipeft.experiments.run import Settings, fine_tune
+from minipeft.experiments.seeds import interval
 from minipeft.peft.methods import METHODS
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -98,24 +102,33 @@ print(f"the base has {N:,} parameters")
 
 # %%
 STEPS, SIZE, TIMED = (2, 4, {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, {})
+IDS = np.array([tokenizer.encode("And the king said to his servants,")])
+
+
+def off(model):
+    """The largest difference of its logits from the base's while its adapter is switched off; None without an adapter."""
+    if isinstance(model, mp.PeftModel):
+        with mp.no_grad(), model.disable_adapter():
+            return float(abs(model(IDS).data - base(IDS).data).max())
 
 
 def cost(method):
-    """(peak bytes of a step, predicted and measured; median seconds of a step; seconds a token, unmerged and merged)."""
+    """(peak bytes of a step, predicted and measured; median seconds of a step; seconds a token, unmerged and merged; `off`)."""
     task = shipped.rewriting(SIZE * STEPS, seed=0)
     settings = Settings(method, METHODS[method].learning_rate, STEPS, batch_size=SIZE)
     row, model = fine_tune(base, task, settings, progress=False)
     plain = merged(model)
     times = row["seconds_per_step"], latency(model, **TIMED), None if plain is None else latency(plain, **TIMED)
-    return *memory(METHODS[method], base, task.train, SIZE, tokenizer.pad_token_id), *times
+    return *memory(METHODS[method], base, task.train, SIZE, tokenizer.pad_token_id), *times, off(model)
 
 
-print("\nnow, here:   peak memory MB (predicted)    s/step    ms a token: as it is, merged")
+print("\nnow, here:   peak memory MB (predicted)    s/step    ms a token: as it is, merged    switched off, from the base")
 peak = {}
 for method in ("full", "lora") if REDUCED else MAIN:
-    predicted, peak[method], second, token, after = cost(method)
-    text = "cannot be" if after is None else f"{1e3 * after:.2f}"
-    print(f"  {NAMES[method]:10s} {peak[method] / 1e6:10.1f} {predicted / 1e6:12.1f} {second:12.3f} {1e3 * token:15.2f} {text:>12s}")
+    predicted, peak[method], second, token, after, left = cost(method)
+    text, rest = "cannot be" if after is None else f"{1e3 * after:.2f}", "no adapter" if left is None else f"{left:.3g}"
+    print(f"  {NAMES[method]:10s} {peak[method] / 1e6:10.1f} {predicted / 1e6:12.1f} {second:12.3f} {1e3 * token:15.2f} {text:>12s} {rest:>22s}")
+    assert left is None or (left > 0.01 if method == "qlora" else left == 0), "off, it is the model that was frozen"
     if mp.backend.get_backend() is np:  # on a GPU CuPy's pool is measured, which takes more than its arrays use
         assert abs(peak[method] / predicted - 1) < 0.1, "the ledger predicts it"
 assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * peak["full"], "few parameters is not little memory"
@@ -137,9 +150,10 @@ for name, n in to_90.items():
 # merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
 # first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So
 # each answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and
-# values, over which each new token attends. (Full fine-tuning's two times are of one and the same model: so far apart
-# may two timings be, more so where other programs run.) Merging serves one task: a server that answers many tasks in
-# one batch keeps the LoRAs apart and computes them beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+# values, over which each new token attends. Merging serves one task: a server that answers many tasks in one batch
+# keeps the LoRAs apart, beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+#
+# Switched off, an adapter leaves what was frozen, bit for bit: the base, or for QLoRA the base in four bits.
 #
 # A step is not yet a result. `peft-3` also counts the seconds until half, and nine tenths, of what full fine-tuning
 # gains in 240 steps of `rewrite`, each method at its own best rate. In FLOPs a frozen base makes a step cheaper, but
@@ -168,21 +182,29 @@ for name, n in to_90.items():
 # **Predict:** with 50 examples, and with 5,000: for which does the choice of the method matter more?
 
 # %%
-rows = league(MAIN).rows()  # of all tasks and numbers of examples
+rows = league(MAIN).rows() + UNTRAINED.rows()  # of all tasks and numbers of examples
 find = finder(rows)
+SHOWN = {task: min((untrained(task, n) for n in SHOTS), key=lambda shown: find(shown)["loss"]) for task in KEYS}  # on validation
 TABLE = {case: {line.method: line for line in standings(case, MAIN, rows)} for case in CASES}
 for case, lines in TABLE.items():
     if case.examples == 500:
         print(f"\n{case.name}\n{as_text(list(lines.values()))}")
 
-print("\n" + " " * 35 + "".join(f"{NAMES[m]:>17s}" for m in MAIN))
+print("\nexamples in the prompt, the best on validation: " + ", ".join(f"{task} {trial.examples}" for task, trial in SHOWN.items()))
+print(" " * 24 + "".join(f"{NAMES[m]:>17s}" for m in MAIN))
 APART = {}  # the best method and the worst
 for case in CASES:
-    base_row = report(find, untrained(case.task), KEYS[case.task]).mean.value
+    asked = {name: report(find, of, KEYS[case.task]) for name, of in (("base", untrained(case.task)), ("few-shot", SHOWN[case.task]))}
     shown = {m: line.loss if line.right is None else line.right for m, line in TABLE[case].items()}
     cells = (f"{shown[m].value:9.3f} ± {(shown[m].high - shown[m].low) / 2:.3f}" if m in shown else "" for m in MAIN)
     APART[case] = max(e.value for e in shown.values()) - min(e.value for e in shown.values())
-    print(f"{case.name:24s}base {base_row:6.3f}" + "".join(f"{cell:>17s}" for cell in cells) + f"; apart {APART[case]:.3f}")
+    print(f"{case.name:24s}" + "".join(f"{cell:>17s}" for cell in cells) + f"; apart {APART[case]:.3f}")
+    for name, of in asked.items():
+        beside = {m: compare(report(find, search(case.task, m, case.examples), KEYS[case.task]), of, KEYS[case.task]) for m in MAIN}
+        open_ = [NAMES[m] for m in MAIN if not beside[m].clearly_better]
+        print(f"    {name} {of.mean.value:.3f}; not clearly better: {', '.join(open_) or 'none'}")
+means = {task: [report(find, of, KEYS[task]).mean.value for of in (SHOWN[task], untrained(task))] for task in KEYS}
+assert means["rewrite"][0] > means["rewrite"][1] + 0.1 and means["source"][0] <= means["source"][1], "no help"
 for m in ("prefix", "prompt"):
     found = compare(report(find, search("source", m, 50), "right"), report(find, untrained("source"), "right"), "right")
     print(f"a {m} of 50 examples beside the base, source: {found.word} ({found.interval})")
@@ -191,6 +213,18 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[m].config())
     assert 4 * counts.stored == TABLE[Case("rewrite", 500)][m].storage, "what is stored is what the formula says"
     assert (counts.stored < counts.trainable) == (m == "prefix")
+LARGE = {}
+print("\nbfloat16, checkpointing, a step of 480 tokens" + "".join(f"{size:>10s}: GB  MB a task  TFLOPs" for size in ("here", *SIZES)))
+for m in ("base", *MAIN):
+    config = "frozen" if m == "base" else METHODS[m].config()
+    mode, loop = "evaluate" if m == "base" else "train", Loop(quantization="nf4" if m == "qlora" else None)
+    for size, shape in {"here": architecture(base.config), **SIZES}.items():
+        held, flops = pytorch_ledger(shape, config, 1, 480, loop, mode=mode).total, step_flops(shape, config, 1, 480)
+        stored = 0 if m == "base" else count_parameters(shape, config).stored
+        LARGE[size, m] = held / 1e9, 2 * stored / 1e6, (flops.forward if m == "base" else flops.total) / 1e12
+    print(f"{NAMES.get(m, 'base, forward alone'):45s}" + "".join("{:>14s} {:>10s} {:>7s}".format(*map(plain, LARGE[size, m])) for size in ("here", *SIZES)))
+assert max(LARGE["here", m][0] for m in MAIN) < 1.02 * min(LARGE["here", m][0] for m in MAIN), "here memory is no column"
+assert LARGE["7B", "prefix"][0] > 2 * LARGE["7B", "prompt"][0] and LARGE["70B", "prefix"][0] < 1.03 * LARGE["70B", "prompt"][0]
 size, rank_64 = architecture("llama-7b").size, mp.LoraConfig(r=64, target_modules="all-linear")
 frozen = [pytorch_ledger("llama-7b", rank_64, 1, 512, Loop(quantization=q)).held["frozen weights"] / size for q in (None, "nf4")]
 assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 and np.allclose(frozen, [2, 0.57], atol=0.01)
@@ -199,7 +233,9 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # On `rewrite` with 5,000: from 0.09 nats between the best and the worst to more than half a nat. Full fine-tuning, LoRA
 # and QLoRA go on learning from more data, full the most, and a prompt hardly does. On `source` it is the other way
 # round, in the means: from 42 points to 14. With 50 examples the base there may be better or worse than a prefix or a
-# prompt. One limit is the same for all, and not equally hard for all: 32 epochs of 50 examples, 4 of 500, one of 5,000.
+# prompt. *Few-shot* is the base with answered examples in its prompt, of 1, 2 and 4 the best on validation: it is worse
+# than the bare base on `rewrite`, and finds no more books on `source`. (Large models do learn from a prompt.)
+# One limit is the same for all, and not equally hard for all: 32 epochs of 50 examples, 4 of 500, one of 5,000.
 # A method that learns slowly might gain from more.
 #
 # In the verdicts below, *equal* is an interval within ±0.02, nats or shares, and *undecided* a wider one with 0 inside;
@@ -215,10 +251,11 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # 2024, arXiv:2405.09673): there full fine-tuning's updates had 10 to 100 times the rank of usual LoRAs (Lessons 15 and
 # 18).
 #
-# Where a verdict below the table names 7B or 70B, Lesson 12's ledger counts, and nothing is trained. It counts in
+# At 7B and 70B, in the last table and in verdicts, Lesson 12's ledger counts, and nothing is trained. It counts in
 # bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
-# frozen one 2, or in four bits a little over a half. With a float32 copy of the weights and float32 moments, as mixed
-# precision is usually counted, it would be 16 (Lesson 12).
+# frozen one 2, or in four bits a little over a half. (In mixed precision, as usually counted, it would be 16.) Memory,
+# which decides there, is no column here, where a GPU's process itself takes 0.45 GB. At 7B the network that computes
+# prefixes has a billion parameters; at 70B, with few heads for keys and values, a sixth of that.
 
 # %% [markdown]
 # > `adapter-6` quality comparable to full fine-tuning: **holds if**. 2 of 6 comparisons are as stated, 3 not told:
@@ -365,8 +402,23 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # verdicts of their own (Lessons 8 to 11). The first below compares the base tuned on instructions (*tuned*) with the
 # base, with three answered questions in its prompt (*few-shot*), and with tuning on the same pairs without instructions
 # (*bare*). In the second, *SFT* is imitation of answers, the *gold* is the rater's score (Lesson 9), and *best of 16*
-# takes the answer that the reward model likes best. If you have answers, imitate them first: PPO starts from SFT, and
-# each of its updates samples answers, scores them and goes over them more than once.
+# takes the answer that the reward model likes best. If you have answers, imitate them first: PPO starts from SFT.
+#
+# That chain has no DPO; Lesson 10's runs of section 9 have, from the base and under three seeds. By DPO, training holds
+# one frozen copy of the weights, by PPO with a value head two.
+
+# %%
+preferred = sorted(read_rows(HERE / "results" / "10_ppo.jsonl"), key=lambda row: row["seed"])
+of = {m: {k: np.array([row[k] for row in preferred if row["method"] == m]) for k in ("gold", "kl", "cpu_seconds")} for m in ("base", "PPO", "DPO")}
+for m in ("PPO", "DPO"):
+    gain, seconds = interval(of[m]["gold"] - of["base"]["gold"]), of[m]["cpu_seconds"].mean()
+    print(f"{m}: gold of the base {gain[0]:+.2f} ± {gain[1]:.2f}, KL {of[m]['kl'].mean():.1f} nats an answer, {seconds:.0f} s of CPU")
+between = interval(of["DPO"]["gold"] - of["PPO"]["gold"])
+print(f"DPO less PPO: gold {between[0]:+.2f} ± {between[1]:.2f}")
+for size, shape in SIZES.items():
+    whole, copy = LARGE[size, "full"][0], 2 * architecture(shape).size / 1e9  # frozen, in 16 bits
+    print(f"{size}, GB where every weight is trained: by examples {whole:.0f}, by DPO {whole + copy:.0f}, by PPO {whole + 2 * copy:.0f}")
+assert abs(between[0]) < between[1], "three seeds tell neither from the other"
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. 6 of 9 comparisons are as stated:
@@ -391,8 +443,8 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # > - +0.05 [+0.00, +0.10] beside SFT on the preferred answers.
 # > - -0.07 [-0.12, -0.02] beside the best of 16.
 # >
-# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. No rate of the chain
-# > was tuned. (5 seeds, 256 test items)
+# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of 4 rates tried
+# > against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## The picture: by how much data

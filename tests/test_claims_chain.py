@@ -8,9 +8,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from minipeft.claims import chain, chain_rules, kindness
+from minipeft.claims import chain, chain_rules, chain_tuning, kindness
 from minipeft.claims.chain import BROKEN, CHECKS, Chain
 from minipeft.claims.chain_rules import WARNING, along, decided, first_warning, items, peak, those_of, warned
+from minipeft.claims.chain_tuning import Stage
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
@@ -137,6 +138,66 @@ def test_a_run_s_gold_may_differ_by_the_luck_of_seeds_and_no_more(stage, monkeyp
     assert experiment.differences(rows, [row(1, 0.9), row(2, 0.9), row(3, 0.1)]) == []
     (line,) = experiment.differences(rows[:1], [row(1, 1.1)])
     assert f"stage='{stage}'" in line and line.endswith("gold: 1.100, and 0.400 in the package; 0.600 may be luck")
+
+
+# ------------------------------------------------------------------------------------------------------------- the rates
+
+
+def test_rates_are_chosen_on_prompts_that_no_stage_learns_from_and_no_report_asks():
+    chosen, texts = {*map(tuple, chain_tuning.prompts())}, chain.unseen()[chain.HELD_OUT :]
+    assert len(chosen) == chain_tuning.SELECTING and chosen <= {*map(tuple, chain.encoded(texts))}
+    assert chosen.isdisjoint(map(tuple, chain.held_out())) and {*texts}.isdisjoint(kindness.sentences("train"))
+    assert {chain_tuning.TUNING, chain_tuning.AGAIN}.isdisjoint(chain.SEEDS)
+    for one in chain_tuning.demonstrations():
+        prompt = one.input_ids[: int(np.argmax(one.labels != IGNORE))]
+        assert tuple(prompt) in chosen and one.labels[-1] == base()[1].eos_token_id
+
+
+@pytest.mark.parametrize("stage", [Stage("sft"), Stage("chosen"), Stage("ppo"), Stage("judge", "lora", 4)], ids=lambda s: s.stage)
+def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage, monkeypatch):
+    for name in ("prompts", "demonstrations", "ordered"):
+        monkeypatch.setattr(chain_tuning, name, cache(getattr(chain_tuning, name).__wrapped__))
+    monkeypatch.setattr(chain_tuning, "SELECTING", 24)
+    monkeypatch.setattr(chain_tuning, "LEAST", dict.fromkeys(chain_tuning.LEAST, 100.0))  # the search ends after three rates
+    row = chain_tuning.run(stage)
+    low, usual, high = row["tried"]
+    assert [one["rate"] for one in row["tried"]] == [stage.rate / 2, stage.rate, stage.rate * 2] and row["rate"] == stage.rate
+    assert usual["lower"] == [0, 0, 0] and low["loss"] == pytest.approx(usual["loss"] - low["lower"][0], abs=2e-5)
+    measure = "nats" if stage.stage == "judge" else "loss"
+    assert len({one[measure] for one in row["tried"]}) == 3, "another rate is another policy or judge"
+    (other,) = {one["rate"] for one in row["again"]} - {stage.rate}
+    assert other == min((low, high), key=lambda one: one["loss"])["rate"]
+    if stage.stage in ("chosen", "ppo"):
+        assert usual["loss"] == pytest.approx(1 - usual["gold"], abs=2e-5) and usual["kl"] != 0
+    assert usual["nats"] > 0 if stage.stage == "judge" else 0 <= usual["gold"] <= 1
+
+
+def test_the_best_rate_of_each_stage_lies_inside_what_was_tried():
+    rows = chain_tuning.TUNED.rows()
+    assert not chain_tuning.TUNED.missing(rows)
+    for row in rows:
+        stage, losses = Stage(row["stage"], row["judge"], row["comparisons"]), {one["rate"]: one["loss"] for one in row["tried"]}
+        near = [losses[row["rate"] * factor] for factor in (0.5, 1, 2)]
+        assert stage.rate in losses and min(x for x in near if x is not None) > near[1] - chain_tuning.LEAST[row["stage"]] - 1e-5
+        assert min(losses) < stage.rate < max(losses), "the chain's rate, too"
+
+
+def tuned(stage: Stage, lower: float, again: float) -> dict:
+    """The row of a stage whose double rate has losses lower by so much."""
+
+    def at(factor: float, by: float) -> dict:
+        return {"rate": factor * stage.rate, "loss": 1 - by, "lower": [by, by - 0.01, by + 0.01], "gold": by}
+
+    return described(stage) | {"rate": stage.rate, "tried": [at(0.5, -1), at(1, 0), at(2, lower)], "again": [at(1, 0), at(2, again)]}
+
+
+def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
+    made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
+    rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
+    assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
+    assert chain_tuning.told(chain.JUDGES, rows) == "Of 8 rates tried against others, these lose clearly: SFT (to 2 times it, gold +0.15)."
+    rows[0]["tried"][2]["lower"] = None
+    assert len(chain_tuning.rivals(rows)) == 7 and chain_tuning.told(rows=rows) == "Of 4 rates tried against others, these lose clearly: none."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.claims import data, protocol
+from minipeft.claims.league import UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import Estimate, mean
@@ -123,6 +124,20 @@ def test_a_search_is_tuned_on_validation_and_reported_on_test_under_other_seeds(
     assert made.values.shape == (5, 4)
     gain = protocol.difference(made, report(finder(rows), untrained("rewrite")))
     assert gain.low < gain.value < gain.high < 0
+
+
+def test_what_is_not_trained_is_reported_as_it_is():
+    few, base = untrained("source", 2), untrained("source")
+    assert wanted(finder([]), [few]) == [few, base]
+    rows = [described(one) | {"loss": 2.0, "nll": [4.0, 4.0 + loss], "tokens": [2, 2]} for one, loss in ((few, 2.0), (base, 0.0))]
+    assert wanted(finder(rows), [few]) == []
+    assert report(finder(rows), few).mean.value == pytest.approx(10 / 4)
+
+
+def test_examples_in_the_prompt_were_tried_on_both_tasks():
+    rows = UNTRAINED.rows()
+    assert not UNTRAINED.missing(rows)
+    assert {(row["task"], row["examples"]) for row in rows} == {(task, n) for task in ("rewrite", "source") for n in (0, *protocol.SHOTS)}
 
 
 def test_what_diverged_is_worse_than_all_else():

@@ -21,7 +21,7 @@ judges that learn from a gold reward's labels, PPO and best of n against each of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -108,10 +108,22 @@ def encoded(prompts: Sequence[str]) -> list[list[int]]:
 
 
 @cache
-def held_out() -> list[list[int]]:
-    """The prompts of all reports, as token ids: with none of them does a training verse begin."""
+def unseen() -> list[str]:
+    """All prompts with which no training verse begins, in an order that is drawn once."""
     every = [prompt for prompt in sentences("validation") | sentences("test") if prompt not in sentences("train")]
-    return encoded([every[i] for i in np.random.default_rng(0).permutation(len(every))[:HELD_OUT]])
+    return [every[i] for i in np.random.default_rng(0).permutation(len(every))]
+
+
+@cache
+def held_out() -> list[list[int]]:
+    """The prompts of all reports, as token ids: the first unseen ones. (The others select rates: `chain_tuning`.)"""
+    return encoded(unseen()[:HELD_OUT])
+
+
+@cache
+def asked() -> list[list[int]]:
+    """The prompts that stages learn with, as token ids: of the training verses."""
+    return encoded([*sentences("train")])
 
 
 def texts_of(roll: rlhf.Rollout) -> tuple[list[str], list[str], np.ndarray]:
@@ -128,11 +140,16 @@ def scored(prompts: Sequence[Sequence[int]], answers: Sequence[Any]) -> np.ndarr
 
 
 def demonstrations(seed: int) -> list[Example]:
-    """Short verses of one sentence, each with an end-of-text token; the answers are learned."""
-    short = [item for item in sentences("train").items() if len(item[1]) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", item[1])]
-    drawn = [short[i] for i in np.random.default_rng([seed, 0]).permutation(len(short))[:DEMONSTRATIONS]]
-    answers = encoded([verse.removeprefix(prompt) for prompt, verse in drawn])
-    return [example_of(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([prompt for prompt, _ in drawn]), answers)]
+    """DEMONSTRATIONS of the training verses."""
+    every = demonstrated(sentences("train"))
+    return [every[i] for i in np.random.default_rng([seed, 0]).permutation(len(every))[:DEMONSTRATIONS]]
+
+
+def demonstrated(verses: Mapping[str, str]) -> list[Example]:
+    """Those of {prompt: verse} that are short and one sentence, each with an end-of-text token; the answers are learned."""
+    short = {prompt: v for prompt, v in verses.items() if len(v) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", v)}
+    answers = encoded([verse.removeprefix(prompt) for prompt, verse in short.items()])
+    return [example_of(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([*short]), answers)]
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
@@ -154,6 +171,13 @@ def sft(seed: int, faster: float = 1) -> Any:
     return fitted(base()[0].copy(), demonstrations(seed), faster * RATES["sft"], 2, seed)
 
 
+def chosen(seed: int, faster: float = 1) -> Any:
+    """The SFT model, trained further on the answers that the rater preferred."""
+    prompts, answers, order = comparisons(seed)
+    preferred = [example_of(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
+    return fitted(sft(seed).copy(), preferred, faster * RATES["sft"], 1, seed)
+
+
 def sampled(seed: int, prompts: Sequence[Sequence[int]], k: int, stream: int) -> list[Any]:
     """k answers of the SFT model to each prompt."""
     stop = (base()[1].eos_token_id,)
@@ -163,7 +187,7 @@ def sampled(seed: int, prompts: Sequence[Sequence[int]], k: int, stream: int) ->
 @cache
 def comparisons(seed: int) -> tuple[list[list[int]], list[Any], np.ndarray]:
     """(prompts, two answers of the SFT model to each, the rater's order [n, 2]); fewer comparisons are the first of them."""
-    every, n = encoded([*sentences("train")]), max(COMPARISONS)
+    every, n = asked(), max(COMPARISONS)
     prompts = [every[i] for i in np.random.default_rng([seed, 1]).permutation(len(every))[:n]]
     answers = sampled(seed, prompts, 2, seed)
     return prompts, answers, rlhf.rank(scored(prompts, answers), np.random.default_rng([seed, 2]), temperature=NOISE)
@@ -175,7 +199,7 @@ def judge(seed: int, size: str, n: int) -> rlhf.RewardModel:
     return fit_judge(seed, size, comparisons(seed)[2][:n])
 
 
-def fit_judge(seed: int, size: str, order: np.ndarray) -> rlhf.RewardModel:
+def fit_judge(seed: int, size: str, order: np.ndarray, faster: float = 1) -> rlhf.RewardModel:
     """A reward model that starts from the SFT model and learns an order, best first, of each of the first comparisons, [n, 2];
     of the SFT model's answers, its rewards have mean 0 and variance 1."""
     ranked = rlhf.rankings(*(part[: len(order)] for part in comparisons(seed)[:2]), order)
@@ -188,7 +212,7 @@ def fit_judge(seed: int, size: str, order: np.ndarray) -> rlhf.RewardModel:
     elif size == "lora":
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"])
         trained = get_peft_model(model, config, seed=seed)
-    fitted(trained, ranked, RATES[size], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
+    fitted(trained, ranked, faster * RATES[size], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
     model = trained.merge_and_unload() if size == "lora" else model
     model.calibrate(texts)
     return model
@@ -230,17 +254,17 @@ def ppo(settings: Chain, check: Callable[[Any], Row]) -> tuple[Any, Row]:
     return optimized(settings, judge(settings.seed, settings.judge, settings.comparisons), check)
 
 
-def optimized(settings: Chain, model: rlhf.RewardModel, check: Callable[[Any], Row]) -> tuple[Any, Row]:
+def optimized(settings: Chain, model: rlhf.RewardModel, check: Callable[[Any], Row], faster: float = 1) -> tuple[Any, Row]:
     """The same, by any reward model."""
     s, reward = settings, rlhf.learned_reward(model)
-    options = {"learning_rate": RATES["ppo"], "missing_eos_penalty": 1.0} | BROKEN.get(s.broken, {})
+    options = {"learning_rate": faster * RATES["ppo"], "missing_eos_penalty": 1.0} | BROKEN.get(s.broken, {})
     config = rlhf.PPOConfig(
         steps=UPDATES, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH, temperature=TEMPERATURE,
         kl_coef=s.beta, max_kl=1e9, lr_scheduler_type="constant", seed=s.seed, progress=False, **options,
     )  # fmt: skip
     scale, policy = 10.0 if s.broken == "ten times the reward" else 1.0, sft(s.seed).copy()
     trainer = Broken(
-        policy, lambda roll: scale * reward(roll), encoded([*sentences("train")]), config,
+        policy, lambda roll: scale * reward(roll), asked(), config,
         watch={"gold": lambda roll: gold(*texts_of(roll))},
     )  # fmt: skip
     trainer.broken, checks, stopped = s.broken, {}, None
@@ -258,27 +282,27 @@ def optimized(settings: Chain, model: rlhf.RewardModel, check: Callable[[Any], R
 # ----------------------------------------------------------------------------------------------------------- the reports
 
 
-def report(policy: Any, seed: int, reward: rlhf.RewardModel) -> Row:
-    """Of a policy's answers to the held-out prompts.
+def report(policy: Any, seed: int, reward: rlhf.RewardModel, prompts: Sequence[Sequence[int]] = ()) -> Row:
+    """Of a policy's answers to n prompts, the held-out ones.
 
-    gold, kl, proxy           [HELD_OUT]: the gold; log π(y) - log π_SFT(y), nats an answer; the judge's reward
+    gold, kl, proxy           [n]: the gold; log π(y) - log π_SFT(y), nats an answer; the judge's reward
     kind, form, ended         means of the gold's parts (`kindness`): VADER in [-1, 1], and shares
     distinct_2, length        distinct pairs of tokens in all answers; tokens of an answer
     samples                   the first SHOWN prompts, each with its answer
     """
-    parts, answers, samples = [], [], []
+    parts, answers, samples, prompts = [], [], [], prompts or held_out()
     with no_grad():
-        for i in range(0, HELD_OUT, 128):
+        for i in range(0, len(prompts), 128):
             stream = rlhf.rollouts.Rng(10_000 + seed, first_row=i)
-            roll = rlhf.rollout(policy, held_out()[i : i + 128], LENGTH, TEMPERATURE, (base()[1].eos_token_id,), stream)
+            roll = rlhf.rollout(policy, prompts[i : i + 128], LENGTH, TEMPERATURE, (base()[1].eos_token_id,), stream)
             given = roll.input_ids, roll.attention_mask, LENGTH, TEMPERATURE
             ratio = rlhf.response_logprobs(policy, *given).data - rlhf.response_logprobs(sft(seed), *given).data
-            prompts, texts, ended = texts_of(roll)
-            kind = rlhf.vader([prompt + text for prompt, text in zip(prompts, texts)])
-            kl, shares = to_numpy((ratio * roll.mask).sum(axis=1)), [*map(form, prompts, texts)]
-            parts.append([gold(prompts, texts, ended), kl, to_numpy(reward.rewards(*given[:2]).data), kind, shares, ended])
+            begun, texts, ended = texts_of(roll)
+            kind = rlhf.vader([prompt + text for prompt, text in zip(begun, texts)])
+            kl, shares = to_numpy((ratio * roll.mask).sum(axis=1)), [*map(form, begun, texts)]
+            parts.append([gold(begun, texts, ended), kl, to_numpy(reward.rewards(*given[:2]).data), kind, shares, ended])
             answers += roll.responses()
-            samples += map("".join, zip(prompts, texts))
+            samples += map("".join, zip(begun, texts))
     columns = dict(zip(("gold", "kl", "proxy", "kind", "form", "ended"), np.concatenate(parts, axis=1, dtype=float)))
     items = {name: columns[name].round(3).tolist() for name in ("gold", "kl", "proxy")}
     means = {name: float(columns[name].mean()) for name in ("kind", "form", "ended")}
@@ -343,7 +367,5 @@ def policy_of(settings: Chain) -> Any:
     if s.stage == "sft":
         return sft(s.seed, 10) if s.broken else sft(s.seed)
     if s.stage == "chosen":
-        prompts, answers, order = comparisons(s.seed)
-        preferred = [example_of(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
-        return fitted(sft(s.seed).copy(), preferred, RATES["sft"], 1, s.seed)
+        return chosen(s.seed)
     return ppo(s, lambda policy: {})[0]

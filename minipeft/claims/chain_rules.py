@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.intervals import Estimate, mean
-from . import chain, constitution
+from . import chain, chain_tuning, constitution
 from .chain import BETAS, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
 from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed
 from .statistics import crossed
@@ -209,7 +209,7 @@ def unstable(rows: Rows) -> Verdict:
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
         f"What {len(broken)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all {len(costs)} intervals are to hold "
-        f"together, these are above 0: {listed(surely(costs))}. No rate of the chain was tuned. "
+        f"together, these are above 0: {listed(surely(costs))}. {chain_tuning.told()} "
         f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)
@@ -258,6 +258,7 @@ def exploited(rows: Rows) -> Verdict:
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
         f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
+        f"{chain_tuning.told(JUDGES)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
     return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))
@@ -277,8 +278,8 @@ def aligned(rows: Rows) -> Verdict:
     decision, found, _ = decided(over, NEAR["gold"])
     because = (
         f"PPO has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}Where all "
-        f"{len(over)} intervals are to hold together, it is above {listed(surely(over))}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT. No "
-        "rate of the chain was tuned."
+        f"{len(over)} intervals are to hold together, it is above {listed(surely(over))}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT. "
+        f"{chain_tuning.told()}"
     )  # fmt: skip
     evidence = summary("PPO", policy)
     for name, of in others.items():

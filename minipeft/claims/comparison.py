@@ -63,7 +63,7 @@ class Searches(Experiment):
     def pairs(cls, name: str, pairs: Iterable[Pair]) -> Searches:
         """What these pairs need."""
         ways = dict.fromkeys(way for pair in pairs for way in (pair.one, pair.other))
-        return cls.of(name, [way for way in ways if not isinstance(way, Trial)])
+        return cls.of(name, ways)
 
     def rows(self, store: Any = ROWS) -> list[dict[str, Any]]:
         """The rows that are there, of today's base and of what is compared."""
@@ -189,10 +189,7 @@ def compare(a: Report, b: Report, key: str, level: float = 0.95) -> Difference:
     return Difference(found, NEAR[key])
 
 
-Way = Choice | Trial  # how a thing is done: what is tuned and reported, or a trial without training
-
-
-def way(method: str, case: Case, **fixed: Any) -> Way:
+def way(method: str, case: Case, **fixed: Any) -> Choice:
     """A method in a case, with what is not the protocol's default; "base" is the base as it is."""
     return untrained(case.task) if method == "base" else search(case.task, method, case.examples, **fixed)
 
@@ -249,13 +246,13 @@ class Pair(NamedTuple):
 
     where: str
     a: str
-    one: Way
+    one: Choice
     b: str
-    other: Way
+    other: Choice
 
     @property
     def task(self) -> str:
-        return (self.one if isinstance(self.one, Trial) else self.one.start).task
+        return self.one.start.task
 
 
 def in_cases(a: str, cases: Iterable[Case], b: str, **fixed: Any) -> list[Pair]:

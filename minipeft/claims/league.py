@@ -14,6 +14,7 @@ import numpy as np
 from ..experiments.seeds import interval
 from .comparison import (
     CASES,
+    KEYS,
     NEAR,
     SIZES,
     Case,
@@ -32,7 +33,7 @@ from .comparison import (
     way,
     worse,
 )  # fmt: skip
-from .protocol import SEEDS, TABLE, VALIDATION, finder, search, tuned
+from .protocol import SEEDS, SHOTS, TABLE, VALIDATION, finder, search, tuned, untrained
 from .register import HOLDS, NOT, UNTESTABLE, Number, Verdict, claim, graded, listed, measured, those
 from .standings import flops
 
@@ -49,6 +50,9 @@ TARGETS = ("lora-q", "lora-v", "lora-qkvo", "lora-mlp", "lora")
 def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
     """The experiment in which methods are tuned and reported in cases."""
     return Searches.of("league", [search(case.task, method, case.examples) for case in cases for method in methods])
+
+
+UNTRAINED = Searches.of("league", [untrained(task, n) for task in KEYS for n in (0, *SHOTS)])  # the base, asked
 
 
 def above_zero(nats: Number) -> str:

@@ -51,6 +51,7 @@ VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
 AXES = ("rate", "epochs", "batch_size")
+SHOTS = 1, 2, 4  # examples in a prompt
 PASSES = {100: 32, 1000: 4, 10000: 1}  # examples at most: epochs at most. What two cores can pay for
 BATCHES = 4, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
@@ -82,6 +83,11 @@ class Trial:
     @property
     def steps(self) -> int:
         return max(1, round(self.epochs * self.examples / self.batch_size))
+
+    @property
+    def start(self) -> Trial:
+        """Of a trial that is chosen as it is."""
+        return self
 
 
 Find = Callable[[Trial], Row | None]
@@ -328,11 +334,13 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
-Choice = Search | Gentle | Seen  # how a trial is chosen
+Choice = Search | Gentle | Seen | Trial  # how a trial is chosen; one without training, as it is
 
 
 def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     """(the trial that is reported, the trials still to be run to choose it)."""
+    if isinstance(of, Trial):
+        return of, []
     if isinstance(of, Search):
         return tuned(find, of)
     seen: dict[Trial, float] = {}
@@ -350,12 +358,17 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     return min(kept, key=lambda trial: (sum(find(trial).get("general", {}).values()), seen.get(trial, 0))), []
 
 
+def reported(best: Trial) -> list[Trial]:
+    """A trial as it is reported: under SEEDS on test, or, without training, as it is."""
+    return [best] if best.rate is None else [replace(best, seed=seed, split="test") for seed in SEEDS]
+
+
 def wanted(find: Find, searches: Iterable[Choice]) -> list[Trial]:
     """The trials that are needed next: of the tuning, and where it has ended, of the report."""
     trials = []
     for of in searches:
         best, unknown = chosen(find, of)
-        trials += unknown or [replace(best, seed=seed, split="test") for seed in SEEDS]
+        trials += unknown or reported(best)
         trials.append(untrained(of.start.task))
     return [trial for trial in dict.fromkeys(trials) if find(trial) is None]
 
@@ -395,16 +408,13 @@ class Report(NamedTuple):
         return crossed(self.values, self.weights)
 
 
-def report(find: Find, of: Choice | Trial, key: str = "nll") -> Report | None:
-    """What is chosen, or a trial without training, on every test item under every seed; None where rows are missing.
+def report(find: Find, of: Choice, key: str = "nll") -> Report | None:
+    """What is chosen on every test item under every seed; None where rows are missing.
 
     key   nll: nats per token; right, cloze: shares
     """
-    fixed = isinstance(of, Trial)
-    best, unknown = (of, []) if fixed else chosen(find, of)
-    before = find(untrained(best.task))
-    trials = [of] if fixed else [replace(best, seed=seed, split="test") for seed in SEEDS]
-    found = [find(trial) for trial in trials]
+    best, unknown = chosen(find, of)
+    before, found = find(untrained(best.task)), [find(trial) for trial in reported(best)]
     if before is None or unknown or None in found or any(row["loss"] is None for row in found):
         return None
     weights = np.array(before["tokens"], float) if key == "nll" else None
@@ -422,10 +432,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("store", type=Path, help="the JSONL file of rows; what is in it is not computed again")
     parser.add_argument("--task", choices=data.TASKS, default="rewrite")
     parser.add_argument("--examples", type=int, default=500, help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=[*TABLE, "scratch"], default=[*TABLE, "scratch"], metavar="METHOD")
+    methods = [*TABLE, "scratch", "few-shot"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
     parser.add_argument("--executor", type=int, help="processes (default: one for each thread)")
     args = parser.parse_args(argv)
-    compute([search(args.task, method, args.examples) for method in args.methods], args.store, args.executor)
+    shots: list[Choice] = [untrained(args.task, n) for n in SHOTS if "few-shot" in args.methods]
+    compute(shots + [search(args.task, m, args.examples) for m in args.methods if m != "few-shot"], args.store, args.executor)
 
 
 if __name__ == "__main__":
