@@ -517,8 +517,8 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #   over the examples) and the batch size until no neighbor is better, on 256 validation records, under one seed.
 # - **Report.** The chosen setting runs under five *other* seeds, each with examples and an order of its own, and is
 #   measured once, on 512 test records. An interval (±, 95 %) is over seeds and records together.
-# - **Two tasks.** `rewrite` is this lesson's, and is judged by the loss. `source` asks which of three books a sentence
-#   is from, and is judged by the share of right choices.
+# - **Two tasks.** `rewrite` is this lesson's, judged by the loss. `source` asks which of three books a sentence is from
+#   (on test, of two), judged by the share of right choices.
 #
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run ($10^{12}$
 # multiplications and additions), by how much the loss on general text has risen (`forgets`), and by how much the share

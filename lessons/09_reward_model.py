@@ -86,9 +86,10 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 # three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best, and Munos et al.
 # 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium.
 #
-# Two optional refinements: a **margin** asks for more than winning, where the rater was sure (Llama 2, Touvron et al.
-# 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero down. TRL's `RewardTrainer` has
-# both by the same definition, as a column `margin` and as `center_rewards_coefficient`.
+# Two optional refinements: a **margin** $m$, where the rater was sure, asks for more than winning, $-\log\sigma(r_w -
+# r_l - m)$ (Llama 2, Touvron et al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero
+# down. (TRL's `RewardTrainer`:
+# `margin`, `center_rewards_coefficient`.)
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -156,8 +157,9 @@ assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 
 
 # %% [markdown]
 # The loss adds up the pairs of a ranking as if they were independent. They are not: A before B and B before C decide A
-# and C. In each pair the two outcomes have probabilities that sum to 1. Plackett and Luce normalize the whole order
-# instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts, over all 24 orders:
+# and C. So products of the pairs' probabilities sum to 1 over all outcomes of pairs, circles included. Plackett and
+# Luce normalize over orders instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts, over
+# all 24 orders:
 
 # %%
 orders = np.array(list(permutations(range(K))))  # best first
@@ -179,8 +181,8 @@ assert np.isclose(spread, (K + 1) / 3)
 # of the pairs is a text's wins less the wins that the model expects, and at the rater's own rewards these agree on
 # average. Only error bars that count the pairs are wrong. Of $K$ equal texts, the wins of one have the variance
 # $(K^2 - 1)/12$ over rankings and $(K - 1)/4$ with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a
-# ranking of four say as much as 3.6 independent ones. As an estimate the pairs lose little: the share that they keep of
-# the information, printed last, is the squared correlation of the two losses' gradients.
+# ranking of four say as much as 3.6 independent ones. As an estimate the pairs lose little at equal rewards: the share
+# that they keep of the information, printed last, is the squared correlation of the two losses' gradients.
 
 # %% [markdown]
 # ## 4 · Where the number is read
@@ -353,7 +355,7 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*),
-# a reward model, then PPO. Texts and gold are others.
+# a reward model, then PPO, which trains a *policy* to please it.
 
 # %%
 chain = CHAIN.rows()
@@ -369,7 +371,8 @@ assert all(0.04 < e.value < 0.06 for r in rivals(TUNED.rows()) if r.clear and r.
 
 # %% [markdown]
 # More comparisons help clearly, and all weights beat the head. But with other rates, tried afterwards, LoRA and the
-# judge of 100 order 5 pairs in 100 more as the rater does (`claims/chain_tuning.py`): these gaps are partly their rates.
+# judge of 100 order 5 pairs in 100 more as the rater does (`claims/chain_tuning.py`): these gaps are partly their
+# rates.
 #
 # ## 6 · Labels from a model that follows principles
 #
@@ -409,8 +412,8 @@ for arm in constitution.ARMS:
 # answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's,
 # which likes something by chance, and takes the extreme of it. But a random choice among the 16 is the SFT model
 # itself, and beside it neither the judge nor the rater gains anything that shows. PPO on its labels loses (the card).
-# With a large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer the summaries of either policy to the SFT
-# model's in some 70 %.
+# With a large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer the summaries of either policy to the
+# SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -444,7 +447,7 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >
-# > Surely no worse than by the rater's, but for 0.02: none. As many labels of the rater gain over SFT: the best of 16
+# > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
 # > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
 # > -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256 test items)
 
@@ -494,9 +497,9 @@ assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings it is honest on average, over
-# seeds that differ widely. And the judge taught by two thousand rankings of a careless rater learned little, but
-# honestly: it is never sure of anything.
+# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings no error on average is clear,
+# but three seeds leave 0.25 to either side. The careless rater's two thousand taught little, but
+# honestly: that judge is never sure.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
 # al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
@@ -548,14 +551,14 @@ assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nons
 
 # %% [markdown]
 # In training the longer one won a few more pairs than the shorter one. On the held-out pairs the gold likes both alike,
-# and the judge takes the longer one far more often. (Some of this the fresh head may have by chance.) Singhal et al.
+# and the judge takes the longer one far more often. Singhal et al.
 # 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that a reward of length alone brings
-# most of RLHF's improvement. To repair it, balance the lengths of the training pairs (more in Lesson 11, section 5).
+# most of RLHF's improvement.
 #
-# Nonsense as such does not please this judge: fewer than one in ten of these texts pass the bar. But whoever looks for
-# the best has one that beats nine in ten answers, and nothing in the reward tells the two apart. A policy that is
-# trained on a judge searches in just this way: that is Lesson 11. Two warnings can be had before: several judges that
-# disagree (Lesson 11), and pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
+# This judge orders the base's own answers like a coin, so newness is not shown to be the cause. Fewer than one in ten
+# of these texts pass the bar. But whoever looks for the best has one that beats nine in ten answers, and nothing in the
+# reward tells the two apart. A policy that is trained on a judge searches in just this way: that is Lesson 11. A
+# warning can be had before: pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
 # arXiv:2403.13787).
 
 # %%
@@ -617,7 +620,7 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 # <details><summary>Answer</summary>
 #
 # With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two
-# thousand clean ones it is right about as often as it says on average, though not under every seed.
+# thousand clean ones no error on average is clear, over three seeds that differ widely.
 #
 # </details>
 #
@@ -625,8 +628,8 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The same token ten times. The judge was taught on texts that the base writes and has seen no others; nobody ever
-# compared such a text.
+# The same token ten times. Nobody ever compared such a text, so nothing holds its reward down. But this judge orders
+# real answers no better than a coin, so that newness is the cause is not shown.
 #
 # </details>
 

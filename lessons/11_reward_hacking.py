@@ -5,10 +5,9 @@
 # you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
 # measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
 # rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
-# itself, the **gold**, only watches. After it you can say why and when the two part (four kinds of Goodhart's law, the
-# tails of the judge's errors, Gao et al.'s curves for reinforcement learning and the best of $n$), warn of it without
-# any gold, and say what each remedy brings and costs: a price of KL, an early stop, a penalty, a correction for length,
-# an ensemble, a wiser judge.
+# itself, the **gold**, only watches. After it you can say why and when the two part, warn of it without any gold, and
+# say what each remedy brings and costs: a price of KL, an early stop, a penalty, a correction for length, an ensemble,
+# a wiser judge.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
@@ -149,7 +148,8 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # $$\max_\pi \; E_{y \sim \pi}\left[\hat r(x, y)\right] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) .$$
 #
 # $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the
-# small price and gives every answer without an end the score -1; a fifth has none and a judge that saw 300 rankings.
+# small price and gives every answer without an end the score -1; a fifth has no price and a judge that saw 300
+# rankings.
 
 # %%
 @dataclass(frozen=True)
@@ -262,9 +262,10 @@ if not REDUCED:
 # its KL. But KL counts every change, also one that no score sees, while the best of $n$ makes no answer more than $n$
 # times as likely. So KL does not compare methods; plotted against the *proxy*, their gold is more alike.
 #
-# Single updates are noisy. So we ask the gold as the mean of five: it *turns* where it falls from its best by more than
-# three standard errors, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is
-# harder to please: the gold of a batch times its distinct-2. It does not pay for one happy word said again and again.
+# Single updates are noisy. So we ask the gold as the mean of five: it *turns* where its best lies more than three
+# standard errors above its start and its end, and *climbs* where it ends higher than it began by as much. And we ask a
+# second gold, which is harder to please: the gold of a batch times its distinct-2. It does not pay for one happy word
+# said again and again.
 #
 # **Predict:** with which of the six judges does the gold rise? The better half?
 
@@ -343,10 +344,10 @@ axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the col
 figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
-# **The proxy climbs with every judge, the gold only with a good one.** With the two judges that agree with the gold in
-# more than 60% of held-out pairs, it climbs to 0.99 and 0.94. With the four others it moves by no more than its noise:
-# what was gained is error. Agreement is no promise: it is measured on pairs of the *base's*
-# answers, and says little about answers that the base would never give.
+# **The proxy climbs with every judge, the gold with the two that agree most.** They order more than 60% of held-out
+# pairs as the gold does (a limit drawn afterwards), and it climbs to 0.99 and 0.94. With the others it moves by no more
+# than its noise: what was gained is error. Agreement is no promise: it is measured on pairs of the *base's* answers,
+# and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -403,7 +404,7 @@ assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
 # that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
-# best of 16 has more gold than the end of PPO, clearly so with the four poor judges, at far less KL.
+# best of 16 has more gold than the end of PPO, clearly so with the four judges from 100 or 600, at far less KL.
 #
 # The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
@@ -453,9 +454,9 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
-# reference loss is no proof of innocence. With the good judges both warn well before the second gold is best. Who stops
-# there forgoes gold: the warning says it is time to look. Watch the length, too, and let people compare some
-# of the policy's answers with the base's.
+# reference loss is no proof of innocence. With the good judges both warn before the second gold is best, the distinct
+# bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Watch the length,
+# too, and let people compare some of the policy's answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -501,8 +502,8 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed, clearly in one. On the chain, too, the small price ends clearly above the
-#   SFT model, and no price does not.
+#   one in every seed, clearly in one. On the chain the small price alone ends clearly above the SFT model; that it is
+#   better than none is not clear there.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37. Whether it costs gold because it goes less far was not measured.
@@ -583,8 +584,9 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The text had become "love love love love". VADER counts happy words, and the judge had learned from it: the gold was
-# only another measure. The gold times the share of distinct bigrams, which repetition does not please, rises and turns.
+# The text had become "love love love", or "a great deal a great". VADER counts happy words, and the judge had learned
+# from it: the gold was only another measure. The gold times the share of distinct bigrams, which repetition does not
+# please, rises and turns.
 #
 # </details>
 #

@@ -3,10 +3,10 @@
 #
 # You have met eight ways to change what a model does: full fine-tuning, LoRA, adapters, prompt tuning, prefix tuning,
 # QLoRA, instruction tuning, RLHF. Which one should you take? It depends on what is scarce: disk, memory, training time,
-# latency, examples, or what the model could do before. This lesson puts all of that into tables, and lets the tables
+# latency, examples, or what the model could do before. This lesson puts that into tables, and lets them
 # decide. It asks which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in
 # Ovadia et al. 2023 (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and
-# on new ones. Training helped more where it met each fact in many wordings.
+# on new ones.
 #
 # You need Lessons 3 to 12, 14 and 15. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`

@@ -326,7 +326,7 @@ def by_principles(rows: Rows) -> Verdict:
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
-        f"Surely no worse than by the rater's, but for {NEAR['gold']:g}: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
+        f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
         f"labels of the rater gain over SFT: {listed(people)}. "
         f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
