@@ -70,7 +70,7 @@ print(f"the base has {N:,} parameters")
 # but can train LoRA as well.) The judge is a rule, or a model that has learned from comparisons (Lesson 9). Where there
 # are pairs of a better and a worse answer, DPO trains on them without a reward model (Lesson 20): it holds two models,
 # the policy and its start, for PPO's four (Lesson 10). With a fresh LoRA the start is the policy with its adapter off,
-# and takes no second copy of the weights. And there are smaller sets of weights than these: (IA)$^3$ trains three
+# and takes no second copy of the weights. (IA)$^3$ trains three
 # vectors a layer; with a few dozen examples it beat examples in the prompt (Liu et al. 2022, arXiv:2205.05638).
 #
 # In the first verdict of the register (Lesson 3) below, `ln_tuning` trains layer norms alone, `adalora` is LoRA with
@@ -234,15 +234,13 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # and QLoRA go on learning from more data, full the most, and a prompt hardly does. On `source` it is the other way
 # round, in the means: from 42 points to 14. With 50 examples the base there may be better or worse than a prefix or a
 # prompt. *Few-shot* is the base with answered examples in its prompt, of 1, 2 and 4 the best on validation: it is worse
-# than the bare base on `rewrite`, and finds no more books on `source`. (Large models do learn from a prompt.)
+# than the bare base on `rewrite`, and finds no more books on `source`.
 # One limit is the same for all, and not equally hard for all: 32 epochs of 50 examples, 4 of 500, one of 5,000.
-# A method that learns slowly might gain from more.
 #
-# In the verdicts below, *equal* is an interval within ±0.02, nats or shares, and *undecided* a wider one with 0 inside;
-# *as stated* is what the statement's rule asks (`minipeft claims ID` prints it): of `adapter-6` and `which-1` that the
-# interval lies above -0.02, of `soft-8` that it lies below 0. *Not told* is an interval with the rule's limit inside.
-# "Bottleneck" are the adapters. In `soft-8` and `which-1` the rival is what was best on validation, so it changes from
-# case to case.
+# In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks
+# (`minipeft claims ID` prints it): of `adapter-6` and `which-1` that the interval lies above -0.02, of `soft-8` that it
+# lies below 0; *equal* counts as not better. "Bottleneck" are the adapters. In `soft-8` and `which-1` the rival is what
+# was best on validation, so it changes from case to case.
 #
 # What holds of this model need not hold of a large one. Prompts, for example, matched full fine-tuning in T5 models of
 # billions of parameters (Lester et al. 2021, arXiv:2104.08691). A prefix only mixes vectors into what attention gives,
@@ -253,9 +251,10 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 #
 # At 7B and 70B, in the last table and in verdicts, Lesson 12's ledger counts, and nothing is trained. It counts in
 # bfloat16: full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments, and a temporary of the step), a
-# frozen one 2, or in four bits a little over a half. (In mixed precision, as usually counted, it would be 16.) Memory,
-# which decides there, is no column here, where a GPU's process itself takes 0.45 GB. At 7B the network that computes
-# prefixes has a billion parameters; at 70B, with few heads for keys and values, a sixth of that.
+# frozen one 2, or in four bits a little over a half. (In mixed precision, as usually counted, it would be 16.) Trained
+# adapters are float32, 20 bytes. With r = 8 LoRA fits on 16 GB, too: at 7B `which-5` is about its r = 64. Memory
+# decides there; here a GPU's process itself takes 0.45 GB. At 7B the network that computes prefixes has a billion
+# parameters; at 70B, with few heads for keys and values, a sixth of that.
 
 # %% [markdown]
 # > `adapter-6` quality comparable to full fine-tuning: **holds if**. 2 of 6 comparisons are as stated, 3 not told:
@@ -354,8 +353,8 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # %% [markdown]
 # In none for sure: with 500 and 5,000 examples of `rewrite` it does not, and in the other four cases it is undecided.
 # LoRA keeps up in four, QLoRA and full fine-tuning in three, adapters in two; with 5,000 examples of `rewrite` only
-# full fine-tuning does. Wherever more than one keeps up, LoRA has kept the most general items of these, though QLoRA's
-# difference from it is mostly not clear. (That column is noisy, and the same test items choose here and report; bytes
+# full fine-tuning does. Wherever more than one keeps up, LoRA has kept the most general items of these, though nowhere
+# clearly more than QLoRA. (That column is noisy, and the same test items choose here and report; bytes
 # and FLOPs are exact. The FLOPs are those of the run with the best loss: what is the cheapest that would do, the league
 # has not asked.)
 #
@@ -412,13 +411,16 @@ preferred = sorted(read_rows(HERE / "results" / "10_ppo.jsonl"), key=lambda row:
 of = {m: {k: np.array([row[k] for row in preferred if row["method"] == m]) for k in ("gold", "kl", "cpu_seconds")} for m in ("base", "PPO", "DPO")}
 for m in ("PPO", "DPO"):
     gain, seconds = interval(of[m]["gold"] - of["base"]["gold"]), of[m]["cpu_seconds"].mean()
-    print(f"{m}: gold of the base {gain[0]:+.2f} ± {gain[1]:.2f}, KL {of[m]['kl'].mean():.1f} nats an answer, {seconds:.0f} s of CPU")
+    print(f"{m}: gold over the base {gain[0]:+.2f} ± {gain[1]:.2f}, KL {of[m]['kl'].mean():.1f} nats an answer, {seconds:.0f} s of CPU")
 between = interval(of["DPO"]["gold"] - of["PPO"]["gold"])
 print(f"DPO less PPO: gold {between[0]:+.2f} ± {between[1]:.2f}")
 for size, shape in SIZES.items():
     whole, copy = LARGE[size, "full"][0], 2 * architecture(shape).size / 1e9  # frozen, in 16 bits
     print(f"{size}, GB where every weight is trained: by examples {whole:.0f}, by DPO {whole + copy:.0f}, by PPO {whole + 2 * copy:.0f}")
 assert abs(between[0]) < between[1], "three seeds tell neither from the other"
+
+# %% [markdown]
+# Of this gold (VADER, Lesson 10, section 7) DPO gains clearly, PPO not; three seeds tell neither from the other.
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. 6 of 9 comparisons are as stated:

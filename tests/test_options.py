@@ -148,7 +148,7 @@ LIMITS = {
         center; DPOConfig: gamma; TrainingArguments: adam_epsilon momentum weight_decay max_grad_norm
     """,
     "a number of at least 1": "RopeScaling: factor; TrainingArguments: loraplus_lr_ratio",
-    "a number of at least 0 and at most 1": "Settings: warmup; Rewriting: noise; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
+    "a number of at least 0 and at most 1": "Settings: warmup; PPOConfig: gamma lam; TrainingArguments: warmup_ratio",
     "a number of at least 0 and below 1": """
         MethodOptions: lora_dropout; PairOptions: validation rater_flip; Settings: dropout; TransformerConfig: dropout; AdaLoraConfig:
         lora_dropout; LoraConfig: lora_dropout; VeraConfig: vera_dropout; LycorisConfig: rank_dropout
@@ -168,7 +168,7 @@ LIMITS = {
         FinetuneOptions: max_length; EvaluationOptions: limit; Common: threads num_labels; MethodOptions: r num_virtual_tokens
         encoder_hidden_size bottleneck_size; StepOptions: batch seq generate ppo mini_batch; LoopOptions: accumulation gpus; ComparisonOptions: seeds;
         GridOptions: r seeds; InstructionOptions: per_task; RopeScaling: original_max_position_embeddings; GenerationConfig: max_new_tokens batch_size; PairOptions: max_length pairs response_length;
-        Settings: steps batch_size accumulation evaluations; Rewriting: examples held_out blocks; TransformerConfig:
+        Settings: steps batch_size accumulation evaluations; Rewriting: held_out blocks; TransformerConfig:
         vocab_size hidden_size num_hidden_layers num_attention_heads max_position_embeddings; AdaLoraConfig:
         total_step target_r init_r deltaT; BottleneckConfig: bottleneck_size; Combination: svd_rank; LoraConfig: r;
         Ranked: rank_pattern; PromptEncoderConfig: encoder_hidden_size; PrefixTuningConfig: encoder_hidden_size;
