@@ -388,7 +388,7 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before, other word salad after, at a higher score. What is missing is a model that can
+# Word salad before and after, at a higher score. What is missing is a model that can
 # answer at all, and a reward that asks for what one sees.
 
 # %% [markdown]
