@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import sys
 import tarfile
 
@@ -380,6 +382,14 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_refused(tmp_path):
     with traced() as memory, pytest.raises(FileError, match="has more than 67108864 bytes unpacked"):
         rlhf.human_ratings(source_archive(tmp_path, big))
         assert memory()[1] < 300 << 20
+
+
+def test_what_was_unpacked_is_not_unpacked_again(tmp_path):
+    """tarfile looks for three more kinds of compression by itself, whose headers may ask for gigabytes."""
+    path = tmp_path / "x.tar.gz"
+    path.write_bytes(gzip.compress(lzma.compress(gzip.decompress(archive({"a/x.txt": b"text"})))))
+    with pytest.raises(FileError, match="not a .tar.gz archive"):
+        rlhf.human_ratings(path)
 
 
 def test_a_damaged_archive_is_an_error_of_the_file(tmp_path):

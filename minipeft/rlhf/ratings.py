@@ -109,7 +109,7 @@ def _members(data: bytes, path: Path) -> dict[str, bytes]:
             content = file.read(LIMIT + 1)
         if len(content) > LIMIT:
             raise FileError(f"{path}: has more than {LIMIT} bytes unpacked, more than such an archive has")
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             for member in archive:
                 name = member.name.rpartition("/")[2]
                 if member.isfile() and not member.issparse() and name.endswith((".txt", ".tar.gz")):
