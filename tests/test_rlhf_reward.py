@@ -388,7 +388,7 @@ def test_what_was_unpacked_is_not_unpacked_again(tmp_path):
     """tarfile looks for three more kinds of compression by itself, whose headers may ask for gigabytes."""
     path = tmp_path / "x.tar.gz"
     path.write_bytes(gzip.compress(lzma.compress(gzip.decompress(archive({"a/x.txt": b"text"})))))
-    with pytest.raises(FileError, match="not a .tar.gz archive"):
+    with pytest.raises(FileError, match=r"not a .tar.gz archive"):
         rlhf.human_ratings(path)
 
 
