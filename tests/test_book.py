@@ -72,7 +72,7 @@ def test_a_figure_in_words():
 
 
 def test_a_line_in_words():
-    """Error bars keep their label, a U-curve names its lowest point, a level has one value, and of equal labels the first is told."""
+    """Error bars keep their label. A U-curve names its lowest point, and a level its value. Of lines with one label the first is described."""
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()

@@ -115,7 +115,7 @@ def ordered(seed: int) -> list[np.ndarray]:
 
 
 def measured(s: Stage, seed: int, faster: float) -> Measured | None:
-    """A stage under a seed, at so many times its rate; None where it diverged."""
+    """A stage under a seed, at `faster` times the rate that `chain` has; None where it diverged."""
     try:
         if s.stage == "judge":
             return of_judge(chain.fit_judge(seed, s.judge, chain.comparisons(seed)[2][: s.comparisons], faster), seed)
@@ -188,7 +188,7 @@ TUNED = ByItem("chain_tuning", run, runs)
 class Rival(NamedTuple):
     """The best of the other rates, beside the one that `chain` has.
 
-    times   so many times it
+    times   its ratio to the one that `chain` has
     lower   by how much its loss is lower, under TUNING and under AGAIN
     gold    by how much a policy's gold is higher, in the mean of both; None of a judge
     """
