@@ -620,7 +620,7 @@ fig, ((b, c), (d, e)) = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
 b.hist(losses, bins=np.arange(0, 12.5, 0.5), weights=np.full(losses.size, 1 / losses.size), color=BLUE, alpha=0.85)
 b.axvline(L, color=ORANGE, lw=2)
 b.text(L + 0.2, 0.15, f"mean {L:.2f} nats:\nas one of {math.exp(L):.0f} tokens", color=ORANGE)
-b.set(xlabel="loss of a token, -ln p (nats)", ylabel="share of the tokens", title="Held-out text: many easy, some hard")
+b.set(xlabel="loss of a token, -ln p (nats)", ylabel="share of the tokens", title="Held-out text: easy tokens and hard ones")
 
 for method, color, label in ((descent, GREY, "descent"), (momentum, BLUE, "momentum"), (adam, ORANGE, "Adam")):
     count_of, lr = needed[method]
