@@ -3,11 +3,11 @@
 #
 # Training a language model means: compute one number, the loss $L$, and then ask of *every* weight how $L$ would change
 # if that weight changed a little. This lesson derives the algorithm that answers for all weights at once, builds it in
-# 25 lines, reads the library's derivatives, measures what a frozen weight saves, and tells a right derivative from a
+# 22 lines, reads the library's derivatives, measures what a frozen weight saves, and tells a right derivative from a
 # wrong one.
 #
 # You need Lesson 0 (loss, gradient, weight, softmax) and, from school, the derivative and the chain rule. Reading takes
-# about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
+# about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/01_autograd.py`
 # (under a minute), or open it as a notebook. Where a line begins with **Predict**, stop and write down your answer; the
 # next cell computes it.
 #
@@ -135,7 +135,7 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 # Training has a million weights and one loss, so it goes backward, and pays in memory: each step must keep what its
 # pullback needs until the walk comes back (section 4).
 #
-# ## 2 · An engine in 25 lines
+# ## 2 · An engine in 22 lines
 
 # %%
 class Var:
@@ -199,15 +199,15 @@ backward(total(mul(error, error)))
 library = mp.Tensor(w, requires_grad=True)
 error = (x @ library).tanh() - t
 (error * error).sum().backward()
-print("\nlargest difference between our 25 lines and minipeft:", np.abs(by_hand.grad - library.grad).max())
+print("\nlargest difference between our 22 lines and minipeft:", np.abs(by_hand.grad - library.grad).max())
 assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 
 # %% [markdown]
 # The library's engine (`minipeft/autograd/tensor.py`) is this one, with what practice demands. It sorts the graph
 # without recursion, so that a deep graph does not exceed Python's limit; it frees each step as soon as its pullbacks
 # have run, and refuses to walk the same graph again (PyTorch keeps it with `retain_graph=True`); it drops pullbacks
-# that nobody needs (section 4); and it refuses a graph whose weights an optimizer has changed since, as the pullbacks
-# would multiply by the new ones.
+# that nobody needs (section 4); and it refuses a graph where an optimizer has since changed a weight that a pullback
+# remembers, as that would multiply by the new one.
 #
 # Sometimes a number should count as a constant, though it was computed from weights. `x.detach()` is the same array
 # without the graph, so the walk stops there: $x \cdot \mathrm{detach}(x)$ has the value $x^2$ and the gradient $x$,
@@ -228,14 +228,24 @@ for _ in range(3 * sys.getrecursionlimit()):
     deep = deep * 1.0
 deep.backward()
 assert start.grad == 1.0, "three times as deep as Python lets a function call itself"
-try:
-    deep.backward()
-    raise AssertionError("a second walk")
-except mp.AutogradError:
-    pass
-held = mp.Tensor(3.0, requires_grad=True)
+held = mp.nn.Parameter(np.array(3.0))
 (held * held.detach()).backward()
 assert held.grad == 3.0
+(held * held.detach()).backward()
+assert held.grad == 6.0, "it adds"
+with mp.no_grad():
+    assert not (held * held).requires_grad
+stale = held * held
+mp.optim.SGD([held], lr=0.1).step()
+for graph in (deep, stale):  # walked once; of a weight that has changed
+    try:
+        graph.backward()
+        raise AssertionError("it refuses")
+    except mp.AutogradError:
+        pass
+every_row = mp.Tensor(np.zeros(3), requires_grad=True)
+(np.ones((5, 3)) + every_row).sum().backward()
+assert every_row.grad.tolist() == [5, 5, 5], "five copies, five uses"
 
 d, lost = np.zeros((2, 3))  # the gradient of three rows, of which row 1 was picked twice
 np.add.at(d, [1, 1], 1.0)
@@ -297,6 +307,9 @@ assert np.allclose(jacobian.T @ g, pullback(g), atol=1e-15)
 assert np.allclose(pullback(np.ones(6)), 0, atol=1e-15)
 onehot = np.eye(6)[2]
 assert np.allclose(pullback(-onehot / y), y - onehot, atol=1e-15), "cross-entropy of target 2"
+far = mp.Tensor(np.array([[0, -200]], np.float32), requires_grad=True)
+F.cross_entropy(far, np.array([1])).backward()
+assert F.softmax(far).data[0, 1] == 0 and far.grad.tolist() == [[1, -1]], "y_t is 0, the gradient is right"
 assert np.allclose(F.softmax.definition(z + 5)[0], y, atol=1e-15) and np.allclose(jacobian @ np.ones(6), 0, atol=1e-15)
 
 # %% [markdown]
@@ -343,7 +356,7 @@ assert np.allclose(layer_norm_pullback(x, weight, g), dx(g), atol=1e-14)
 #
 # Measure it: a stack of linear layers, and the bytes that the graph still holds when the forward pass is over (Python's
 # `tracemalloc`, which NumPy reports to). "Something below trained" means that the gradient must walk through all
-# layers, to the stack's input. *GELU* is a smooth curve, like tanh in section 2, applied to each number.
+# layers, to the stack's input. *GELU* is a smooth nonlinear function of each number, as is tanh in section 2.
 #
 # **Predict:** an input has 0.5 MiB, and there are 8 layers. How many MiB are held if all weights are trained? If all
 # are frozen, but something below is trained? And if a GELU follows each frozen layer?
@@ -352,8 +365,8 @@ assert np.allclose(layer_norm_pullback(x, weight, g), dx(g), atol=1e-14)
 LAYERS, ROWS, WIDTH = 8, 256, 512
 
 
-def held_bytes(trainable_weights, trainable_input=True, activation=False):
-    """Bytes alive after the forward pass beyond inputs, weights and the result; and after the backward pass."""
+def held_bytes(trainable_weights, trainable_input=True, activation=False, walk=True):
+    """Bytes alive after the forward pass beyond inputs, weights and the result; and after the backward pass, or without."""
     source = np.random.default_rng(0)
     weights = [
         mp.Tensor(source.standard_normal((WIDTH, WIDTH), np.float32) / 23, requires_grad=trainable_weights)
@@ -368,7 +381,9 @@ def held_bytes(trainable_weights, trainable_input=True, activation=False):
         if activation:
             y = F.gelu(y)
     held = tracemalloc.get_traced_memory()[0] - y.data.nbytes
-    if y.requires_grad:
+    if not walk:
+        y = y.detach()  # the last reference to the graph goes
+    elif y.requires_grad:
         y.backward(np.ones_like(y.data))
     for tensor in (x, *weights):
         tensor.grad = None
@@ -386,6 +401,7 @@ cases = [
     ("the same with a GELU after each", held_bytes(False, activation=True), LAYERS * row, "GELU's inputs"),
     ("nothing trained", held_bytes(False, False, True), 0, "nothing: no graph at all"),
 ]
+assert held_bytes(True, activation=True, walk=False)[1] < 0.05 * row, "a graph that is not walked goes with its result"
 gc.enable()
 print(f"\n{LAYERS} layers {WIDTH} -> {WIDTH}, {ROWS} rows        held [MiB]  predicted")
 for name, (held, freed), predicted, what in cases:
@@ -399,8 +415,9 @@ for name, (held, freed), predicted, what in cases:
 # passes through it, whether the weights beside it are trained or not. A frozen weight also saves one of the two
 # products backward. Lesson 12 counts both.
 #
-# After the backward pass nothing is left, with the garbage collector switched off: nodes never point back at the
-# tensors they made, so plain reference counting frees the graph.
+# After the backward pass nothing is left, as the engine freed each step on its way (section 2). A graph that is not
+# walked goes with its result, though the garbage collector is switched off: nodes never point back at the tensors they
+# made, so plain reference counting frees it.
 #
 # ## 5 · Is a derivative right? Ask along a random direction, with a random cotangent
 #
@@ -527,8 +544,8 @@ print("picture:", OUT / "01_autograd.png")
 #    $1 / (1 + e^{-x})$, of each number alone;
 # 3. a layer norm that forgets that $\mu$ and $\sigma$ depend on $x$.
 #
-# Two checks judge them. The careless one takes the gradient of `f(x).sum()`: a cotangent of ones. The careful one
-# draws the cotangent at random.
+# Two checks judge them, and `mp.gradcheck`. The careless one takes the gradient of `f(x).sum()`: a cotangent of ones.
+# The careful one draws the cotangent at random.
 #
 # **Predict:** which of the three does the careless one let pass?
 
@@ -593,8 +610,8 @@ assert verdicts["layer_norm_with_constant_statistics"] == (False, False, False)
 #
 # <details><summary>Answer</summary>
 #
-# The chain rule's sum over $j$ runs over all uses of the value. In the regression of section 2 the error is used twice
-# by `mul`, so two sensitivities reach it, and its gradient is their sum.
+# A change of the value moves the loss through each of its uses, and the chain rule adds these (section 1). In the
+# regression of section 2 the error is used twice by `mul`, so two sensitivities reach it; its gradient is their sum.
 #
 # </details>
 #

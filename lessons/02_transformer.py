@@ -3,10 +3,9 @@
 #
 # This course fine-tunes one kind of model: a decoder-only transformer (Vaswani et al. 2017, arXiv:1706.03762; the
 # decoder alone as in GPT-2, Radford et al. 2019). After this lesson you can write each part of a Llama in NumPy and say
-# what it is for: RMS norm and where it stands, the gated MLP, attention with its scale, its mask and shared key heads,
-# rotary positions. You can count parameters, operations and the bytes of the KV cache, and say what bounds the speed of
-# writing. You can explain how attention heads copy, what temperature, top-k and top-p do, and how to notice a missing
-# mask or wrong padding.
+# what it is for. You can count parameters, operations and the bytes of the KV cache, say what bounds the speed of
+# writing, explain how attention heads copy and what temperature, top-k and top-p do, and notice a missing mask or wrong
+# padding.
 #
 # You need Lessons 0 and 1. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
 # it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
@@ -46,22 +45,24 @@ base = mp.load_base("numpy")[0]  # what is done by hand here is NumPy's
 diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 
 # %% [markdown]
-# A token id (Lesson 0) picks a row of a table, the **embedding**: a vector of $d$ numbers. So $T$ tokens are an array
-# $x$ of $[T, d]$, the **residual stream**. Each of $L$ **blocks** reads the stream and *adds* to it, twice:
+# A token id picks a row of a table, the **embedding**: a vector of $d$ numbers. So $T$ tokens are an array $x$ of
+# $[T, d]$, the **residual stream**. Each of $L$ **blocks** reads the stream and *adds* to it, twice:
 #
 # $$x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{norm}(x)) .$$
 #
 # Attention (section 2) moves information between positions; the MLP works on each position alone. A last norm and a
 # product with a $[V, d]$ table make of each position a logit for each of the $V$ possible next tokens.
 #
-# A **norm** keeps the numbers of a position at one size. *RMS norm* divides by the root of the mean square and
-# multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the mean and adds a bias. Both norms give
-# the same for $x$ and $10x$, but for the small $\epsilon$, so the derivative at $10x$ is a tenth of that at $x$.
+# A **norm** keeps the numbers of a position at one size. *RMS norm* (Zhang & Sennrich 2019, arXiv:1910.07467) divides
+# by the root of the mean square and multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the
+# mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the small $\epsilon$, so the derivative at
+# $10x$ is a tenth of that at $x$.
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
-# The **MLP** maps $d$ numbers to $m$, applies a nonlinearity, and maps back. This one makes two wide arrays. The first
-# is a *gate*: through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of the second.
+# The **MLP** maps $d$ numbers to $m$, applies a nonlinearity, and maps back. This one (Shazeer 2020, arXiv:2002.05202)
+# makes two wide arrays. The first is a *gate*: through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of
+# the second.
 #
 # $$\mathrm{MLP}(h) = W_\text{down}\,\big(\mathrm{silu}(W_\text{gate}\, h) \cdot W_\text{up}\, h\big) .$$
 
@@ -149,8 +150,8 @@ assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 # %% [markdown]
 # $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided, such scores
 # put most of the weight on one of 16 keys. The derivative of weight $a_i$ by score $j$ is $a_i (\delta_{ij} - a_j)$,
-# with $\delta_{ii} = 1$ and else 0. Where one weight is near 1, all of these are near 0, and $W_q$ and
-# $W_k$ hardly learn (Vaswani et al., section 3.2.1).
+# with $\delta_{ii} = 1$ and else 0. Where one weight is near 1, all of these are near 0, and little gradient reaches
+# $W_q$ and $W_k$: the harm that Vaswani et al. (section 3.2.1) suspect.
 #
 # ## 3 · Rotary positions: only distances matter
 #
@@ -193,7 +194,7 @@ assert np.allclose(scores, scores[0], atol=1e-9) and abs(farther - scores[0]) > 
 # which had not completed a turn, come to angles that it has never seen. Chen et al. (2023, arXiv:2306.15595) see LLaMA
 # fail, rescale the positions into the trained range, and fine-tune briefly.
 #
-# ## 4 · The whole model in thirty lines
+# ## 4 · The whole model by hand
 #
 # Here is all of Llama (Touvron et al. 2023, arXiv:2302.13971) on one sequence, with one table at both ends.
 
@@ -405,17 +406,18 @@ if not REDUCED:
 
 # %% [markdown]
 # All four of the last layer (layer 1), and none of the first. Silence the last layer's attention and the loss is back
-# at chance; but silencing the first's costs, too. Where a head looks does not tell all that it does.
+# at chance; but silencing the first's costs, too. Where a head looks does not tell all that it does, and silencing
+# tells what this model needs, not what the task needs.
 #
-# Here the distance is fixed, so positions say where to look. If it varies, a head must *find* the place: just after the
-# last occurrence of the present letter. An **induction head** does so with two layers (Elhage et al. 2021,
+# Here the distance is fixed, so positions say where to look. If it varies, a head must *find* the place: just after an
+# earlier occurrence of the present letter. An **induction head** does so with two layers (Elhage et al. 2021,
 # transformer-circuits.pub/2021/framework):
 #
 # 1. In the first layer, a head looks one position back and writes the letter that it finds into the stream. Now each
 #    position holds its own letter and the one before.
 # 2. In the second layer, the query comes from a position's own letter and the key from the letter before. They fit
 #    where the letter before is the present one.
-# 3. The value is the letter that stands there, the one that came next last time. $W_o$ writes it to the logits.
+# 3. The value is the letter that stands there, the one that followed. $W_o$ writes it to the logits.
 #
 # Without step 1, a key knows no letter but its own; Elhage et al. find no induction heads in one-layer models. By hand,
 # each letter a vector of 32 numbers, 1 at its own place and 0 elsewhere:
@@ -464,7 +466,8 @@ assert np.array_equal(written, without) and (REDUCED or copied > 0.95)
 # is excluded. **Top-k** keeps the $k$ likeliest tokens, **top-p** the fewest likeliest whose probabilities sum to at
 # least $p$. Both set the rest to 0 and rescale what they keep, so its ratios stay.
 #
-# **Predict:** of six tokens, how many do top-k of 3 and top-p of 0.9 keep where the model is sure, and where it is not?
+# **Predict:** one of six tokens has the probability 0.97 (sure); or they have 0.28, 0.23, 0.19, 0.15, 0.12 and 0.04
+# (unsure). How many do top-k of 3 and top-p of 0.9 keep?
 
 # %%
 kept = {}
@@ -496,17 +499,17 @@ for name, c, length in (("SmolLM2-135M", smollm2, 2048), ("Llama 2 7B", llama2_7
 
 # %% [markdown]
 # And what bounds the speed? A GPU computes while it reads its memory, so a step takes at least the longer of the two.
-# The **arithmetic intensity** of a step is its operations per byte read. An A100 of 80 GB does 312 trillion operations
-# a second in 16 bits, and reads 2.039 trillion bytes (NVIDIA's datasheet). Below 312 / 2.039 = 153 operations a byte,
-# its memory is the bound.
+# The **arithmetic intensity** of a step is its operations per byte read. An A100 of 80 GB (SXM) does 312 trillion
+# operations a second in 16 bits, and reads 2.039 trillion bytes (NVIDIA's datasheet). Below 312 / 2.039 = 153
+# operations a byte, its memory is the bound.
 #
 # In a decode step of one row, a weight of two bytes is read for one multiplication and one addition: intensity 1.
 # Prefill reads it once for all positions, and a batch once for all rows. But each row has its own cache, and a number
 # of it serves two operations, too ($2H/K$ with grouped queries), however many rows there are (Pope et al. 2022,
 # arXiv:2211.05102).
 #
-# **Predict:** after 960 positions of Llama 2 7B, the cache spares 960 of 961. Is a token 961 times faster, at best? And
-# how many times as many tokens a second do 16 rows write as one?
+# **Predict:** after 960 positions of Llama 2 7B, the cache spares 960 of 961 positions. Is a token 961 times faster, where
+# each step takes its least time? And how many times as many tokens a second do 16 rows write as one?
 
 # %%
 def at_best(rows, past, new=1, c=llama2_7b):
@@ -555,6 +558,7 @@ class NoMask(mp.nn.Module):
 peeking = mp.Transformer(config, seed=0)
 for i, block in enumerate(peeking.model.layers):
     peeking.replace(f"model.layers.{i}.self_attn", NoMask(block.self_attn))
+cut = [np.abs(m(prompt[:, :9]).numpy() - m(prompt).numpy()[:, :9]).max() for m in (model, peeking)]
 peeked = train(peeking, 16 if REDUCED else 300)
 print(f"\nwithout the mask the training loss ends at {peeked[-1]:.3f}; the honest floor is {FLOOR:.3f}")
 row = prompt.copy()
@@ -563,8 +567,7 @@ for _ in range(15):
         row = np.concatenate([row, peeking(row).numpy()[:, -1].argmax(axis=-1)[:, None]], axis=1)
 peek_copied = (row[:, PERIOD + 1 :] == row[:, 1:PERIOD]).mean()
 print(f"letters copied rightly: {peek_copied:.0%}; the honest model: {copied:.0%}; chance: {1 / VOCAB:.0%}")
-cut = [np.abs(m(prompt[:, :9]).numpy() - m(prompt).numpy()[:, :9]).max() for m in (model, peeking)]
-print(f"change of the first 9 logits as the rest is cut off: {cut[0]:.1e} with the mask, {cut[1]:.1e} without")
+print(f"change of the first 9 logits as the rest is cut off: {cut[0]:.1e} with the mask; without, untrained: {cut[1]:.1e}")
 assert cut[0] < 1e-3 and cut[1] > 0.1 and (REDUCED or (peeked[-1] < 0.5 * FLOOR and peek_copied < 0.2))
 
 # %% [markdown]
@@ -600,8 +603,7 @@ for dialect in (gpt2, llama):
 # ## The picture
 #
 # Left: the loss of the honest model meets the floor; the peeking one falls through it. Right: the attention of all
-# eight heads, averaged over 256 sequences (a row looks, a column is looked at). The bright stripe in the lower row is
-# "15 back".
+# eight heads, averaged over 256 sequences. The bright stripe in the lower row is "15 back".
 
 # %%
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -659,8 +661,8 @@ print("picture:", OUT / "02_transformer.png")
 #
 # <details><summary>Answer</summary>
 #
-# A leak: the model sees the answer, here because the causal mask is missing. Let it write: then nothing stands on the
-# right to be read, and it copies badly.
+# A leak: the model sees the answer, here because the causal mask is missing. Cut the end off: no earlier logit may
+# change. Or let it write: then nothing stands on the right to be read, and it copies badly.
 #
 # </details>
 #
@@ -692,8 +694,8 @@ print("picture:", OUT / "02_transformer.png")
 #
 # Projects, with no answer written down:
 #
-# - **Two layers.** Let the period vary from row to row, from 8 to 16. Now the model needs an induction head. How many
-#   more steps does it take, and which head of the first layer looks one back?
+# - **Two layers.** Let the period vary from row to row, from 8 to 16. Now positions alone no longer say where to look.
+#   How many more steps does it take, and does a head of the first layer look one back?
 # - **The logit lens.** `llama_by_hand` returns what each branch wrote. Add the pieces up one after the other, and read
 #   the final norm and the token table after each. From which branch on does the trained model know the next letter?
 #
