@@ -331,6 +331,14 @@ def test_the_reading_order_gives_the_lines_of_what_it_names():
         ranged("[`Lora`, lines 1-2](minipeft/peft/lora.py#L1-L2)")
 
 
+def test_the_reading_order_gives_the_minutes_that_each_lesson_says():
+    said = dict(re.findall(r"^\| \[\d\d [^]]+\]\((lessons/\w+\.py)\), (\d+) min", README, re.MULTILINE))
+    assert len(said) == len([*ROOT.glob("lessons/[0-9]*.py")])
+    for lesson, minutes in said.items():
+        head = re.sub(r"\n# ?", " ", (ROOT / lesson).read_text(encoding="utf-8")[:3000])
+        assert f"Reading takes about {minutes} minutes" in head, lesson
+
+
 def test_readme_commands_are_what_the_command_line_takes():
     lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
     calls = [shlex.split(call, comments=True) for line in lines for call in re.findall(r"bin/minipeft ([^&]*)", line)]

@@ -18,6 +18,7 @@ Departures from Huang et al.:
    rest, the cost of KL and the value head's errors, to variance 1. The value loss and Adam's momentum still move weights.
 2. A full forward pass gives log π_old; they keep the sampler's.
 3. The score is at the last real token; theirs is one later.
+4. Advantages are whitened over all answers of an update, as in TRL; theirs over each minibatch.
 """
 
 from __future__ import annotations
