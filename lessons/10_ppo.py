@@ -656,8 +656,7 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 # - **An adaptive price.** Set `kl_target=6` and watch `objective/kl_coef`. Does the KL settle, and how fast may it
 #   move?
 # - **One pass.** With `num_epochs=1` and `mini_batch_size=32`, of 32 answers, every ratio is 1 and clipping never acts.
-#   What is left of
-#   PPO, and is it worse?
+#   What is left of PPO, and is it worse?
 #
 # <details><summary>Solution of 10.1</summary>
 #

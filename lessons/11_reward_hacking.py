@@ -109,7 +109,7 @@ def reward_model(rankings, seed):
 #
 # A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is,
 # unless it or the gold is constant, or both order them alike (Skalse et al. 2022, arXiv:2209.13085). How much
-# optimizing it bears depends on the *tail* of its errors. Let us take the best of $n$ by a guess that is gold plus
+# optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
 # independent error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
@@ -453,13 +453,13 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
 # reference loss is no proof of innocence. With the good judges both warn before the second gold is best, the distinct
 # bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Watch the length,
-# too, and let people compare some of the policy's answers with the base's.
+# too, and let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. What did each bring? The plain gold is pleased by repetition. So we ask
+# hole: nothing in the judge asks for an end. The plain gold is pleased by repetition. So we ask
 # the second one, and for the price the gold of the chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
@@ -481,6 +481,8 @@ for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
     value, half_width = interval(end["second"] - other["second"])
     assert abs(value) < half_width, "three seeds leave the mean difference of the second gold open"
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
+chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in (a, b["checks"]["32"])] for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2))]
+print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
@@ -493,7 +495,7 @@ assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "t
 assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > on_chain[0.0].low
-assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2, "the high price's own objective falls in two seeds"
+assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
 # The small one. Three seeds are few, and one of the judges is poor: no mean difference of the second gold is clear, and
@@ -501,13 +503,13 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2, 
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in two seeds:
-#   PPO did not maximize it, so what the price alone costs is open. On the chain the small price alone ends clearly above the SFT model; that it is
-#   better than none is not clear there.
+#   one in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in
+#   two seeds (on the chain in all five): PPO did not maximize it, so what the price alone costs is open. There the small
+#   price alone ends clearly above the SFT model; that it is better than none is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37. Whether it costs gold because it goes less far was not measured.
-# - An **early stop** ends the run at a given KL (`stop_kl`), and spares the updates after it. In the setting of Gao et
+# - An **early stop** ends the run at a given KL (`stop_kl`). In the setting of Gao et
 #   al. a price has more proxy at the same KL than none, but no more gold: it acts like an early stop.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
 #   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
@@ -604,8 +606,8 @@ if not REDUCED:
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
 # second gold, the one that repetition does not please, the small price ends above none with both good judges, and the
-# high one below the small one, clearly in one seed. (There PPO lost by its own objective in two seeds, so the price
-# alone need not be the cause.) It does not make the judge any wiser.
+# high one below the small one, clearly in one seed. (There PPO lost by its own objective in two seeds of three, so the
+# price alone need not be the cause.) It does not make the judge any wiser.
 #
 # </details>
 
