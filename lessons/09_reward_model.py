@@ -2,11 +2,11 @@
 # # Lesson 9 · A reward model: from choices to a number
 #
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
-# reward model turns such choices into a number. After this lesson you can derive its loss from a model of how people
-# choose, name choices that no such number explains, use rankings of more than two, and read the number at the right
-# place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy is possible
-# where raters disagree. You can put a model in the rater's place, test whether a judge knows how sure it can be, and
-# repair it where it does not.
+# reward model, or *judge*, turns such choices into a number. After this lesson you can derive its loss from a model of
+# how people choose, name choices that no such number explains, use rankings of more than two, and read the number at
+# the right place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy is
+# possible where raters disagree. You can put a model in the rater's place, test whether a judge knows how sure it can
+# be, and repair it where it does not.
 #
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
@@ -75,21 +75,20 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to the wrong order.
-# It moves the two rewards apart and says nothing of their sum. Both answer one prompt, so each prompt has a zero of its
-# own: no loss compares the rewards of answers to two prompts. Lesson 10 does not mind: a constant added to all answers
-# of a prompt does not change which of them is best.
+# The second: of one pair's loss the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to
+# the wrong order. It moves the two rewards apart and says nothing of their sum. Both texts answer one prompt, so each
+# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. For the best policy (Lesson 10)
+# this does not matter: a constant added to all answers of a prompt leaves the best one best.
 #
 # **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
 # the gradient is zero, and as the loss is convex in the rewards, this is its minimum: the model says 0.5 where two of
-# three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best, and Munos et al.
-# 2023 (arXiv:2312.00886) look for a policy that no other beats, a Nash equilibrium.
+# three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best (Munos et al.
+# 2023, arXiv:2312.00886, look for a policy that no other beats).
 #
-# Two optional refinements: a **margin** $m$, where the rater was sure, asks for more than winning, $-\log\sigma(r_w -
+# Two refinements: a **margin** $m$, where the rater was sure, asks for more than winning, $-\log\sigma(r_w -
 # r_l - m)$ (Llama 2, Touvron et al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero
-# down. (TRL's `RewardTrainer`:
-# `margin`, `center_rewards_coefficient`.)
+# down.
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -99,13 +98,13 @@ assert abs(full.item() - 0.7371471) < 5e-8
 # %% [markdown]
 # ## 2 · A rater
 #
-# Our rater follows **VADER**, a published set of rules over words that people rated for sentiment: the happier text is
-# preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare the reward
-# model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times each.
-# The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$, every pair is
-# Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises has the distribution function $\sigma$).
-# The whole order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all answers and so on over
-# the rest. With probability `flip` the rater holds the scale upside down.
+# Our rater follows **VADER** (Hutto & Gilbert 2014), rules over words that people rated for sentiment: the happier text
+# is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare the
+# reward model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times
+# each. The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$, every
+# pair is Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises, over $T$, has the distribution
+# function $\sigma$). The whole order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all
+# answers and so on over the rest. With probability `flip` the rater holds the scale upside down.
 
 # %%
 @cache
@@ -132,8 +131,8 @@ first = np.bincount(rlhf.rank(np.tile(four, (20000, 1)), np.random.default_rng(2
 assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=0.01), "Plackett and Luce"
 
 # %% [markdown]
-# Between tied answers the noise decides, and the reward model learns from these coin flips, too. The accuracy below is
-# that on pairs that are not tied.
+# Between tied answers the noise decides, and the reward model learns from these coin flips, too. Accuracies below are
+# of pairs that are not tied.
 
 # %% [markdown]
 # > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
@@ -171,18 +170,15 @@ for r in (four / 0.1, np.zeros(K)):
     print(f"rewards {r}: Plackett and Luce's probabilities sum to {luce.sum():.3f}, the products of pairs to {product.sum():.3f}")
     assert np.isclose(luce.sum(), 1) and np.allclose(luce @ wins, sigma.sum(1) - 0.5), "the mean wins are what the pairs expect"
 spread = wins[:, 0].var() / ((K - 1) / 4)  # of equal texts; a quarter is the variance of a tossed coin
-pull = 1 - np.cumsum(1 / (K - np.arange(K)))  # at each place: the gradient of log Plackett-Luce, at equal rewards
-kept = np.corrcoef(pull, np.arange(K)[::-1])[0, 1] ** 2
-print(f"equal texts: wins vary {spread:.2f} times as much as of tossed pairs, {pairs // 8} pairs are worth {pairs / 8 / spread:.1f}; the pairs keep {kept:.0%}")
+print(f"equal texts: wins vary {spread:.2f} times as much as of tossed pairs, {pairs // 8} pairs are worth {pairs / 8 / spread:.1f}")
 assert np.isclose(spread, (K + 1) / 3)
 
 # %% [markdown]
 # The rest of the product goes to circles, which no ranking has. Both losses still aim at the same rewards: the gradient
 # of the pairs is a text's wins less the wins that the model expects, and at the rater's own rewards these agree on
-# average. Only error bars that count the pairs are wrong. Of $K$ equal texts, the wins of one have the variance
+# average. But error bars that count the pairs are wrong. Of $K$ equal texts, the wins of one have the variance
 # $(K^2 - 1)/12$ over rankings and $(K - 1)/4$ with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a
-# ranking of four say as much as 3.6 independent ones. As an estimate the pairs lose little at equal rewards: the share
-# that they keep of the information, printed last, is the squared correlation of the two losses' gradients.
+# ranking of four say as much as 3.6 independent ones.
 
 # %% [markdown]
 # ## 4 · Where the number is read
@@ -205,8 +201,8 @@ assert abs(alone - right) < 1e-4 < abs(alone - wrong)
 # %% [markdown]
 # ## 5 · Train, and what labels are worth
 #
-# InstructGPT's reward model overfitted in more than one pass (section 3.5, appendix C.2). A head alone shows why. It
-# has 32 random features for each of 20 pairs, and a coin has chosen the winners, so there is nothing to learn.
+# InstructGPT's reward model overfitted in more than one pass (appendix C.2). A head alone shows how. It has 32 random
+# features for each of 20 pairs, and a coin has chosen the winners, so there is nothing to learn.
 
 # %%
 rng = np.random.default_rng(0)
@@ -219,13 +215,13 @@ for decay in (0.0, 0.1):
             norms.append(np.linalg.norm(head))
     sure = (1 / (1 + np.exp(-abs(unseen @ head)))).mean()
     print(f"weight decay {decay}: {(features @ head > 0).mean():.0%} in order; norm after 10, 100, ... steps", *np.round(norms, 2), f"; on average {sure:.2f} sure of new pairs")
-    assert np.ptp(np.diff(norms)) < 0.3 if decay == 0 else abs(norms[-1] - norms[-2]) < 1e-3
+    assert np.ptp(np.diff(norms)) < 0.3 and sure > 0.9 if decay == 0 else abs(norms[-1] - norms[-2]) < 1e-3
 
 # %% [markdown]
 # Once all pairs are in order, a longer head always has a smaller loss, and none has the smallest. Its norm grows as the
 # logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin flips.
-# Weight decay gives the loss a minimum. A single pass helps, too: each pair is new when it comes, so the steps follow
-# the loss of unseen pairs, which rises when the head gets too sure.
+# Weight decay gives the loss a minimum. A single pass helps, too: each pair is new when it comes, so on average the
+# steps follow the loss of unseen pairs, which rises when the head gets too sure.
 #
 # A fresh head's scores have any scale, so we first give them mean 0 and standard deviation 1, and at the end again:
 # then rewards of two models have one mean and one scale on these texts. After the second time $\sigma(r_i - r_j)$ is no
@@ -324,8 +320,9 @@ def seeds(n, flip, key):
 
 
 for flip in FLIPS:
-    means = ", ".join(f"{n}: {seeds(n, flip, 'accuracy').mean():.3f} ± {seeds(n, flip, 'accuracy').std(ddof=1):.3f}" for n in SIZES)
-    print(f"labels turned round {flip:.0%}: {means}")
+    means = {n: interval(seeds(n, flip, "accuracy")) for n in SIZES}
+    print(f"labels turned round {flip:.0%}, 3 seeds, 95 %: " + ", ".join("{}: {:.3f} ± {:.3f}".format(n, *x) for n, x in means.items()))
+    assert abs(means[100][0] - 0.5) < means[100][1], "100 rankings: not clearly better than a coin"
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
 most, clean_600 = {flip: seeds(2000, flip, "accuracy") for flip in FLIPS}, seeds(600, 0.0, "accuracy")
 assert (most[0.0] > seeds(100, 0.0, "accuracy") + 0.1).all(), "more rankings, a better judge, under every seed"
@@ -333,9 +330,9 @@ assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy
 assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
 
 # %% [markdown]
-# 500, by the rule. A hundred rankings teach a model of this size nothing that differs clearly from a coin toss, 2,000
-# clean ones seven pairs in ten. Two thousand with a quarter turned round teach less than six hundred clean ones;
-# whether as much as the rule's 500, three seeds do not tell.
+# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that differs clearly from a coin toss;
+# 2,000 clean ones, in 250 steps, seven pairs in ten. (More steps alone: not tried.) Two thousand with a quarter turned
+# round teach less than six hundred clean ones; whether as much as the rule's 500, three seeds do not tell.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -354,8 +351,8 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
 # 0.84.
 #
-# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: an instruction-tuned model (the *SFT model*),
-# a reward model, then PPO, which trains a *policy* to please it.
+# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
+# model*), a reward model, then PPO, which trains a *policy* to please it.
 
 # %%
 chain = CHAIN.rows()
@@ -376,10 +373,10 @@ assert all(0.04 < e.value < 0.06 for r in rivals(TUNED.rows()) if r.clear and r.
 #
 # ## 6 · Labels from a model that follows principles
 #
-# Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in their place: it reads written
-# **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is; with such
-# labels it is called RLAIF, for AI feedback. Here the judge is SmolLM2-135M-Instruct, and the principles are that
-# chain's gold, in words:
+# Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in people's place: it reads
+# written **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is;
+# with such labels it is called RLAIF, for AI feedback. In this section the *judge* is who labels,
+# SmolLM2-135M-Instruct, and the principles are that chain's gold, in words:
 
 # %%
 print(constitution.PRINCIPLES)
@@ -409,11 +406,11 @@ for arm in constitution.ARMS:
 # %% [markdown]
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
 # orders one is right. The mean over both is right in six of ten. A reward model of 200 such labels chooses among 16
-# answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's,
-# which likes something by chance, and takes the extreme of it. But a random choice among the 16 is the SFT model
-# itself, and beside it neither the judge nor the rater gains anything that shows. PPO on its labels loses (the card).
-# With a large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer the summaries of either policy to the
-# SFT model's in some 70 %.
+# answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's. But
+# a random choice among the 16 is the SFT model itself. Beside it neither the judge nor the rater gains anything that
+# shows, and the coin's loses: perhaps as it takes the extreme of a chance taste. PPO on the judge's labels loses, too.
+# With a large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's
+# labels, or on people's, to the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -466,7 +463,6 @@ curve = rlhf.calibration_curve(*labels_of(rewards, held_gold, run))
 print("\npredicted  observed  pairs")
 for p, share, n in zip(*curve):
     print(f"{p:9.2f}  {share:8.2f}  {n:5.0f}")
-print(f"(each of the {curve[2].sum() / 2:.0f} pairs counts twice, once from each side)")
 assert np.allclose(np.average(curve[:2], axis=1, weights=curve[2]), 0.5), "each pair is looked at from both sides"
 
 # %% [markdown]
@@ -491,14 +487,18 @@ for n in (100, 2000):
     mean, half_width = interval(sure[:, 1] - sure[:, 0])  # over the seeds, a row each
     print(f"{n} clean rankings: it says {said:.2f}, is right in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
     assert (mean + half_width < 0) == (n == 100), "clearly too sure after few rankings alone"
+fresh, curves = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean(), [np.array(r["calibration"]).T for r in rows if r["rankings"] == 100]
+far = [np.average(abs(p - 0.5), weights=n) for p, _, n in curves]
+print(f"mean distance of what it says from 0.5: a fresh head {fresh:.2f}, after 100 rankings {np.mean(far):.2f}")
+assert 0.15 < min(far) and max(far) < fresh
 careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) for row in r["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# The judges of 100 rankings have unlearned little of it. With two thousand clean rankings no error on average is clear,
-# but three seeds leave 0.25 to either side. The careless rater's two thousand taught little, but
+# The judges of 100 rankings, still 0.18 away, have unlearned little of it. With two thousand clean rankings no error on
+# average is clear, but three seeds leave 0.25 to either side. The careless rater's two thousand taught little, but
 # honestly: that judge is never sure.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
@@ -550,16 +550,14 @@ for token in best:
 assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nonsense that beats nine in ten answers is easily found"
 
 # %% [markdown]
-# In training the longer one won a few more pairs than the shorter one. On the held-out pairs the gold likes both alike,
-# and the judge takes the longer one far more often. Singhal et al.
-# 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that a reward of length alone brings
-# most of RLHF's improvement.
+# In training the longer of two won a few more pairs. On held-out pairs the gold likes both alike, the judge the longer
+# one far more often. Singhal et al. 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that
+# a reward of length alone brings most of RLHF's improvement.
 #
 # This judge orders the base's own answers like a coin, so newness is not shown to be the cause. Fewer than one in ten
 # of these texts pass the bar. But whoever looks for the best has one that beats nine in ten answers, and nothing in the
-# reward tells the two apart. A policy that is trained on a judge searches in just this way: that is Lesson 11. A
-# warning can be had before: pairs made to be hard and unlike the training's, such as RewardBench (Lambert et al. 2024,
-# arXiv:2403.13787).
+# reward tells the two apart. A policy that is trained on a judge searches in this way: that is Lesson 11. Pairs
+# made to be hard and unlike the training's may warn before: RewardBench (Lambert et al. 2024, arXiv:2403.13787).
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")

@@ -2,7 +2,7 @@
 # # Lesson 11 · Reward hacking: what you measure, and what you meant
 #
 # A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and
-# you get what the guess likes, which is something else: *when a measure becomes a target, it ceases to be a good
+# you get what the guess likes, which may be something else: *when a measure becomes a target, it ceases to be a good
 # measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
 # rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
 # itself, the **gold**, only watches. After it you can say why and when the two part, warn of it without any gold, and
@@ -102,16 +102,15 @@ def reward_model(rankings, seed):
 #
 # - *Regressional*: the guess is gold plus error, and whoever chooses the highest guess also chooses the errors that
 #   raise it, however honest the judge.
-# - *Extremal*: the policy comes to write what the judge never saw compared, where its errors may have any size: "love
-#   love love" in section 3.
+# - *Extremal*: the policy comes to write what the judge never saw compared, where its errors may have any size.
 # - *Causal*: a mark goes with what is good, and does not bring it. Kind sentences have happy words, but happy words
 #   alone make no kind sentence.
 # - *Adversarial*: another agent games the measure for a goal of its own. Here nobody does.
 #
 # A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is,
-# unless it is constant or orders them just as the gold does (Skalse et al. 2022, arXiv:2209.13085). How much optimizing
-# it bears depends on the *tail* of its errors. Let us take the best of $n$ by a guess that is gold plus independent
-# error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
+# unless it or the gold is constant, or both order them alike (Skalse et al. 2022, arXiv:2209.13085). How much
+# optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
+# independent error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
 # $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. The answer
@@ -237,7 +236,7 @@ for u in sorted({*range(0, free.updates, max(1, free.updates // 6)), free.update
     )
 print(*live["samples"], sep="\n")
 if not REDUCED:
-    assert np.mean(h["proxy"][-4:]) > np.mean(h["proxy"][:4]) + 1, "the guess is won over"
+    assert all(np.mean(h[key][-4:]) > np.mean(h[key][:4]) + much for key, much in (("proxy", 1), ("gold", 0.1))), "both rise together"
     assert np.mean(h["distinct_2"][-4:]) < np.mean(h["distinct_2"][:4]) - 0.05, "with ever fewer words"
 
 # %% [markdown]
@@ -299,7 +298,7 @@ def verdict(means, clear):
 
 GOLDS = {"gold": "gold", "second": "gold x distinct-2"}
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
-did, gained, agreed = {}, {}, {}  # {(rankings, seed): what each gold did}, how much the first rose, the judge's agreement
+did, agreed = {}, {}  # {(rankings, seed, gold): what it did}, {(rankings, seed): the judge's agreement}
 print(f"\nnothing holds it: KL and means over five updates; clear is a difference of {CLEAR['gold']:.2f} and {CLEAR['second']:.2f}")
 print("                   judge     proxy: first, last     KL" + "".join(f"   {n + ': first, best, last':32s}" for n in GOLDS.values()))
 for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
@@ -310,7 +309,7 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
             means = smooth(c[name])[seed]
             did[rankings, seed, name] = verdict(means, CLEAR[name])
             golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:12s}"
-        gained[rankings, seed], agreed[rankings, seed] = z["gold"][seed] - a["gold"][seed], accuracies[rankings][seed]
+        agreed[rankings, seed] = accuracies[rankings][seed]
         print(
             f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f}"
             f" {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}"
@@ -318,16 +317,14 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
 for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
     print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
 GOOD = 0.6  # of held-out pairs
-good = [run for run in gained if agreed[run] > GOOD]
-gains = [" ".join(f"{gained[run]:+.2f}" for run in gained if (run in good) is able) for able in (True, False)]
-print(f"gold gained with the {len(good)} judges above {GOOD:.0%}: {gains[0]}, with the others: {gains[1]}")
+good = [run for run in agreed if agreed[run] > GOOD]
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
 assert all(did[*run, "gold"] == "climbs" for run in good), "the gold rises with a good judge"
-assert all(did[*run, "gold"] == "stays" for run in gained if run not in good), "and not with another; none turns clearly,"
+assert all(did[*run, "gold"] == "stays" for run in agreed if run not in good), "and not with another; none turns clearly,"
 assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
 
 # %%
@@ -456,15 +453,14 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
 # reference loss is no proof of innocence. With the good judges both warn before the second gold is best, the distinct
 # bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Watch the length,
-# too, and let people compare some of the policy's answers with the base's.
+# too, and let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. (TRL has `kl_coef`, and `missing_eos_penalty`, which is *subtracted* from
-# the score.) What did each bring? The plain gold is pleased by repetition. So we ask the second one, and for the price
-# the gold of the chain, too.
+# hole: nothing in the judge asks for an end. The plain gold is pleased by repetition. So we ask
+# the second one, and for the price the gold of the chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
@@ -478,11 +474,15 @@ for name, end in repairs.items():
         f"{name:26s}    {end['proxy'].mean():+.2f}        {end['second'].mean():+.2f}  {end['kl'].mean():6.1f}"
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
+paid = {beta: np.array([end["proxy"] - beta * end["kl"] for end in ends(found(beta))]).T for beta in BETAS[1:]}
+print("proxy less beta KL, each seed's first and last:", "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
 free_end, cheap, high = (last[beta] for beta in BETAS)
 for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
     value, half_width = interval(end["second"] - other["second"])
     assert abs(value) < half_width, "three seeds leave the mean difference of the second gold open"
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
+chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in (a, b["checks"]["32"])] for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2))]
+print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
@@ -495,6 +495,7 @@ assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "t
 assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > on_chain[0.0].low
+assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
 # The small one. Three seeds are few, and one of the judges is poor: no mean difference of the second gold is clear, and
@@ -502,15 +503,16 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed, clearly in one. On the chain the small price alone ends clearly above the SFT model; that it is
-#   better than none is not clear there.
+#   one in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in
+#   two seeds (on the chain in all five): PPO did not maximize it, so what the price alone costs is open. There the small
+#   price alone ends clearly above the SFT model; that it is better than none is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37. Whether it costs gold because it goes less far was not measured.
-# - An **early stop** ends the run at a given KL (`stop_kl`), and spares the updates after it. In the setting of Gao et
+# - An **early stop** ends the run at a given KL (`stop_kl`). In the setting of Gao et
 #   al. a price has more proxy at the same KL than none, but no more gold: it acts like an early stop.
-# - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that RLHF's
-#   gains came in large part from longer answers. One may balance the pairs, so that the shorter answer wins as often,
+# - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
+#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
 #   or charge for length, which also punishes answers that say more. Or the judge gets a second head that takes up the
 #   length and is thrown away (Chen et al. 2024, arXiv:2402.07319).
 #
@@ -518,8 +520,7 @@ assert on_chain[0.05].low > 0 > on_chain[0.0].low
 # comparisons of the policy's own answers do, made where the judge errs now: Bai et al. 2022 (arXiv:2204.05862) train
 # judge and policy again every week, on new labels that people must give. Where a rule can check the answer, it may
 # replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not
-# check stays open. And DPO (Lesson 20), which has no separate judge, gets worse at high KL, too (Rafailov et al. 2024,
-# arXiv:2406.02900).
+# check stays open.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
@@ -576,7 +577,7 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # No: with the two judges that agreed with it in more than 60% of held-out pairs it climbed, with the four others it
-# moved no more than its noise. That is six runs; which judges are good, and what they bring, differs from base to base.
+# moved no more than its noise. That is six runs, and the limit of 60% was drawn afterwards.
 #
 # </details>
 #
@@ -605,7 +606,8 @@ if not REDUCED:
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
 # second gold, the one that repetition does not please, the small price ends above none with both good judges, and the
-# high one below the small one, clearly in one seed: a price may be too high. It does not make the judge any wiser.
+# high one below the small one, clearly in one seed. (There PPO lost by its own objective in two seeds of three, so the
+# price alone need not be the cause.) It does not make the judge any wiser.
 #
 # </details>
 
