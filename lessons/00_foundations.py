@@ -105,6 +105,9 @@ assert len(tokenizer.encode(" λόγος")) == 11
 
 # %%
 OPENING = "And it came to pass in those"
+diagrams.prediction(base, tokenizer, OPENING, " days").savefig(OUT / "00_foundations_path.png")
+
+# %%
 ids = np.array([tokenizer.encode(OPENING)])  # one text, T tokens
 logits = base(ids).numpy()  # [1, T, V]
 z = logits[0, -1].astype(np.float64)  # [V]: what comes after the last token
@@ -112,7 +115,6 @@ best = z.argsort()[::-1][:6]
 print(f"{ids.shape} ids -> {logits.shape} logits, from {z.min():.2f} to {z.max():.2f}")
 print("the largest:", ", ".join(f"{tokenizer.decode([i])!r} {z[i]:.2f}" for i in best))
 assert logits.shape == (*ids.shape, 2048) and z.min() < 0, "a logit is no probability"
-diagrams.prediction(base, tokenizer, OPENING, " days").savefig(OUT / "00_foundations_path.png")
 
 # %% [markdown]
 # **Softmax** turns logits into probabilities, numbers above zero that add up to 1:

@@ -404,8 +404,22 @@ if not REDUCED:
     print(f"loss of the second half: without the attention of layer 0 {late[0]:.2f}, without that of layer 1 {late[1]:.2f}")
     assert late[1] > BASELINE - 0.1 and 0.5 < late[0] < late[1]
 
+# %%
+fig, heads = plt.subplots(2, 4, figsize=(8.5, 4.4), sharex=True, sharey=True, layout="constrained")
+for (layer, head), axis in np.ndenumerate(heads):
+    image = axis.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)
+    axis.set_title(f"layer {layer}, head {head}", fontsize=9)
+fig.suptitle("Who looks 15 positions back?")
+fig.supxlabel("position looked at", fontsize=10)
+fig.supylabel("position that looks", fontsize=10)
+fig.colorbar(image, ax=heads, shrink=0.7, label="attention, mean of 256 sequences")
+fig.alt = "the attention of each head; to the position 15 back it is " + "; ".join(
+    f"in layer {layer} {', '.join(f'{weight:.2f}' for weight in of)}" for layer, of in enumerate(looks_back)
+)
+fig.savefig(OUT / "02_transformer_heads.png", dpi=130)
+
 # %% [markdown]
-# All four of the last layer (layer 1), and none of the first. Silence the last layer's attention and the loss is back
+# All four of the last layer (layer 1; the bright stripes), and none of the first. Silence the last layer's attention and the loss is back
 # at chance; but silencing the first's costs, too. Where a head looks does not tell all that it does, and silencing
 # tells what this model needs, not what the task needs.
 #
@@ -602,14 +616,11 @@ for dialect in (gpt2, llama):
 #
 # ## The picture
 #
-# Left: the loss of the honest model meets the floor; the peeking one falls through it. Right: the attention of all
-# eight heads, averaged over 256 sequences. The bright stripe in the lower row is "15 back".
+# The loss of the honest model meets the floor; the peeking one falls through it.
 
 # %%
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-fig = plt.figure(figsize=(12.5, 4.6), layout="constrained")
-left, right = fig.subfigures(1, 2, width_ratios=[1, 1.75])
-a, heads = left.subplots(), right.subplots(2, 4, sharex=True, sharey=True)
+fig, a = plt.subplots(figsize=(5, 4.6), layout="constrained")
 a.plot(losses, color=BLUE, label="with the causal mask")
 a.plot(peeked, color=ORANGE, label="mask forgotten")
 a.axhline(BASELINE, color=GREY, ls=":", label="bigram table")
@@ -617,14 +628,6 @@ a.axhline(FLOOR, color=GREY, ls="--", label="floor: what can be known")
 a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4))
 a.set_title("Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
-for (layer, head), axis in np.ndenumerate(heads):
-    image = axis.imshow(patterns[layer, head], cmap="viridis", vmin=0, vmax=1)
-    axis.set_title(f"layer {layer}, head {head}", fontsize=9)
-    axis.set(xticks=range(0, 32, 16), yticks=range(0, 32, 16))
-right.suptitle("Who looks 15 positions back?")
-right.supxlabel("position looked at", fontsize=10)
-right.supylabel("position that looks", fontsize=10)
-right.colorbar(image, ax=heads, shrink=0.7, label="attention")
 fig.savefig(OUT / "02_transformer.png", dpi=130)
 print("picture:", OUT / "02_transformer.png")
 
