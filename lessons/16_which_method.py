@@ -419,7 +419,7 @@ for size, shape in SIZES.items():
     whole, copy = LARGE[size, "full"][0], 2 * architecture(shape).size / 1e9  # frozen, in 16 bits
     print(f"{size}, GB where every weight is trained: by examples {whole:.0f}, by DPO {whole + copy:.0f}, by PPO {whole + 2 * copy:.0f}")
 low = {m: np.subtract(*interval(of[m]["gold"] - of["base"]["gold"])) for m in ("DPO", "PPO")}
-assert low["DPO"] > 0 > low["PPO"] and abs(between[0]) < between[1], "DPO's gain is clear, and neither from the other"
+assert low["DPO"] > 0 > low["PPO"] and abs(between[0]) < between[1], "DPO's gain is clear, PPO's and which is more are not"
 
 # %% [markdown]
 # Of this gold (VADER, Lesson 10) DPO gains clearly, PPO not; three seeds do not tell which gains more.
