@@ -404,8 +404,8 @@ print("\ndisk for 100 tasks, MB: " + ", ".join(f"{NAMES[m]} {total / 1e6:.0f}" f
 # (*bare*). In the second, *SFT* is imitation of answers, the *gold* is the rater's score (Lesson 9), and *best of 16*
 # takes the answer that the reward model likes best. If you have answers, imitate them first: PPO starts from SFT.
 #
-# That chain has no DPO; Lesson 10's runs of section 9 have, from the base and under three seeds. By DPO, training holds
-# one frozen copy of the weights, by PPO with a value head two (start and reward model).
+# That chain has no DPO; Lesson 20, section 6, has, beside PPO, three seeds each and no rate tuned. By DPO, training
+# holds one frozen copy of the weights, by PPO with a value head two (start and reward model).
 
 # %%
 preferred = sorted(read_rows(HERE / "results" / "10_ppo.jsonl"), key=lambda row: row["seed"])
