@@ -147,12 +147,12 @@ for name, n in to_90.items():
 # operations, $4N$ a token for $6N$ (Lesson 12). The ledger of Lesson 12 predicts each peak to within a tenth.
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. Unmerged, QLoRA has to turn
-# its four-bit weights back into numbers for every product (Lesson 7), in training and in each token of an answer. A
-# merged QLoRA is no longer in four bits (Lesson 7, section 7). Adapters, prompts and prefixes cannot be merged: the
-# first have a nonlinearity, the others are positions for attention, and neither is a matrix to be added to $W$. So
-# each answer goes on paying: for an adapter's products, or for 20 more places in every sequence's cache of keys and
-# values, over which each new token attends. Merging serves one task: a server that answers many tasks in one batch
-# keeps the LoRAs apart, beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
+# its four-bit weights back into numbers for every product (Lesson 7), in training and in each token of an answer.
+# Merged, QLoRA leaves the four bits, or is rounded to them again (Lesson 7, section 7). Adapters, prompts and prefixes
+# cannot be merged: the first have a nonlinearity, the others are positions for attention, and neither is a matrix to be
+# added to $W$. So each answer goes on paying: for an adapter's products, or for 20 more places in every sequence's
+# cache of keys and values, over which each new token attends. Merging serves one task: a server that answers many tasks
+# in one batch keeps the LoRAs apart, beside one base (S-LoRA, Sheng et al. 2023, arXiv:2311.03285).
 #
 # Switched off, an adapter leaves what was frozen, bit for bit: the base, or for QLoRA the base in four bits.
 #
