@@ -9,7 +9,7 @@
 # in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# control). Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
 # or open it as a notebook. It reads the rows of the league (Lesson 3), and of what is not among them 46 from
 # `lessons/results/15_forgetting.jsonl`. `python lessons/15_forgetting.py --full` (in a notebook `!python
@@ -217,7 +217,7 @@ for t in (0.5, 0.75):
 (gain, off), (cost, more) = (interval(each[0.5] / each[1.0]) for each in (learned, forgotten))
 assert gain - off > 0.8 and cost + more < 1 / 3, "half of the way brings more than four fifths, and costs less than a third"
 assert -0.02 < most.low and most.high < 0.02, "three quarters bring as much as the whole"
-assert crossed(verses[0.75] - loss(low), TOKENS).high < 0.02 and below(forgotten[0.75], text(low)), "no less than half the rate, for less"
+assert crossed(verses[0.75] - loss(low), TOKENS).high < 0 and below(forgotten[0.75], text(low)), "more than half the rate, for less"
 blocks = [block for kind in data.general(protocol.BLOCKS, protocol.LENGTH).values() for block in kind]
 if not REDUCED:
     at_half = mp.train.evaluate(between(0.5, far), blocks, 16, tokenizer.pad_token_id) - general[0.0].sum() / WORDS.sum() / len(SEEDS)
@@ -232,14 +232,14 @@ if not REDUCED:
 # training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam moves a weight by about the
 # rate. Half the rate, which needs no more computation either, does worse than three quarters of the way, which learn
 # more and forget less (-0.010 [-0.014, -0.005] and -0.042 ± 0.016). The question is whether something does better than
-# a shorter way.
+# a shorter way; section 4 asks it.
 
 # %% [markdown]
 # ## 3 · Methods and rates
 #
 # The league tuned each method over rates, epochs and batches. All that its searches saw, on validation and under one
 # seed, is in the left half of the picture. Full fine-tuning, LoRA and adapters start as the base itself. Prompts and
-# prefixes do not: before the first step there are 20 positions in front of every text that the base has never seen.
+# prefixes do not: before the first step 20 positions stand in front of every text, a prompt's with words at random.
 #
 # **Predict:** how much does a prompt forget before its first step?
 
@@ -343,8 +343,8 @@ for task in ("rewrite", "source"):
 #
 # Each has its own rate, tuned like that of the run without a remedy. The **control** is a lower rate, which costs
 # nothing: remedy and control are each taken at their gentlest, as in section 3. And a second one is milder still: the
-# same rate in batches of 8, which learns less. A remedy is worth its trouble where it forgets less than what learns as
-# much.
+# same rate in batches of 8, which learns less. A remedy is worth its trouble where it forgets less than a plain run
+# that learns as much.
 #
 # **Predict:** weight decay and L2-SP both pull at the weights. Which of the two protects what the base could do?
 
@@ -368,6 +368,15 @@ for pair in PAIRS:
     task = crossed(loss(each) - verses[0.5], TOKENS)
     print(f"{pair.a} less half of the way back:".ljust(78) + f"{told(task)}  {told(mean(text(each) - forgotten[0.5]))}")
     assert task.high < 0, "it learns more than half of the way"
+last = np.array([0.5, 0.75, 1.0])
+gains, costs = (np.polyfit(last, [values[t] for t in last], 2) for values in (learned, forgotten))  # parabolas: [3, seeds]
+for pair in PAIRS:
+    each = of(chosen(find, pair.one)[0])
+    gain = (verses[0.0] - loss(each)).sum() / TOKENS.sum() / len(SEEDS)
+    at = float(np.roots(gains.mean(1) - [0, 0, gain]).min())  # where the way first learns as much
+    lead = mean(text(each) - [np.polyval(c, at) for c in costs.T])
+    print(f"{pair.a} less the way at {at:.0%}, which learns as much:".ljust(102) + told(lead))
+    assert 0.5 < at < 0.75 and (lead.low > 0 if pair.a == "weight decay, 1" else lead.high < 0), "two of three beat a shorter way"
 for name in ("L2-SP, α = 0.3", "replay, 0.25"):
     assert versus[name][1].high < 0 and plainer[name][1].high < 0, "it forgets less text than either control"
     assert plainer[name][0].value < 0.02, "and learns no less than the second"
@@ -382,7 +391,7 @@ print(f"replay's share of the tokens in the loss: {share:.0%}")
 #   consolidation (EWC, Kirkpatrick et al. 2017, arXiv:1612.00796) takes the posterior of the old data for a Gaussian
 #   around $\theta_0$ (Laplace), whose negative logarithm is that parabola, and puts for $H$ the diagonal of the Fisher
 #   information, the mean square of each weight's gradient over answers that the model draws itself. With the old text's
-#   own answers (the *empirical* Fisher) it is about the same where the model fits.
+#   own answers (the *empirical* Fisher) it is the same only if the model's probabilities are the text's.
 # - **Replay** forgets 0.208 [0.185, 0.232] less than the control, but on the task it pays 0.030 [0.019, 0.040], more
 #   than the 0.02 that count as equal. Beside the milder run, which learns as much (+0.001 [-0.011, +0.012]), it forgets
 #   0.177 [0.157, 0.196] less. Of the items neither difference is clear (+0.016 [-0.004, +0.035] and +0.017 [-0.001,
@@ -392,12 +401,15 @@ print(f"replay's share of the tokens in the loss: {share:.0%}")
 # - **Weight decay** at this strength changes next to nothing: -0.009 [-0.009, -0.008] nats of text, +0.001 [+0.000,
 #   +0.002] of the task and -0.001 [-0.006, +0.004] of the items, beside the control. It pulls toward zero, not toward
 #   the base. (Its gradient does not go through Adam, as L2-SP's does, so their strengths cannot be compared as numbers.
-#   It would by itself shrink the weights by 3 % in these 250 steps, as the rate falls to zero.)
+#   It would by itself shrink the weights by 3 % in these 250 steps, as the rate falls to zero. Whether its direction or
+#   its strength is at fault, one strength does not tell.)
 #
 # Beside replay, L2-SP learns more of the task (by 0.013 [0.002, 0.024]); of text neither forgets clearly less (+0.025
 # [-0.001, +0.050]), and the items are equal (-0.001 [-0.017, +0.016]). Beside half of the way of section 2, which is
 # free, both learn more (by 0.076 [0.065, 0.087] and 0.063 [0.043, 0.084]); L2-SP forgets a little more than it (+0.028
-# [+0.012, +0.044]), replay not clearly (+0.003 [-0.026, +0.032]).
+# [+0.012, +0.044]), replay not clearly (+0.003 [-0.026, +0.032]). Fairer is the place of the way that learns as much,
+# by parabolas through its last three points: L2-SP and replay forget less than that one (by 0.073 [0.054, 0.091] and
+# 0.074 [0.041, 0.107]), weight decay more (by 0.067 [0.051, 0.083]). So two of the three do better than a shorter way.
 #
 # Each was tried in one strength; another may do better. The register's statement on weight decay and dropout
 # (`forget-4`) asks for more cases, whose rows are still to come. Not run here is a penalty on *outputs* instead of
@@ -408,8 +420,8 @@ print(f"replay's share of the tokens in the loss: {share:.0%}")
 #
 # The verdict on the lower rate has both tasks, and LoRA as well: a quarter of the usual rate, at its gentlest setting,
 # beside the tuned one, which is twice as high (LoRA's on `rewrite` four times). Epochs and batches differ, too: each
-# side has its own, and only the gentle one was chosen for text. Who learned less by more than 0.02 has shown nothing:
-# so one comparison is not told.
+# side has its own, and only the gentle one was chosen for text. Who may have learned less by more than 0.02, by the
+# interval, has shown nothing: so one comparison is not told.
 
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. 3 of 4 comparisons are as stated, 1 not told:
@@ -457,7 +469,7 @@ figure.savefig(OUT / "15_forgetting.png", dpi=120)
 print("picture:", OUT / "15_forgetting.png")
 
 # %% [markdown]
-# ## Break it: too far to walk back
+# ## Break it: sixteen times the rate
 #
 # Fine-tune at sixteen times the rate, in 31 steps of 16, and walk back. One run, now, beside the run of section 1.
 #

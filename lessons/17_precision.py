@@ -120,10 +120,11 @@ assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] a
 # ## 2 · Mixed precision
 #
 # So not every operation is rounded. Inside `with mp.autocast("bfloat16"):` products round their inputs and their
-# result, and sum in float32 in between, as tensor cores do. Two kinds of operation stay in float32: sums of many
+# result, and sum in float32 in between, as tensor cores do. Mainly two kinds of operation stay in float32: sums of many
 # numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they leave float16's
 # range. The lists are PyTorch's for a GPU, with minipeft's fused products among them (`to` is an explicit change of
-# dtype); its list for the CPU leaves far less in float32 (`device_type="cpu"`).
+# dtype, and `inv`, of a matrix, has no sixteen-bit form); its list for the CPU leaves far less in float32
+# (`device_type="cpu"`).
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -154,7 +155,7 @@ for how in ("bf16", "fp16"):
     assert sum(map(abs, interval(beside("full", how)))) < 0.001
 total = task_before - LOSS["full", "float32"]
 print(f"of {spread(total)} that are learned")
-assert total.min() > 1, "a thousandth of that is less than the difference can be"
+assert total.min() > 1, "less than a thousandth of what is learned is lost"
 
 # %% [markdown]
 # Less than a thousandth of a nat: both intervals lie within that. But both runs kept their weights in float32, and the
@@ -173,7 +174,8 @@ assert weight == 1
 
 # %% [markdown]
 # At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the next
-# number: than half of the last place, or, just below a power of two, where numbers lie twice as close, than a quarter,
+# number: than half of the last place, or, from a power of two toward zero, where numbers lie twice as close, than a
+# quarter,
 #
 # $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{and on either side where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
 #
@@ -230,16 +232,18 @@ print(f"at the low rate the run without one learns {spread(100 * learned[1] / le
 assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(), "about an eighth"
 
 # %% [markdown]
-# At 1e-3 it costs two or three hundredths of a nat. At 3e-5, where nearly all steps are lost, it costs half a nat, and
-# about an eighth of the learning is left. No error is raised and the loss still falls, so the failure is easy to miss.
-# The smaller the rate, the larger the share of the steps that is lost.
+# At 1e-3 it costs two or three hundredths of a nat. (Nearly every weight moves, but in whole places: a step is rounded.
+# And as the schedule lowers the rate to zero, the last steps are lost here, too. These runs do not tell which of the
+# two costs more.) At 3e-5, where nearly all steps are lost, it costs half a nat, and about an eighth of the learning is
+# left. No error is raised and the loss still falls, so the failure is easy to miss. The smaller the rate, the larger
+# the share of the steps that is lost.
 #
-# ## 4 · Why float16 needs a scale, and bfloat16 does not
+# ## 4 · Gradients on the way back, and the loss scale
 #
 # The backward pass rounds gradients, too. It goes from the loss through the *activations*, the outputs of the modules,
 # to the weights. A gradient that becomes zero on the way is lost for every weight behind it. float16's smallest number
-# is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*. Below are the gradients, other than
-# zero, of all activations of this model's blocks in one step.
+# above zero is $2^{-24}$; what is smaller than half of that becomes zero: it is *flushed*. Below are the gradients,
+# other than zero, of all activations of this model's blocks in one step.
 #
 # **Predict:** how many of them are flushed in float16, and what does it cost?
 
@@ -268,9 +272,10 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.fin
 # arXiv:2005.14165, Table 2.1). Such a step is computed as many small batches whose gradients are added (*gradient
 # accumulation*), and each batch's loss is divided by the tokens of the whole step.
 #
-# We imitate one of the 1024 batches of such a step: its loss is multiplied by $S = 2^{-10}$. Before Adam uses them, the
-# gradients of the *weights* are divided by $S$ in float32, so in exact arithmetic this run equals the one with $S = 1$.
-# What differs is what float16 lost in between: six gradients in ten are flushed, and the others, subnormal, lose bits.
+# We imitate one of the 1024 batches of a step 1024 times as large as ours: its loss is multiplied by $S = 2^{-10}$.
+# Before Adam uses them, the gradients of the *weights* are divided by $S$ in float32, so in exact arithmetic this run
+# equals the one with $S = 1$. What differs is what float16 lost in between: six gradients in ten are flushed, and the
+# others, subnormal, lose bits.
 #
 # **Predict:** what does that cost in float16? And in bfloat16?
 
@@ -384,9 +389,10 @@ except ValueError as error:
 
 # %% [markdown]
 # In float32 nothing is lost. In float16 between one and two in a hundred become zero, and more than one in ten becomes
-# subnormal and loses bits: the division takes back what the scale had saved. PyTorch refuses instead. The remedy is a
-# master copy: load the weights that are trained in float32. With adapters those are few, and PEFT casts them to float32
-# itself (`autocast_adapter_dtype`), over a base in sixteen bits.
+# subnormal and loses bits. The scale still helped on the way to the weights, but for these gradients the division takes
+# back what it had saved. PyTorch refuses instead. The remedy is a master copy: load the weights that are trained in
+# float32. With adapters those are few, and PEFT casts them to float32 itself (`autocast_adapter_dtype`), over a base in
+# sixteen bits.
 #
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
@@ -414,9 +420,9 @@ assert below(LOSS["LoRA", "float32"], LOSS["LoRA", "bf16, no master"]) and sum(i
 assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master copy of the adapter helps, a little"
 
 # %% [markdown]
-# Still 9 %: the two errors are independent, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092. In training
-# each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the GPU:
-# bfloat16 where its tensor cores have it (NVIDIA's since the A100), float16 with a loss scale on older ones.
+# Still 9 %: the two errors are as good as uncorrelated, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092.
+# In training each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the
+# GPU: bfloat16 where its tensor cores have it (NVIDIA's since the A100), float16 with a loss scale on older ones.
 # `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. The compute
 # dtype does not change what is stored. An adapter that is itself held in bfloat16 ends clearly higher, by less than
 # 0.003 nats, at its usual rate of 3e-3.
@@ -510,9 +516,10 @@ print("picture:", OUT / "17_precision.png")
 # %% [markdown]
 # ## Break it: too large for any scale
 #
-# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504. T5 was trained in bfloat16
-# (google-research/text-to-text-transfer-transformer, issue 539), and in float16 one of its layers overflowed, at 66,246
-# (huggingface/transformers, issue 5651). Here two matrices of one layer are multiplied by 200.
+# A loss scale multiplies gradients. It cannot help a *forward* pass that exceeds 65,504. T5 was trained with
+# activations in bfloat16 (google-research/text-to-text-transfer-transformer, issue 539), and in float16 one of its
+# layers overflowed, at 66,246 (huggingface/transformers, issue 5651). Here two matrices of one layer are multiplied by
+# 200.
 #
 # **Predict:** in which of the two formats is the loss still a number?
 
