@@ -47,13 +47,18 @@ if REDUCED:
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
 LENGTH, K = 20, 4
-diagrams.rlhf_stages(base.config).savefig(OUT / "09_reward_model_stages.png")
 
 # %% [markdown]
 # ## 1 · How people choose
 #
-# Of the three stages in the picture `09_reward_model_stages.png` this lesson is the second. Bradley and Terry's model:
-# every text has a quality $r$, and the better one wins with a probability that depends on the difference alone,
+# Of these three stages this lesson is the second:
+
+# %%
+diagrams.rlhf_stages(base.config).savefig(OUT / "09_reward_model_stages.png")
+
+# %% [markdown]
+# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on
+# the difference alone,
 #
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
 #
@@ -148,6 +153,8 @@ assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), 
 
 # %%
 diagrams.ranking(K).savefig(OUT / "09_reward_model_ranking.png")
+
+# %%
 ranked = rlhf.rankings(prompts, answers, order)
 batch = rlhf.collate_rankings(ranked[:8])
 pairs = len(batch.arguments["better"])

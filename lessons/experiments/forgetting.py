@@ -87,7 +87,7 @@ def walked(store: str | os.PathLike, key: str) -> dict[float, np.ndarray]:
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates (smaller is better), by the first: the Pareto frontier."""
+    """The points beside which no other is at least as small in both coordinates and smaller in one, by the first: the Pareto frontier."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(set(points)):
         if not best or y < best[-1][1]:
