@@ -306,7 +306,7 @@ ax.set(title="Each advantage has one flat side", xlabel="ratio (grey: within 20 
 ax.legend(frameon=False)
 figure.savefig(OUT / "10_ppo_clip.png", dpi=120)
 
-
+# %%
 def pushed(A_t, ratio):
     """-d loss / d log pi: above 0, the token is made more probable."""
     logp = mp.Tensor(np.log([ratio]), requires_grad=True)

@@ -31,6 +31,7 @@ import numpy as np
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
+from minipeft.claims.chain import JUDGES
 from minipeft.claims.chain_rules import CHAIN, along, crossed, items, shown, those_of
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
@@ -50,12 +51,7 @@ STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"
 LENGTH = 20
 gold = rlhf.gold_reward(tokenizer)
 
-
-def openings(split):
-    """Prompts: the first four words of sentences of Jane Austen's."""
-    return [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
-
-
+# %%
 diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 
 # %% [markdown]
@@ -66,6 +62,11 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # and that alone is an error of 5 points or more.
 
 # %%
+def openings(split):
+    """Prompts: the first four words of sentences of Jane Austen's."""
+    return [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
+
+
 def continued(split, n, rng, seed):
     """(prompts, four answers of the base to each, their gold scores [n, 4])."""
     prompts = openings(split)
@@ -362,21 +363,12 @@ figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
 # %%
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
-JUDGES = (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000))
-figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True, layout="constrained")
+judged = {(s, n): [those_of(chain, stage, judge=s, comparisons=n, beta=b) for stage, b in (("ppo", 0.0), ("best", 0.05))] for s, n in JUDGES}
 print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)   best of 16 less the end")
 rises, moves, better, equal = {}, {}, {}, {}
 before = items(those_of(chain, "sft"))
-for ax, (size, n) in zip(panels, JUDGES):
-    runs = those_of(chain, "ppo", judge=size, comparisons=n, beta=0.0)
-    many = those_of(chain, "best", judge=size, comparisons=n)
-    for key, color in (("proxy", "C3"), ("gold", "C2")):
-        for i, row in enumerate(runs):  # a line a seed
-            ax.plot(*along(row, key), color=color, linewidth=1.2, label=None if i else key)
-        best_of = {m: [row["best_of"][m] for row in many] for m in many[0]["best_of"]}
-        means = [np.mean([e[key] for e in each]) for each in best_of.values()]
-        ax.plot(np.sqrt([each[0]["kl"] for each in best_of.values()]), means, "--", color=color, linewidth=2)
-    ax.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
+for (size, n), (runs, many) in judged.items():
+    best_of = {m: [row["best_of"][m] for row in many] for m in many[0]["best_of"]}
     one, end = np.array([e["proxy"] for e in best_of["1"]]), items(runs, "proxy").mean(axis=1)
     rises[size, n], moves[size, n] = interval(end - one), crossed(items(runs) - before)
     better[size, n] = crossed(items(many) - items(runs))
@@ -388,8 +380,6 @@ for ax, (size, n) in zip(panels, JUDGES):
         f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
         f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}   {shown(better[size, n])}"
     )
-panels[0].legend(frameon=False)
-figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
@@ -397,6 +387,18 @@ assert all(better[judge].low > 0 for judge in poor), "the best of 16 has clearly
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
 print("proxy where PPO has first spent the KL of the best of 16, and of that: ", ", ".join(f"{a:.2f} and {b:.2f}" for a, b in equal.values()))
 assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy"
+
+# %%
+figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True, layout="constrained")
+for ax, ((size, n), (runs, many)) in zip(panels, judged.items()):
+    for key, color in (("proxy", "C3"), ("gold", "C2")):
+        for i, row in enumerate(runs):  # a line a seed
+            ax.plot(*along(row, key), color=color, linewidth=1.2, label=None if i else key)
+        means = {m: np.mean([[row["best_of"][m][name] for row in many] for name in ("kl", key)], axis=1) for m in many[0]["best_of"]}
+        ax.plot(*np.transpose([(math.sqrt(kl), mean) for kl, mean in means.values()]), "--", color=color, linewidth=2)
+    ax.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
+panels[0].legend(frameon=False)
+figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
 # Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
