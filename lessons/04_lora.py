@@ -271,7 +271,7 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):  # 18.87, cut
 # - towards the input, $\bar x = W^\top \bar y$ needs $W$, which is there anyway.
 #
 # Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept, and one of three products
-# (forward and these two) less. The second stays, as lower layers need it. So LoRA's step has about 2/3 of the work.
+# (forward and these two) less. The second stays, as adapters below need it. So LoRA's step has about 2/3 of the work.
 # For GPT-3 the paper measures 43.1 tokens a second on a GPU in place of 32.5 (section 4.2).
 #
 # **Predict:** put LoRA beside it. Is $x$ kept?
