@@ -1,15 +1,14 @@
 # %% [markdown]
 # # Lesson 4 · LoRA: a small detour around a frozen matrix
 #
-# Full fine-tuning (Lesson 3) ends with a whole model per task, and needs four times its weights in memory to get there.
-# LoRA (Hu et al. 2021, arXiv:2106.09685) leaves every weight of the base as it is and learns a *correction* beside it,
-# a product of two thin matrices. After this lesson you can write the layer from its equation, say where its memory
-# saving comes from, merge it into the base, and serve many tasks from one base. Which rank, layers and $\alpha$, and
-# how LoRA compares with full fine-tuning, is Lesson 18.
+# Full fine-tuning (Lesson 3) ends with a whole model per task, and needs at least four times its weights in memory to
+# get there. LoRA (Hu et al. 2021, arXiv:2106.09685) leaves every weight of the base as it is and learns a *correction*
+# beside it, a product of two thin matrices. After this lesson you can write the layer from its equation, say where its
+# memory saving comes from, merge it into the base, and serve many tasks from one base. Which rank, layers and $\alpha$,
+# and how LoRA compares with full fine-tuning, is Lesson 18.
 #
 # You need Lesson 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
-# with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. Where a line begins with **Predict**,
-# write down your answer; the next cell computes it.
+# with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. At **Predict**, write down an answer.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where files go (`lessons/out`).
 
@@ -112,11 +111,10 @@ model.print_trainable_parameters()
 print("\n".join(repr(model).split("\n")[:9]), "\n  ...")
 ids = np.random.default_rng(0).integers(0, base.config.vocab_size, (4, 32))
 assert np.array_equal(model(ids).numpy(), base(ids).numpy())
-print("at the start, the logits are the base's, bit for bit: True")
 
 # %% [markdown]
-# What does one zero factor do to the first step? Call $G = \partial L / \partial W$ the gradient that full fine-tuning
-# would use. By Lesson 1's rule for a product of matrices,
+# Call $G = \partial L / \partial W$ the gradient that full fine-tuning would use. By Lesson 1's rule for a product of
+# matrices,
 #
 # $$\frac{\partial L}{\partial B} = \frac{\alpha}{r}\, G A^\top, \qquad
 #   \frac{\partial L}{\partial A} = \frac{\alpha}{r}\, B^\top G .$$
@@ -156,8 +154,8 @@ for step in (1, 2):
 #            = -\eta\, \frac{\alpha}{r} \sum_{i=1}^{d} \sum_{j=1}^{r} \left| (G A^\top)_{ij} \right| .$$
 #
 # The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
-# step changes the loss about equally at every rank.* Measured on a batch of Lesson 3's task, and beside it a popular
-# rule, $\alpha = 2r$.
+# step changes the loss about equally at every rank.* Here is the double sum, with its factor, on a batch of Lesson 3's
+# task, and beside it another rule, $\alpha = 2r$.
 #
 # **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
@@ -171,7 +169,7 @@ def lora(r=8, alpha=16, targets="all-linear", name="default"):
 
 
 def first_step(r, alpha):
-    """|Delta L| / eta of the first step."""
+    """|Delta L| / eta of the first step, to first order."""
     model = lora(r, alpha)
     model.loss(**first_batch).backward()
     return sum(abs(p.grad).sum().item() for p in model.parameters() if p.requires_grad)
@@ -198,11 +196,11 @@ print(LAYER)
 
 # %% [markdown]
 # First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` does
-# not, so in the verdict below the layer runs on to the second flaw.) Second, `alpha` is defined
-# nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library
-# and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain
-# $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong for the
-# other. All repaired:
+# not, so in the verdict below the layer runs on to the second flaw.) Second, `alpha` is defined nowhere. Third, the
+# comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library and PEFT draw $A$
+# uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain $A$. Adam cancels the
+# size of the gradient, but not that of the move, so a rate that fits one start is wrong for the other. (And `W` is new:
+# the pretrained matrix has to be put there.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -258,7 +256,7 @@ def gpt3_lora(r):
     return mp.LoraConfig(r=r, target_modules=["c_attn"], enable_lora=[True, False, True])
 
 
-for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):
+for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):  # 18.87, cut
     counted = count_parameters("gpt3", gpt3_lora(r)).trainable
     assert counted == 96 * 2 * r * (12288 + 12288)
     print(f"GPT-3, r = {r}: {counted:,} parameters; the paper's Table 15: {published}")
@@ -273,7 +271,7 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):
 # - towards the input, $\bar x = W^\top \bar y$ needs $W$, which is there anyway.
 #
 # Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept, and one of three products
-# (forward and these two) less. The second stays, as lower layers need it. So LoRA's step has about 2/3 of the work.
+# (forward and these two) less. The second stays, as adapters below need it. So LoRA's step has about 2/3 of the work.
 # For GPT-3 the paper measures 43.1 tokens a second on a GPU in place of 32.5 (section 4.2).
 #
 # **Predict:** put LoRA beside it. Is $x$ kept?
@@ -315,8 +313,7 @@ for name, (layer, predicted) in layers.items():
 # %% [markdown]
 # It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). "LoRA needs no activations of the
 # frozen weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is the gradient and the
-# optimizer's two moments. Now a whole step, measured line by line, with an assertion that `memory_ledger` predicts each
-# from shapes.
+# optimizer's two moments. Now a whole step, line by line; an assertion says that `memory_ledger` predicts each.
 #
 # **Predict:** with LoRA on all layers, do the activations take less memory than in full fine-tuning, or more?
 
@@ -393,7 +390,8 @@ assert abs(states / 350e9 - 1) < 0.01
 # %% [markdown]
 # ## 7 · Training it
 #
-# The training loop is Lesson 3's, and so are the 64 held-out verses. Only what the optimizer is given has changed.
+# The training loop and the 64 held-out verses are Lesson 3's. A batch has 12 verses in place of 16, and the optimizer
+# is given $A$ and $B$ alone.
 
 # %%
 TASKS, n_held_out = ("rewrite", "source"), 8 if REDUCED else 64
@@ -461,9 +459,9 @@ assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
 
 # %% [markdown]
-# And back. The paper (section 4.1) subtracts $BA$ again, as does PEFT's `unmerge_adapter`.
+# The paper (section 4.1) subtracts $BA$ again, as does PEFT's `unmerge_adapter`.
 #
-# **Predict:** in float32, how many of the weights are then what they were: all, most, or few?
+# **Predict:** in float32, how many weights are then what they were: all, most, or few?
 
 # %%
 D = to_numpy(adapted.layers[place].adapters["rewrite"].delta_weight())
@@ -492,7 +490,7 @@ assert all(np.array_equal(np.round(whole + sign * 0.999 * whole / 512), whole) f
 # %% [markdown]
 # ## 9 · One base, many tasks
 #
-# A second adapter on the same base learns the league's other task, `source`: from which of three books is a sentence?
+# A second adapter on the same base learns the league's other task, `source` (Lesson 3).
 
 # %%
 adapted.add_adapter("source", mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=1)
@@ -512,8 +510,8 @@ if not REDUCED:
     assert table["source"][1] == min(row[1] for row in table.values())
 
 # %% [markdown]
-# Each is the best at its own task. They need not even take turns: one batch, a name for each row, the base's product
-# computed once for all, and each row's own detour beside it.
+# Each is best at its own task. They need not take turns: one batch, a name for each row, the base's product computed
+# once for all, and each row's own detour beside it.
 
 # %%
 names = ["rewrite", "__base__", "source", "rewrite"]
@@ -571,7 +569,8 @@ assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
 # %% [markdown]
 # ## 10 · The league so far
 #
-# One run at one rate says that LoRA learns, not how well. For that there is the league (Lesson 3):
+# One run at one rate says that LoRA learns, not how well. For that there is the league (Lesson 3). Which row is better,
+# the interval of the difference says (Lesson 18, section 5).
 
 # %%
 print(so_far(["full", "head", "lora"]))

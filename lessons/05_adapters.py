@@ -63,10 +63,10 @@ diagrams.block(mp.load_base()[0].config, sixteen).savefig(OUT / "05_adapters_blo
 
 # %%
 W_down, W_up = np.array([[1, 1, 0]]), np.array([[0], [1], [-1]])
-for h in (np.array([1, 2, 3]), np.array([-1, -2, -3])):
+for h, out in (np.array([1, 2, 3]), [1, 5, 0]), (np.array([-1, -2, -3]), [-1, -2, -3]):
     z = np.maximum(W_down @ h, 0)
     print(f"h = {h}: down {W_down @ h}, ReLU {z}, up {W_up @ z}, out {h + W_up @ z}")
-assert (h + W_up @ z).tolist() == [-1, -2, -3], "where the ReLU is zero the adapter adds nothing"
+    assert (h + W_up @ z).tolist() == out, "where the ReLU is zero the adapter adds nothing"
 
 # %% [markdown]
 # $(1, 2, 3)$ becomes $(1, 5, 0)$. Of $-h$ the ReLU leaves zero, so $-h$ passes unchanged: an adapter acts on some
@@ -98,9 +98,9 @@ assert difference < 1e-4
 # be LoRA beside the whole MLP rather than beside one matrix. Pfeiffer et al. train one adapter for each of many tasks,
 # and then, in a second stage, an attention that mixes their outputs (AdapterFusion).
 #
-# PEFT has no bottleneck adapters. The `adapters` library (AdapterHub) has these three, named `double_seq_bn`, `seq_bn`
-# and `par_bn`; an option left out here takes its value there: $m = d/16$ with SiLU, $d/16$ with ReLU, and $d/2$ with
-# ReLU, scaled by 4.
+# PEFT (0.21) has no bottleneck adapters. The `adapters` library (AdapterHub) has these three, named `double_seq_bn`,
+# `seq_bn` and `par_bn`; an option left out here takes its value there: $m = d/16$ with SiLU, $d/16$ with ReLU, and
+# $d/2$ with ReLU, scaled by 4.
 #
 # Below, statements from textbooks meet measurements. For the second, a **unit** is one of an adapter's $m$ numbers, and
 # a **direction** one of LoRA's $r$ numbers $Ax$. Of all units the one counts that tells a sentence's book best on
@@ -124,6 +124,8 @@ assert difference < 1e-4
 # > (5 seeds, 256 test items)
 
 # %% [markdown]
+# A unit may tell the book and not be the cause of the answers: without this one about as many are right.
+#
 # ## 2 · The count
 #
 # Two matrices of $d\,m$ and two biases: $2dm + m + d$. With $d = 1024$ and $m = 64$ that is 131,072, "131K", and 1,088
@@ -258,8 +260,9 @@ assert 0.75 < ours["activations"] / full["activations"] < 0.85 and rank8["activa
 # trained $W$ does, and its $B$ needs $Ax$. Adapters leave the seven frozen, whose inputs need not be kept for them.
 # Adapters in the upper layers alone shorten that way; by Houlsby et al. (section 3.6) they matter most: trained
 # adapters of any one layer could be taken out with little loss, of the lowest with hardly any; without all of them the
-# model was back at guessing. (Training norms alone cost them 3.5 to 4 points.) What LoRA can and such an adapter cannot
-# is to change the attention pattern of its own block, by $W_q$ and $W_k$; an adapter first acts behind it.
+# model was back at guessing the commonest class. (Training norms alone cost them 3.5 to 4 points.) What LoRA can and
+# such an adapter cannot is to change the attention pattern of its own block, by $W_q$ and $W_k$; an adapter first acts
+# behind it.
 
 # %% [markdown]
 # > `adapter-2` only the adapters train: **holds**. Two steps move 48 of the adapters' 48 arrays and 0 of the base's 56;
@@ -345,7 +348,8 @@ assert counts["houlsby"] == counts["base"] + 12 * 4 < counts["LoRA"] == counts["
 
 # %% [markdown]
 # The merged model runs the very operations of the base: what its time above differs by is the noise of such a timing.
-# Houlsby adapters add four (linear, ReLU, linear, add) in each of twelve places; LoRA adds two in each of 42.
+# Houlsby adapters add four (linear, ReLU, linear, add) in each of twelve places; LoRA adds two in each of 42 (the
+# product with $B$, its scale and the sum are one).
 #
 # What is not merged can be exchanged. With one adapter for each of nine tasks, Houlsby et al. (Table 1) keep 1.3 times
 # the parameters of BERT, where full fine-tuning keeps 9 times. Nor need the tasks take turns: in one batch the frozen
@@ -376,7 +380,8 @@ print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bot
 # %% [markdown]
 # On `rewrite` LoRA learns more, at both sizes, and for half of the computation: the adapters went on to four epochs,
 # the most that the protocol allows, and might gain from more. On `source` the smaller pair is equal, the larger
-# undecided.
+# undecided. (The ± of two rows overlap even on `rewrite`, as verses differ in difficulty. The differences below are
+# taken verse by verse, where that cancels.)
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
