@@ -338,10 +338,9 @@ assert 0.8 < remains.mean() < 0.9 and below(loss("base"), loss("dare_linear 0.1"
 # number of $A$ is in a whole column of the product, multiplied by the noise of $B$. At $d = 0.1$ on factors the model
 # is worse than the base.
 #
-# The control: of equally many numbers the largest are better than random ones, at each density. DARE's paper drops 90
-# % or even 99 % of the updates of large models with hardly a loss (its abstract). It names as the reason that
-# fine-tuning had changed each weight by little, mostly within 0.002; after continued pretraining, with larger
-# changes, it fails. On this small model it costs. DARE is meant to reduce interference, not to improve one vector.
+# The control: of equally many numbers the largest are better than random ones, at each density. DARE's paper drops 90 %
+# or even 99 % of the updates of large models with hardly a loss (its abstract). It names as the reason that fine-tuning
+# had changed each weight by little, mostly within 0.002; after continued pretraining, with larger changes, it fails. On this small model it costs. DARE is meant to reduce interference, not to improve one vector.
 #
 # ## 7 · Subtracting
 #
