@@ -47,7 +47,7 @@ if REDUCED:
 #
 # $$w = w_0 + P z, \qquad P\ [D, d] .$$
 #
-# The plainest task has 1,000 weights and three examples: $w$ shall give three right answers, $Xw = t$.
+# The plainest task has 1,000 weights, $w_0 = 0$, and three examples: $w$ shall give three right answers, $Xw = t$.
 #
 # **Predict:** for which $d$ does training in $d$ random directions reach loss 0?
 
@@ -149,15 +149,16 @@ print(f"all but the first 8: {1 - spectra['MLP'][3]:.0%} of the MLP's energy, {r
 if not REDUCED:
     at = RANK.index(8)
     assert all(spectra[g][at] > 2.5 * chance[g][at] for g in spectra), "far from random"
-    assert spectra["MLP"][at] < 0.75, "and far from rank 8"
+    assert 0.4 < spectra["MLP"][at] < 0.6 and spectra["MLP"][RANK.index(32)] < 0.8, "and far from rank 8, and from 32"
     assert worth[8] > 0.95 and worth[128] - worth[8] < 0.05 and 0 < rest < 0.5
 
 # %% [markdown]
-# In the MLPs the 8 strongest hold less than three quarters, but more than 2.5 times a random matrix's share. So the
-# conjecture in its literal form does not hold in this run: the update is no matrix of rank 8. (Biderman et al. 2024,
-# arXiv:2405.09673, find ranks 10 to 100 times those that LoRA is usually given.) What is low is the rank of a part that
-# *suffices*: the first 8 directions of each matrix keep nearly all of the gain or more (norms and embeddings are left
-# as they were). The others add nearly nothing to that, though alone they bring a part of the gain.
+# In the MLPs the 8 strongest hold about half, more than 2.5 times a random matrix's share, and 32 of 128 leave out
+# more than a fifth. So in this run, one seed, the conjecture does not hold to the letter: the update is no matrix of
+# low rank. (Biderman et al. 2024, arXiv:2405.09673, find ranks 10 to 100 times those that LoRA is usually given.)
+# What is low is the rank of a part that *suffices*: the first 8 directions of each matrix keep nearly all of the gain
+# or more (norms and embeddings are left as they were). The others add nearly nothing to that, though alone they bring
+# a part of it.
 #
 # Why is the rest there? A likely cause is the optimizer. Adam divides each element of the gradient by its own size: its
 # first step is $-\eta \cdot \mathrm{sign}(G)$, in which small elements, noise and all, weigh as much as large ones. On
@@ -230,6 +231,7 @@ for task, key in KEYS.items():
     behind[task] = {r: compare(one, of[32], key, level=1 - 0.05 / 12) for r, one in of.items() if r != 32}
     print(f"{task}: rank 1's best rate is {of[1].trial.rate / of[64].trial.rate:g} times rank 64's; how much better than rank 32:")
     print("  " + ", ".join(f"r = {r}: {found.interval}" for r, found in behind[task].items()))
+    assert of[1].trial.rate / of[64].trial.rate == {"rewrite": 8, "source": 16}[task]
 assert all(found.clearly_worse for found in behind["rewrite"].values())
 assert not any(found.clearly_worse or found.clearly_better for found in behind["source"].values())
 
@@ -241,8 +243,8 @@ assert not any(found.clearly_worse or found.clearly_better for found in behind["
 #
 # Rank 32 is the best of `rewrite`, where it is ahead of every other: of 1, 2 and 4 by 0.03 to 0.10 nats, of 8, 16 and
 # 64 by 0.04 at most. On `source` the right choices tell no rank from 32, and even rank 1 may be as good; but its
-# `cloze` falls furthest (at the highest rate of the column). (These are ends of intervals; all twelve hold together 19
-# times in 20. The verdict compares the best on validation of the ranks from 8 on with the best of 1, 2 and 4.)
+# `cloze` falls furthest in the mean (at the highest rate of the column). (These are ends of intervals; all twelve hold
+# together 19 times in 20. The verdict compares the best on validation of the ranks from 8 on with the best of 1, 2, 4.)
 
 # %% [markdown]
 # > `lora-2` rank is typically 8 to 64: **holds if**. Lora-r32 beside lora-r4, rewrite, 500 examples: better (+0.045
@@ -305,15 +307,15 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 #
 # $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.029 at most; at rank 43, with as many numbers, the
 # interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
-# less often than all layers, or 4.5 more often. (They are wide, since all twelve are to hold together. A single
-# interval at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly
-# higher.) So at rank 8 $q$ and $v$ train a fifth of the numbers, and lose a little; on `source` they forget more.
+# less often than all layers, or 4.5 more often. (They are wide, as all twelve are to hold together. A single interval
+# at 95 % is narrower: by it $q$ alone is behind, and $q$ and $v$ at rank 8, too. $q$'s loss is clearly higher.) So at
+# rank 8 $q$ and $v$ train less than a fifth of the numbers, and lose a little; on `source` they forget more.
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within ±0.02, "undecided" a
 # wider one with 0 inside, and "not told" one with the rule's limit inside. The rival of $q$ and $v$ is what was best on
-# validation: all layers, on both tasks. For `lora-7` and `lora-8` that limit is 0: is one clearly better? $q$ and $v$
-# are not in three of four comparisons, and the fourth leaves it open. So `lora-7` *cannot be tested here*, neither
-# shown nor refuted by these runs. ("Within 4 epochs" says that the worse of the two took as many as are allowed.)
+# validation: all layers, on both tasks. For `lora-7` and `lora-8` that limit is 0: is one clearly better? (Equal is a
+# no.) $q$ and $v$ are not in three of four comparisons, and the fourth leaves it open. So `lora-7` *cannot be tested
+# here*, neither shown nor refuted. ("Within 4 epochs" says that the worse of the two took as many as are allowed.)
 
 # %% [markdown]
 # > `lora-7` usually on the query and value projections, empirically the most effective: **cannot be tested here**.
@@ -334,11 +336,10 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 # %% [markdown]
 # ## 4 · Which α, and which rate?
 #
-# In the first step $\alpha$ and the rate do the same. Only $B$ moves, and Adam's steps do not depend on the size of the
-# gradient, so the step in $W$ is in proportion to either. (Under plain SGD it grows with $\alpha^2$, as the gradient of
-# $B$ has the factor $\frac{\alpha}{r}$, too.) Afterwards $A$ moves as well, and under Adam $\alpha$ is a rate for $B$
-# alone: in $\frac{\alpha}{r} BA$ four times $\alpha$ is four times $B$, and $B$ starts at zero. **LoRA+** (Hayou et al.
-# 2024, arXiv:2402.12354) splits the rate itself, with a higher one for $B$, as $A$ sums over the width of a layer and
+# In the first step $\alpha$ and the rate do the same. Only $B$ moves, and Adam's steps do not depend on the size of
+# the gradient, so the step in $W$ is in proportion to either. (Under plain SGD it grows with $\alpha^2$, as the
+# gradient of $B$ has the factor $\frac{\alpha}{r}$, too.) Afterwards $A$ moves as well. **LoRA+** (Hayou et al. 2024,
+# arXiv:2402.12354) gives $A$ and $B$ two rates, with a higher one for $B$, as $A$ sums over the width of a layer and
 # $B$ over $r$ numbers alone.
 #
 # **Predict:** is LoRA+, with four times the rate for $B$, another method than LoRA with four times $\alpha$? Is rsLoRA,
@@ -376,12 +377,13 @@ print("rsLoRA, r = 16, alpha = 16, is LoRA with alpha = 64, bit for bit:", np.ar
 assert np.array_equal(rs(ids).numpy(), plain(ids).numpy())
 
 # %% [markdown]
-# LoRA+ is not another one, up to Adam's $\epsilon$ and without weight decay (which a higher rate makes stronger):
-# $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with another
-# $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$ a high
-# rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks. To decide
-# this takes several ranks at one $\alpha$, each at several rates, and the league has $\alpha = 2r$. Of these methods it
-# has LoRA alone so far:
+# LoRA+ is not another one, up to Adam's $\epsilon$ and without weight decay (which a higher rate makes stronger): in
+# $\frac{\alpha}{r} BA$ four times $\alpha$ is four times $B$, $B$ starts at zero, and Adam moves it in proportion to
+# its rate. So $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with
+# another $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$
+# a high rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks.
+# To decide this takes several ranks at one $\alpha$, each at several rates, and the league has $\alpha = 2r$. Of
+# these methods it has LoRA alone so far:
 
 # %%
 print(so_far(["lora", "rslora", *ALPHAS]))
@@ -414,15 +416,17 @@ for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
 
 # %% [markdown]
-# On `rewrite` LoRA ends below full fine-tuning with 50 and 500 examples, and above it with 5,000, by a tenth of a nat:
-# LoRA falls behind as the data grow, as Schulman et al. find. Whether rank or epochs limit it there is open: no other
-# rank was run, and both methods stopped at the one epoch that is allowed. On `source` no size shows LoRA clearly
-# behind. So in five of six cases what LoRA may lose is below 0.02.
+# On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth
+# of a nat: there LoRA falls behind as the data grow, as Schulman et al. find. Whether rank or epochs limit it is
+# open: no other rank was run, and both methods stopped at the one epoch that is allowed. On `source` no size shows
+# LoRA clearly behind. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned
+# rate is 1.5 to 12 times full fine-tuning's.
 #
 # Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
-# LoRA's merged weights that full fine-tuning's do not have (*intruder dimensions*), and that these cause forgetting.
-# Nor is LoRA of full rank full fine-tuning: it can hold any $\Delta W$, but learns by steps of $A$ and $B$. Lesson 15
-# compares what each forgets (`forgets`, `cloze`) at equal quality of the task.
+# LoRA's merged weights that resemble none of the base's (*intruder dimensions*; in full fine-tuning's they find
+# none), and that these cause forgetting. Nor is LoRA of full rank full fine-tuning: it can hold any $\Delta W$, but
+# learns by steps of $A$ and $B$. Lesson 15 compares what each forgets (`forgets`, `cloze`) at equal quality of the
+# task.
 
 # %% [markdown]
 # > `lora-12` a slight loss of quality against full fine-tuning, usually negligible: **holds if**. 5 of 6 comparisons
@@ -472,10 +476,10 @@ assert np.allclose(m, np.linalg.norm(W, axis=1), rtol=1e-5)
 # %% [markdown]
 # LoRA's row is shorter, DoRA's is not. Merged, DoRA is a plain matrix; unmerged, each pass computes all row norms.
 #
-# **PiSSA** (Meng et al. 2024, arXiv:2404.02948) and **OLoRA** (Büyükakyüz 2024, arXiv:2406.01775) keep LoRA's form and
-# change its start. Their authors expect faster learning, as a strong part of $W$ is trained in place of noise and zero.
-# $A$ and $B$ start as a *part of* $W$, and what they start as is subtracted, so that the model still starts as the
-# base:
+# **PiSSA** (Meng et al. 2024, arXiv:2404.02948) and **OLoRA** (Büyükakyüz 2024, arXiv:2406.01775) keep LoRA's form
+# and change its start. Both papers report faster learning; PiSSA's reason is that the strongest part of $W$ is
+# trained in place of noise and zero. $A$ and $B$ start as a *part of* $W$, and what they start as is subtracted, so
+# that the model still starts as the base:
 #
 # $$W' = \Big(W - \frac{\alpha}{r} B_0 A_0\Big) + \frac{\alpha}{r} B A .$$
 #
@@ -493,7 +497,7 @@ for name, options in {"LoRA": {}, "PiSSA": {"init_lora_weights": "pissa"}, "OLoR
     both = sum(f".lora_{factor}" in path for path, p in model.named_parameters() for factor in "AB" if p.requires_grad)
     still = sum(".lora_A" in path or ".lora_B" in path for path in model.unmoved())
     print(f"  {name:10s} {off:38.1e} {both - still:21d} of {both} {size:26.2f}")
-    assert off < 1e-3 and both - still == (42 if name in ("LoRA", "DoRA") else 84)
+    assert off < 1e-3 and (both - still, size > 0.5) == ((42, False) if name in ("LoRA", "DoRA") else (84, True))
 
 svd_of_w = svd(originals[f"{place}.weight"].data)
 pissa = adapted(init_lora_weights="pissa").layers[place].adapters["default"]
@@ -501,10 +505,11 @@ strongest = (svd_of_w[0][:, :8] * svd_of_w[1][:8]) @ svd_of_w[2][:8]
 assert np.abs(2 * pissa.start_B.numpy() @ pissa.start_A.numpy() - strongest).max() < 1e-4, "alpha / r = 2 times B0 A0"
 
 # %% [markdown]
-# All 84, as neither factor is zero, and the first step in $W$ has another size: so a comparison at LoRA's rate would be
-# one of rates again. Lee et al. (2026, arXiv:2602.04998) tune the rate of LoRA and four variants (version 1), and find
-# them within 1 to 2 % of each other. (Another kind of variant gives each matrix a rank of its own: AdaLoRA, Zhang et
-# al. 2023, arXiv:2303.10512.) The league, which is to tune all of them alike, has LoRA alone so far:
+# All 84, as neither factor is zero, and the first step in $W$ is longer: so a comparison at LoRA's rate would be one
+# of rates again. Lee et al. (2026, arXiv:2602.04998) tune LoRA and nine variants, the rate among other things, and
+# find their best within 1 to 2 % of each other. (Another kind of variant gives each matrix a rank of its own:
+# AdaLoRA, Zhang et al. 2023, arXiv:2303.10512.) The league, which is to tune all of them alike, has LoRA alone so
+# far:
 
 # %%
 print(so_far(["lora", "dora", "pissa", "olora", "rslora"]))
@@ -593,8 +598,8 @@ print("picture:", OUT / "18_lora_questioned.png")
 #
 # <details><summary>Answer</summary>
 #
-# LoRA with another $\alpha$, $\sqrt r$ times as large, in float32 bit for bit. It differs in how a rate carries over
-# from one rank to another.
+# LoRA with another $\alpha$, $\sqrt r$ times as large (in section 4, with $r = 16$, bit for bit). It differs in how a
+# rate carries over from one rank to another.
 #
 # </details>
 #

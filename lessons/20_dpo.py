@@ -2,9 +2,9 @@
 # # Lesson 20 · DPO: a policy from comparisons, without a reward model
 #
 # PPO (Lesson 10) needs a reward model, a value head, and answers sampled again and again. *Direct preference
-# optimization* (Rafailov et al. 2023, arXiv:2305.18290) needs one loss. After this lesson you can derive it and say why
-# the term that nobody can compute cancels; compute a step of it by hand; say how the *chosen* answer can become less
-# probable; and tell IPO, KTO, ORPO and SimPO by what they change.
+# optimization* (Rafailov et al. 2023, arXiv:2305.18290) needs none of these: it has one loss of pairs. After this
+# lesson you can derive it and say why the term that nobody can compute cancels; compute a step of it by hand; say how
+# the *chosen* answer can become less probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 22 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
@@ -139,10 +139,11 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 #
 # $$\mathcal L = -\log \sigma\big(\beta\, [\Delta(y_w) - \Delta(y_l)]\big).$$
 #
-# $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. The result is
-# that of a reward model and perfect reinforcement learning if three things hold: raters choose as Bradley and Terry
-# say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to one number
-# for all. Section 3 shows what happens without the second and the third, section 5 without the third.
+# $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. With enough
+# comparisons the result is the best policy for the raters' own reward, if three things hold: raters choose as Bradley
+# and Terry say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to
+# one number for all. (Without the first it is still that of a reward model of this form and perfect reinforcement
+# learning.) Section 3 shows what happens without the second and the third, section 5 without the third.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
 
@@ -222,9 +223,9 @@ assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls
 #
 # ## 4 · In a language model
 #
-# The same in the model and with the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers,
-# and the rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has
-# learned from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$ (ORPO 0.1). (The code is in
+# Now the model and the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers, and the
+# rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has learned
+# from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$ (ORPO 0.1). (The code is in
 # `lessons/experiments/preferences.py`.)
 #
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
@@ -242,6 +243,8 @@ assert abs(columns["chosen"][0]) < 0.01 and abs(history[0]["loss"] - np.log(2)) 
 if not REDUCED:
     late = {name: values[len(values) // 2 :].mean() for name, values in columns.items()}
     assert late["rejected"] < late["chosen"] < 0, "both fall, the rejected one further"
+    under_reference = np.array([h["logps/chosen"] for h in history]) - columns["chosen"]  # log pi_ref of each step's pairs
+    assert under_reference.std() > -late["chosen"], "from step to step the pairs change more than the policy has learned"
 
 # %% [markdown]
 # Both fall, the rejected one further. Is that DPO's doing? One part of it is not. Each is one of four that were drawn
@@ -282,7 +285,9 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # On the pairs of its own steps, over six seeds, DPO's chosen answers fall, and the margin is clearly above 0: that is
 # all that the loss asks for. On the held-out prompts the answers fall under all three losses, as they must in the mean
 # for any policy that has moved. The best answer falls clearly more under DPO than under the other two. (They move less
-# altogether, so this is no ranking of methods.) Whether it falls less than the worst one, 128 prompts do not tell.
+# altogether, so this is no ranking of methods.) Whether it falls less than the worst one, 128 prompts do not tell. So
+# these runs show *that* the chosen answer falls, and not that section 3's cause is at work: the best, the middle and the
+# worst fall by about as much, and where their probability goes was not measured.
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone. (A step's
