@@ -17,7 +17,7 @@
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads the curves over three seeds from
 # `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those of the fifteen runs that are
-# missing there (all of them: about a quarter of an hour).
+# missing there.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -82,6 +82,7 @@ for name in TASKS:
     assert not everything_trained & set(pairs(name, "test")), "no pair of a test is trained"
 asked_in_training = {way for task in TASKS.values() for way in task.phrasings}
 assert not asked_in_training & {way for task in TASKS.values() for way in task.held_out_phrasings}
+assert not any("{input}" in TASKS[name].phrasings[0] for name in TRAINED), "see section 5, on one phrasing"
 
 # %% [markdown]
 # > `inst-3` FLAN: many tasks in many phrasings; Alpaca: data written by a teacher model; InstructGPT: SFT, then RLHF:
@@ -161,7 +162,7 @@ assert begins == len(alone) - 1
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
 # with the space alone, where the model has never had to go on.
 #
-# Alpaca's template makes a record more than twice as long as ours. So we take a short one.
+# Alpaca's template makes a record more than twice as long as ours. So ours is short.
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -227,8 +228,8 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
 # More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
-# decreasing: each, the longest first, goes where the least room is left. And where a batch is a number of *rows*, as in
-# TRL, it now holds more records: fewer steps an epoch.
+# decreasing: each, the longest first, goes where the least room is left. Where a batch is a number of *rows*, as in
+# TRL, it now holds more records.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
@@ -249,8 +250,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: from one task, from three, from
-# all seven, *for the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
+# A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: one, three, or all seven, *for
+# the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
 # equally many records.
 
 # %%
@@ -337,8 +338,8 @@ if "--full" in sys.argv:
     sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
 
 # %% [markdown]
-# One of these runs now, the one on seven tasks, and what it writes. First the inputs that it never saw, asked in the
-# words of the training.
+# One of these runs now, the one on seven tasks, and what it writes about inputs that it never saw, asked in the words
+# of the training.
 #
 # **Predict:** what will carry over to the three tasks that nobody trained: a lower loss, short answers that end, right
 # answers?
@@ -388,8 +389,8 @@ for name in () if REDUCED else ("source", "part-of-speech"):
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
 # are checked nearly all end. But none of them is right. What carried over is the form: something short, and then the
 # end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
-# On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
-# text far more often right than one that always gives the same answer. For parts of speech that is undecided.
+# On trained tasks it has learned some content. Of all test records (the last two lines) it names the source far more
+# often right than one that always gives the same answer. For parts of speech that is undecided.
 
 # %%
 if not REDUCED:
@@ -455,8 +456,8 @@ if not REDUCED:
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
-# Now all conditions, with three seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in none.
-# A difference is *clear* where its 95 % interval, seed by seed, excludes 0 (Lesson 0).
+# Now all conditions, with three seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in
+# none. A difference is *clear* where its 95 % interval, seed by seed, excludes 0 (Lesson 0).
 #
 # **Predict:** more tasks for the same number of records: is the loss of `rewrite` higher or lower, and that of the new
 # tasks?
@@ -499,8 +500,9 @@ if not REDUCED:
 # **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new
 # tasks, from one task to three to seven. (Intervals are over seeds: other tasks, trained or new, might tell otherwise.)
 #
-# **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
-# is undecided.
+# **More phrasings** help clearly at the new tasks. (Or one form does: about half of the held-out questions have the
+# input within the sentence, which the one phrasing never has.) At the trained ones, asked in words that neither model
+# had met, it is undecided.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps as answers are under a third of that loss.
 # At the new ones it is undecided.
@@ -629,8 +631,7 @@ if not REDUCED:
     assert stops < 0.1 and abs(own["with the end"] - own["without"]) < 0.1
 
 # %% [markdown]
-# The answers' own tokens are learned about as well, but hardly any answer stops. A program that reads the answer gets
-# rubbish behind it.
+# The answers' own tokens are learned about as well, but hardly any answer stops, and rubbish follows.
 
 # %% [markdown]
 # ## Quiz
@@ -709,9 +710,9 @@ if not REDUCED:
 #   are right. What did the other six tasks take from it, records or room? Keep its 206 records and leave the others
 #   out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
 # - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24 --output full`, and again with `--method lora
-#   --output lora`. How many answers stop, after each? Look at the embedding of `<|im_end|>`, which the base has never
-#   met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
-#   `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
+#   --output lora`. How many answers of each end (`mp.ask`, with `template="chatml"`)? Look at the embedding of
+#   `<|im_end|>`, which the base has never met in a text (its length, beside that of a word), and at what LoRA leaves
+#   frozen. What does `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
 #
 # <details><summary>Solution of 08.1</summary>
 #
