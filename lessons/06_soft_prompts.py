@@ -76,8 +76,8 @@ assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], mp
 # Is a soft prompt more than a prompt of words? Every prompt of words is one: if the vectors are the embeddings of real
 # tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and
 # training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be readable: a
-# prompt can be trained to solve a task while its nearest words are any text one likes, at a loss of at most 2 %
-# (Khashabi et al. 2021, arXiv:2112.08348).
+# prompt can be trained so that its nearest words are any text one likes, and still be within 2 % of the best prompt of
+# its length (Khashabi et al. 2021, arXiv:2112.08348).
 
 # %%
 words = tokenizer.encode("Say it in plain English: ")
@@ -129,12 +129,13 @@ assert (continued == prefixed.generate(ids, max_new_tokens=8)).all()
 print("the base, given the prefix as a plain cache, continues as the adapted model does")
 
 # %% [markdown]
-# Only rounding lies between them. So each prompt is also a prefix of as many positions; the reverse is not true, as the
-# keys and values of a layer are free here, and with a prompt follow from the layer below. Trained keys are not turned
-# by a position: in a cache, keys lie as they are after the turn. The text begins at position $p$, behind a prefix as
-# behind a prompt. And a prefix can be served by code that knows caches and nothing of prefix tuning. Neither method has
-# anything to merge: the vectors stay in the sequence, so rows of one batch may carry those of different tasks (Lesson
-# 4, section 9).
+# Only rounding lies between them. So each prompt is also a prefix of as many positions: under the causal mask its
+# vectors see only each other, so the keys and values that they leave are the same before any text. The reverse is not
+# true, as the keys and values of a layer are free here, and with a prompt follow from the layer below. Trained keys are
+# not turned by a position: in a cache, keys lie as they are after the turn. The text begins at position $p$, behind a
+# prefix as behind a prompt. And a prefix can be served by code that knows caches and nothing of prefix tuning. Neither
+# method has anything to merge: the vectors stay in the sequence, so rows of one batch may carry those of different
+# tasks (Lesson 4, section 9).
 #
 # **Predict:** can a prefix make a token attend more to one word of the text, and less to another?
 
@@ -153,8 +154,8 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 # No: all words lose the same factor. With $\lambda$, the share of a query's attention that goes to the prefix, its
 # output is $(1 - \lambda)$ times what it was, plus $\lambda$ times a mean of $P_v$ (He et al. 2021, arXiv:2110.04366,
 # section 3.1). Within a layer a prefix cannot change the relative attention among the text's words, as LoRA on queries
-# and keys can; so a task that needs new patterns of attention may be out of its reach (Petrov et al. 2023,
-# arXiv:2310.19698).
+# and keys can. (The next layer reads changed outputs, so its pattern may change.) So a task that needs new patterns of
+# attention may be out of its reach (Petrov et al. 2023, arXiv:2310.19698).
 
 # %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. The logits on both sides differ by at
@@ -205,6 +206,7 @@ through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=Tru
 counted = count_parameters(model.config, through_mlp)
 print(f"prefix by an MLP: {counted.trainable:,} trained, {counted.stored:,} stored")
 assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(num_virtual_tokens=20)).trainable
+assert count_parameters(model.config, mp.LNTuningConfig()).trainable == (2 * 6 + 1) * 128  # the norms alone, see below
 
 # %% [markdown]
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
@@ -224,9 +226,10 @@ assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(nu
 # ## 4 · The start, and the rate
 #
 # Lester et al. (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for
-# small models. But look at the sizes first. `RANDOM` draws standard normal numbers, as PEFT does (the start of a torch
-# embedding). Such a vector is far longer than any token's embedding; and AdamW moves each element by about the learning
-# rate a step, whatever its size (Lesson 0, section 6).
+# small models. Their random numbers were at most 0.5 in size, and they trained with Adafactor at a constant rate of
+# 0.3; so what follows does not explain their finding. Here `RANDOM` draws standard normal numbers, as PEFT does (the
+# start of a torch embedding). Such a vector is far longer than any token's embedding; and AdamW moves each element by
+# about the learning rate a step, whatever its size (Lesson 0, section 6).
 
 # %%
 STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 2)
@@ -240,9 +243,10 @@ print(f"{STEPS} steps at rate 0.03 move an element by at most about {whole * 0.0
 assert size < 0.2 and longest < length / 3
 
 # %% [markdown]
-# So at a low rate a prompt of words can go anywhere, and a random one stays about where it began. Which start is better
-# may be a question of the rate. The task and the verses are Lesson 3's; three starts, three rates, two seeds. "Small"
-# are random vectors as long as embeddings.
+# So at the lowest rate an element of a word's embedding can move by almost three times its usual size, and one of a
+# random vector by a third of its own. Which start is better may be a question of the rate. The task and the verses are
+# Lesson 3's; three starts, three rates, two seeds. "Small" are random vectors about as long as embeddings: the control
+# that has the size of the one start and the direction of the other.
 #
 # **Predict:** at rate 0.03 words win. At 0.3?
 
@@ -283,7 +287,7 @@ if not REDUCED:
 # %% [markdown]
 # No longer: at 0.3 words end above the random start, which ends about as low as words do at 0.03. Cut to the length of
 # embeddings, random vectors at 0.03 end near to words. So in these runs the start mattered most through its size beside
-# the rate. (Lester et al. trained at a constant 0.3 with Adafactor.) With each start tuned, no difference is clear
+# the rate. (Had they stayed behind, the direction would have mattered.) With each start tuned, no difference is clear
 # enough for a verdict: on `rewrite` words are behind by 0.012 nats, with an interval that just ends below 0, and of two
 # comparisons one may do so by chance (`soft-9`, below).
 #
@@ -301,11 +305,11 @@ for name, config in (
     begins[name] = mp.get_peft_model(model, config, seed=0)
 begins = {name: loss_of(m, few) for name, m in begins.items()}
 print("loss of 8 verses before the first step:", ", ".join(f"{name} {loss:.3f}" for name, loss in begins.items()))
-assert min(begins, key=begins.get) == "the base"
+assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if name != "the base")
 
 # %% [markdown]
-# No, and neither do the other two. Values of zero add nothing, but their keys still have scores, and so the prefix gets
-# its share $\lambda$ of the attention (section 2), which the text loses. LLaMA-Adapter (Zhang et al. 2023,
+# No, and neither do the other two. Values of zero add nothing, but a key of zero has the score 0, and $e^0 = 1$: so the
+# prefix gets its share $\lambda$ of the attention (section 2), which the text loses. LLaMA-Adapter (Zhang et al. 2023,
 # arXiv:2303.16199) starts a prefix as nothing by a *gate*: attention to the prefix has a softmax of its own, and is
 # multiplied by a trained number that starts at zero.
 
@@ -347,10 +351,11 @@ assert 0.7 < cost["prompt", 1] / whole < 0.8
 assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] > whole
 
 # %% [markdown]
-# The prompt, about twice as much. One of 100 tokens keeps more than full fine-tuning does. And note the first line. One
-# virtual token trains $d$ = 128 numbers, and training it still keeps three quarters of the activations of full
-# fine-tuning: the gradient must travel back through every layer to reach the input. Only the inputs of frozen matrices
-# need not be kept (Lesson 4, section 6). Few trained parameters do not mean little memory.
+# The prompt, about twice as much, by Lesson 3's ledger. One of 100 tokens keeps more than full fine-tuning without
+# virtual tokens does. And note the first line. One virtual token trains $d$ = 128 numbers, and training it still keeps
+# three quarters of the activations of full fine-tuning: the gradient must travel back through every layer to reach the
+# input. Only the inputs of frozen matrices need not be kept (Lesson 4, section 6). Few trained parameters do not mean
+# little memory.
 
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions; the

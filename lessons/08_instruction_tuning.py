@@ -10,14 +10,14 @@
 # 3.5): the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
-# words*, so that the model learns to follow instructions and not a single task. Three things can be new to a tuned
-# model: the input, the words that ask, and the task. The lesson measures them apart.
+# words*, which are to teach it to follow instructions and not a single task. Three things can be new to a tuned model:
+# the input, the words that ask, and the task. The lesson measures them apart.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads the curves over three seeds from
 # `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those of the fifteen runs that are
-# missing there (all of them: about a quarter of an hour).
+# missing there.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -82,6 +82,7 @@ for name in TASKS:
     assert not everything_trained & set(pairs(name, "test")), "no pair of a test is trained"
 asked_in_training = {way for task in TASKS.values() for way in task.phrasings}
 assert not asked_in_training & {way for task in TASKS.values() for way in task.held_out_phrasings}
+assert not any("{input}" in TASKS[name].phrasings[0] for name in TRAINED), "see section 5, on one phrasing"
 
 # %% [markdown]
 # > `inst-3` FLAN: many tasks in many phrasings; Alpaca: data written by a teacher model; InstructGPT: SFT, then RLHF:
@@ -123,9 +124,9 @@ print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 # A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`, single tokens. Here no
 # text of a user can spell them, since the texts and the template's tokens are encoded apart. (`transformers` writes the
 # whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the turn.) All of the assistant's
-# turns are learned, each with its end; the user's and the system's are not. Tokens that the base has never met need
-# trained embeddings. LoRA leaves them frozen unless `modules_to_save` names the matrix (last exercise),
-# `trainable_token_indices` the rows, or `target_modules` the embedding.
+# turns are learned, each with its end; the user's and the system's are not. The base has never met these tokens: their
+# embeddings mean nothing until they are trained. LoRA leaves them frozen unless `modules_to_save` names the matrix
+# (last exercise), `trainable_token_indices` the rows, or `target_modules` the embedding.
 
 # %%
 messages = [
@@ -161,7 +162,7 @@ assert begins == len(alone) - 1
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
 # with the space alone, where the model has never had to go on.
 #
-# Alpaca's template makes a record more than twice as long as ours. So we take a short one.
+# Alpaca's template makes a record more than twice as long as ours. So ours is short.
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -187,9 +188,9 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 # ## 3 · Packing
 #
 # Records differ in length, and a batch is a rectangle, filled up with padding, which is computed like everything else.
-# Packing lets several records share a row. They must not notice. Positions begin anew with each. A mask (boolean,
-# [rows, 1, T, T]) lets a token see only its own record, besides being causal. And the first token of each gets the
-# label -100, so that no record predicts the next. Then every record is computed as if it were alone, and the loss, the
+# Packing lets several records share a row. Positions begin anew with each. A mask (boolean, [rows, 1, T, T]) lets a
+# token see only its own record, besides being causal. And the first token of each gets the label -100, so that no
+# record predicts the next. Then every record is computed as if it were alone, and the loss, the
 # mean over all label tokens of the batch, is the same number.
 #
 # **Predict:** which share of a padded batch of 32 records is padding?
@@ -227,8 +228,8 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
 # More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
-# decreasing: each, the longest first, goes where the least room is left. And where a batch is a number of *rows*, as in
-# TRL, it now holds more records: fewer steps an epoch.
+# decreasing: each, the longest first, goes where the least room is left. Where a batch is a number of *rows*, as in
+# TRL, it now holds more records.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
@@ -249,8 +250,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: from one task, from three, from
-# all seven, *for the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
+# A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: one, three, or all seven, *for
+# the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
 # equally many records.
 
 # %%
@@ -337,8 +338,8 @@ if "--full" in sys.argv:
     sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
 
 # %% [markdown]
-# One of these runs now, the one on seven tasks, and what it writes. First the inputs that it never saw, asked in the
-# words of the training.
+# One of these runs now, the one on seven tasks, and what it writes about inputs that it never saw, asked in the words
+# of the training.
 #
 # **Predict:** what will carry over to the three tasks that nobody trained: a lower loss, short answers that end, right
 # answers?
@@ -388,8 +389,8 @@ for name in () if REDUCED else ("source", "part-of-speech"):
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
 # are checked nearly all end. But none of them is right. What carried over is the form: something short, and then the
 # end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
-# On trained tasks it has learned some content. By the last two lines, of all test records, it names the source of a
-# text far more often right than one that always gives the same answer. For parts of speech that is undecided.
+# On trained tasks it has learned some content. Of all test records (the last two lines) it names the source far more
+# often right than one that always gives the same answer. For parts of speech that is undecided.
 
 # %%
 if not REDUCED:
@@ -407,12 +408,13 @@ if not REDUCED:
     assert KNOWN["part-of-speech"][0].low < KNOWN["part-of-speech"][1] < KNOWN["part-of-speech"][0].high
 
 # %% [markdown]
-# Two questions are left, for the verdicts below.
+# Two questions are left.
 #
 # Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
-# *shuffled* instructions: each has that of another record.
+# *shuffled* instructions: each has that of another record. Where no answer of either model is right, the interval of
+# the difference has no width, and "equal" shows little.
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA, of 65 billion parameters, was tuned on 1,000 chosen
@@ -454,9 +456,8 @@ if not REDUCED:
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
-# Now all conditions, with three seeds each, from the file. *Rewrite* is trained in all of them (but seven tasks leave
-# it a seventh of the records), the *new tasks* in none. A difference is *clear* where its 95 % interval, seed by seed,
-# excludes 0 (Lesson 0).
+# Now all conditions, with three seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in
+# none. A difference is *clear* where its 95 % interval, seed by seed, excludes 0 (Lesson 0).
 #
 # **Predict:** more tasks for the same number of records: is the loss of `rewrite` higher or lower, and that of the new
 # tasks?
@@ -497,10 +498,11 @@ if not REDUCED:
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new
-# tasks, from one task to three to seven. (Intervals are over seeds: other new tasks might tell otherwise.)
+# tasks, from one task to three to seven. (Intervals are over seeds: other tasks, trained or new, might tell otherwise.)
 #
-# **More phrasings** help clearly at the new tasks. At the trained ones, asked in words that neither model had met, it
-# is undecided.
+# **More phrasings** help clearly at the new tasks. (Or one form does: about half of the held-out questions have the
+# input within the sentence, which the one phrasing never has.) At the trained ones, asked in words that neither model
+# had met, it is undecided.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps as answers are under a third of that loss.
 # At the new ones it is undecided.
@@ -575,7 +577,7 @@ print("saved", OUT / "08_instruction_tuning.png")
 # %% [markdown]
 # ## 7 · Break it
 #
-# First: ask in another template than the one of the training. Each is a good template, and no error is raised.
+# First: ask in another template than the training's. No error is raised.
 
 # %%
 asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 8)]
@@ -629,8 +631,7 @@ if not REDUCED:
     assert stops < 0.1 and abs(own["with the end"] - own["without"]) < 0.1
 
 # %% [markdown]
-# The answers' own tokens are learned about as well, but hardly any answer stops. A program that reads the answer gets
-# rubbish behind it.
+# The answers' own tokens are learned about as well, but hardly any answer stops, and rubbish follows.
 
 # %% [markdown]
 # ## Quiz
@@ -641,8 +642,8 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # New phrasings cost less than a tenth of a nat, and the share of right answers is about that on new inputs. On new
-# tasks the loss fell by more than a nat, and yet not one answer was right: after "Answer:" comes something short, and
-# then the end.
+# tasks the loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:"
+# comes something short, and then the end.
 #
 # </details>
 #
@@ -708,10 +709,10 @@ if not REDUCED:
 # - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten
 #   are right. What did the other six tasks take from it, records or room? Keep its 206 records and leave the others
 #   out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
-# - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24`, and again with `--method lora`. After full
-#   fine-tuning every answer stops, after LoRA none does. Look at the embedding of `<|im_end|>`, which the base has
-#   never met in a text (its length, beside that of a word), and at what LoRA leaves frozen. What does
-#   `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
+# - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24 --output full`, and again with `--method lora
+#   --output lora`. How many answers of each end (`mp.ask`, with `template="chatml"`)? Look at the embedding of
+#   `<|im_end|>`, which the base has never met in a text (its length, beside that of a word), and at what LoRA leaves
+#   frozen. What does `modules_to_save=["embed_tokens", "lm_head"]` change, and what does it cost in parameters?
 #
 # <details><summary>Solution of 08.1</summary>
 #
