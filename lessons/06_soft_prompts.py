@@ -239,7 +239,7 @@ longest, length = np.linalg.norm(E, axis=1).max(), np.sqrt(E.shape[1])
 print(f"root mean square of an element: of a token's embedding {size:.3f}, of a random vector 1.000")
 print(f"length of a vector: of the longest embedding {longest:.1f}, of a random vector about {length:.1f}")
 whole = sum(mp.optim.linear(step, 3, STEPS) for step in range(STEPS))  # factors of the rate: three steps of warm-up, then down to 0
-print(f"{STEPS} steps at rate 0.03 move an element by at most about {whole * 0.03:.1f}, at rate 0.3 by {whole * 0.3:.0f}")
+print(f"{STEPS} steps at rate 0.03 move an element by at most about {whole * 0.03:.2g}, at rate 0.3 by {whole * 0.3:.2g}")
 assert size < 0.2 and longest < length / 3
 
 # %% [markdown]

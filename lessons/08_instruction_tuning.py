@@ -24,7 +24,6 @@
 # %%
 import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import below, spread
@@ -189,10 +189,14 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 #
 # Records differ in length, and a batch is a rectangle, filled up with padding, which is computed like everything else.
 # Packing lets several records share a row. Positions begin anew with each. A mask (boolean, [rows, 1, T, T]) lets a
-# token see only its own record, besides being causal. And the first token of each gets the label -100, so that no
-# record predicts the next. Then every record is computed as if it were alone, and the loss, the
-# mean over all label tokens of the batch, is the same number.
-#
+# token see only its own record, besides being causal: the last panel. And the first token of each gets the label -100,
+# so that no record predicts the next. Then every record is computed as if it were alone, and the loss, the mean over
+# all label tokens of the batch, is the same number.
+
+# %%
+diagrams.attention_mask().savefig(OUT / "08_instruction_tuning_masks.png")
+
+# %% [markdown]
 # **Predict:** which share of a padded batch of 32 records is padding?
 
 # %%
@@ -201,25 +205,23 @@ packed, padded = collate_packed(batch), collate(batch)
 
 
 def step(model, batch):
-    """(loss, gradient of one weight matrix, seconds)"""
-    began = time.perf_counter()
+    """(loss, gradient of one weight matrix)"""
     loss = model.loss(**batch.arguments)
     loss.backward()
     gradient = model.model.layers[0].mlp.up_proj.weight.grad
     model.zero_grad()
-    return loss.item(), gradient, time.perf_counter() - began
+    return loss.item(), gradient
 
 
 model = base.copy()
-step(model, packed)  # the first time is not the usual one
-(loss, gradient, seconds), (padded_loss, padded_gradient, padded_seconds) = step(model, packed), step(model, padded)
+(loss, gradient), (padded_loss, padded_gradient) = step(model, packed), step(model, padded)
 alone = [evaluate(base, [example]) for example in batch]
 counts = [collate([example]).weight for example in batch]
 padding = {}
-for name, b, spent in (("padded", padded, padded_seconds), ("packed", packed, seconds)):
+for name, b in (("padded", padded), ("packed", packed)):
     shape = b.arguments["input_ids"].shape
     padding[name] = 1 - b.tokens / np.prod(shape)
-    print(f"{name}: {shape[0]} rows of {shape[1]}, {padding[name]:.0%} padding, {spent:.2f} s a step")
+    print(f"{name}: {shape[0]} rows of {shape[1]}, {padding[name]:.0%} padding")
 print(f"loss packed {loss:.6f}, padded {padded_loss:.6f}, one by one {np.average(alone, weights=counts):.6f}")
 assert abs(loss - padded_loss) < 1e-5 and abs(loss - np.average(alone, weights=counts)) < 1e-5
 assert (abs(gradient - padded_gradient).max() < 1e-5 * abs(padded_gradient).max()).item()
