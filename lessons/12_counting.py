@@ -457,11 +457,10 @@ assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 
 assert 0.6 < totals["held out"]["at first"] / totals["held out"]["predicted"] < 0.7, "29 of 43"
 
 # %% [markdown]
-# More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. But these counts are
-# of predictions that were corrected when misses were known: at first 29 of the 43 held out were within 15 %. Each miss
-# left is too low. Memory that is *reserved* includes the gaps in an allocator's pieces, and what the driver reports as
-# *used* is more still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints
-# all in full.
+# More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. But these predictions
+# were corrected when misses were known: at first 29 of the 43 held out were within 15 %. Each miss left is too low.
+# Memory that is *reserved* includes the gaps in an allocator's pieces, and what the driver reports as *used* is more
+# still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all.
 #
 # ## 7 · Time
 #
@@ -498,8 +497,8 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 
 # %% [markdown]
 # Not 43 times faster: it takes 0.70 of the operations. Backward has two products for each of forward's, for the
-# gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through
-# it. A token and $N$ parameters take:
+# gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through it
+# to what is trained before it. A token and $N$ parameters take:
 #
 # | | forward | gradients of inputs | of weights | sum | with checkpointing, forward once more |
 # |---|---|---|---|---|---|
