@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Lesson 12 · Counting: where 4.7 million, 780 GB and 0.1 % come from
 #
-# Papers state numbers of trained parameters, bytes and operations. Most follow from a model's shapes and a method's
-# options. This lesson recomputes famous ones, finds slips, derives what a training step keeps in memory, and
-# compares them with measurements.
+# Papers state numbers of trained parameters, bytes and operations. Many follow from a model's shapes and a method's
+# options. This lesson recomputes famous ones, finds slips, derives what a training step keeps in memory, and compares
+# that with measurements.
 #
 # You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
@@ -44,7 +44,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
     print("REDUCED SETTING: the small model of sections 4, 5 and 7 is a quarter as wide, and section 8 predicts every fourth")
-    print("run. What the text says of that model (222, a quarter, 2 %, 44) holds for the full lesson alone.\n")
+    print("run. What the text says of that model (222, a quarter, 2 %) holds for the full lesson alone.\n")
 
 
 def built(model, *configs):
@@ -61,8 +61,8 @@ def built(model, *configs):
 # $$d k \quad\text{against}\quad r\,(d + k), \qquad \frac{dk}{r(d+k)} = \frac{d}{2r} \text{ for } d = k .$$
 #
 # For $d = k = 4096$ and $r = 8$ that is "256 times fewer". An *adapter* is two layers, from width $d$ to a small $m$
-# and back, put behind a part of the model: $2dm$ weights, and $m + d$ biases, which a count of "1.6M in 12 layers" for
-# $1024 \to 64$ leaves out. A *prompt* is $P$ trained vectors in front of the input, $Pd$ numbers.
+# and back, put behind a part of the model: $2dm$ weights, and $m + d$ biases, too few to change a count of "1.6M in 12
+# layers" for $1024 \to 64$. A *prompt* is $P$ trained vectors in front of the input, $Pd$ numbers.
 
 # %%
 layer = mp.nn.Sequential(mp.nn.Linear(4096, 4096, bias=False, seed=None))
@@ -75,17 +75,16 @@ model = mp.Transformer(narrow, seed=None)  # without memory for its numbers: wit
 twelve = built(model, mp.BottleneckConfig(placement="pfeiffer", bottleneck_size=64))
 prompt = built(model, mp.PromptTuningConfig(num_virtual_tokens=100))
 print(f"adapters 1024 -> 64 -> 1024 in 12 layers: {twelve:,}, with {12 * (64 + 1024):,} biases; a prompt: {prompt:,}")
-assert twelve == 12 * (2 * 1024 * 64 + 64 + 1024) and 12 * 2 * 1024 * 64 == 1_572_864
+assert twelve == 12 * (2 * 1024 * 64 + 64 + 1024) and round(twelve / 1e6, 1) == round(12 * 2 * 1024 * 64 / 1e6, 1) == 1.6
 assert prompt == 100 * 1024 == 102_400
 
 # %% [markdown]
 # GPT-3 has $L = 96$ layers of width $d = 12288$, whose query, key, value and output matrices are all $d \times d$. With
-# $n$ of them adapted in each layer, LoRA trains $2\,nLd\,r$ numbers: the LoRA rows of Table 15 (Hu et al. 2021).
+# $n$ of them adapted in each layer, LoRA trains $2\,nLd\,r$ numbers: below, eight rows of Table 15 (Hu et al. 2021).
 # GPT-2's code, which is used here, makes query, key and value in one `c_attn`; `enable_lora` says which of the three
 # are adapted.
 #
-# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5, whose numbers are counted
-# here from a table of shapes).
+# A prompt's share of a model falls as the model grows (Lester et al. 2021, Table 4, for T5).
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many millions does LoRA train with $r = 1$ on query and value?
 
@@ -100,12 +99,12 @@ def on_gpt3(n, r):
 
 
 print("\nGPT-3, matrices   r     2 n L d r     paper")
-table = (2, 1, 4.7), (2, 2, 9.4), (4, 1, 9.4), (2, 4, 18.8), (2, 8, 37.7), (4, 4, 37.7), (2, 64, 301.9), (4, 64, 603.9)
+table = (2, 1, 4.7), (2, 2, 9.4), (4, 1, 9.4), (2, 4, 18.8), (2, 8, 37.7), (4, 4, 37.7), (2, 64, 301.9), (4, 64, 603.8)
 for n, r, published in table:
     formula = 2 * n * 96 * 12288 * r
     print(f"  {'q, v' if n == 2 else 'q, k, v, o':12s} {r:4d} {formula:13,} {published:8.1f}M")
     assert formula == built(gpt3, *on_gpt3(n, r)) == sum(count_parameters("gpt3", c).trainable for c in on_gpt3(n, r))
-    assert 0 <= formula / 1e6 - published < 0.1, "the paper cuts digits off, and does not round"
+    assert published in (formula // 10**5 / 10, 2 * 301.9), "digits are cut off, not rounded; the last is twice a cut one"
 
 print()
 for size, width in {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}.items():
@@ -135,20 +134,18 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 # ## 2 · The audit, and three slips
 #
 # The package ships published figures, no sample of the field, with what is known of their options, and computes them
-# again. A few prove little: an option that nobody printed, such as a length, was solved for from the figure itself. For
-# three that do not follow, a second source tells what happened.
+# again. A few prove little: an option that nobody printed, such as a length, was solved for from the figure. For three
+# that do not follow, a second figure tells what is right.
 #
 # **Predict:** of some 300 figures, how many do not follow from what their source says?
 
 # %%
 findings = audit()
 found, count = {f.row["id"]: f for f in findings}, tally(findings)
-sources = Counter(f.row["source"].split(" (")[0].split("@")[0] for f in findings)
 solved = sum(f.solved and f.verdict == "reproduces" for f in findings)
 print(f"\n{count['rows']} figures: {count['reproduces']} follow ({solved} with an option solved for),", end=" ")
 print(f"{count['differs']} do not, {count['not covered']} the package cannot compute")
-print("from", ", ".join(f"{source} {n}" for source, n in sources.most_common(6)), f"and {len(sources) - 6} others")
-assert count["reproduces"] + count["differs"] + count["not covered"] == count["rows"] == sum(sources.values())
+assert count["reproduces"] + count["differs"] + count["not covered"] == count["rows"]
 assert 0.05 < count["differs"] / count["rows"] < 0.15
 
 
@@ -187,8 +184,8 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and round(architecture("gpt2-m").size * 
 #
 # 8-bit Adam (Dettmers et al. 2021, arXiv:2110.02861) stores each moment in a byte, and bitsandbytes adds a float32
 # scale for 256 of them: 2.03 bytes in place of 8. Among $n$ GPUs, ZeRO splits the 12 bytes of master and moments (stage
-# 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the weights (stage 3, as
-# PyTorch's FSDP does: $16/n$).
+# 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the weights (stage 3:
+# $16/n$).
 #
 # A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
 # for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
@@ -217,7 +214,6 @@ assert states["QLoRA r=64"] < 48e9 < states["LoRA r=64"] and 130e9 < 2 * llama.s
 assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # ZeRO, section 3.1: 1.5 billion, 24 GB
 in_8_bits = memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8bit").held["optimizer states"]
 assert round(in_8_bits / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
-assert round(1.2e12 / architecture("gpt3").size, 1) == 6.9 and round(2 * architecture("gpt3").size / 1e10) == 35
 
 # %% [markdown]
 # QLoRA alone fits, before there is a batch. LoRA in 16 bits does not, for the frozen weights alone need 130 GB.
@@ -336,9 +332,10 @@ assert in_pytorch(mine, linear_all) < rows["full"][2] < in_pytorch(mine, linear_
 # A quarter less. Gone are the MLP's inputs, $h + f$ numbers, and in PyTorch the $4h$ of the norms' weights. The inputs
 # of query and value stay, for $A$; each adapter adds $r$ inner values $Ax$. What softmax, norms and gates keep for
 # their inputs' gradients, and attention's own output, does not depend on which weights are trained. So LoRA saves few
-# activations; with dropout before $A$ each adapted layer keeps a copy of its input and a mask, on all layers more than
-# full fine-tuning. *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves most: each block keeps its input alone,
-# $h$ numbers, and backward computes one block at a time once more, which costs a second forward pass (section 7).
+# activations; with dropout before $A$ each adapted layer keeps a copy of its input and a mask, so that LoRA on all
+# layers keeps more than full fine-tuning. *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves most: each block
+# keeps its input alone, $h$ numbers, and backward computes one block at a time once more, which costs a second forward
+# pass (section 7).
 #
 # ## 5 · Two ledgers
 #
@@ -429,9 +426,9 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 #
 # LLaMA-65B takes other sums than in section 3: in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too; its
 # default Adam makes a temporary as large as all that is trained; PEFT widens adapters to float32; CUDA, which runs the
-# GPU, takes 0.4 GB; and 5 % (*headroom*) are added for gaps between an allocator's pieces. So QLoRA's "65B on 48 GB"
-# holds for states that are *paged*, as the paper has them (they move to the host when memory is short), and adapters in
-# 16 bits, and not for the defaults.
+# GPU, takes 0.4 GB; and 5 % (*headroom*) are added for gaps between an allocator's pieces. So with 512 tokens QLoRA's
+# "65B on 48 GB" holds for states that are *paged*, as the paper has them (they move to the host when memory is short),
+# and adapters in 16 bits, and not for the defaults.
 #
 # ## 6 · Held against what others measured
 #
@@ -457,17 +454,21 @@ for r in misses:
 allocated, unknown = totals["of allocated memory"], [r for r in misses if r.row["reason"].startswith("not known")]
 assert good > 0.8 and (allocated["within 15 %"], allocated["predicted"]) == (50, 56), "50 of 56 are 89 %"
 assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1
+assert 0.6 < totals["held out"]["at first"] / totals["held out"]["predicted"] < 0.7, "29 of 43"
 
 # %% [markdown]
-# More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. Each miss is too low.
+# More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. But these predictions
+# were corrected when misses were known: at first 29 of the 43 held out were within 15 %. Each miss left is too low.
 # Memory that is *reserved* includes the gaps in an allocator's pieces, and what the driver reports as *used* is more
-# still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all in full.
+# still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all.
+#
 # ## 7 · Time
 #
 # Most of a step's arithmetic is products of matrices. A product of $t$ rows with a matrix of $N$ numbers takes $tN$
-# multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts all of a step from shapes.
-# Seconds are FLOPs over what the GPU does a second: its peak times the *utilization*, the share reached (Chowdhery et
-# al. 2022, arXiv:2204.02311, appendix B). The tokens a second below assume 40 % of an A100's 312 TFLOPs a second.
+# multiplications and as many additions: $2N$ operations (FLOPs) a token. `step_flops` counts a step's products from
+# shapes. Seconds are FLOPs over what the GPU does a second: its peak times the *utilization*, the share reached
+# (*hardware FLOPs utilization* in Chowdhery et al. 2022, arXiv:2204.02311, appendix B). The tokens a second below
+# assume 40 % of an A100's 312 TFLOPs a second.
 #
 # **Predict:** LoRA of rank 64 trains 1 in 43 of LLaMA-7B's parameters. How many of full fine-tuning's operations does
 # its step take?
@@ -496,16 +497,16 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 
 # %% [markdown]
 # Not 43 times faster: it takes 0.70 of the operations. Backward has two products for each of forward's, for the
-# gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through
-# it. A token and $N$ parameters take:
+# gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through it
+# to what is trained before it. A token and $N$ parameters take:
 #
 # | | forward | gradients of inputs | of weights | sum | with checkpointing, forward once more |
 # |---|---|---|---|---|---|
 # | full | $2N$ | $2N$ | $2N$ | $6N$ | $8N$ |
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
-# The counts are above the rule, because adapters have products of their own and attention, which has no weights, costs
-# both the same.
+# The ratios are above the rule's, because adapters have products of their own and attention, which has no weights,
+# costs both the same.
 #
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
@@ -515,14 +516,13 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 # %%
 grown = read_rows(HERE / "results" / "growth.jsonl")
 growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
-print("the processor:", grown[0]["processor"])
-print(growth.table(grown))
+print(f"the processor: {grown[0]['processor']}\n{growth.table(grown)}")
 assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predicted memory is what is measured"
 
 # %% [markdown]
-# Memory is as predicted, within two percent. Two axes have squares in them: tokens, by attention's
-# weights, and width, by the model's. Time follows the FLOPs of products roughly. A small step takes longer than its
-# share; these rows do not say why.
+# Memory is as predicted, within two percent. Two axes have squares in them: tokens, by attention's weights, and width,
+# by the model's. Time follows the FLOPs of products roughly; with batch and vocabulary it grows faster, and these rows
+# do not say why.
 #
 # Below, SFT is supervised fine-tuning; PPO (Lesson 10), the last of three stages, trains with rewards that a model
 # gives; a card is a GPU.
@@ -677,7 +677,7 @@ counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 #
 # <details><summary>Solution of 12.3</summary>
 #
-# Three times as many: the logits had decided, 12 bytes for each of 128,256 words and each token.
+# More than three times as many: the logits had decided, 12 bytes for each of 128,256 words and each token.
 #
 # ```python
 # check("12.3", most("fused"))

@@ -3,7 +3,7 @@
 #
 # "LoRA wants ten times the learning rate." "Warm up for five percent of the steps." "Three epochs are enough." "A few
 # good examples beat many bad ones." This lesson measures such advice on a small model and two small tasks. Some of it
-# holds here, some does not, and much is not told. What you take along is the way of measuring: each side tuned for
+# holds here in some cases, and much is not told. What you take along is the way of measuring: each side tuned for
 # itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
@@ -98,11 +98,13 @@ def by_seed(values):
 
 
 print(f"full fine-tuning, tuned, 500 examples of rewrite, {len(SEEDS)} seeds: " + ", ".join(f"{loss:.3f}" for loss in by_seed(full.values)))
+widths = []  # by the seeds alone, with the records
 for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values - full.values)):
     of_seeds, of_both = mean(by_seed(values)), crossed(values, full.weights)
     print(f"{name:16s} {of_both.value:.3f}: by the seeds alone [{of_seeds.low:.3f}, {of_seeds.high:.3f}], with the records [{of_both.low:.3f}, {of_both.high:.3f}]")
-level, apart = crossed(full.values, full.weights), crossed(lora.values - full.values, full.weights)
-assert level.high - level.low > 2 * (apart.high - apart.low), "the records' luck is common to both"
+    widths.append((of_seeds.high - of_seeds.low, of_both.high - of_both.low))
+assert widths[0][1] > 2 * widths[1][1], "the records' luck is common to both"
+assert round(widths[0][1] / widths[0][0]) == 4 and widths[1][1] < 1.1 * widths[1][0]
 assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 1.2, 0.7]
 coins = np.random.default_rng(0).integers(0, 2, (100_000, 3)).sum(axis=1)
 print(f"three coins agree in {np.isin(coins, (0, 3)).mean():.1%} of throws")
@@ -113,11 +115,11 @@ print(f"the interval of five differences that are only chance excludes 0 in {pas
 assert abs(passed.mean() - 0.05) < 0.005
 
 # %% [markdown]
-# The loss depends on the records: other verses move its mean six times as far as five other seeds do. The difference
-# they move less than the seeds, as both are asked the same. And seeds that agree are not enough: were there no
-# difference, each sign would be a coin, and three coins agree once in four times. A difference is called **clear**
-# where its interval excludes 0, which chance alone brings about one time in twenty; *equal*, where the interval lies
-# within 0.02; otherwise **undecided**: the interval says how large the difference may be. This lesson makes dozens of
+# The loss depends on the records: with them its interval is four times as wide as by the seeds alone. That of the
+# difference hardly widens, as both are asked the same. And seeds that agree are not enough: were there no difference,
+# each sign would be a coin, and three coins agree once in four times. A difference is called **clear** where its
+# interval excludes 0, which chance alone brings about one time in twenty; *equal*, where the interval lies within 0.02
+# of 0; otherwise **undecided**: the interval says how large the difference may be. This lesson makes dozens of
 # comparisons, so one that is clear may be chance.
 
 # %%
@@ -209,7 +211,7 @@ for case in CASES:
         assert min(curves[case, method]) < at.rate < max(curves[case, method]), "it is inside what was tried"
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
-assert np.median([*times.values()]) > 1
+assert min(times.values()) > 1
 beside = {}
 print("\nLoRA beside full fine-tuning, each tuned, on test:")
 for case in CASES:
@@ -222,7 +224,7 @@ for case in CASES:
 # times full fine-tuning's. (Each search has one seed, a step of the lattice is a factor of two, and near the bottom of
 # a U two rates may be as good as one another.) The geometric mean is 4.2 times; whether the advice of ten is outside
 # its interval hangs on such rates. Full fine-tuning's is 6e-5 with 50 examples of `rewrite`, and 5e-4 to 1e-3 in the
-# other five cases: above the textbook's 1e-5 to 5e-5 in all, for a model this narrow.
+# other five cases: above the textbook's 1e-5 to 5e-5 in all.
 #
 # And who learns more, each at its best? That depends on the data. On `rewrite` LoRA is better with 50 and 500 examples
 # (above 0 it is better: +0.032 and +0.041 nats), and worse with 5,000 (-0.112), where both were allowed one epoch. On
@@ -298,6 +300,7 @@ for (case, method), at in best.items():
     trained = [train for _, train in line.values()]
     assert trained == sorted(trained, reverse=True), "the training loss falls on"
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
+assert [best[case, method].epochs for case in CASES[:2] for method in ("full", "lora")] == [16, 16, 2, 2], "on rewrite, 50 and 500"
 
 # %% [markdown]
 # The training loss falls on; the loss on validation turns. On `rewrite` it turns after two epochs with 500 examples,
@@ -327,7 +330,7 @@ for pair in WARM:
     key = KEYS[pair.task]
     warm[f"{pair.a}, {pair.where.removesuffix(', 500 examples')}"] = compare(report(find, pair.one, key), report(find, pair.other, key), key)
 print(f"\nthe {len(warm)} intervals leave room for a gain of {max(d.better.high for d in warm.values()):.3f} at most")
-assert max(d.better.high for d in warm.values()) < 0.1
+assert not any(d.clearly_better for d in warm.values()) and max(d.better.high for d in warm.values()) < 0.1
 
 # %% [markdown]
 # No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal within 0.02
@@ -400,10 +403,10 @@ assert all(compare(one, other, "nll").clearly_better for one, other in dirty.val
 # %% [markdown]
 # ## 7 · A class that is rare
 #
-# Which of three books is a sentence from (`source`), where 80 % of the 500 training examples are from one of them, Jane
-# Austen's? To say "Austen" always is right in four of five cases, on such data. The test has hers and the King James
-# Bible's in equal numbers, and of the third book one: it is every 1.5th of a list that goes around the three. What
-# counts is each class's *recall*, the share of its sentences that are found. The mean over the classes is the
+# The task is `source`: which of three books is a sentence from? Of 500 training examples 80 % are from one of them,
+# Jane Austen's. To say "Austen" always is right in four of five cases, on such data. The test has hers and the King
+# James Bible's in equal numbers, and of the third book one: it is every 1.5th of a list that goes around the three.
+# What counts is each class's *recall*, the share of its sentences that are found. The mean over the classes is the
 # **balanced accuracy**. *Advice: a skewed training set costs the rare classes; repeating their examples helps.*
 #
 # **Predict:** which balanced accuracy has somebody who says "Austen" always, of three books?
@@ -433,7 +436,7 @@ print(f"who always says Austen: all of Austen, none of the others, so a balanced
 # repeating does is undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of the King James Bible.
 #
 # The verdict has the share of all right answers. Of full fine-tuning and LoRA only the second clearly loses by the
-# skew, and only if this is counted as a single comparison, not as one of two.
+# skew, and only if this is counted as a single comparison, not as one of the statement's four.
 
 # %% [markdown]
 # > `best-2` balance the data set: **cannot be tested here**. Balanced beside 80 % of one class, full, source, 500
@@ -455,8 +458,9 @@ for id, verdict in verdicts.items():
 print(", ".join(f"{n} {verdict}" for verdict, n in Counter(v.verdict for v in verdicts.values()).items()))
 
 # %% [markdown]
-# These are the register's (`python -m minipeft claims`). They hold for a model of 1.4 million parameters, hundreds of
-# steps, a base that has read the training split of the texts, and Adam. What is not tried yet waits for its rows.
+# These are the register's (`python -m minipeft claims`). They hold for a model of 1.4 million parameters, tens to a
+# thousand steps, a base that has read the training split of the texts, and Adam. What is not tried yet waits for its
+# rows.
 #
 # ## The picture
 #
