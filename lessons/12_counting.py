@@ -515,9 +515,11 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 
 # %%
 grown = read_rows(HERE / "results" / "growth.jsonl")
-growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 print(f"the processor: {grown[0]['processor']}\n{growth.table(grown)}")
 assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predicted memory is what is measured"
+
+# %%
+growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 
 # %% [markdown]
 # Memory is as predicted, within two percent. Two axes have squares in them: tokens, by attention's weights, and width,

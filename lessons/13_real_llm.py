@@ -59,17 +59,22 @@ GGUF = find_smollm2()
 if GGUF is None:
     print(HOW_TO_GET)
     raise SystemExit(0)
+
+# %%
 begin = time.time()
 model, tokenizer = mp.from_pretrained(GGUF)
 N = sum(p.size for p in model.parameters())
 print(f"{GGUF.name}: {N:,} parameters, {model.config.num_hidden_layers} layers of width {model.config.hidden_size}")
+
+# %% [markdown]
+# Its 30 blocks are like those of the shipped base, but wider, and 9 heads of queries share 3 of keys and values. One of
+# them, and in orange what LoRA will train:
+
+# %%
 config = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
 
 # %% [markdown]
-# Its 30 blocks are like those of the shipped base, but wider, and 9 heads of queries share 3 of keys and values. The
-# picture `13_real_llm_block.png` shows one of them; in orange is what LoRA will train.
-#
 # ## 1 · What is in the file
 #
 # A .gguf file holds everything: the model's shape, its vocabulary, its chat template, and the weights. In the format
@@ -493,7 +498,7 @@ axes[1, 0].barh(places - 0.2, [m["chrF"] for m in scores.values()], 0.4, color="
 axes[1, 0].barh(places + 0.2, [100 * m["plain words"] for m in scores.values()], 0.4, color="C4", label="plain words, %")
 axes[1, 0].set_yticks(places, scores)
 axes[1, 0].invert_yaxis()
-axes[1, 0].set(title="A copy has the chrF, but not the words", xlim=(0, 130))
+axes[1, 0].set(title="Reduced: two steps" if REDUCED else "A copy has the chrF, but not the words", xlim=(0, 130))
 axes[1, 0].legend(fontsize=9, loc="center right")
 axes[1, 1].axis("off")
 shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
