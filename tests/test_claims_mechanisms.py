@@ -325,7 +325,9 @@ def test_the_rules_of_the_rates_come_out_each_way():
 
 
 def test_a_cell_of_a_width(short):
-    row = width.run(Width(32, 1, pretraining=2, blocks=2, length=16, examples=8, batch_size=4, validation=4))
+    settings = Width(32, 1, pretraining_steps=2, blocks=2, length=16, examples=8, batch_size=4, validation=4)
+    row = width.run(settings)
+    assert row.keys().isdisjoint(vars(settings)), "a row has its settings beside its results"
     for name in ("pretraining", "full"):
         rates = [rate for rate, _ in row[f"{name}_rates"]]
         assert rates[0] <= row[name] <= rates[-1]

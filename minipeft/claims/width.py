@@ -50,7 +50,7 @@ class Width:
 
     width: int
     seed: int
-    pretraining: int = 150  # steps of `blocks` blocks of `length` tokens
+    pretraining_steps: int = 150  # of `blocks` blocks of `length` tokens
     blocks: int = 8
     length: int = 128
     examples: int = 500
@@ -90,12 +90,12 @@ def run(settings: Width) -> Row:
     """The row of a cell. Of "pretraining" and of "full" fine-tuning: the best rate, between the lattice's, and the
     [[rate, loss on validation], ...] of those tried: {"pretraining": 3e-3, "pretraining_rates": ..., "full": ..., ...}."""
     s, tokenizer, models = settings, base()[1], {}
-    read = text("train", s.pretraining * s.blocks, s.length)
+    read = text("train", s.pretraining_steps * s.blocks, s.length)
     held_out = text("validation", 64, s.length)
 
     def pretrain(rate: float) -> float | None:
         model = Transformer(shape(s.width, tokenizer), seed=s.seed)
-        done = train(model, read, rate, s.pretraining, s.blocks, s.seed, pad_token_id=tokenizer.pad_token_id)
+        done = train(model, read, rate, s.pretraining_steps, s.blocks, s.seed, pad_token_id=tokenizer.pad_token_id)
         models[rate] = model
         return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
 
