@@ -369,14 +369,14 @@ ordered = {}
 for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000)):
     ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
     print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
-for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("full", 600), ("head", 600))):
+print("all weights less LoRA: {:.3f} ± {:.3f}".format(*interval(ordered["full", 600] - ordered["lora", 600])))
+for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("lora", 600), ("head", 600))):
     assert np.subtract(*interval(ordered[more] - ordered[less])) > 0, "clearly better"
-assert all(0.04 < e.value < 0.06 for r in rivals(TUNED.rows()) if r.clear and r.gold is None for e in r.lower), "of judges"
+assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is None), "of no judge is another rate clearly better"
 
 # %% [markdown]
-# More comparisons help clearly, and all weights beat the head. But with other rates, tried afterwards, LoRA and the
-# judge of 100 order 5 pairs in 100 more as the rater does (`claims/chain_tuning.py`): these gaps are partly their
-# rates.
+# More comparisons help clearly, and LoRA beats the head. All weights are ahead of LoRA by a hair at most. Each judge
+# has a rate of its own; no other that was tried, on other prompts, is clearly better (`claims/chain_tuning.py`).
 #
 # ## 6 · Labels from a model that follows principles
 #
@@ -453,7 +453,8 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # >
 # > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
 # > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
-# > -0.02] beside training on its own answers; a revision changes 73% of them. (5 seeds, 256 test items)
+# > -0.02] beside training on its own answers; a revision changes 73% of them. Of 4 rates tried against others, these
+# > lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?

@@ -382,8 +382,8 @@ for (size, n), (runs, many) in judged.items():
     )
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
-assert all(moves[judge].high < 0.02 for judge in poor), "no judge from few comparisons brings gold"
-assert all(better[judge].low > 0 for judge in poor), "the best of 16 has clearly more"
+assert all(moves[judge].low < 0 for judge in poor), "no judge from few comparisons clearly brings gold"
+assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
 print("proxy where PPO has first spent the KL of the best of 16, and of that: ", ", ".join(f"{a:.2f} and {b:.2f}" for a, b in equal.values()))
 assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy"
@@ -401,9 +401,9 @@ panels[0].legend(frameon=False)
 figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
-# Every proxy rises clearly. With the four judges from 100 or 600 comparisons the gold rises with none; with the two
-# that the output names it ends clearly below the SFT model's. With the best judge no change at the end is clear. The
-# best of 16 has more gold than the end of PPO, clearly so with the four judges from 100 or 600, at far less KL.
+# Every proxy rises clearly. The gold rises clearly with no judge; with the two that the output names it ends clearly
+# below the SFT model's. The best of 16 has more gold than the end of PPO, clearly so with three of the four judges from
+# 100 or 600 comparisons (not with LoRA's), at far less KL.
 #
 # The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
@@ -414,17 +414,16 @@ figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 # >
 # > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start to the end, and the gold falls by
 # >   +0.10 [+0.03, +0.16], from 0.34 to 0.25.
-# > - lora, 600 comparisons: the reward rises by +0.26 [+0.23, +0.28] from the start to the end, and the gold falls by
-# >   +0.04 [-0.01, +0.09], from 0.34 to 0.30.
+# > - lora, 600 comparisons: the reward rises by +0.27 [+0.17, +0.38] from the start to the end, and the gold falls by
+# >   -0.02 [-0.08, +0.05], from 0.34 to 0.36.
 # > - full, 600 comparisons: the reward rises by +0.29 [+0.24, +0.33] from the start to the end, and the gold falls by
 # >   +0.04 [-0.01, +0.09], from 0.34 to 0.30.
-# > - full, 100 comparisons: the reward rises by +0.17 [+0.07, +0.27] from the start to the end, and the gold falls by
-# >   +0.11 [+0.07, +0.16], from 0.34 to 0.23.
+# > - full, 100 comparisons: the reward rises by +0.31 [+0.16, +0.46] from the start to the end, and the gold falls by
+# >   +0.09 [+0.04, +0.13], from 0.34 to 0.25.
 # > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16 to the end, and the gold falls by
 # >   +0.09 [-0.08, +0.25], from 0.40 to 0.31.
 # >
-# > Of 8 rates tried against others, these lose clearly: SFT (to 0.125 times it, gold -0.06), the judge lora, 600 (to 4
-# > times it) and the judge full, 100 (to 4 times it). (5 seeds, 256 test items)
+# > Of 8 rates tried against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold

@@ -69,6 +69,7 @@ def test_a_seed_draws_the_demonstrations():
 
 
 SMALL = {"DEMONSTRATIONS": 8, "COMPARISONS": (4, 8), "HELD_OUT": 6, "BEST_OF": 4, "UPDATES": 2, "CHECKS": (1, 2), "LENGTH": 6}
+SMALL["RATES"] = chain.RATES | {(size, n): 1e-3 for size in chain.SIZES for n in SMALL["COMPARISONS"]}
 CACHED = {name: cache(getattr(chain, name).__wrapped__) for name in ("sft", "comparisons", "judge", "drawn", "held_out")}
 
 
@@ -197,7 +198,7 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
     assert chain_tuning.told(chain.JUDGES, rows) == "Of 8 rates tried against others, these lose clearly: SFT (to 2 times it, gold +0.15)."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 7 and chain_tuning.told(rows=rows) == "Of 4 rates tried against others, these lose clearly: none."
+    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == "Of 4 rates tried against others, these lose clearly: none."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

@@ -329,7 +329,8 @@ def by_principles(rows: Rows) -> Verdict:
         f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
         f"labels of the rater gain over SFT: {listed(people)}. "
         f"Trained on the judge's revisions, "
-        f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them."
+        f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them. "
+        f"{chain_tuning.told([(constitution.SIZE, constitution.LABELS)])}"
     )  # fmt: skip
     evidence = [as_number(name, e, "gold") for name, e in found.items()] + [as_number("revisions over own answers", revised, "gold")]
     evidence += [as_number(name, share(key), "share") for key, name in SHARES.items()]

@@ -37,7 +37,6 @@ from ..text.examples import Example
 from ..train import TrainingDiverged
 from ..train.evaluation import example_losses
 from . import chain
-from .chain import JUDGES, RATES
 from .kindness import sentences
 from .mechanisms import ByItem, best_rate
 from .protocol import TUNING, version
@@ -61,7 +60,7 @@ class Stage:
     @property
     def rate(self) -> float:
         """The one that `chain` has."""
-        return RATES[self.judge or {"chosen": "sft"}.get(self.stage, self.stage)]
+        return chain.RATES[(self.judge, self.comparisons) if self.judge else {"chosen": "sft"}.get(self.stage, self.stage)]
 
     @property
     def name(self) -> str:
@@ -71,7 +70,7 @@ class Stage:
 
 def runs() -> list[Stage]:
     """All stages."""
-    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in JUDGES)]
+    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in chain.RATES if isinstance(one, tuple))]
 
 
 class Measured(NamedTuple):
