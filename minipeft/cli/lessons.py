@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..book.lessons import REDUCED, LessonError, find_lessons, require_extra, title
+from ..book.lessons import REDUCED, LessonError, find_lessons, require_extra, title, write_notebooks
 from .arguments import Arguments, Parser
 from .outputs import check_no_file
 
@@ -49,8 +49,6 @@ def run(args: Arguments) -> int:
         folder = Path(args.notebooks)
 
         def write(say: Callable[[str], None]) -> None:
-            from ..book.site import write_notebooks
-
             write_notebooks(chosen, folder, say)
 
         return execute(args, folder, "--notebooks", write)
