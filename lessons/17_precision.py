@@ -7,7 +7,7 @@
 # small gradients become zero, in bfloat16 small steps are lost. This lesson makes both failures happen, measures them,
 # and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute dtype*.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (about a minute on two cores), or open it as a notebook. It makes one run now, and reads the
 # others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in
@@ -80,7 +80,9 @@ def beside(what, how, than="float32"):
 # float32 inputs to it, which PyTorch does for products only if `torch.backends.cuda.matmul.allow_tf32` is set; FP8 has
 # E4M3 and E5M2, whose range is so short that each tensor needs a scale: Micikevicius et al. 2022, arXiv:2209.05433.)
 #
-# bfloat16 is the first half of a float32. To round to it, add half of the last place that stays, and cut.
+# bfloat16 is the first half of a float32. To round to it, add half of the last place that stays, and cut. In the middle
+# between two numbers the *even* one is taken, whose last bit is 0: so where that bit is 0 already, the code adds a
+# little less than half.
 #
 # **Predict:** what becomes of 1.002, of 70,000 and of 0.00000001 in each of the two?
 
@@ -122,9 +124,9 @@ assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] a
 # So not every operation is rounded. Inside `with mp.autocast("bfloat16"):` products round their inputs and their
 # result, and sum in float32 in between, as tensor cores do. Mainly two kinds of operation stay in float32: sums of many
 # numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they leave float16's
-# range. The lists are PyTorch's for a GPU, with minipeft's fused products among them (`to` is an explicit change of
-# dtype, and `inv`, of a matrix, has no sixteen-bit form); its list for the CPU leaves far less in float32
-# (`device_type="cpu"`).
+# range. The lists printed below are PyTorch's for a GPU, with minipeft's fused products among them (`to` is an explicit
+# change of dtype, and `inv`, of a matrix, has no sixteen-bit form); PyTorch's list for the CPU (`device_type="cpu"`)
+# leaves far less in float32.
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -174,16 +176,17 @@ assert weight == 1
 
 # %% [markdown]
 # At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the next
-# number: than half of the last place, or, from a power of two toward zero, where numbers lie twice as close, than a
-# quarter,
+# number. That distance is $2^{e-7}$, but from a power of two toward zero half of that. As $2^e \le |w| < 2^{e+1}$, a
+# step is lost
 #
-# $$|\Delta w| < \tfrac12\, 2^{e - 7} \qquad\text{and on either side where}\qquad |\Delta w| < 2^{-9}\, |w| ,$$
+# $$\text{where}\quad |\Delta w| < \tfrac12\, 2^{e - 7}, \qquad\text{and surely, on either side, where}\quad |\Delta w| < 2^{-9}\, |w| :$$
 #
-# and 0.1 % of a weight is always smaller: $2^{-9}$ is 0.2 %. A *master copy* of the weights (*master weights*) in
+# 0.1 % of a weight is always smaller, for $2^{-9}$ is 0.2 %. A *master copy* of the weights (*master weights*) in
 # float32 adds the thousand steps up; each forward pass rounds it anew. In minipeft as in PyTorch's autocast, the
 # parameters themselves are the master copy: a weight is cast to sixteen bits where it is used, and its gradient is cast
-# back to float32. Two remedies without a copy are *stochastic rounding* (exercise 17.1) and *Kahan summation*, which
-# stores what was rounded away and adds it to the next step (Zamirai et al. 2020, arXiv:2010.06192).
+# back to float32. Two remedies without a float32 copy are *stochastic rounding* (exercise 17.1) and *Kahan summation*,
+# which stores what was rounded away, in sixteen bits, and adds it to the next step (Zamirai et al. 2020,
+# arXiv:2010.06192).
 #
 # Adam's step is about the learning rate in every weight (Lesson 0, section 6), so the share of the weights that such a
 # step cannot move is known before training:
@@ -204,9 +207,10 @@ for dtype in ("bfloat16", "float16"):
 assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
 
 # %% [markdown]
-# So a step of 0.001 moves nearly every weight of this base in bfloat16, and a step of 0.00003 hardly any. Train all
-# weights at both rates, with a master copy and without. The run without one rounds its weights after every step,
-# `mp.train.WeightsIn(model, "bfloat16")`, and changes nothing else. One of these runs is made now.
+# A step of 0.001 is more than half of the last place of a weight below 0.5, so it moves nearly every weight of this
+# base in bfloat16; a step of 0.00003 moves hardly any. Train all weights at both rates, with a master copy and without.
+# The run without one rounds its weights after every step, `mp.train.WeightsIn(model, "bfloat16")`, and changes nothing
+# else. One of these runs is made now.
 #
 # **Predict:** what does the lack of a master copy cost at the rate 1e-3, and what at 3e-5?
 
@@ -234,9 +238,9 @@ assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(
 # %% [markdown]
 # At 1e-3 it costs two or three hundredths of a nat. (Nearly every weight moves, but in whole places: a step is rounded.
 # And as the schedule lowers the rate to zero, the last steps are lost here, too. These runs do not tell which of the
-# two costs more.) At 3e-5, where nearly all steps are lost, it costs half a nat, and about an eighth of the learning is
-# left. No error is raised and the loss still falls, so the failure is easy to miss. The smaller the rate, the larger
-# the share of the steps that is lost.
+# two costs more; at a constant rate the second would be nearly gone.) At 3e-5, where nearly all steps are lost, it
+# costs half a nat, and about an eighth of the learning is left. No error is raised and the loss still falls, so the
+# failure is easy to miss. The smaller the rate, the larger the share of the steps that is lost.
 #
 # ## 4 · Gradients on the way back, and the loss scale
 #
@@ -283,7 +287,7 @@ assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.fin
 print("\nthe loss of each batch is that of a step 1024 times as large:")
 for how in ("fp16, S = 2^-10", "bf16, S = 2^-10"):
     print(f"  {how}: minus float32 {spread(beside('full', how), 4)}; each seed", *(f"{x:+.4f}" for x in beside("full", how)))
-assert beside("full", "fp16, S = 2^-10").min() > 100 * beside("full", "fp16, S = 1").max(), "in every seed, over 100 times more"
+assert beside("full", "fp16, S = 2^-10").min() > 100 * abs(beside("full", "fp16, S = 1")).max(), "in every seed, over 100 times more"
 assert 0.15 < beside("full", "fp16, S = 2^-10").min() and beside("full", "fp16, S = 2^-10").max() < 0.45
 assert np.array_equal(LOSS["full", "bf16, S = 2^-10"], LOSS["full", "bf16"]), "a power of two changes no fraction"
 with mp.PrecisionReport(probe.model) as report, mp.autocast("float16"):
@@ -292,12 +296,12 @@ print("\n" + str(report))
 assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
 
 # %% [markdown]
-# float16 loses between 0.15 and 0.45 nats, of more than one that is learned. The three seeds differ so much that the
-# interval of their mean includes 0; yet each seed loses more than a hundred times what float16 costs at $S = 1$.
-# bfloat16 loses nothing: it ends with the *same* loss as at $S = 1$, in every digit of the rows. A power of two changes
-# only the exponent, and bfloat16's exponent has room. `mp.PrecisionReport` names the operation and the module where the
-# first gradient was flushed. It is the gradient of the logits: most tokens are improbable, so most of its numbers are
-# tiny.
+# float16 loses between 0.15 and 0.45 nats, of more than one that is learned. How much is open: three seeds differ so
+# much that the interval of their mean includes 0. That it costs is not: with all else the same, each seed loses more
+# than a hundred times what any does at $S = 1$. bfloat16 loses nothing: it ends with the *same* loss as at $S = 1$, in
+# every digit of the rows. A power of two changes only the exponent, and bfloat16's exponent has room.
+# `mp.PrecisionReport` names the operation and the module where the first gradient was flushed: here that of the logits,
+# which the six in ten, of the blocks alone, do not count. Most tokens are improbable, so most of its numbers are tiny.
 #
 # The remedy is *loss scaling* (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2: one of their networks diverges
 # without it, and 8 suffices as its scale). Gradients are linear in the loss, so train
@@ -305,11 +309,11 @@ assert report.first_flush.op == "cross_entropy" and report.first_overflow is Non
 #
 # $$S \cdot L, \qquad \frac{\partial (S L)}{\partial w} = S\, \frac{\partial L}{\partial w},$$
 #
-# and divide the weights' gradients by $S$ at the end, in float32. $S$ should be as large as possible, but nothing may
-# exceed 65,504. That limit is not known beforehand, so `mp.GradScaler` searches (*dynamic* loss scaling): it starts at
-# $2^{16}$, skips a step whose gradients overflow and halves $S$; after 2,000 good steps it doubles $S$. Here a skipped
-# step still counts for the schedule of the learning rate; Hugging Face's `Trainer` holds the schedule then. We start
-# too high on purpose:
+# and divide the weights' gradients by $S$ at the end, in float32. $S$ should be so large that hardly anything is
+# flushed, but nothing may exceed 65,504: no gradient of an activation or a weight, in any step. These limits are not
+# known beforehand, so `mp.GradScaler` searches (*dynamic* loss scaling): it starts at $2^{16}$, skips a step whose
+# gradients overflow and halves $S$; after 2,000 good steps it doubles $S$. Here a skipped step still counts for the
+# schedule of the learning rate; Hugging Face's `Trainer` holds the schedule then. We start too high on purpose:
 
 # %%
 trainer, _ = trainer_of(replace(FULL, compute="float16", steps=4 if REDUCED else 8, held_out=8))
@@ -357,7 +361,7 @@ assert abs(right - 1) < 1e-3 and abs(wrong * 2**16 - 1) < 1e-3
 
 # %% [markdown]
 # $2^{-16}$: 65,536 times too short, and so is a step of SGD. Adam divides by the gradient's own size (Lesson 0), and
-# hides the mistake until that comes near `eps`, the small number that it adds there.
+# hides the mistake until that size, of single weights, comes near `eps`, the small number that it adds there.
 #
 # The second mistake gives PyTorch's error *"Attempting to unscale FP16 gradients"* (PEFT's documentation explains it
 # under Troubleshooting). The trained weights were loaded in float16 (`dtype=torch.float16`), and mixed precision was
@@ -452,16 +456,18 @@ for name, config, options in (
     print(f"{name:26s}" + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8))) + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}")
 second = np.square(sample)  # stands for Adam's second moment; its gradient is now 0
 assert np.array_equal(to_bfloat16(0.999 * to_bfloat16(second)), to_bfloat16(second)), "none falls"
+assert rounded(np.float32([0.001 * 2.0**-16]), "float16") == 0, "nothing is added"
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
 assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
 
 # %% [markdown]
 # None. It is sixteen bytes a parameter before (weight 4, gradient 4, moments 8) and after (2, 2, 8, and 4 for the
-# master copy). PyTorch's autocast keeps $4 + 4 + 8$ as they are, and casts weights for the pass. Mixed precision buys
-# the speed of tensor cores, and half of the activations. The run without a master copy has 12, and section 3 says what
-# that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in a step ($\beta_2 = 0.999$),
-# which bfloat16 cannot store (section 3): it would never fall; and in float16 the square of a gradient below $2^{-13}$
-# is flushed. QLoRA trains few parameters, so it has few to copy.
+# master copy). (minipeft, like PyTorch's autocast, keeps $4 + 4 + 8$ as they are, and casts weights for the pass: the
+# same sum.) Mixed precision buys the speed of tensor cores, and half of the activations. The run without a master copy
+# has 12, and section 3 says what that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in
+# a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall, and the steps would stay too
+# small; and in float16 what a gradient $g$ below $2^{-8}$ adds to it, $0.001\, g^2$, is flushed. QLoRA trains few
+# parameters, so it has few to copy.
 #
 # ## The picture
 #
