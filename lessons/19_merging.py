@@ -69,9 +69,10 @@ diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5), density=0.5).savefig(OUT / "19_m
 #
 # $$\theta = \theta_0 + \lambda \sum_t \tau_t , \qquad \theta = \theta_0 - \lambda \tau_t .$$
 #
-# $\lambda$ is a scale, chosen on validation data. All $\tau_t$ must start from one $\theta_0$, so that the same weight
-# has the same role in each. The average of two fine-tuned models is $\lambda = \frac12$. (*Model soups* are averages of
-# models fine-tuned on *one* task with different settings; Wortsman et al. 2022, arXiv:2203.05482.)
+# $\lambda$ is a scale, chosen on validation data. All $\tau_t$ must start from one $\theta_0$, so that the same
+# weight has the same role in each. (In a base trained from other random weights the same unit does something else.)
+# The average of two fine-tuned models is $\lambda = \frac12$. (*Model soups* are averages of models fine-tuned on
+# *one* task with different settings; Wortsman et al. 2022, arXiv:2203.05482.)
 #
 # Why may a sum work at all? The sum has each task if $\tau_t$ changes the outputs for inputs of task $t$, and hardly
 # those for the inputs of the others. Ortiz-Jimenez et al. (2023, arXiv:2305.12827) call this *weight disentanglement*
@@ -158,16 +159,16 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # | type | what is made | the sum of the products? |
 # |---|---|---|
 # | `cat` | $[B_1\ B_2]$ beside $[w_1 s_1 A_1;\ w_2 s_2 A_2]$, rank $r_1 + r_2$ | exactly |
-# | `svd` | the best approximation of the sum, of rank $r$ | nearly: all but the smaller singular values |
+# | `svd` | the best approximation of the sum that has rank $r$ | no: its smaller singular values are left out |
 # | `linear` | $A = \sum \sqrt{w_i s_i} A_i$, $B = \sum \sqrt{w_i s_i} B_i$, rank $r$ | no: cross terms |
 # | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, weighted as in `linear` | no |
 # | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
 #
-# (`magnitude_prune` is TIES' trimming alone. Of a negative $w_i$ `linear` takes the root of its size, and gives the
-# minus to $A_i$ alone, as on both factors it would cancel.) A trimmed product is not of low rank, so the last row loses
-# what a rank of `svd_rank` cannot hold; its default is the adapters' $r$. **Whole matrices** below is that type with
-# `svd_rank=128`, the width of this model: nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms**
-# of `linear`, for $w_i s_i = 1$:
+# (`magnitude_prune` is TIES' trimming alone, `dare_ties` TIES with DARE's dropping in place of the trimming. Of a
+# negative $w_i$ `linear` takes the root of its size, and gives the minus to $A_i$ alone, as on both factors it would
+# cancel.) A trimmed product is not of low rank, so the last row loses what a rank of `svd_rank` cannot hold; its
+# default is the adapters' $r$. **Whole matrices** below is that type with `svd_rank=128`, the width of this model:
+# nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms** of `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
 #
@@ -204,25 +205,25 @@ for name, (distance, times) in measured.items():
 a, b = flat(updates["rewrite"]), flat(updates["define"])
 cosine = float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 print(f"cosine of the two updates: {cosine:.3f}")
-assert measured["cat"][0] < 1e-5 < measured["svd"][0] < measured["linear"][0]
+assert measured["cat"][0] < 1e-5 < measured["svd"][0] < measured["linear"][0] and (REDUCED or 0.3 < measured["svd"][0] < 0.4)
 assert all(min(D.shape) <= RULES["ties, whole matrices"][1]["svd_rank"] for D in updates["rewrite"].values()), "no rank is cut off"
 assert abs(measured["linear, same start"][1] - 2) < 0.4 and abs(measured["linear"][1] - 1) < 0.2
 
 # %% [markdown]
 # With the same start, $(B_1 + B_2)(A + A) = 2\,(B_1 + B_2)\,A$: `linear` makes about *twice* the sum. With different
-# starts it makes once the sum, plus cross terms about as large as the sum itself. TIES on products makes less than the
-# sum, because it keeps one number in five here, and averages where both tasks have one left; on factors still less,
-# because both factors are trimmed. DARE, at density 0.5 (neither density was chosen on validation), with a plain sum
-# makes once the sum, with noise. So a weight of 1 means another length under each rule, and weights have to be chosen
-# for each rule.
+# starts it makes once the sum, plus cross terms, about as long and nearly orthogonal to it. TIES on products makes
+# less than the sum, because it keeps one number in five here, and averages where both tasks have one left; on factors
+# still less, because both factors are trimmed. DARE, at density 0.5 (neither density was chosen on validation), with
+# a plain sum makes once the sum, with noise. So a weight of 1 means another length under each rule, and weights have
+# to be chosen for each rule.
 #
 # ## 5 · Does it work?
 #
-# Each of five seeds draws its training records, its starts, 64 validation records of each task and 150 test records of
-# each. The validation records choose one weight for both adapters, of 0.375, 0.5, 0.75, 1, 1.5 and 2. There are four
-# controls: the base; either adapter alone; **joint** training of one adapter on both tasks (the same records, 40 steps
-# with both); and, because a weight changes the length of an update, each adapter alone at other scales. All differences
-# are seed by seed, with 95 % intervals.
+# Each of five seeds draws its training records, its starts, 64 validation records of each task and 150 test records
+# of each. The validation records choose one weight for both adapters, of 0.375, 0.5, 0.75, 1, 1.5 and 2. There are
+# four controls: the base; either adapter alone; **joint** training of one adapter of rank 8 on both tasks (the same
+# records, in 40 steps of 16); and, because a weight changes the length of an update, each adapter alone at other
+# scales. All differences are seed by seed, with 95 % intervals.
 #
 # **Predict:** two adapters, tasks with different prompts. Is the sum at full scale, $\lambda = 1$, better at `rewrite`
 # than half of each? And which rule is best?
@@ -284,32 +285,31 @@ if not REDUCED:
 # %% [markdown]
 # - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
 #   training.
-# - **Full scale is not clearly better than half** at `rewrite`, and worse at `define`. The larger the scale, the larger
-#   the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. (To second order it is
-#   $\lambda g^\top \tau_2 + \lambda^2 (\tau_1^\top H \tau_2 + \frac12 \tau_2^\top H \tau_2)$, with the first task's
-#   gradient and its second derivatives, the matrix $H$, at $\theta_0$.) Alone, 0.75 of an adapter is nearly as good as
-#   all of it. So 0.75 loses little of each update and avoids over a quarter of the interference.
+# - **Full scale is not clearly better than half** at `rewrite`, and worse at `define`. The larger the scale, the
+#   larger the interference: over a tenth of a nat at 1 on either task, less than half of that at 0.5. Alone, 0.75 of
+#   an adapter is nearly as good as all of it. So 0.75 loses little of each update and avoids over a quarter of the
+#   interference.
 # - **Joint training is better**, by about 0.05 nats a token. But it needs the data of both tasks at once, and a merge
 #   does not. Where one model need not have both tasks, keep the adapters and choose one a request (Lesson 4, section
 #   9).
 # - **No rule is clearly better than the sum** at the weight that validation chose. TIES on products is undecided;
-#   `svd`, which halves the rank, costs less than 0.01 in the mean; DARE on whole matrices is worse, and so are all rules
-#   on factors, TIES and DARE most. Compare rules at their own best weights: TIES at 1 (whole matrices) beats the sum at
-#   1, and not the sum at 0.75.
+#   `svd`, which halves the rank, costs less than 0.01 in the mean, though in section 4 it is a third of the sum's
+#   length away from it; DARE on whole matrices is worse, and so are all rules on factors, TIES and DARE most. Compare
+#   rules at their own best weights: TIES at 1 (whole matrices) beats the sum at 1, and not the sum at 0.75.
 #
 # The two updates are nearly orthogonal, and yet each does something to the other's task. A quarter of either adapter
-# alone lowers the loss on the other's task, as a negative $g^\top \tau_2$ would. Added to a quarter of that task's own
-# adapter, it gains about a tenth of this or less. Perhaps both have learned to give a short answer after a prompt, and
-# what is learned already cannot be gained again; then $\tau_1^\top H \tau_2 > 0$. The angle between two updates does
-# not say what they do to the outputs.
+# alone lowers the loss on the other's task by over a tenth of a nat. To first order it would do the same beside a
+# quarter of that task's own adapter; there it gains about a tenth of this or less. Perhaps both have learned to give
+# a short answer after a prompt, and what is learned already cannot be gained again. The angle between two updates
+# does not say what they do to the outputs.
 #
 # TIES' paper merges seven tasks and more, where more signs conflict; this experiment does not test that.
 #
 # ## 6 · What variance costs
 #
 # One adapter, no merging: `rewrite`, of which DARE keeps a density $d$; on whole matrices $\frac{\alpha}{r} BA$
-# (section 4; no rank is cut off), or on the two factors (as PEFT's `dare_linear` does to several adapters; of one alone
-# it takes nothing away). The control is trimming whole matrices to that density.
+# (section 4; no rank is cut off), or on the two factors, as in `dare_linear`. The control is trimming whole matrices
+# to that density.
 #
 # **Predict:** at $d = 0.1$ the noise on whole matrices is three times as long as the update. What is left of the gain?
 
@@ -333,21 +333,22 @@ assert 0.8 < remains.mean() < 0.9 and below(loss("base"), loss("dare_linear 0.1"
 
 # %% [markdown]
 # More than eight tenths. An update of rank 8 has its length in a few directions; independent noise has it spread over
-# all. Each measured in its own strongest direction, the noise is not three times as strong as the update, but about
-# as strong. (And a random update harms little: section 7.) On the *factors* this does not hold: the noise of one
-# number of $A$ is in a whole column of the product, multiplied by the noise of $B$. At $d = 0.1$ on factors the model
-# is worse than the base.
+# all. Each measured in its own strongest direction (its largest singular value), the noise is not three times as
+# strong as the update, but about as strong. (And a random update harms little: section 7.) On the *factors* this does
+# not hold: the noise of one number of $A$ is in a whole column of the product, multiplied by the noise of $B$. At
+# $d = 0.1$ on factors the model is worse than the base.
 #
-# The control: of equally many numbers the largest are better than random ones, at each density. DARE's paper drops 90 %
-# or even 99 % of the updates of large models with hardly a loss (its abstract). It names as the reason that fine-tuning
-# had changed each weight by little, mostly within 0.002; after continued pretraining, with larger changes, it fails. On this small model it costs. DARE is meant to reduce interference, not to improve one vector.
+# The control: of equally many numbers the largest are better than random ones, at each density. DARE's paper drops
+# 90 % or even 99 % of the updates of large models with hardly a loss (its abstract). It names as the reason that
+# fine-tuning had changed each weight by little, mostly within 0.002; after continued pretraining, with larger
+# changes, it fails. On this small model it costs. DARE is meant to reduce interference, not to improve one vector.
 #
 # ## 7 · Subtracting
 #
-# $\theta_0 - \lambda \tau$ for `rewrite`. The control is a random update with the same rank and the same length in each
-# matrix. What else changes? The loss on `define`, and on general text of the base's own domain. (In Ilharco et al. 4.8
-# % of GPT-2 Large's texts were toxic, and 0.8 % after a model tuned on toxic text was subtracted, at nearly the same
-# perplexity.)
+# $\theta_0 - \lambda \tau$ for `rewrite`. The control is a random update with the same rank and the same length in
+# each matrix. What else changes? The loss on `define`, and on general text of the base's own domain. (In Ilharco et
+# al. 4.8 % of GPT-2 Large's texts were toxic, and 0.8 % after a model tuned on toxic text was subtracted, at nearly
+# the same perplexity.)
 #
 # **Predict:** does the model get worse at everything, or at `rewrite` alone?
 
@@ -402,8 +403,9 @@ assert np.round(q + u).sum() == q.sum() and np.round(w + u).sum() - q.sum() == 4
 #
 # $$\mathbb{E}\,[\,\text{round}(w + u) - \text{round}(w)\,] = \frac{u}{g} \cdot g = u .$$
 #
-# Measured on matrices: an adapter that is trained beside NF4 now; its update scaled down; and the share of it that
-# arrives in the rounded weights, $\langle \text{NF4}(X + U) - \text{NF4}(X),\, U \rangle / \langle U, U \rangle$.
+# NF4's gaps are not equal, and $U$, trained beside $Q$, need not be independent of $W - Q$. So an adapter is
+# trained beside NF4 now, its update scaled down, and the share measured that arrives in the rounded weights,
+# $\langle \text{NF4}(X + U) - \text{NF4}(X),\, U \rangle / \langle U, U \rangle$.
 
 # %%
 quantized = merging.train(mp.get_peft_model(quantize_model(base), merging.CONFIG, seed=settings.seed), settings, "rewrite")
@@ -497,9 +499,9 @@ for bits in ("NF4({} 1.0 on Q)", "NF4({} 1.0 on W)"):
     assert below(*costs), "and in four bits it loses more"
 
 # %% [markdown]
-# It gains less than QLoRA's adapter. On this base, with one turn and rank 8, $W$ is still slightly better for it than
-# its own $Q$ in floats. In four bits it loses more than QLoRA's on either base, so keep such an adapter beside its own
-# $Q$.
+# It gains less than QLoRA's adapter; but in floats, with one turn and rank 8, $W$ is still slightly better for it
+# than its own $Q$. In four bits it loses more than QLoRA's, merged into $Q$ or into $W$. So where the weights must
+# stay in four bits, do not merge such an adapter: keep it beside its own $Q$.
 #
 # ## 9 · Break it: ten small updates through four bits
 #

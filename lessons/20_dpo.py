@@ -6,9 +6,9 @@
 # lesson you can derive it and say why the term that nobody can compute cancels; compute a step of it by hand; say how
 # the *chosen* answer can become less probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 22 minutes (200
-# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of a
-# minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 23 minutes (200
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of
+# a minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
 # `lessons/results/20_dpo.jsonl` (all of them: about six minutes), and goes on with the lesson.
 #
@@ -142,8 +142,8 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 # $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. With enough
 # comparisons the result is the best policy for the raters' own reward, if three things hold: raters choose as Bradley
 # and Terry say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to
-# one number for all. (Without the first it is still that of a reward model of this form and perfect reinforcement
-# learning.) Section 3 shows what happens without the second and the third, section 5 without the third.
+# one number a prompt. (Without the first it is still the best policy for the reward that fits the comparisons best
+# under Bradley and Terry's model.) Section 3 shows what happens without the second and the third.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
 
@@ -186,10 +186,11 @@ assert np.allclose(sums[0].grad, -sums[1].grad)
 # %% [markdown]
 # ## 3 · The chosen answer falls
 #
-# A step pushes the chosen answer up. Does its probability rise? The loss asks for a difference alone, and answers share
-# weights. The plainest model that shares one: a single weight $\theta$, and three answers with a feature $f$, which is
-# 0 for the rejected answer, 1 for the chosen one and 3 for one that nobody compared, with $\pi \propto e^{\theta f}$.
-# The margin is $\beta \theta$, so DPO raises $\theta$ without end. And
+# A step pushes the chosen answer up. Does its probability rise? The loss asks for a difference alone, and answers
+# share weights. The plainest model that shares one: a single weight $\theta$, and three answers with a feature $f$,
+# which is 0 for the rejected answer, 1 for the chosen one and 3 for one that nobody compared, with
+# $\pi \propto e^{\theta f}$. The reference is the start, $\theta = 0$, so the margin is $\beta \theta$, and DPO
+# raises $\theta$ without end. And
 #
 # $$\log \pi(y_w) = \theta - \log\left(1 + e^\theta + e^{3\theta}\right), \qquad
 #   \frac{d \log \pi(y_w)}{d \theta} = 1 - E_\pi[f] .$$
@@ -225,8 +226,8 @@ assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls
 #
 # Now the model and the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers, and the
 # rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has learned
-# from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$ (ORPO 0.1). (The code is in
-# `lessons/experiments/preferences.py`.)
+# from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$; ORPO's $\beta$, the weight of a term
+# (section 5), is 0.1. (The code is in `lessons/experiments/preferences.py`.)
 #
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
 
@@ -247,12 +248,13 @@ if not REDUCED:
     assert under_reference.std() > -late["chosen"], "from step to step the pairs change more than the policy has learned"
 
 # %% [markdown]
-# Both fall, the rejected one further. Is that DPO's doing? One part of it is not. Each is one of four that were drawn
-# from the reference, and over all four the mean of $\Delta$ is $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$ (Lesson 10,
-# section 4): *every* policy that has moved makes its old answers less probable in the mean. So we ask what $\Delta$ the
-# four answers to a held-out prompt have: the best, the two in the middle, which no pair would show, and the worst.
-# Beside DPO stand plain fine-tuning on the same chosen answers, and ORPO (section 5), which adds that to a loss of
-# pairs. Six seeds, 128 prompts, 95 % intervals over both.
+# Both fall, the rejected one further. Is that DPO's doing? One part of it is not. The chosen and the rejected answer
+# are two of four that were drawn from the reference, and the mean of $\Delta$ over many such draws is
+# $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$, the forward KL of Lesson 10, section 4: *every* policy that has moved
+# makes its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have:
+# the best, the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the
+# same chosen answers, and ORPO (section 5), which adds that to a loss of pairs. Six seeds, 128 prompts, 95 %
+# intervals over both.
 
 # %%
 if "--full" in sys.argv:
@@ -306,7 +308,7 @@ assert gap["dpo"].low < 0 < gap["dpo"].high, "whether the best falls less than t
 # | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
 # | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ is the point from which gains and losses count |
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term is to hold the chosen up |
-# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a margin of $\gamma$ is pushed as DPO pushes one of 0 |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a $\beta [\dots]$ of $\gamma$ is pushed as DPO pushes a margin of 0 |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
 # tokens, so its goal is in nats a token.) DPO's $\Delta$ is a sum over tokens, to which a longer answer can contribute
@@ -334,20 +336,22 @@ print("                    at its goal, 5:  " + ", ".join(f"{name} {push[30]:+.4
 assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] and abs(curves["IPO"][1][30]) < 1e-12
 
 # %% [markdown]
-# DPO pushes it further, ever more weakly; IPO pulls it back to $1/(2\beta) = 5$. What does DPO's $\beta$ do, then? If
-# raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
-# $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$,
-# the further. With $q = 1$ it is infinite, whatever $\beta$. With a free $\Delta$ for each pair $\beta$ holds the
-# policy near the reference only where comparisons contradict each other, or training stops early. (Rafailov et al.,
-# appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share
-# $\varepsilon$ of the raters had said the opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$,
-# so $q$ is at most $1 - \varepsilon$, and the best difference is finite.
+# DPO pushes it further, ever more weakly; IPO pulls it back to $1/(2\beta) = 5$. What does DPO's $\beta$ do, then?
+# If raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
+# $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller
+# $\beta$, the further. With $q = 1$ it is infinite, whatever $\beta$. Where each pair's $\Delta_w - \Delta_l$ can
+# take its best value, $\beta$ holds the policy near the reference only where comparisons contradict each other, or
+# training stops early. (Rafailov et al., appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`,
+# $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the opposite:
+# $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$,
+# and the best difference is finite.
 #
-# **KTO** has no second answer to compare with, so it compares with $z$: how much more probable the policy makes answers
-# whether or not they fit the prompt. $z$ is the mean $\Delta$ of prompts with the answers of other prompts, or 0 where
-# that is negative. It stands for $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, and the policy is not trained through it.
-# The farther an answer is from $z$, the less a further nat counts, on both sides, as Kahneman and Tversky say of gains
-# and losses.
+# **KTO** has no second answer to compare with, so it compares with $z$: how much more probable the policy makes
+# answers whether or not they fit the prompt. $z$ is the mean $\Delta$ of prompts with the answers of other prompts,
+# or 0 where that is negative. It is a cheap and biased stand-in for $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, for
+# which the policy would have to be sampled, and the policy is not trained through it. The farther an answer is from
+# $z$, the less a further nat counts, on both sides: so people value gains and losses, say Kahneman and Tversky, the K
+# and T of the name.
 #
 # **Predict:** a good answer stands 80 nats below $z$, and in a pair the chosen one 80 nats below the rejected one. How
 # hard do KTO and DPO push?
@@ -372,8 +376,8 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 #
 # **ORPO** has no reference to hold the policy. Its first term does, plain fine-tuning on the chosen answers, so it
 # needs no stage of SFT before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$ is
-# small this is near 1: the term is then about $\beta$ times SimPO's loss, with 1 for SimPO's own $\beta$ and 0 for
-# $\gamma$.
+# small this is near 1: $\log \text{odds}(p)$ is then about $\log p$, and the term about SimPO's loss with $\beta = 1$
+# and $\gamma = 0$, times ORPO's $\beta$.
 #
 # ## 6 · Beside PPO
 #
@@ -413,8 +417,8 @@ assert x < -half and abs(g) < about and np.subtract(*interval(found["DPO"]["gold
 #
 # ## 7 · Break it: a reference that is not the start
 #
-# So far the reference was the policy at the start, and $\Delta_w - \Delta_l$ began at 0. Suppose another model is taken
-# as the reference by mistake, which finds the rejected answer much less probable than the policy does.
+# So far the reference was the policy at the start, and $\Delta_w - \Delta_l$ began at 0. Suppose another model is
+# taken as the reference by mistake, which finds the rejected answer much less probable than the policy does.
 #
 # **Predict:** three answers again, all equally probable at the start; but the reference says (0.005, 0.5, 0.495), with
 # the first one rejected and the second chosen. Does the first step push more or less than with the right one?
@@ -434,10 +438,13 @@ assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98 and other_way[1
 
 # %% [markdown]
 # It pushes more, nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a
-# hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly anything
-# is learned, and the loss is low. In your own runs the first loss tells. It is $\log 2$ where policy and reference are
-# one. And where the pairs are another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers, and
-# take the result as start and as reference.
+# hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly
+# anything is learned at first, and the loss is low. Nor does the error fade: the best $\Delta_w - \Delta_l$
+# (section 5) is counted from the reference, so where its ratio of the two answers is wrong by a hundred, that of the
+# trained policy ends wrong by a hundred. In your own runs look at the first step: where policy and reference are one,
+# the loss is $\log 2$ and `rewards/chosen` is 0. (The loss alone says nothing of an error by one factor for both
+# answers.) Where the pairs are another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers,
+# and take the result as start and as reference.
 #
 # Now break it yourself: swap chosen and rejected in a random half of the pairs of section 4. Then $q = \frac12$, and
 # the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` (the share of pairs with a margin
