@@ -213,9 +213,9 @@ for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("l
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
 # 7.1) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
 # trains the weights of the norms and nothing else: two vectors a layer, and one at the end. In our base of 6 layers
-# these are 13 vectors, in Llama 7B (32 layers) 65, in 70B (80 layers) 161; fewer virtual tokens train less. (That is
-# the smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head, too,
-# by their figure 1.)
+# these are 13 vectors, in Llama 7B (32 layers) 65, in 70B (80 layers) 161: a prompt of fewer tokens trains less. (That
+# is the smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head,
+# too, by their figure 1.)
 
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
