@@ -70,14 +70,14 @@ assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], mp
 # %% [markdown]
 # The virtual tokens are no targets of the loss: their labels are $-100$ (Lesson 3), here as in PEFT. But the last of
 # them predicts the input's first token, as the last line checks, which nothing predicts in the base. So over a whole
-# text the two losses are means over different tokens. They are means over the same ones where the first labels are
-# $-100$ anyway, as those of the prompts in Lesson 3.
+# text the base's loss and the soft prompt's are means over different tokens; over the same ones where the first token's
+# label is $-100$ anyway, as in Lesson 3, where only answers are learned.
 #
 # Is a soft prompt more than a prompt of words? Every prompt of words is one: if the vectors are the embeddings of real
 # tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and
 # training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be readable: a
-# prompt can be trained so that its nearest words are any text one likes, and still be within 2 % of the best prompt of
-# its length (Khashabi et al. 2021, arXiv:2112.08348).
+# prompt can be trained so that its nearest words are any text one likes, and still come within 2 % of the accuracy of
+# the best prompt of its length (Khashabi et al. 2021, arXiv:2112.08348).
 
 # %%
 words = tokenizer.encode("Say it in plain English: ")
@@ -131,11 +131,11 @@ print("the base, given the prefix as a plain cache, continues as the adapted mod
 # %% [markdown]
 # Only rounding lies between them. So each prompt is also a prefix of as many positions: under the causal mask its
 # vectors see only each other, so the keys and values that they leave are the same before any text. The reverse is not
-# true, as the keys and values of a layer are free here, and with a prompt follow from the layer below. Trained keys are
-# not turned by a position: in a cache, keys lie as they are after the turn. The text begins at position $p$, behind a
-# prefix as behind a prompt. And a prefix can be served by code that knows caches and nothing of prefix tuning. Neither
-# method has anything to merge: the vectors stay in the sequence, so rows of one batch may carry those of different
-# tasks (Lesson 4, section 9).
+# true, as the keys and values of a layer are free here, and with a prompt follow from the layer below. The model does
+# not turn trained keys by a position, since those in a cache have been turned already (Lesson 2, section 6). The text
+# begins at position $p$, behind a prefix as behind a prompt. And a prefix can be served by code that knows caches and
+# nothing of prefix tuning. Neither method has anything to merge: the vectors stay in the sequence, so rows of one batch
+# may carry those of different tasks (Lesson 4, section 9).
 #
 # **Predict:** can a prefix make a token attend more to one word of the text, and less to another?
 
@@ -154,8 +154,8 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 # No: all words lose the same factor. With $\lambda$, the share of a query's attention that goes to the prefix, its
 # output is $(1 - \lambda)$ times what it was, plus $\lambda$ times a mean of $P_v$ (He et al. 2021, arXiv:2110.04366,
 # section 3.1). Within a layer a prefix cannot change the relative attention among the text's words, as LoRA on queries
-# and keys can. (The next layer reads changed outputs, so its pattern may change.) So a task that needs new patterns of
-# attention may be out of its reach (Petrov et al. 2023, arXiv:2310.19698).
+# and keys can. The next layer reads changed outputs, so its pattern may change. Even so, Petrov et al. (2023,
+# arXiv:2310.19698) argue that tasks which need new patterns of attention may be out of a prefix's reach.
 
 # %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. The logits on both sides differ by at
@@ -206,14 +206,16 @@ through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=Tru
 counted = count_parameters(model.config, through_mlp)
 print(f"prefix by an MLP: {counted.trainable:,} trained, {counted.stored:,} stored")
 assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(num_virtual_tokens=20)).trainable
-assert count_parameters(model.config, mp.LNTuningConfig()).trainable == (2 * 6 + 1) * 128  # the norms alone, see below
+for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("llama2-70b", 8192, 161)):  # see below
+    assert count_parameters(llm, mp.LNTuningConfig()).trainable == vectors * width
 
 # %% [markdown]
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
 # 7.1) were best at 10 for tables and at 200 for summaries. Is a prompt the least that one can train? **LN tuning**
-# trains the weights of the norms and nothing else: in our base two vectors a layer, and one at the end. (That is the
-# smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head, too, by
-# their figure 1.)
+# trains the weights of the norms and nothing else: two vectors a layer, and one at the end. In our base of 6 layers
+# these are 13 vectors, in Llama 7B (32 layers) 65, in 70B (80 layers) 161: a prompt of fewer tokens trains less. (That
+# is the smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head,
+# too, by their figure 1.)
 
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
@@ -226,10 +228,11 @@ assert count_parameters(model.config, mp.LNTuningConfig()).trainable == (2 * 6 +
 # ## 4 · The start, and the rate
 #
 # Lester et al. (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for
-# small models. Their random numbers were at most 0.5 in size, and they trained with Adafactor at a constant rate of
-# 0.3; so what follows does not explain their finding. Here `RANDOM` draws standard normal numbers, as PEFT does (the
-# start of a torch embedding). Such a vector is far longer than any token's embedding; and AdamW moves each element by
-# about the learning rate a step, whatever its size (Lesson 0, section 6).
+# small models. Their random numbers were at most 0.5 in size, and they trained with another optimizer, Adafactor, at a
+# constant rate of 0.3. With another size and other steps, what follows says nothing about their finding. Here `RANDOM`
+# draws standard normal numbers, as PEFT does (the start of a torch embedding). Such a vector is far longer than any
+# token's embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0,
+# section 6).
 
 # %%
 STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 2)
@@ -286,10 +289,10 @@ if not REDUCED:
 
 # %% [markdown]
 # No longer: at 0.3 words end above the random start, which ends about as low as words do at 0.03. Cut to the length of
-# embeddings, random vectors at 0.03 end near to words. So in these runs the start mattered most through its size beside
-# the rate. (Had they stayed behind, the direction would have mattered.) With each start tuned, no difference is clear
-# enough for a verdict: on `rewrite` words are behind by 0.012 nats, with an interval that just ends below 0, and of two
-# comparisons one may do so by chance (`soft-9`, below).
+# embeddings, random vectors at 0.03 end near to words. (Had these stayed behind, the direction would have mattered.) So
+# in these runs, two for each case, most of the gap at 0.03 was one of size. With each start tuned, the data decide
+# neither way, which the verdict below calls *cannot be tested here*: on `rewrite` words are behind by 0.012 nats, but
+# the interval just ends below 0, and one of two comparisons may do so by chance.
 #
 # LoRA and an adapter start as the base: what they add is zero at first.
 #
@@ -352,10 +355,10 @@ assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] >
 
 # %% [markdown]
 # The prompt, about twice as much, by Lesson 3's ledger. One of 100 tokens keeps more than full fine-tuning without
-# virtual tokens does. And note the first line. One virtual token trains $d$ = 128 numbers, and training it still keeps
-# three quarters of the activations of full fine-tuning: the gradient must travel back through every layer to reach the
-# input. Only the inputs of frozen matrices need not be kept (Lesson 4, section 6). Few trained parameters do not mean
-# little memory.
+# virtual tokens does. And note the prompt of one token. It trains $d$ = 128 numbers, and training it still keeps three
+# quarters of the activations of full fine-tuning: the gradient must travel back through every layer to reach the input.
+# Only the inputs of frozen matrices need not be kept (Lesson 4, section 6). Few trained parameters do not mean little
+# memory.
 
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions; the

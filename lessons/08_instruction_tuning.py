@@ -160,9 +160,9 @@ assert begins == len(alone) - 1
 
 # %% [markdown]
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
-# with the space alone, where the model has never had to go on.
+# with the space alone, where the model has never had to go on. So let a template end without it.
 #
-# Alpaca's template makes a record more than twice as long as ours. So ours is short.
+# Alpaca's template would more than double a record. So ours is short.
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -190,8 +190,8 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 # Records differ in length, and a batch is a rectangle, filled up with padding, which is computed like everything else.
 # Packing lets several records share a row. Positions begin anew with each. A mask (boolean, [rows, 1, T, T]) lets a
 # token see only its own record, besides being causal: the last panel. And the first token of each gets the label -100,
-# so that no record predicts the next. Then every record is computed as if it were alone, and the loss, the mean over
-# all label tokens of the batch, is the same number.
+# so that no record predicts the next (where prompts are not learned, it has that label anyway). Then every record is
+# computed as if it were alone, and the loss, the mean over all label tokens of the batch, is the same number.
 
 # %%
 diagrams.attention_mask().savefig(OUT / "08_instruction_tuning_masks.png")
@@ -230,8 +230,8 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
 # %% [markdown]
 # More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
-# decreasing: each, the longest first, goes where the least room is left. Where a batch is a number of *rows*, as in
-# TRL, it now holds more records.
+# decreasing: each, the longest first, goes where it fits and the least room is left. Where a batch is a number of
+# *rows*, as in TRL, packing puts more records into a step.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
@@ -363,7 +363,8 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
 # How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 32 test
 # records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model
 # writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers to
-# four of the seven trained tasks and to two of the three new ones.
+# four of the seven trained tasks and to two of the three new ones: the whole answer must be the wanted one, or another
+# that the dictionary allows (for `use`, any that has the word in it).
 
 
 # %%
@@ -389,7 +390,7 @@ for name in () if REDUCED else ("source", "part-of-speech"):
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
-# are checked nearly all end. But none of them is right. What carried over is the form: something short, and then the
+# are checked nearly all end. But none of them is right. At least the form carried over: something short, and then the
 # end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
 # On trained tasks it has learned some content. Of all test records (the last two lines) it names the source far more
 # often right than one that always gives the same answer. For parts of speech that is undecided.
@@ -401,17 +402,10 @@ if not REDUCED:
     assert overall(now, "loss", "tasks") < overall(before, "loss", "tasks") - 1
     assert overall(now, "right", "tasks") == 0 and now["stopped"]["tasks"] > 0.9 > 0.1 > before["stopped"]["tasks"]
     assert 0.85 < now["stopped"]["inputs"] < 1
-    kinds = {output for _, output in pairs("part-of-speech", "test")}
-    named = [text for text, _ in answers(tuned, instructions(["part-of-speech"], "test", cap=settings.tested))]
-    share = np.mean([text in kinds for text in named])
-    print(f"asked for a part of speech, {share:.0%} of the answers name one; the others: {', '.join({*named} - kinds)}")
-    assert share > 0.9
     assert KNOWN["source"][0].low > KNOWN["source"][1] + 0.1
     assert KNOWN["part-of-speech"][0].low < KNOWN["part-of-speech"][1] < KNOWN["part-of-speech"][0].high
 
 # %% [markdown]
-# Two questions are left.
-#
 # Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
@@ -419,12 +413,13 @@ if not REDUCED:
 # the difference has no width, and "equal" shows little.
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
-# hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA, of 65 billion parameters, was tuned on 1,000 chosen
-# records alone, and whose answers people found equal to GPT-4's or better in 43% of cases. A fact is what a word means
-# (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the right one
-# makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an instruction, or *in the
-# base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on *other*
-# facts.
+# hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA was tuned on 1,000 chosen records alone. A fact is what a
+# word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the
+# right one makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an instruction, or
+# *in the base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on
+# *other* facts. (Less than 5 points count as no difference.) Asked, the latter knows more of the tested facts than the
+# base, though nobody told it: it may have learned to be asked. Whether it knows more than the base in its own text is
+# open. But a model that is told new facts learns them: here tuning does teach.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
@@ -506,8 +501,8 @@ if not REDUCED:
 # input within the sentence, which the one phrasing never has.) At the trained ones, asked in words that neither model
 # had met, it is undecided.
 #
-# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as answers are under a third of that loss.
-# At the new ones it is undecided.
+# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as under a third of the tokens in that loss
+# are the answers'. At the new ones it is undecided.
 
 # %%
 one, three, seven, one_phrasing, everything = table.values()
@@ -517,6 +512,7 @@ CHECKS = (  # what is compared, and whether the first is above the second: True,
     ("one phrasing, and four", one_phrasing, seven, {"7 tasks, new phrasings": None, "3 new tasks": True}),
     ("prompt learned too, and not", everything, seven, {"7 tasks, new inputs": True, "7 tasks, new phrasings": True, "3 new tasks": None}),
 )
+print("(±: half of the 95 % interval over the seeds)")
 for name, first, second, expected in CHECKS:
     for title, higher in expected.items():
         found = below(second[title], first[title])
@@ -551,9 +547,7 @@ kinds_of_new = ("inputs", "phrasings", "tasks")
 for k, (label, of, color) in enumerate((("stops, base", before["stopped"], "0.8"), ("stops, tuned", now["stopped"], "C0"))):
     form_axes.bar(place + (k - 1.5) * width, [of[new] for new in kinds_of_new], width, label=label, color=color)
 for k, (label, row, color) in enumerate((("right, base", before, "0.6"), ("right, tuned", now, "C2"))):
-    form_axes.bar(
-        place + (k + 0.5) * width, [overall(row, "right", new) for new in kinds_of_new], width, label=label, color=color
-    )
+    form_axes.bar(place + (k + 0.5) * width, [overall(row, "right", new) for new in kinds_of_new], width, label=label, color=color)
 form_axes.set(
     xticks=place, xticklabels=[f"new {new}" for new in kinds_of_new], ylim=(0, 1.3), ylabel="share of answers"
 )
@@ -570,8 +564,6 @@ words_axes.set(
     ylabel="nats a token more than seven tasks", title="one phrasing, and learning the prompt: worse or better?"
 )
 words_axes.legend(frameon=False, loc="upper left")
-for other in (tasks_axes, form_axes, words_axes):
-    other.spines[["top", "right"]].set_visible(False)
 figure.tight_layout()
 figure.savefig(OUT / "08_instruction_tuning.png", dpi=120)
 print("saved", OUT / "08_instruction_tuning.png")
@@ -595,17 +587,15 @@ for name, template in {
     right = np.mean([is_right(task, "test", record, text) for (task, record), (text, _) in zip(asked, written)])
     loss = evaluate(tuned, encode(records, template), 32)
     mismatch[name] = right
-    print(
-        f"{name:30} loss {loss:.2f}, {right:.0%} right, {np.mean([end for _, end in written]):.0%} stop by themselves"
-    )
+    print(f"{name:30} loss {loss:.2f}, {right:.0%} right, {np.mean([end for _, end in written]):.0%} stop by themselves")
 
 if not REDUCED:
     assert mismatch["the template of the training"] > mismatch["Alpaca"] > 0.1 > mismatch["ChatML"]
     assert abs(mismatch["the template of the training"] - mismatch["a letter off ('answer:')"]) < 0.1
 
 # %% [markdown]
-# With a letter off, about as many of these 32 answers are right. With Alpaca's template fewer are. With ChatML, whose
-# tokens the base has never met, hardly any is. With `transformers` two slips change the prompt: without
+# Of these 32 answers, in one run, about as many are right with a letter off, and fewer with Alpaca's template. With
+# ChatML, whose tokens the base has never met, hardly any is. With `transformers` two slips change the prompt: without
 # `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
 # get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
 # (huggingface.co/docs/transformers/chat_templating).
