@@ -261,7 +261,7 @@ assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 # %% [markdown]
 # > `qlora-3` models of 65B and more on one GPU: **holds if**. 65B takes 53 GB with a PyTorch loop's usual settings and
 # > 41 GB with the paper's (without four bits 154). A card of 48 GB is enough for 65B with the paper's settings and 70B
-# > with the paper's settings, one of 80 GB for 4 of these 4 cases. 2 measured runs of 70B on one card took up to 68 GB.
+# > with the paper's settings, one of 80 GB for 4 of these 4 cases. On one card a run of 70B was measured at 68 GB.
 
 # %% [markdown]
 # ## 6 · Train
