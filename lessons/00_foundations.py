@@ -1,9 +1,8 @@
 # %% [markdown]
 # # Lesson 0 · Foundations: what every later lesson takes for granted
 #
-# A language model reads a text and says what may come next. This lesson explains the
-# words that all later lessons use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up,
-# validation, seed.
+# A language model reads a text and says what may come next. This lesson explains the words that all later lessons
+# use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up, validation, seed.
 #
 # You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook.
@@ -54,8 +53,7 @@ ids = tokenizer.encode(SENTENCE)
 print("vocabulary:", tokenizer.vocab_size, "tokens")
 print("|".join(pieces(SENTENCE)))
 print(*ids)
-assert tokenizer.vocab_size == base.config.vocab_size == 2048
-assert tokenizer.decode(ids) == SENTENCE, "nothing is lost"
+assert tokenizer.vocab_size == base.config.vocab_size == 2048 and tokenizer.decode(ids) == SENTENCE, "nothing is lost"
 
 # %% [markdown]
 # Frequent words are one token, rare ones several, by **byte-pair encoding** (Sennrich et al. 2016, arXiv:1508.07909),
@@ -89,9 +87,8 @@ assert all(join(word) == pieces(word) for word in words) and 256 + len(merges) +
 # %%
 for text in ("Lord", " Lord", " word", " λόγος", "🙂"):
     print(f"{text!r:8s} {len(tokenizer.encode(text)):2d} tokens, {len(text.encode()):2d} bytes: {'|'.join(pieces(text))}")
-assert [len(tokenizer.encode(text)) for text in ("Lord", " Lord", " word", "🙂")] == [2, 1, 1, 4]
+assert [len(tokenizer.encode(text)) for text in ("Lord", " Lord", " word", " λόγος", "🙂")] == [2, 1, 1, 11, 4]
 assert tokenizer.decode(tokenizer.encode("🙂")) == "🙂" and len("🙂".encode()) == 4
-assert len(tokenizer.encode(" λόγος")) == 11
 
 # %% [markdown]
 # Two, and one: to the model, `Lord` and ` Lord` have no id in common. The smiling face is one token for each of its
@@ -131,8 +128,7 @@ def softmax(z):
 
 
 p = softmax(z)
-assert np.allclose(p, F.softmax(mp.Tensor(z)).numpy(), rtol=1e-12), "as the library's"
-assert np.isclose(p.sum(), 1)
+assert np.allclose(p, F.softmax(mp.Tensor(z)).numpy(), rtol=1e-12) and np.isclose(p.sum(), 1), "as the library's"
 print("\n           " + "".join(f"{tokenizer.decode([i]):>9s}" for i in best))
 for name, changed in (("z", z), ("z + 100", z + 100), ("2 z", 2 * z), ("z / 2", z / 2)):
     print(f"{name:8s}   " + "".join(f"{softmax(changed)[i]:9.3f}" for i in best))
@@ -167,10 +163,8 @@ def cross_entropy(logits, targets):
 y = ids[0, 1:]  # what came after each token but the last
 by_hand = cross_entropy(logits[0, :-1].astype(np.float64), y)
 library = F.cross_entropy(mp.Tensor(logits[0, :-1].astype(np.float64)), y).item()
-print(f"loss of {OPENING!r}: by hand {by_hand:.6f}, by the library {library:.6f},", end=" ")
-print(f"by model.loss {base.loss(ids, ids).item():.6f}")
-assert abs(by_hand - library) < 1e-12
-assert abs(by_hand - base.loss(ids, ids).item()) < 1e-5
+print(f"loss of {OPENING!r}: {by_hand:.6f}, by F.cross_entropy {library:.6f}, by base.loss {base.loss(ids, ids).item():.6f}")
+assert abs(by_hand - library) < 1e-12 and abs(by_hand - base.loss(ids, ids).item()) < 1e-5
 
 # %% [markdown]
 # To read a loss $L$, undo the logarithm. $e^{L}$ is the **perplexity**: a loss of $L$ is that of someone who guesses
@@ -180,14 +174,13 @@ assert abs(by_hand - base.loss(ids, ids).item()) < 1e-5
 print("\nnats    bits    probability    as if guessing among")
 for L in (0.0, math.log(2), 1.0, 2.0, 3.0, math.log(2048)):
     print(f"{L:5.2f}   {L / math.log(2):5.2f}   {math.exp(-L):11.4f}    {math.exp(L):7.1f} tokens")
-assert round(math.exp(3)) == 20 and round(math.exp(-3), 2) == 0.05
-assert round(math.log(2048), 2) == 7.62 and round(-math.log(0.0001), 1) == 9.2
-assert round(math.exp(0.1), 3) == 1.105 and round(math.log(2), 3) == 0.693
+assert [round(math.log(x), 3) for x in (2, 2048, 10_000)] == [0.693, 7.625, 9.21]
+assert round(math.exp(3)) == 20 and round(math.exp(0.1), 3) == 1.105
 
 # %% [markdown]
-# **So a loss of 3 means: as unsure as a fair choice among 20 tokens.** A model that knows nothing about a vocabulary of
-# 2,048 has a loss of 7.62. A difference of 0.1 nats multiplies the probability of each token by $e^{0.1} = 1.105$ in
-# the geometric mean.
+# **So a loss of 3 means: as unsure as a fair choice among 20 tokens.** A model that knows nothing about a vocabulary
+# of 2,048 has a loss of 7.62. A loss lower by 0.1 nats means probabilities $e^{0.1} = 1.105$ times as large, in the
+# geometric mean.
 #
 # **Predict:** on text that it was not trained on, the base has a loss near 3. Does it give the right token a
 # probability of one in twenty, on average?
@@ -208,8 +201,7 @@ print(f"probability of the right token: geometric mean {math.exp(-L):.3f}, plain
 sure, lost = (probabilities > 0.5).mean(), (probabilities < 0.01).mean()
 print(f"tokens given more than a half: {sure:.0%}; less than one in a hundred: {lost:.0%}")
 print(f"{size / blocks.size:.2f} bytes a token, so {bits_per_byte:.2f} bits a byte")
-assert round(L) == 3
-assert probabilities.mean() > 3 * math.exp(-L)
+assert round(L) == 3 and probabilities.mean() > 3 * math.exp(-L)
 assert sure > 0.1 and lost > 0.1
 
 # %% [markdown]
@@ -261,9 +253,9 @@ assert np.isclose(loss_of(0 * W, pairs), math.log(27))
 #
 # $$\frac{\partial L}{\partial z_i} = p_i - [\,i \text{ is what came}\,] ,$$
 #
-# what the model said minus what happened, so its entries add up to zero. The mean over all pairs of letters is the
-# expected counts minus the counts, divided by the number of pairs. Check it in two ways: raise one weight a little, and
-# let the library compute it.
+# what the model said minus what happened, so its entries add up to zero. In the mean over all pairs, row $a$ is the
+# probabilities times the number of $a$'s, minus the counts, divided by the number of pairs. Check it: raise one
+# weight a little, and ask the library.
 
 # %%
 def gradient_of(W, counts):
@@ -277,7 +269,7 @@ nudge = np.zeros_like(W)
 nudge[a, b] = h
 difference = (loss_of(W + nudge, pairs) - loss_of(W - nudge, pairs)) / (2 * h)
 weights = mp.nn.Parameter(W)
-F.cross_entropy(F.embedding(text[:-1], weights), text[1:]).backward()  # picks a row of W for each letter
+F.cross_entropy(F.embedding(text[:-1], weights), text[1:]).backward()  # a row of W for each letter; Lesson 1 explains it
 print(f"gradient of the weight 't, then h': by formula {g[a, b]:.9f}, by nudging {difference:.9f}")
 assert abs(g[a, b] - difference) < 1e-9
 assert np.allclose(g, weights.grad, atol=1e-12), "all 729, as the library's"
@@ -315,14 +307,13 @@ def descent(w, gradient, rates):
 start = np.ones(2)
 ends = {lr: valley(list(descent(start, valley_gradient, [lr] * 500))[-1]) for lr in (0.00195, 0.00205)}
 print(f"\nfrom a loss of {valley(start)}:", "   ".join(f"rate {lr}: {end:.2g}" for lr, end in ends.items()))
-assert ends[0.00195] < 0.1 and ends[0.00205] > 1e20
-assert np.isclose(ends[0.00205], 500 * (1 - 1000 * 0.00205) ** 1000, rtol=1e-6)
+assert ends[0.00195] < 0.1 and ends[0.00205] > 1e20 and np.isclose(ends[0.00205], 500 * 1.05**1000, rtol=1e-6)
 
 # %% [markdown]
 # The first falls below 0.1, the second grows beyond $10^{20}$. Above $\eta = 2/1000$ the factor $1 - 1000\,\eta$ is
-# below $-1$: each step jumps across the valley and lands higher on the other side. In general the limit near a minimum
-# is 2 over the largest curvature in any direction, here 1000. The gentle direction has to live with it: at 0.00195
-# $w_1$ shrinks by 0.195 % a step.
+# below $-1$: each step jumps across the valley and lands higher on the other side. In general the limit near a
+# minimum is 2 over the largest curvature (second derivative) in any direction, here 1000. The gentle direction has to
+# live with it: at 0.00195 $w_1$ shrinks by 0.195 % a step.
 #
 # ## 5 · Momentum
 #
@@ -331,9 +322,10 @@ assert np.isclose(ends[0.00205], 500 * (1 - 1000 * 0.00205) ** 1000, rtol=1e-6)
 #
 # $$b \leftarrow \mu\, b + g, \qquad w \leftarrow w - \eta\, b .$$
 #
-# Where the gradient changes sign at each step, its terms cancel. Where it keeps its sign, they add up. With $\mu = 0.9$
-# and gradients of one size, $b$ tends to 0.53 gradients in the first case, and to 10 in the second. At the limit of the
-# rate $w_2$ jumps to $-w_2$ and back, as in the first case, so momentum's limit is $1 / 0.53 = 1.9$ times descent's.
+# Gradients of one size that keep their sign add up: $b$ tends to $1 + \mu + \mu^2 + \dots = 1 / (1 - \mu)$ of them,
+# with $\mu = 0.9$ to 10. If they alternate, they cancel: $b$ tends to
+# $1 - \mu + \mu^2 - \dots = 1 / (1 + \mu) = 0.53$ of the newest. At the limit of the rate $w_2$ jumps to $-w_2$ and
+# back, so $\eta \cdot 0.53 \cdot 1000\, w_2 = 2 w_2$: the limit is $1 + \mu = 1.9$ times descent's (checked below).
 
 # %%
 def momentum(w, gradient, rates, mu=0.9):
@@ -402,8 +394,7 @@ def louder(w):
 
 path, louder_path = (np.array(list(adam(start, gradient, [0.1] * 100))) for gradient in (valley_gradient, louder))
 print(f"\nAdam's first step: {path[0] - start}; of a loss a thousand times as large: {louder_path[0] - start}")
-assert np.allclose(path[0] - start, -0.1)
-assert np.allclose(path, louder_path, atol=1e-6), "all hundred steps are the same"
+assert np.allclose(path[0] - start, -0.1) and np.allclose(path, louder_path, atol=1e-6), "all hundred steps are the same"
 
 # %% [markdown]
 # By 0.1 each, both times. In the first step the quotient is $g / |g|$: only the sign of a gradient is left. So Adam's
@@ -436,14 +427,14 @@ for method, rates in RATES.items():
     (n_steps, lr), (n_turned, lr_turned) = needed[method], turned[method]
     print(f"  {method.__name__:9s} {n_steps:5d} {f'({lr})':10s} {n_turned:38d} ({lr_turned})")
     assert rates[0] < lr < rates[-1] and rates[0] < lr_turned < rates[-1], "the best rate lies inside the grid"
-assert needed[momentum][0] < needed[descent][0] / 5 and needed[adam][0] < needed[descent][0] / 5
-assert turned[adam][0] > 2 * needed[adam][0] and turned[momentum] == needed[momentum]
+assert max(needed[momentum][0], needed[adam][0]) < needed[descent][0] / 10
+assert 3.5 < turned[adam][0] / needed[adam][0] < 4.5 and turned[momentum] == needed[momentum]
 
 # %% [markdown]
-# Momentum and Adam need less than a fifth of the steps. With $\kappa$ the ratio of the largest curvature to
-# the smallest, here 1000, descent needs steps in proportion to $\kappa$, and momentum with the best $\eta$ and $\mu$ in
-# proportion to $\sqrt\kappa$ (Polyak 1964). But Adam has a size for each *weight*. Where the steep direction is a
-# mixture of weights, it needs more than twice as many steps; momentum needs the same.
+# Momentum and Adam need less than a tenth of the steps. With $\kappa$ the ratio of the largest curvature to the
+# smallest, here 1000, descent's steps grow like $\kappa$, and momentum's, with the best $\eta$ and $\mu$, like
+# $\sqrt\kappa$ (Polyak 1964). But Adam has a size for each *weight*. Where the steep direction is a mixture of
+# weights, it needs about four times as many steps; momentum needs the same.
 #
 # **AdamW** (Loshchilov & Hutter 2019, arXiv:1711.05101), which later lessons use, adds **weight decay**: each step also
 # multiplies the weights by $1 - \eta\lambda$. To add $\lambda w$ to the gradient instead would divide the decay, too,
@@ -452,13 +443,14 @@ assert turned[adam][0] > 2 * needed[adam][0] and turned[momentum] == needed[mome
 # ## 7 · Warm-up and decay
 #
 # So far each gradient came from the whole text. A large text is too long for that, so a step takes the gradient of a
-# few samples drawn from it, the **batch**. Such a gradient is right on average, and its noise shrinks like $1/\sqrt n$
-# with the batch's size $n$. (Descent by batches is called *stochastic gradient descent*, SGD.)
+# few samples drawn from it, the **batch** (*stochastic gradient descent*, SGD). Such a gradient is right on average.
+# Its noise, what it is off by, shrinks like $1/\sqrt n$ with the batch's size $n$: one batch here is off by more than
+# the gradient's own length, but over many steps such errors cancel.
 #
-# With a constant rate the noise keeps the weights moving about the best place. So the rate **decays** to zero, along a
-# line here, and along a cosine in Lesson 8. And since Adam's first steps have full length while its means know only a
-# batch or two, a **warm-up** lets the rate grow from zero. The rate as a function of the step is the **schedule**; here
-# it is a factor, and steps count from 0:
+# With a constant rate the noise keeps the weights moving about the best place. So the rate **decays** to zero, along
+# a line here, and along a cosine in Lesson 8. And since Adam's first steps have full length while its means know only
+# a batch or two, many runs begin with a **warm-up**: the rate grows from zero, so step 0 moves nothing. The rate as a
+# function of the step is the **schedule**; here it is a factor, and steps count from 0:
 
 # %%
 N, WARM = 400, 20
@@ -479,7 +471,7 @@ def batch_of(rng, n=64):
 draws, whole = [gradient_of(W, batch_of(np.random.default_rng(i))) for i in range(2000)], gradient_of(W, pairs)
 one, mean = (np.linalg.norm(g - whole) / np.linalg.norm(whole) for g in (draws[0], sum(draws) / 2000))
 print(f"\noff the whole text's gradient: one batch's by {one:.0%} of it, the mean of 2,000 batches by {mean:.1%}")
-assert one > 0.3 and mean < 0.05 and 0.5 < mean / one * math.sqrt(2000) < 2
+assert one > 1 and mean < 0.05 and 0.5 < mean / one * math.sqrt(2000) < 2
 
 factors = [linear(s, WARM, N) for s in range(N)]
 assert factors == [mp.optim.linear(s, WARM, N) for s in range(N)]
@@ -487,7 +479,8 @@ print(f"factors of steps 0, 1, {WARM}, {N - 1}: {factors[0]}, {factors[1]}, {fac
 
 # %% [markdown]
 # How low can the loss be? The least is the **entropy**: the cross-entropy of the text's own frequencies $q$. What is
-# above it is the mean of $\sum_b q_b \ln (q_b / p_b)$, the **KL divergence** $\mathrm{KL}(q \| p)$.
+# above it is the mean of $\sum_b q_b \ln (q_b / p_b)$, the **KL divergence** $\mathrm{KL}(q \| p)$, which is 0 for
+# $p = q$ and else positive.
 #
 # **Predict:** which lowers the final loss, decay or warm-up? We train on batches of 64 pairs of letters with
 # Adam, and measure how far the loss on the whole text ends above the entropy.
@@ -568,7 +561,7 @@ assert abs((valid.mean() - 25) / math.sqrt(50 / 4) - 2.5) < 0.1 and abs(right.st
 # %% [markdown]
 # More than 32 of the 50, by luck alone, and half of the new ones. Of $n$ answers that are right with probability $p$,
 # the number right has a standard deviation of $\sqrt{n p (1 - p)}$, here 3.5, and the best of 100 lies 2.5 of these
-# above the mean. A test set, too, is fresh only until somebody chooses by it.
+# above the mean, as of 100 normally distributed numbers. A test set, too, is fresh only until somebody chooses by it.
 #
 # ## 9 · What a seed is
 #
@@ -587,7 +580,7 @@ for name, s in spread.items():
 
 
 def interval(a, b):
-    """Mean of a - b over the seeds, and the half width of its 95 % confidence interval (t = 2.776 for five pairs)."""
+    """Mean of a - b over the seeds, and the half width of its 95 % confidence interval."""
     d = a - b
     return d.mean(), 2.776 * d.std(ddof=1) / math.sqrt(len(d))
 
@@ -603,12 +596,13 @@ assert decay[0] > decay[1] > 0 and warm[0] > warm[1] > 0 and abs(crossed[0]) < c
 
 # %% [markdown]
 # By more than the seed alone changes it, and one run of each does not show how much that is. So later lessons run
-# several seeds and report a mean with its **confidence interval**: 95 of 100 such intervals contain the true mean, if
-# the values are normally distributed. (2.776 is Student's $t$ for five values.) If the interval of a difference
-# contains zero, the runs do not show which is better.
+# several seeds and report the mean of $n$ values with its **confidence interval**, $\pm\, t s / \sqrt n$. On average
+# 95 of 100 such intervals contain the true mean, if the values are normally distributed. ($s$ is their standard
+# deviation, and $t$, Student's, is in tables: 2.776 for five values.) If the interval of a difference contains zero,
+# the runs do not show which is better.
 #
-# Here both intervals lie above zero: decay lowers the loss, and warm-up *costs* a little. So small a cost shows only within
-# a seed, where both runs began alike and drew the same batches: across seeds its interval contains zero.
+# Here both intervals lie above zero: decay lowers the loss, and warm-up *costs* a little. So small a cost shows only
+# within a seed, where both runs began alike and drew the same batches: across seeds its interval contains zero.
 #
 # ## The picture
 #
@@ -675,7 +669,6 @@ rates = [0.1] * 10
 lengths = [-np.diff([start[0], *(w[0] for w in method(start, valley_gradient, rates))]) for method in (adam, uncorrected)]
 print("w_1 moves in the first step by", f"{lengths[0][0]:.3f} with, {lengths[1][0]:.3f} without the corrections")
 assert np.isclose(lengths[1][0] / lengths[0][0], (1 - 0.9) / math.sqrt(1 - 0.999), rtol=1e-4)
-assert round((1 - 0.9) / math.sqrt(1 - 0.999), 2) == 3.16
 
 # %% [markdown]
 # The careless softmax divides infinity by infinity, since $e^{1000}$ overflows. (In float32 $e^{89}$ does, and

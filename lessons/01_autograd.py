@@ -128,12 +128,13 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 #
 # $$\bar x_i = \sum_j \frac{\partial y_j}{\partial x_i} \, g_j \qquad\text{that is}\qquad \bar x = J^\top g .$$
 #
-# The function $g \mapsto J^\top g$ is the **pullback** of $f$ at $x$: it pulls a sensitivity back through one step. $J$
-# itself is never built. If every step knows its pullbacks, one for each input, the gradient of the whole is a walk from
-# $L$ back to the weights. This is *reverse mode* (Linnainmaa 1970; Baydin et al. 2018, arXiv:1502.05767, is a survey).
-# *Forward mode* passes $J\,dx$ on instead. It needs one pass for each input, and reverse mode one for each output.
-# Training has a million weights and one loss, so it goes backward, and pays in memory: each step must keep what its
-# pullback needs until the walk comes back (section 4).
+# The function $g \mapsto J^\top g$ is the **pullback** of $f$ at $x$: it pulls a sensitivity back through one step.
+# $J$ itself is never built. If every step knows its pullbacks, one for each input, the gradient of the whole is a
+# walk from $L$ back to the weights. This is *reverse mode* (Linnainmaa 1970; Baydin et al. 2018, arXiv:1502.05767, is
+# a survey). *Forward mode* passes a change on instead, $J\,dx$, beside the values, and keeps nothing. But a pass
+# answers for a change of one input: it needs one for each input, and reverse mode one for each output. Training has a
+# million weights and one loss, so it goes backward, and pays in memory: each step must keep what its pullback needs
+# until the walk comes back (section 4).
 #
 # ## 2 · An engine in 22 lines
 
@@ -207,20 +208,15 @@ assert np.allclose(by_hand.grad, library.grad, rtol=1e-12, atol=1e-12)
 # without recursion, so that a deep graph does not exceed Python's limit; it frees each step as soon as its pullbacks
 # have run, and refuses to walk the same graph again (PyTorch keeps it with `retain_graph=True`); it drops pullbacks
 # that nobody needs (section 4); and it refuses a graph where an optimizer has since changed a weight that a pullback
-# remembers, as that would multiply by the new one.
+# remembers, because the pullback would multiply by the new value.
 #
 # Sometimes a number should count as a constant, though it was computed from weights. `x.detach()` is the same array
 # without the graph, so the walk stops there: $x \cdot \mathrm{detach}(x)$ has the value $x^2$ and the gradient $x$,
 # half of the true one. Inside `mp.no_grad()` nothing at all is recorded.
 #
 # A copy is a use: where NumPy broadcast an input, such as a bias that is added to every row, its gradient is the sum
-# over the copies, and a row of weights that `F.embedding` picked twice (Lesson 0) gets the sum of both. (`d[ids] += g`
+# over the copies, and a row of a table that was picked twice, as in Lesson 0, gets the sum of both. (`d[ids] += g`
 # would keep one of them; `np.add.at` adds both.)
-#
-# What does the gradient cost? The simplest way to one is to **nudge**: change one weight a little, compute $L$ again.
-#
-# **Predict:** a model has 25 layers $y = \tanh(x w)$, of 40 x 40 weights each. How many forward passes does nudging
-# take for all weights? And the walk back, counted in multiplications of its matrix products?
 
 # %%
 start = deep = mp.Tensor(1.0, requires_grad=True)
@@ -252,6 +248,14 @@ np.add.at(d, [1, 1], 1.0)
 lost[[1, 1]] += 1.0
 assert d[1] == 2 and lost[1] == 1
 
+# %% [markdown]
+# What does the gradient cost? The simplest way to one is to **nudge**: change one weight a little, compute $L$ again.
+#
+# **Predict:** a model has 25 layers $y = \tanh(x w)$, of 40 x 40 weights each. How many forward passes does nudging
+# take for all weights? And how many multiplications do the walk back's matrix products take, for each one of a
+# forward pass?
+
+# %%
 multiplications = 0
 
 
@@ -323,21 +327,25 @@ assert np.allclose(F.softmax.definition(z + 5)[0], y, atol=1e-15) and np.allclos
 #
 # *Layer norm* shifts and scales each row $x$ of $d$ numbers to mean 0 and variance 1, and then multiplies by trained
 # weights $w$ and adds trained biases $b$ (Ba et al. 2016, arXiv:1607.06450): $y = \hat x \cdot w + b$ with
-# $\hat x = (x - \mu)/\sigma$ and $\sigma = \sqrt{\mathrm{var}(x) + \epsilon}$, where a small $\epsilon$ keeps $\sigma$
-# from zero. Write $h = g \cdot w$ for what arrives at $\hat x$. A change of $x_j$ moves $\hat x$ in three ways:
-# directly, through $\mu$ (which moves by $1/d$), and through $\sigma$
-# ($\sigma^2$ moves by $2 (x_j - \mu) / d$, so $\partial \sigma / \partial x_j = \hat x_j / d$). Collecting,
+# $\hat x = (x - \mu)/\sigma$ and $\sigma = \sqrt{\mathrm{var}(x) + \epsilon}$, where a small $\epsilon$ keeps
+# $\sigma$ from zero. A change of $x_j$ moves $\hat x_i$ in three ways: directly if $i = j$, through $\mu$ (which
+# moves by $1/d$), and through $\sigma$. ($\mu$'s move leaves $\sigma$ as it is, since all $x_i - \mu$ add up to 0. So
+# $\sigma^2$ moves by $2 (x_j - \mu) / d$, and $\sigma$ by $1 / 2\sigma$ of that, $\hat x_j / d$.) With
+# $u = g \cdot w$ for what arrives at $\hat x$,
 #
-# $$\bar x = \frac{1}{\sigma}\Big(h - \mathrm{mean}(h) - \hat x \,\mathrm{mean}(h\,\hat x)\Big).$$
+# $$\frac{\partial \hat x_i}{\partial x_j} = \frac{1}{\sigma}\Big(\delta_{ij} - \frac1d - \hat x_i\, \frac{\hat x_j}{d}\Big),
+#   \qquad \bar x_j = \sum_i u_i \frac{\partial \hat x_i}{\partial x_j}, \qquad\text{that is}$$
 #
-# The two subtracted terms take out of $h$ what a normalization ignores: a shift, and a scaling.
+# $$\bar x = \frac{1}{\sigma}\Big(u - \mathrm{mean}(u) - \hat x \,\mathrm{mean}(u\,\hat x)\Big).$$
+#
+# The two subtracted terms take out of $u$ what a normalization ignores: a shift, and a scaling.
 
 # %%
 def layer_norm_pullback(x, weight, g, eps=1e-5):
     sigma = np.sqrt(x.var(axis=-1, keepdims=True) + eps)
     normed = (x - x.mean(axis=-1, keepdims=True)) / sigma
-    h = g * weight
-    return (h - h.mean(axis=-1, keepdims=True) - normed * (h * normed).mean(axis=-1, keepdims=True)) / sigma
+    u = g * weight
+    return (u - u.mean(axis=-1, keepdims=True) - normed * (u * normed).mean(axis=-1, keepdims=True)) / sigma
 
 
 x, g = rng.standard_normal((4, 16)), rng.standard_normal((4, 16))
@@ -354,9 +362,11 @@ assert np.allclose(layer_norm_pullback(x, weight, g), dx(g), atol=1e-14)
 # towards $w$ needs $x$. So *training a weight is what keeps its input alive* until the backward pass; if the weight is
 # frozen, the engine drops that pullback the moment the product is computed, and the input with it.
 #
-# Measure it: a stack of linear layers, and the bytes that the graph still holds when the forward pass is over (Python's
-# `tracemalloc`, which NumPy reports to). "Something below trained" means that the gradient must walk through all
-# layers, to the stack's input. *GELU* is a smooth nonlinear function of each number, as is tanh in section 2.
+# Measure it: a stack of linear layers, and the bytes that the graph still holds when the forward pass is over
+# (Python's `tracemalloc`, which NumPy reports to). "Something below trained" means that the gradient must walk
+# through all layers, to the stack's input. *GELU* (Hendrycks & Gimpel 2016, arXiv:1606.08415; here approximated by
+# tanh) multiplies each number $x$ by the probability that a standard normal one is smaller: nearly 0 for very
+# negative $x$, nearly $x$ for large ones.
 #
 # **Predict:** an input has 0.5 MiB, and there are 8 layers. How many MiB are held if all weights are trained? If all
 # are frozen, but something below is trained? And if a GELU follows each frozen layer?
@@ -429,14 +439,19 @@ for name, (held, freed), predicted, what in cases:
 # $$\Big\langle g,\ \frac{f(x + hv) - f(x - hv)}{2h} \Big\rangle \approx \langle g, Jv \rangle
 #   = \langle J^\top g, v \rangle = \langle \mathrm{pullback}(g), v \rangle .$$
 #
-# If any element of the pullback is wrong at this $x$, the two sides differ for almost every $v$ and $g$. (An op with
-# branches needs an $x$ in each.)
+# If the pullback's table is off by $E$ at this $x$, the two sides differ by $\sum_{ij} v_i E_{ij}\, g_j$. The weights
+# $v_i g_j$ are random, so the elements of $E$ cancel only with probability 0. (An op with branches needs an $x$ in
+# each.)
 #
-# How small should $h$ be? Expand $f(x \pm hv)$ in powers of $h$ (Taylor's series): in the difference the even powers
-# cancel, and after division by $2h$ the first term that should not be there shrinks like $h^2$. But $f$ itself is
-# rounded, by about $\epsilon$, the spacing of floating-point numbers at 1 ($2.2 \cdot 10^{-16}$ in float64), and the
-# division makes that $\epsilon / h$. Up to the function's own constants, the two are equal at $h = \epsilon^{1/3}$, and
-# their sum is there about $\epsilon^{2/3}$, and nowhere much lower. On logarithmic axes it looks like a V.
+# How small should $h$ be? Along $v$, Taylor's series is
+#
+# $$f(x \pm hv) = f \pm h f' + \frac{h^2}{2} f'' \pm \frac{h^3}{6} f''' + \dots$$
+#
+# In the difference the even powers cancel, and after division by $2h$ the first error is $\frac{h^2}{6} f'''$. But
+# $f$ itself is rounded, by about $\epsilon$, the spacing of floating-point numbers at 1 ($2.2 \cdot 10^{-16}$ in
+# float64, $1.2 \cdot 10^{-7}$ in float32), and the division makes that $\epsilon / h$. Up to the function's own
+# constants, the two errors are equal at $h = \epsilon^{1/3}$, and their sum is there about $\epsilon^{2/3}$, and
+# nowhere much lower. On logarithmic axes it looks like a V.
 #
 # **Predict:** in float64, which of $10^{-2}$, $10^{-5}$, $10^{-8}$ and $10^{-11}$ is the best $h$?
 
@@ -484,12 +499,12 @@ for dtype, curve in curves.items():
 assert curves[np.float64][[36, 24, 12, 0]].argmin() == 1, "of 1e-2, 1e-5, 1e-8, 1e-11"
 
 # %% [markdown]
-# Of the four, $10^{-5}$. Hence the rules of `mp.gradcheck`: float64 always, a random direction and a random cotangent,
-# and central differences (two of them, at $h$ and $2h$, combined so that the $h^2$ term cancels, Richardson's trick;
-# below it comes closer than the best single difference). In float32 even a perfect derivative agrees to only four or
-# five digits, which is where a wrong one can hide. PyTorch's `torch.autograd.gradcheck` asks for float64 as well, with
-# $h = 10^{-6}$; by default it compares every element of $J$, and with `fast_mode=True` a random combination
-# of them (gradcheck mechanics, docs.pytorch.org).
+# Of the four, $10^{-5}$. Hence the rules of `mp.gradcheck`: float64 always, a random direction and a random
+# cotangent, and central differences (two of them, $D(h)$ and $D(2h)$; in $(4 D(h) - D(2h)) / 3$ the $h^2$ term
+# cancels, and below this comes closer than the best single difference). In float32 even a perfect derivative agrees
+# to only four or five digits, which is where a wrong one can hide. PyTorch's `torch.autograd.gradcheck` asks for
+# float64 as well, with $h = 10^{-6}$; by default it compares every element of $J$, and with `fast_mode=True` a random
+# combination of them (gradcheck mechanics, docs.pytorch.org).
 #
 # Draw $x$ away from kinks. ReLU, $\max(x, 0)$, has no derivative at 0; the library returns 0 there, as PyTorch does,
 # and the central difference says $\frac12$.
@@ -601,7 +616,7 @@ assert verdicts["layer_norm_with_constant_statistics"] == (False, False, False)
 # Only the first, a backward pass that returns *zeros*: the outputs of a softmax always sum to one, so the derivative of
 # their sum is zero, and zeros are exactly right (section 3).
 #
-# Now put a sign error, a missing factor or a swapped argument into one of the pullbacks of section 2.
+# Now write section 2's tanh under `@op`, with a sign error or without its factor $g$, and let `mp.gradcheck` judge it.
 
 # %% [markdown]
 # ## Quiz

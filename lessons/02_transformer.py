@@ -2,19 +2,18 @@
 # # Lesson 2 · The transformer: what is in it, what it costs, how it writes
 #
 # This course fine-tunes one kind of model: a decoder-only transformer (Vaswani et al. 2017, arXiv:1706.03762; the
-# decoder alone as in GPT-2, Radford et al. 2019). After this lesson you can write each part of a Llama in NumPy and say
-# what it is for. You can count parameters, operations and the bytes of the KV cache, say what bounds the speed of
-# writing, explain how attention heads copy and what temperature, top-k and top-p do, and notice a missing mask or wrong
-# padding.
+# decoder alone as in GPT-2, Radford et al. 2019). After this lesson you can write each part of a Llama in NumPy,
+# count its parameters, operations and cache, say what bounds its speed, and notice a missing mask or wrong padding.
 #
-# You need Lessons 0 and 1. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
-# it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
+# You need Lessons 0 and 1. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz).
+# Run it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
@@ -55,8 +54,8 @@ diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 #
 # A **norm** keeps the numbers of a position at one size. *RMS norm* (Zhang & Sennrich 2019, arXiv:1910.07467) divides
 # by the root of the mean square and multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the
-# mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the small $\epsilon$, so the derivative at
-# $10x$ is a tenth of that at $x$.
+# mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the small $\epsilon$. So
+# $10\,\mathrm{norm}'(10x) = \mathrm{norm}'(x)$: at $10x$ the derivative is a tenth.
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
@@ -81,11 +80,10 @@ block = base.model.layers[0]
 x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
 scale, eps = block.input_layernorm.weight.numpy(), base.config.rms_norm_eps
 by_hand, ours = norm(x, scale, eps), block.input_layernorm(mp.Tensor(x)).numpy()
-print("norm, by hand against the library's:", np.abs(by_hand - ours).max())
 assert np.allclose(by_hand, ours, atol=1e-5) and np.allclose(norm(10 * x, scale, eps), ours, atol=1e-3)
 weights = [getattr(block.mlp, f"{name}_proj").weight.numpy() for name in ("gate", "up", "down")]
 wide, ours = mlp(by_hand, *weights), block.mlp(mp.Tensor(by_hand)).numpy()
-print("MLP,  by hand against the library's:", np.abs(wide - ours).max())
+print("MLP, by hand against the library's:", np.abs(wide - ours).max())
 assert np.allclose(wide, ours, atol=1e-5)
 
 # %% [markdown]
@@ -114,10 +112,10 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 # tokens would stay in its denominator.)
 #
 # All this is a **head**. It makes one average for each position, so a block has $H$ of them, each with its own $W_q$,
-# to read several places apart. Their outputs are concatenated to $[T, HD]$, and $W_o$ maps them back to $[T, d]$. Keys
-# and values may have fewer heads, $K$. This is *grouped-query attention*: query head $h$ reads key head
-# $\lfloor h / (H/K) \rfloor$. Ainslie et al. (2023, arXiv:2305.13245) average a trained model's keys and values in each
-# group, train a little further, and report quality close to $K = H$ and speed close to $K = 1$ (*multi-query*).
+# to read several places apart. Their outputs are concatenated to $[T, HD]$, and $W_o$ maps them back to $[T, d]$.
+# Keys and values may have fewer heads, $K$: query head $h$ reads key head $\lfloor h / (H/K) \rfloor$. This
+# *grouped-query attention* is close to $K = H$ in quality and to $K = 1$ (*multi-query*) in speed, report Ainslie et
+# al. (2023, arXiv:2305.13245).
 #
 # **Predict:** the numbers of $q$ and $k$ are independent, with mean 0 and variance 1, and $D = 64$. How large is
 # $q \cdot k$, typically?
@@ -164,11 +162,11 @@ assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 #   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
 #   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
 #
-# so that of the positions only the distance $m - n$ enters the score. Values are not turned: no second rotation would
-# meet theirs and leave a distance, so each would bring its absolute position into the stream. Pair $j$ has its own
-# speed, $\theta_j = 10000^{-2j/D}$: from one radian a position, which tells neighbors apart, to almost 1/10,000, which
-# tells far from near. In Hugging Face's Llama, as here, a pair is $j$ and $j + D/2$; in Meta's, $2j$ and $2j + 1$. That
-# is the same model with the rows of $W_q$ and $W_k$ reordered.
+# so that of the positions only the distance $m - n$ enters the score. Values are not turned: they are summed, not
+# multiplied by something turned by $m\theta$, so $v_n e^{in\theta}$ would carry the absolute $n$ into the stream.
+# Pair $j$, the numbers $j$ and $j + D/2$ (in Meta's code $2j$ and $2j + 1$; Lesson 13), has its own speed,
+# $\theta_j = 10000^{-2j/D}$. The fastest turns one radian a position, which tells neighbors apart, but comes full
+# circle after 6; the slowest, almost 1/10,000, takes tens of thousands, so its angle tells far from near.
 #
 # **Predict:** with the query at 17 and the key at 10 the score is $s$. Move both 5,000 positions on. What is it now?
 
@@ -191,8 +189,8 @@ assert np.allclose(scores, scores[0], atol=1e-9) and abs(farther - scores[0]) > 
 
 # %% [markdown]
 # Still $s$. That does not make a model good at distances longer than any in its training. There the slowest pairs,
-# which had not completed a turn, come to angles that it has never seen. Chen et al. (2023, arXiv:2306.15595) see LLaMA
-# fail, rescale the positions into the trained range, and fine-tune briefly.
+# which had not completed a turn, come to angles that it has never seen. Chen et al. (2023, arXiv:2306.15595) see
+# LLaMA fail there, and rescale the positions into the trained range.
 #
 # ## 4 · The whole model by hand
 #
@@ -240,10 +238,10 @@ print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:",
 assert np.allclose(by_hand, logits, atol=1e-5)
 
 # %% [markdown]
-# The norm stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each
-# branch wrote, and part of the gradient reaches every block without passing another. The first transformers had the
-# norm on the stream, $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at
-# initialization?
+# The norm stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what
+# each branch wrote. The derivative of $x + f(x)$ is $1 + f'(x)$, and by the ones part of the gradient reaches every
+# block without passing through the branch of another. The first transformers had the norm on the stream,
+# $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at initialization?
 
 # %%
 def at_the_start(L, post, d=64):
@@ -261,14 +259,15 @@ print("\nblocks    pre-norm: stream, gradient    post-norm: stream, gradient")
 starts = [(L, *at_the_start(L, False), *at_the_start(L, True)) for L in (4, 16, 64)]
 for row in starts:
     print("{:6d}    {:16.2f}, {:8.2f}    {:17.2f}, {:8.2f}".format(*row))
-assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3 and abs(starts[2][4] - starts[0][4]) < 0.1
+assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3
+assert abs(starts[2][4] - starts[0][4]) < 0.1 and starts[2][4] > 4 * starts[2][2]
 
 # %% [markdown]
 # In pre-norm the variances of the branches add up, so the stream grows like $\sqrt L$, and the last norm divides the
 # gradient by its size (section 1). In post-norm each norm sets the stream back to 1, and near the output the gradient
-# is about as large after 64 blocks as after 4. Xiong et al. (2020, arXiv:2002.04745) bound both. A full learning rate
-# on such gradients makes training unstable, they argue, hence the warm-up (Lesson 0); their pre-norm models train
-# comparably well without.
+# is about as large after 64 blocks as after 4: there over four times that of pre-norm. Xiong et al. (2020,
+# arXiv:2002.04745) prove such bounds, falling like $1/\sqrt L$ and constant. So large a gradient, they argue, is why
+# post-norm needs a warm-up (Lesson 0); their pre-norm models train comparably well without.
 #
 # ### Its parameters, counted twice
 #
@@ -286,7 +285,7 @@ assert starts[2][1] > 3 * starts[0][1] and starts[2][2] < starts[0][2] / 3 and a
 # For each token, each number of a matrix takes one multiplication and one addition: $2N$ operations for $N$ numbers.
 # Attention at position $t$ takes $4LHDt$ more, half for the scores and half for the average of the values, so over a
 # sequence its cost grows with $T^2$. Training takes $6N$ a token: the backward pass (Lesson 1) has two products for
-# each one forward, for the gradients of the input and of the weights.
+# each one forward.
 #
 # **Predict:** Llama 2 7B has $L = 32$ and $HD = 4096$. At its last position, 4,096, does attention take more operations
 # than the weights?
@@ -323,7 +322,6 @@ for name, c, formula, published in (
     counted = sum(p.size for p in mp.Transformer(c, seed=None).parameters())  # no weight is allocated
     print(f"{name:12s} {formula(c):>13,}  {counted:>13,}     {published:>13,}")
     assert counted == formula(c) == published
-assert llama2_7b.intermediate_size == 256 * math.ceil(8 / 3 * 4096 / 256)
 matrices = llama_formula(llama2_7b) - 32000 * 4096  # the embedding is looked up, not multiplied
 crossing = 2 * matrices / (4 * 32 * 4096)
 print(f"Llama 2 7B: at position {crossing:,.0f} attention takes as many operations as the weights")
@@ -400,9 +398,12 @@ for layer in range(2):
     silenced = model.copy()
     silenced.model.layers[layer].self_attn.o_proj.weight.data[:] = 0  # this layer's attention writes nothing
     late.append(loss_by_position(silenced)[15:].mean())
+one_layer = mp.Transformer(replace(config, num_hidden_layers=1), seed=0)
+train(one_layer, 16 if REDUCED else 300)
+late.append(loss_by_position(one_layer)[15:].mean())
 if not REDUCED:
-    print(f"loss of the second half: without the attention of layer 0 {late[0]:.2f}, without that of layer 1 {late[1]:.2f}")
-    assert late[1] > BASELINE - 0.1 and 0.5 < late[0] < late[1]
+    print("loss of the second half: layer 0 silenced {:.2f}, layer 1 {:.2f}; trained with one layer {:.2f}".format(*late))
+    assert late[1] > BASELINE - 0.1 and 0.5 < late[0] < late[1] and late[2] < 0.2
 
 # %%
 fig, heads = plt.subplots(2, 4, figsize=(8.5, 4.4), sharex=True, sharey=True, layout="constrained")
@@ -419,9 +420,9 @@ fig.alt = "the attention of each head; to the position 15 back it is " + "; ".jo
 fig.savefig(OUT / "02_transformer_heads.png", dpi=130)
 
 # %% [markdown]
-# All four of the last layer (layer 1; the bright stripes), and none of the first. Silence the last layer's attention and the loss is back
-# at chance; but silencing the first's costs, too. Where a head looks does not tell all that it does, and silencing
-# tells what this model needs, not what the task needs.
+# All four of the last layer (layer 1; the bright stripes), and none of the first. Silence the last layer's attention
+# and the loss is back at chance; but silencing the first's costs, too. Where a head looks does not tell all that it
+# does, and silencing tells what this model needs, not what the task needs: a model of one layer learns it, too.
 #
 # Here the distance is fixed, so positions say where to look. If it varies, a head must *find* the place: just after an
 # earlier occurrence of the present letter. An **induction head** does so with two layers (Elhage et al. 2021,
@@ -453,8 +454,8 @@ for period in (8, 16):
 
 # %% [markdown]
 # The same head copies at both distances. Olsson et al. (2022, arXiv:2209.11895) see such heads form in the short
-# stretch of training in which models learn to use their context. Their evidence that the heads do it is causal for
-# small models without MLPs, and correlational for larger ones.
+# stretch of training in which models learn to use their context. Their evidence that models do so by these heads is
+# causal for small ones without MLPs, and correlational for larger ones.
 #
 # ## 6 · Writing, and the cache
 #
@@ -490,8 +491,7 @@ for name, logits in (("sure", [6, 2, 1, 0, 0, 0]), ("unsure", [2, 1.8, 1.6, 1.4,
         p = token_probabilities(np.array(logits), **options)
         kept[name, *options] = (p > 0).sum()
         print(f"{name:6s} {options!s:20s}", p.round(3))
-assert kept["sure", "top_k"] == kept["unsure", "top_k"] == 3 and kept["sure", "temperature"] == 6
-assert kept["sure", "top_p"] == 1 and kept["unsure", "top_p"] == 5
+assert [kept[n, o] for o in ("top_k", "top_p") for n in ("sure", "unsure")] == [3, 3, 1, 5] and kept["sure", "temperature"] == 6
 
 # %% [markdown]
 # Top-k keeps 3 in both: too many where the model is sure, and not all that it thinks plausible where it is not. Top-p
@@ -512,18 +512,19 @@ for name, c, length in (("SmolLM2-135M", smollm2, 2048), ("Llama 2 7B", llama2_7
     print(f"KV cache, {name:12s} at {length} positions, float16: {cache_bytes(c, length, 2) / 2**20:8,.0f} MiB")
 
 # %% [markdown]
-# And what bounds the speed? A GPU computes while it reads its memory, so a step takes at least the longer of the two.
-# The **arithmetic intensity** of a step is its operations per byte read. An A100 of 80 GB (SXM) does 312 trillion
-# operations a second in 16 bits, and reads 2.039 trillion bytes (NVIDIA's datasheet). Below 312 / 2.039 = 153
-# operations a byte, its memory is the bound.
+# And what bounds the speed? A GPU computes while it reads its memory, so a step takes at least the longer of the two
+# times. The **arithmetic intensity** of a step is its operations per byte read. An A100 of 80 GB (SXM) does 312
+# trillion operations a second in 16 bits, and reads 2.039 trillion bytes (NVIDIA's datasheet). Below 312 / 2.039 =
+# 153 operations a byte, its memory is the bound.
 #
 # In a decode step of one row, a weight of two bytes is read for one multiplication and one addition: intensity 1.
-# Prefill reads it once for all positions, and a batch once for all rows. But each row has its own cache, and a number
-# of it serves two operations, too ($2H/K$ with grouped queries), however many rows there are (Pope et al. 2022,
-# arXiv:2211.05102).
+# Prefill reads it once for all positions, and a batch once for all rows. But each row has its own cache, and each
+# number in that serves two operations, too ($2H/K$ if $H/K$ queries share it), however many rows there are (Pope et
+# al. 2022, arXiv:2211.05102).
 #
-# **Predict:** after 960 positions of Llama 2 7B, the cache spares 960 of 961 positions. Is a token 961 times faster, where
-# each step takes its least time? And how many times as many tokens a second do 16 rows write as one?
+# **Predict:** after 960 positions of Llama 2 7B, the cache spares 960 of 961 positions. If each step takes only the
+# longer of its two times, is a token 961 times faster? And how many times as many tokens a second do 16 rows write as
+# one?
 
 # %%
 def at_best(rows, past, new=1, c=llama2_7b):
@@ -629,7 +630,6 @@ a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4))
 a.set_title("Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
 fig.savefig(OUT / "02_transformer.png", dpi=130)
-print("picture:", OUT / "02_transformer.png")
 
 # %% [markdown]
 # ## Quiz
