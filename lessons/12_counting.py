@@ -424,8 +424,8 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 # LLaMA-65B takes other sums than in section 3. In pure bfloat16 PyTorch makes Adam's moments in 16 bits, too, and its
 # default Adam a temporary as large as all that is trained; 5 % (*headroom*) are added for gaps between an allocator's
 # pieces. So "full" takes $1.05 \cdot (2 + 2 + 4 + 2)$ bytes a parameter and little more: 686 GB. PEFT widens adapters
-# to float32, and CUDA, which runs the GPU, takes 0.4 GB. So with 512 tokens QLoRA's "65B on 48 GB" holds for states
-# that are *paged*, as in the paper (they move to the host when memory is short), and adapters in 16 bits, not for the
+# to float32, and CUDA, which runs the GPU, takes 0.4 GB. With 512 tokens QLoRA's "65B on 48 GB" holds for states that
+# are *paged*, as in the paper (they move to the host when memory is short), and adapters in 16 bits, not for the
 # defaults.
 #
 # ## 6 · Held against what others measured

@@ -8,9 +8,9 @@
 #
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
-# lessons/14_best_practices.py` (about half a minute), or open it as a notebook. It reads the rows of the
-# league (Lesson 3), and of what is not among them 32 runs from `lessons/results/14_best_practices.jsonl`. With `--full`
-# it first computes those of the latter that are missing there (all of them: about a quarter of an hour).
+# lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
+# 3), and of what is not among them 32 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
+# computes those of the latter that are missing there (all of them: about a quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -81,9 +81,9 @@ print(f"{len(rows)} rows; each side of a comparison is tuned under seed {protoco
 # of the seeds' means, is on average $512\,\sigma_\alpha^2 + \sigma_\varepsilon^2$; $MS_\beta$, of the records' means,
 # is $5\,\sigma_\beta^2 + \sigma_\varepsilon^2$; and $MS_\varepsilon$ is $\sigma_\varepsilon^2$. So the fraction is
 # $\sigma_\alpha^2/5 + \sigma_\beta^2/512 + \sigma_\varepsilon^2/(5 \cdot 512)$, the variance of the mean ($t$:
-# `claims/statistics.py`). So the interval is of other seeds *and* other records. It is never narrower than that of the
-# five seeds' means alone, $\pm t\, s / \sqrt 5$ with Student's $t = 2.78$. More seeds help twice, as $t$ falls, too:
-# the half width is $2.5\,s$ for three, $1.2\,s$ for five and $0.7\,s$ for ten.
+# `claims/statistics.py`). The interval is of other seeds *and* other records, and never narrower than that of the five
+# seeds' means alone, $\pm t\, s / \sqrt 5$ with Student's $t = 2.78$. More seeds help twice, as $t$ falls, too: the
+# half width is $2.5\,s$ for three, $1.2\,s$ for five and $0.7\,s$ for ten.
 #
 # Two settings are compared seed by seed and record by record: $x_{si}$ is then the *difference* of two losses, and what
 # both have in common drops out. The run that one compares with is the **control**. It has to be the same in all but the
