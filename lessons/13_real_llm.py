@@ -8,7 +8,7 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -84,8 +84,9 @@ diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
 # $$w_i = d \, c_i + m, \qquad c_i \in \{0, \dots, 15\}.$$
 #
 # So the weights of a block lie among sixteen evenly spaced points. (NF4's points, in Lesson 7, are not evenly spaced.)
-# The embedding, which is also the output table (tied, Lesson 2), is in Q8_0: eight bits a weight, and one scale of 16
-# bits for 32 of them.
+# In the simplest case $m$ is the block's smallest weight and $d$ a fifteenth of its range, so one large weight makes
+# its whole block coarse. The embedding, which is also the output table (tied, Lesson 2), is in Q8_0: eight bits a
+# weight, and one scale of 16 bits for 32 of them.
 #
 # **Predict:** how many bits does a weight take in Q4_1, its share of $d$ and $m$ included? How many MB is the file?
 
@@ -170,24 +171,28 @@ print(f"{'sum':18s}" + "".join(f"{bill.total / 1e6:10.0f}" for bill in bills.val
 print(f"weights, gradients and moments of full fine-tuning: 16 x {N:,} = {bills['full'].model_states / 1e9:.2f} GB")
 assert bills["full"].model_states == 16 * N > 2.1e9 and bills["full"].held["gradients"] == 4 * N
 assert "gradients" not in bills["full"].lines, "at the worst moment none has been delivered yet"
+assert 4 * layers < bills["full"].lines["activations"], "the gradients of all blocks, and what all blocks keep"
 assert 0 < bills["full"].lines["working memory"] - 4 * embedding < 2e6, "but one is being made"
 assert abs(bills["LoRA"].lines["activations"] / bills["full"].lines["activations"] - 1) < 0.02, "LoRA saves no activations"
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
 
 # %% [markdown]
-# More than 2 GB: $16N$ is 2.15 GB. The worst moment is the start of backward, when nearly all activations are still
-# held. One gradient is there already, in the full column's working memory: that of the table of embeddings, by which
-# the logits are made. Of the others backward makes each as it frees activations, so the table has no line for them.
-# Full fine-tuning needs more than the 2 GB that this lesson allows itself. LoRA needs about half of it: no moments and
-# no gradients of the base, but activations of the same size. QLoRA puts the layers' weights in four bits. (The
-# embedding, a fifth of this model, stays in float32 in all three.) What would lower the activations is checkpointing:
-# keep fewer of them, and compute forward again (Lesson 12).
+# More than 2 GB: $16N$ is 2.15 GB. With this batch the worst moment is the start of backward, when nearly all
+# activations are still held. One gradient is there already, in the full column's working memory: that of the table of
+# embeddings, by which the logits are made. Of the others backward makes each as it frees activations, so the table has
+# no line for them. A block's gradients take less than its activations, so from there on the sum falls. (With one short
+# sequence it would rise, to $16N$ at the end: Lesson 3.) Full fine-tuning needs more than the 2 GB that this lesson
+# allows itself. LoRA needs about half of it: the base's moments are gone, and the gradient of its embeddings. The
+# activations are not, as every linear layer keeps its input for $A$. (With query and value alone a quarter was saved,
+# Lesson 12.) QLoRA puts the layers' weights in four bits. (The embedding, a fifth of this model, stays in float32 in
+# all three.) What would lower the activations is checkpointing: keep fewer of them, and compute forward again (Lesson
+# 12).
 #
 # ## 4 · A task with real data
 #
-# The King James Bible of 1611 and the Bible in Basic English of 1949, which does with few and plain words, have some
-# 31,000 verses in common: real pairs. The instruction is put in the model's own template, and only the answer is
+# The King James Bible of 1611 and the Bible in Basic English of 1949, which makes do with few and plain words, have
+# some 31,000 verses in common: real pairs. The instruction is put in the model's own template, and only the answer is
 # learned, with the token that ends it (Lesson 8). *Held out* here means not fine-tuned on. The model may have met both
 # Bibles in its pretraining on web text, so its losses before and after can be compared with each other, but say little
 # of verses that nobody has published.
@@ -218,8 +223,8 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 #
 # Four numbers. **Held-out loss**: of the answers to 16 verses that are not trained on, in nats a token. **chrF**
 # (Popović 2015): the share of the reference's n-grams of characters ($n$ in a row) that the model's greedy answer has,
-# $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. $R$, the recall, weighs
-# double. It is of the answers to the first 12 of the verses:
+# $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. In chrF, of the answers to
+# the first 12 of the verses, $R$, the recall, has four times the weight of $P$:
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
@@ -323,21 +328,23 @@ if not REDUCED:
     for name, start in starts.items():
         assert results[name]["held-out loss"] < start["held-out loss"] - 0.25
     assert (change < 0).mean() > 0.75, "not the work of a few verses"
+    assert (round(copied["chrF"]), round(100 * copied["plain words"]), round(100 * plain(reference))) == (44, 74, 100)
+    assert abs(results["before"]["chrF"] - 25) < 5 and abs(results["LoRA"]["chrF"] - 42) < 8
     assert results["LoRA"]["chrF"] > results["before"]["chrF"] + 5
     assert abs(results["LoRA"]["chrF"] - copied["chrF"]) < 8, "by chrF it might be a copy"
     middle = (copied["plain words"] + plain(reference)) / 2
     assert copied["plain words"] + 0.02 < results["LoRA"]["plain words"] < middle, "nearer the copy than the reference"
     assert abs(results["LoRA"]["plain words"] - results["before"]["plain words"]) < 0.05, "about as many as before"
-    assert rounded["held-out loss"] > results["before"]["held-out loss"]
+    assert rounded["held-out loss"] > results["before"]["held-out loss"] + 0.1
 
 # %% [markdown]
-# The held-out loss falls in both, and with LoRA on most verses. QLoRA begins behind: its base is rounded for the second
-# time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not coincide. QLoRA saves memory and not
-# time: each product first dequantizes its matrix, on top of LoRA's work.
+# The held-out loss falls in both, and with LoRA on most verses. QLoRA begins behind, at about 2.66 in place of 2.42:
+# its base is rounded for the second time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not
+# coincide. QLoRA saves memory and not time: each product first dequantizes its matrix, on top of LoRA's work.
 #
-# Of the four numbers the plain words are meant to tell a copy from a rewriting. chrF rises far, and yet to about where
-# the verse copied unchanged stands. The share of plain words lies above the copy's, but nearer to it than to the
-# reference's. Read the answers:
+# Of the four numbers the plain words are meant to tell a copy from a rewriting. chrF rises far, from about 25 to 42,
+# and yet to about where the verse copied unchanged stands (44). The share of plain words, about 79 %, lies above the
+# copy's 74 %, but nearer to it than to the reference's 100 %. Read the answers:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -403,9 +410,11 @@ if not REDUCED:
 # %% [markdown]
 # The trained one: the intervals, over twelve answers, lie apart. A random change of the same size leaves the answers
 # about where they were (the estimate, from so few tokens and without the answers' ends, may even fall a little below
-# 0), and the task, too. So size alone does not explain the divergence; the direction does. The loss on the novel even
-# falls: by that text alone nothing would seem forgotten. How to measure forgetting, and what helps against it, is
-# Lesson 15. An adapter can also be taken off, and then nothing is forgotten: the base was only read.
+# 0), and the held-out loss, too. So size alone does not explain the divergence. Whether what was learned of this task
+# does, or whether any trained change acts more on inputs that occur, this control cannot tell. The loss on the novel
+# even falls (why, is not examined): by that text alone nothing would seem forgotten. How to measure forgetting, and
+# what helps against it, is Lesson 15. An adapter can also be taken off, and then nothing is forgotten: the base was
+# only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -424,11 +433,11 @@ with tuned["LoRA"].disable_adapter():
 #     base = AutoModelForCausalLM.from_pretrained("DIRECTORY OF THE GGUF FILE", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 #     model = PeftModel.from_pretrained(base, "lessons/out/13_adapter")
 #
-# and gives the same logits (`tests/oracles/test_real_llm.py`). It also fits the sixteen-bit weights that the authors
-# publish, but those are not the ones beside which it was trained: nothing is raised, and the logits differ. (Lesson 19,
-# section 8, measures such an exchange.) For llama.cpp, its script `convert_lora_to_gguf.py` converts such a directory.
-# Merging is no way to keep the file small: of a small update that is added to four-bit weights and rounded again, most
-# is lost (Lesson 19, for NF4). Training with QLoRA and talking are also two commands:
+# and gives the same logits (`tests/oracles/test_real_llm.py`). On the sixteen-bit weights that the authors publish it
+# would load without an error, too, but those are not the ones beside which it was trained, and the logits differ.
+# (Lesson 19, section 8, measures such an exchange.) For llama.cpp, its script `convert_lora_to_gguf.py` converts such a
+# directory. Merging is no way to keep the file small: of a small update that is added to four-bit weights and rounded
+# again, most is lost (Lesson 19, for NF4). Training with QLoRA and talking are also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat
@@ -465,10 +474,10 @@ print("and what is the capital of France?", said or "It has nothing to say.")
 assert wrong > right + (0 if REDUCED else 1) and (REDUCED or not said)
 
 # %% [markdown]
-# Not a word. Nothing has raised an error, and the loss on the novel is only higher, by more than a nat, which does not
-# say why. A test against another implementation's logits finds the fault at once. An adapter has the same trap: a row
-# of $BA$ is a row of $B$ times $A$, so on its way to llama.cpp the rows of $B$ at query and key must be put in the
-# file's order, and $A$ stays as it is. `convert_lora_to_gguf.py` does that.
+# Not a word. Nothing has raised an error, and the loss on the novel, though higher by more than a nat, does not say
+# what is wrong. A test against another implementation's logits finds the fault at once. An adapter has the same trap: a
+# row of $BA$ is a row of $B$ times $A$, so `convert_lora_to_gguf.py` puts the rows of $B$ at query and key in the
+# file's order, and leaves $A$ as it is.
 #
 # ## The picture
 
@@ -567,8 +576,8 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 #
 # <details><summary>Answer</summary>
 #
-# The rise is a Kullback-Leibler divergence, which is never below 0. A random change of the same size shows how much a
-# change alone costs; what goes beyond is due to what was learned.
+# The rise is a Kullback-Leibler divergence, which is never below 0. A random change of the same size shows how much
+# size alone costs; what goes beyond needs another explanation.
 #
 # </details>
 #

@@ -8,9 +8,9 @@
 #
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
-# lessons/14_best_practices.py` (about half a minute), or open it as a notebook. It reads the rows of the
-# league (Lesson 3), and of what is not among them 32 runs from `lessons/results/14_best_practices.jsonl`. With `--full`
-# it first computes those of the latter that are missing there (all of them: about a quarter of an hour).
+# lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
+# 3), and of what is not among them 32 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
+# computes those of the latter that are missing there (all of them: about a quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -32,7 +32,7 @@ from experiments import practice
 import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.claims import data, judge, protocol
-from minipeft.claims.comparison import CASES, KEYS, SPREADS, compare, spread
+from minipeft.claims.comparison import CASES, KEYS, compare
 from minipeft.claims.league import MAIN, league
 from minipeft.claims.practice import REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search, tuned
@@ -77,10 +77,13 @@ print(f"{len(rows)} rows; each side of a comparison is tuned under seed {protoco
 # $$x_{si} = \mu + \alpha_s + \beta_i + \varepsilon_{si}, \qquad
 #   \text{SE}^2 = \frac{MS_\alpha + MS_\beta - MS_\varepsilon}{5 \cdot 512}, \qquad \mu \pm t\,\text{SE} .$$
 #
-# $\alpha$ is the luck of a seed, $\beta$ that of a record, and the $MS$ are the mean squares of the analysis of
-# variance (`claims/statistics.py`). So the interval is of other seeds *and* other records. It is never narrower than
-# that of the five seeds' means alone, $\pm t\, s / \sqrt 5$ with Student's $t = 2.78$. More seeds help twice, as $t$
-# falls, too: the half width is $2.5\,s$ for three, $1.2\,s$ for five and $0.7\,s$ for ten.
+# $\alpha$ is the luck of a seed, $\beta$ that of a record, $\varepsilon$ the rest. $MS_\alpha$, 512 times the variance
+# of the seeds' means, is on average $512\,\sigma_\alpha^2 + \sigma_\varepsilon^2$; $MS_\beta$, of the records' means,
+# is $5\,\sigma_\beta^2 + \sigma_\varepsilon^2$; and $MS_\varepsilon$ is $\sigma_\varepsilon^2$. So the fraction is
+# $\sigma_\alpha^2/5 + \sigma_\beta^2/512 + \sigma_\varepsilon^2/(5 \cdot 512)$, the variance of the mean ($t$:
+# `claims/statistics.py`). The interval is of other seeds *and* other records, and never narrower than that of the five
+# seeds' means alone, $\pm t\, s / \sqrt 5$ with Student's $t = 2.78$. More seeds help twice, as $t$ falls, too: the
+# half width is $2.5\,s$ for three, $1.2\,s$ for five and $0.7\,s$ for ten.
 #
 # Two settings are compared seed by seed and record by record: $x_{si}$ is then the *difference* of two losses, and what
 # both have in common drops out. The run that one compares with is the **control**. It has to be the same in all but the
@@ -106,13 +109,6 @@ for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values 
 assert widths[0][1] > 2 * widths[1][1], "the records' luck is common to both"
 assert round(widths[0][1] / widths[0][0]) == 4 and widths[1][1] < 1.1 * widths[1][0]
 assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 1.2, 0.7]
-coins = np.random.default_rng(0).integers(0, 2, (100_000, 3)).sum(axis=1)
-print(f"three coins agree in {np.isin(coins, (0, 3)).mean():.1%} of throws")
-assert abs(np.isin(coins, (0, 3)).mean() - 1 / 4) < 0.01
-chance = np.random.default_rng(0).normal(size=(100_000, 5))
-passed = np.abs(chance.mean(axis=1)) > student_t(0.95, 4) * chance.std(axis=1, ddof=1) / np.sqrt(5)
-print(f"the interval of five differences that are only chance excludes 0 in {passed.mean():.1%} of cases")
-assert abs(passed.mean() - 0.05) < 0.005
 
 # %% [markdown]
 # The loss depends on the records: with them its interval is four times as wide as by the seeds alone. That of the
@@ -120,7 +116,9 @@ assert abs(passed.mean() - 0.05) < 0.005
 # each sign would be a coin, and three coins agree once in four times. A difference is called **clear** where its
 # interval excludes 0, which chance alone brings about one time in twenty; *equal*, where the interval lies within 0.02
 # of 0; otherwise **undecided**: the interval says how large the difference may be. This lesson makes dozens of
-# comparisons, so one that is clear may be chance.
+# comparisons, so one that is clear may be chance. Where a statement makes $k$, the register says *holds* if all are as
+# stated, *holds if* where one is so even at the level $1 - 0.05/k$, and otherwise *cannot be tested here* if one is
+# undecided.
 
 # %%
 def shown(a, b, key):
@@ -128,12 +126,6 @@ def shown(a, b, key):
     found = compare(a, b, key)
     return f"{found.word} ({found.interval})"
 
-
-trial = search("rewrite", "full", 500).start
-now = protocol.run(replace(trial, epochs=0.03) if REDUCED else trial)
-there, allowed = find(trial)["loss"], SPREADS * spread(rows)
-print(f"now, the first trial of the search, rate {trial.rate:g}, {trial.steps} steps: loss {now['loss']:.3f}; in the league {there:.3f}")
-assert REDUCED or abs(now["loss"] - there) < allowed, f"by more than {SPREADS} standard deviations over the seeds, {allowed:.3f}"
 
 # %% [markdown]
 # One piece of advice is about choosing itself. *Advice: hold out a validation set.* What does one pay who has none? The
@@ -155,10 +147,10 @@ assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples
 
 # %% [markdown]
 # With 50 examples of `rewrite`: more than half a nat in the mean over six methods. The setting with the lowest training
-# loss mostly has a much higher rate there (of full fine-tuning 32 times). With 5,000 it costs nothing one sees,
-# for no run sees an example twice, and so its training loss is a validation loss nearly. The six cases are so unlike
-# that the interval of their mean leaves the sign open; so the verdict *cannot be tested here*: neither shown nor
-# refuted by these runs.
+# loss mostly has a much higher rate there (of full fine-tuning 32 times). With 5,000 it costs nothing visible: no run
+# sees an example twice, so its training loss is nearly a validation loss. The six cases are so unlike that the interval
+# of their mean leaves the sign open; so the verdict *cannot be tested here*: neither shown nor refuted by these runs.
+# (Its last sentence: under other seeds the chosen settings do less well, so a chosen loss is partly luck.)
 
 # %% [markdown]
 # > `best-8` hold out a validation set; watch the gap; test on diverse examples: **cannot be tested here**. Chosen by
@@ -211,7 +203,8 @@ for case in CASES:
         assert min(curves[case, method]) < at.rate < max(curves[case, method]), "it is inside what was tried"
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
-assert min(times.values()) > 1
+logs = np.log([*times.values()])
+assert logs.min() > 0 and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
 beside = {}
 print("\nLoRA beside full fine-tuning, each tuned, on test:")
 for case in CASES:
@@ -221,10 +214,10 @@ for case in CASES:
 
 # %% [markdown]
 # A U: too low a rate learns little, too high a rate does damage. In all six cases LoRA wants a higher rate, 1.5 to 12
-# times full fine-tuning's. (Each search has one seed, a step of the lattice is a factor of two, and near the bottom of
-# a U two rates may be as good as one another.) The geometric mean is 4.2 times; whether the advice of ten is outside
-# its interval hangs on such rates. Full fine-tuning's is 6e-5 with 50 examples of `rewrite`, and 5e-4 to 1e-3 in the
-# other five cases: above the textbook's 1e-5 to 5e-5 in all.
+# times full fine-tuning's. (LoRA's searches start at three times full fine-tuning's rate and go by factors of two,
+# under one seed; near the bottom of a U two rates may be equally good.) The geometric mean is 4.2 times [2.0, 9.1]: ten
+# is outside, but inside if LoRA's rate were one step higher with 500 of `rewrite`. Full fine-tuning's is 6e-5 with 50
+# examples of `rewrite`, and 5e-4 to 1e-3 in the other five cases: above the textbook's 1e-5 to 5e-5 in all.
 #
 # And who learns more, each at its best? That depends on the data. On `rewrite` LoRA is better with 50 and 500 examples
 # (above 0 it is better: +0.032 and +0.041 nats), and worse with 5,000 (-0.112), where both were allowed one epoch. On
@@ -307,8 +300,8 @@ assert [best[case, method].epochs for case in CASES[:2] for method in ("full", "
 # and after 16 with 50. On `source` the turns may be the luck of a seed. (LoRA on `source` with 500 chose four, and all
 # with 5,000 one: no more were allowed.) So on `rewrite` fewer examples took more epochs: "one to three" is a number for
 # some size of the data. These are choices, on validation and under one seed. The register's statement on epochs needs
-# runs that are still to come. The verdict compares the two methods at equal training loss, over the settings that the
-# league's searches saw.
+# runs that are still to come. The verdict pairs settings of the two methods with equal training loss (within 0.05), of
+# those that the searches with 50 and 500 examples saw; above 0 LoRA's loss on validation is the lower one.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
@@ -357,8 +350,7 @@ assert not any(d.clearly_better for d in warm.values()) and max(d.better.high fo
 # *Advice: quality beats quantity* (as Zhou et al. 2023, arXiv:2305.11206, with 1,000 chosen examples). Here a mistake
 # is a verse with the plain English of another verse. Half of 500 examples are wrong so. Should one take them all, or
 # the 250 right ones alone? All runs are full fine-tuning in 250 steps of four, so the 250 are seen four times each and
-# the 500 twice; each side has its own rate. (It is one kind of mistake: random ones, not those of a careless or a
-# biased author.)
+# the 500 twice; each side has its own rate.
 #
 # **Predict:** the 250 right ones, or all 500? And what do the wrong ones cost, beside 500 right ones?
 
@@ -374,14 +366,15 @@ assert harm.low > 2 * -np.log(1 - 0.5), "more than twice that"
 assert all(compare(one, other, "nll").clearly_better for one, other in dirty.values())
 
 # %% [markdown]
-# The 250 right ones: they end 0.081 [0.067, 0.094] nats a token below all 500, of which they are half. In as many steps
-# they were seen twice as often. So whether the wrong ones do harm, or only take the place of right ones, is not told.
-# Beside 500 right ones half wrong costs 0.179 [0.162, 0.197]. The register's statement on clean data asks for three
-# kinds of mistakes and two shares; its rows are still to come.
+# The 250 right ones: they end 0.081 [0.067, 0.094] nats a token below all 500, of which they are half. But in as many
+# steps each of them was seen twice as often. So whether the wrong ones do harm, or only take the place of right ones,
+# is not told. Beside 500 right ones half wrong costs 0.179 [0.162, 0.197]. The register's statement on clean data asks
+# for three kinds of mistakes and two shares; its rows are still to come.
 #
-# If a share $p$ of the answers is random, the training loss is least for that mixture. A right answer then keeps at
-# least the share $1 - p$ of its probability, so it costs at most $-\ln(1 - p)$ nats more, once for the whole answer.
-# The harm here is 4.64 [4.19, 5.09] nats an answer, so the mixture alone does not explain it.
+# If a share $p$ of the answers is random, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
+# p\,q_\text{random}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
+# probability, and costs at most $-\ln(1 - p)$ nats more, however many tokens it has. The harm here is 4.64 [4.19, 5.09]
+# nats an answer, so the mixture alone does not explain it.
 #
 # *Advice: include hard examples.* The league asks for both of its tasks: of 1,500 records that the seed draws, 500 of
 # the easiest third, those with the lowest loss on the base, or half of these and half of the hardest third. The test
@@ -404,10 +397,11 @@ assert all(compare(one, other, "nll").clearly_better for one, other in dirty.val
 # ## 7 · A class that is rare
 #
 # The task is `source`: which of three books is a sentence from? Of 500 training examples 80 % are from one of them,
-# Jane Austen's. To say "Austen" always is right in four of five cases, on such data. The test has hers and the King
-# James Bible's in equal numbers, and of the third book one: it is every 1.5th of a list that goes around the three.
-# What counts is each class's *recall*, the share of its sentences that are found. The mean over the classes is the
-# **balanced accuracy**. *Advice: a skewed training set costs the rare classes; repeating their examples helps.*
+# Jane Austen's. To say "Austen" always is right in four of five cases, on such data. The test is 512 sentences, evenly
+# spaced among 768 that alternate between her, the King James Bible and the third: that skips the third's but for one,
+# too few for a recall. What counts is each class's *recall*, the share of its sentences that are found. The mean over
+# the classes is the **balanced accuracy**. *Advice: a skewed training set costs the rare classes; repeating their
+# examples helps.*
 #
 # **Predict:** which balanced accuracy has somebody who says "Austen" always, of three books?
 
@@ -425,9 +419,9 @@ for balanced, repeated in zip(SKEWED, REPEATED):
     lost = [crossed((found["80 % Austen"].values - found["balanced"].values)[:, book == i]) for i in (0, 2)]
     print(f"  {method:5s}by the skew: " + ", ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in zip(("Austen", "King James"), lost)))
     assert lost[1].value < 0, "the rarer class is found less often"
+    assert not compare(found["balanced"], found["80 % Austen"], "right", 1 - 0.05 / 4).clearly_better
     found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
     print(f"  {method:5s}by repeating: King James {found_again.value:+.3f} [{found_again.low:+.3f}, {found_again.high:+.3f}]")
-print(f"who always says Austen: all of Austen, none of the others, so a balanced accuracy of {(1 + 0 + 0) / 3:.2f}, whatever the data")
 
 # %% [markdown]
 # A third, though on such data it is right in four of five cases. By the skew the King James Bible is found less often:
@@ -435,8 +429,8 @@ print(f"who always says Austen: all of Austen, none of the others, so a balanced
 # are found in any case, and no difference is clear (+0.013 [-0.005, +0.030] and +0.007 [-0.004, +0.018]). What
 # repeating does is undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of the King James Bible.
 #
-# The verdict has the share of all right answers. Of full fine-tuning and LoRA only the second clearly loses by the
-# skew, and only if this is counted as a single comparison, not as one of the statement's four.
+# The verdict has the share of all right answers. By that only LoRA clearly loses by the skew; at the level of the
+# statement's four comparisons, $1 - 0.05/4$, not even LoRA.
 
 # %% [markdown]
 # > `best-2` balance the data set: **cannot be tested here**. Balanced beside 80 % of one class, full, source, 500
@@ -459,8 +453,7 @@ print(", ".join(f"{n} {verdict}" for verdict, n in Counter(v.verdict for v in ve
 
 # %% [markdown]
 # These are the register's (`python -m minipeft claims`). They hold for a model of 1.4 million parameters, tens to a
-# thousand steps, a base that has read the training split of the texts, and Adam. What is not tried yet waits for its
-# rows.
+# thousand steps, a base that has read the training split of the texts, and Adam.
 #
 # ## The picture
 #
@@ -514,7 +507,6 @@ for axis in axes.flat:
 for axis in (a, c, f):
     axis.legend(fontsize=8)
 figure.savefig(OUT / "14_best_practices.png", dpi=120)
-print("picture:", OUT / "14_best_practices.png")
 
 # %% [markdown]
 # ## Break it: choose and report on the same verses
