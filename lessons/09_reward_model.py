@@ -529,8 +529,8 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 # ## 8 · Break it: texts that nobody ever compared
 #
 # The judge is section 7's, of 300 rankings; none of 2,000 was tried. First, length, among texts like those it was
-# taught on. Then others: it has seen only texts that the base writes. So write ten times the same token after a prompt,
-# for every token there is, and let it choose the best.
+# taught on. Then texts unlike these: the same token ten times after a prompt, for every token there is. It chooses the
+# best.
 #
 # **Predict:** how many of the 2,046 beat nine in ten of the real answers?
 
@@ -543,8 +543,7 @@ for name, texts, score in (("in training the gold", answers, gold), ("held out, 
     print(f"{name} prefers the longer of two in {share:.0%}")
 assert REDUCED or share > 0.6, "the last, the judge"
 
-vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)
-nonsense = [np.array(prompts[0] + [token] * 10) for token in vocabulary]
+nonsense = [np.array(prompts[0] + [token] * 10) for token in range(2, 66 if REDUCED else tokenizer.vocab_size)]
 judged = model.score_texts(nonsense)
 best = np.argsort(-judged)[:5]
 mine = rlhf.sample_answers(base, prompts[:1], 16 if REDUCED else 256, LENGTH, stop_token_ids=STOPS, seed=1)[0]
@@ -558,7 +557,7 @@ assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nons
 
 # %% [markdown]
 # In training the longer of two won a few more pairs. On held-out pairs the gold likes both alike, the judge the longer
-# one far more often. Judges of helpfulness are known for it, too (Lesson 11, section 5).
+# one far more often. So do judges of helpfulness (Lesson 11, section 5).
 #
 # This judge orders the base's own answers like a coin, so newness is not shown to be the cause. Fewer than one in ten
 # of these texts pass the bar, so fewer than of real ones. But whoever looks for the best has one that beats nine in ten
