@@ -51,7 +51,7 @@ LENGTH, K = 20, 4
 # %% [markdown]
 # ## 1 · How people choose
 #
-# Of these three stages this lesson is the second:
+# Learning from human feedback has three stages; this lesson is the second:
 
 # %%
 diagrams.rlhf_stages(base.config).savefig(OUT / "09_reward_model_stages.png")
@@ -82,8 +82,8 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 # %% [markdown]
 # The second: of one pair's loss the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to
 # the wrong order. It moves the two rewards apart and says nothing of their sum. Both texts answer one prompt, so each
-# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. For the best policy (Lesson 10)
-# this does not matter: a constant added to all answers of a prompt leaves the best one best.
+# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. For the best policy this does
+# not matter: a constant added to all answers of a prompt leaves the best one best.
 #
 # **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
@@ -163,9 +163,9 @@ assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 
 
 # %% [markdown]
 # The loss adds up the pairs of a ranking as if they were independent. They are not: A before B and B before C decide A
-# and C. So products of the pairs' probabilities sum to 1 over all outcomes of pairs, circles included. Plackett and
-# Luce normalize over orders instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts, over
-# all 24 orders:
+# and C. The products of the pairs' probabilities sum to 1 only with circles (A before B before C before A). Plackett
+# and Luce normalize over orders instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts,
+# over all 24 orders:
 
 # %%
 orders = np.array(list(permutations(range(K))))  # best first
@@ -230,9 +230,10 @@ for decay in (0.0, 0.1):
 # Weight decay gives the loss a minimum. A single pass helps, too: each pair is new when it comes, so on average the
 # steps follow the loss of unseen pairs, which rises when the head gets too sure.
 #
-# A fresh head's scores have any scale, so we first give them mean 0 and standard deviation 1, and at the end again:
-# then rewards of two models have one mean and one scale on these texts. After the second time $\sigma(r_i - r_j)$ is no
-# longer the probability that the loss has taught, so section 7 takes the rewards from before.
+# A fresh head's scores have any scale, so `calibrate` first gives them mean 0 and standard deviation 1, and at the end
+# again: then rewards of two models have one mean and one scale on these texts. After the second time
+# $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so section 7, about another kind of
+# calibration, takes the rewards from before.
 
 # %%
 @dataclass(frozen=True)
@@ -272,7 +273,6 @@ def accuracy(rewards, gold, gap=0.0):
 
 
 def measure(run):
-    """What the sweep writes down."""
     _, rewards, gold = train(run, max(run.rankings for run in RUNS))
     chosen, rejected = labels_of(rewards, gold, run)
     predicted, observed, count = rlhf.calibration_curve(chosen, rejected)
@@ -311,9 +311,10 @@ for run in live:
 
 # %% [markdown]
 # Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
-# pull is left, against the same noise. If learning were like taking a mean, $n$ such rankings would be as good as
-# $n (1 - 2f)^2$ clean ones. The probability of a label becomes $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs
-# are no longer Bradley and Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
+# pull is left, against the same noise. If learning were like taking a mean, whose noise falls as $1/\sqrt n$, pull over
+# noise would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean ones. The probability of a label becomes
+# $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley and Terry's; who knows $f$ puts this
+# expression into the loss in place of $\sigma$.
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -322,7 +323,6 @@ SIZES, FLIPS = sorted({r["rankings"] for r in rows}), sorted({r["flip"] for r in
 
 
 def seeds(n, flip, key):
-    """A number of all seeds."""
     return np.array([r[key] for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
 
 
@@ -352,11 +352,12 @@ print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: the gold
 assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 
 # %% [markdown]
-# Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward
-# models agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler.
-# Where pairs differ, the agreement fixes the mean of $(2p - 1)^2$, and the mean of $2p - 1$ lies between this and its
-# square root. So the ceiling is between 0.73, where raters are sure of some pairs and toss a coin for the rest, and
-# 0.84.
+# Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward models
+# agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler. Where
+# pairs differ, each has its $x = 2p - 1$, from 0 to 1. The agreement, $(1 + x^2)/2$ on average, fixes the mean of
+# $x^2$. The mean of $x$ is no less, as $x^2 \le x$, and no more than the square root, as a variance is not negative. So
+# the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs and toss a coin for the
+# rest, and 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
 # model*), a reward model, then PPO, which trains a *policy* to please it.
@@ -382,18 +383,19 @@ assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is No
 #
 # Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in people's place: it reads
 # written **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is;
-# with such labels it is called RLAIF, for AI feedback. In this section the *judge* is who labels,
-# SmolLM2-135M-Instruct, and the principles are that chain's gold, in words:
+# with such labels it is called RLAIF, for AI feedback. In this section *judge* means the labeler,
+# SmolLM2-135M-Instruct. The gold is not VADER's but that chain's, which the principles put in words:
 
 # %%
 print(constitution.PRINCIPLES)
 
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
-# answers the other way round it gives $d'$. If it looked at the letters alone, $d$ and $d'$ would be equal; what speaks
-# for the first answer is $(d - d')/2$, from which the preference for a letter drops out.
+# answers the other way round it gives $d'$. Suppose that $d$ is a preference for the letter, the same in both orders,
+# plus one for the answer, whose sign turns. Then $(d - d')/2$ is the latter alone.
 #
-# It is asked after two examples, the best of four forms on another seed (`minipeft/claims/constitution.py`).
+# It first sees two solved examples, the best of four ways of asking on another seed
+# (`minipeft/claims/constitution.py`).
 #
 # **Predict:** in how many of 100 pairs does so small a model take the answer that is shown first? And with the place
 # averaged out, can its labels teach a reward model anything?
@@ -414,10 +416,9 @@ for arm in constitution.ARMS:
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
 # orders one is right. The mean over both is right in six of ten. A reward model of 200 such labels chooses among 16
 # answers as well as one of 200 of the rater's, as far as these intervals can say, and better than one of a coin's. But
-# a random choice among the 16 is the SFT model itself. Beside it neither the judge nor the rater gains anything that
-# shows, and the coin's loses: perhaps as it takes the extreme of a chance taste. PPO on the judge's labels loses, too.
-# With a large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's
-# labels, or on people's, to the SFT model's in some 70 %.
+# a random choice among the 16 has the SFT model's own gold. Compared with that, choosing by the judge's or the rater's
+# labels gains nothing clear, and by the coin's it loses. With a large judge Lee et al. 2023 (arXiv:2309.00267) find
+# that people prefer summaries of a policy trained on AI's labels, or on people's, to the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -432,8 +433,8 @@ for votes in (1, 5, 25):
 assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 
 # %% [markdown]
-# More labels do what more judges do: random errors average out. One with a system, such as a liking for length, stays,
-# and the reward model learns it as if it were quality, unless it is known and canceled, as the swap cancels the place.
+# More labels average out random errors, as more judges do. A systematic one, such as a liking for length, stays, and
+# the reward model learns it as quality, unless it is known and canceled, as the swap cancels the place.
 #
 # The other half of Constitutional AI comes before: a model criticizes its own answers, rewrites them, and is trained on
 # these **revisions**. Here the judge rewrites the SFT model's.
@@ -460,9 +461,9 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # ## 7 · Does it know how sure it can be?
 #
 # $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
-# in 70%? We let the rater label every held-out pair anew, and look.
+# in 70%? We let the rater label every held-out pair anew.
 #
-# **Predict:** a judge that has learned next to nothing: does it say 0.5 everywhere?
+# **Predict:** back to our reward models, does one that has learned next to nothing say 0.5 everywhere?
 
 # %%
 run = live[1]
@@ -482,7 +483,6 @@ def calibration_error(predicted, observed, count):
 
 
 def calibration_errors(n, flip):
-    """Of all seeds."""
     return np.array([calibration_error(*np.array(r["calibration"]).T) for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
 
 
@@ -505,12 +505,12 @@ assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# The judges of 100 rankings, still 0.18 away, have unlearned little of it. With two thousand clean rankings no error on
-# average is clear, but three seeds leave 0.25 to either side. The careless rater's two thousand taught little, but
-# honestly: that judge is never sure.
+# The judges of 100 rankings, still 0.18 away, have unlearned little of it. With two thousand clean rankings the 0.75 is
+# not clearly wrong on average, but the interval of three seeds is ± 0.25. The careless rater's two thousand taught
+# little, but honestly: that judge is never sure.
 #
-# **Repair.** Divide all rewards by one number, the **temperature** that has the smallest loss on held-out pairs (Guo et
-# al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
+# **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
+# held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
 
 # %%
 fit, test = np.split(np.subtract(*labels_of(rewards, held_gold, run)), 2)  # reward differences; pairs of a prompt stay together
@@ -530,8 +530,8 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 # ## 8 · Break it: texts that nobody ever compared
 #
 # The judge is section 7's, of 300 rankings; none of 2,000 was tried. First, length, among texts like those it was
-# taught on. Then others: it has seen only texts that the base writes. So write ten times the same token after a prompt,
-# for every token there is, and let it choose the best.
+# taught on. Then texts unlike these: the same token ten times after a prompt, for every token there is. It chooses the
+# best.
 #
 # **Predict:** how many of the 2,046 beat nine in ten of the real answers?
 
@@ -544,8 +544,7 @@ for name, texts, score in (("in training the gold", answers, gold), ("held out, 
     print(f"{name} prefers the longer of two in {share:.0%}")
 assert REDUCED or share > 0.6, "the last, the judge"
 
-vocabulary = range(2, 66 if REDUCED else tokenizer.vocab_size)
-nonsense = [np.array(prompts[0] + [token] * 10) for token in vocabulary]
+nonsense = [np.array(prompts[0] + [token] * 10) for token in range(2, 66 if REDUCED else tokenizer.vocab_size)]
 judged = model.score_texts(nonsense)
 best = np.argsort(-judged)[:5]
 mine = rlhf.sample_answers(base, prompts[:1], 16 if REDUCED else 256, LENGTH, stop_token_ids=STOPS, seed=1)[0]
@@ -559,13 +558,11 @@ assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nons
 
 # %% [markdown]
 # In training the longer of two won a few more pairs. On held-out pairs the gold likes both alike, the judge the longer
-# one far more often. Singhal et al. 2023 (arXiv:2310.03716) find rewards that correlate strongly with length, and that
-# a reward of length alone brings most of RLHF's improvement.
+# one far more often. So do judges of helpfulness (Lesson 11, section 5).
 #
 # This judge orders the base's own answers like a coin, so newness is not shown to be the cause. Fewer than one in ten
-# of these texts pass the bar. But whoever looks for the best has one that beats nine in ten answers, and nothing in the
-# reward tells the two apart. A policy that is trained on a judge searches in this way: that is Lesson 11. Pairs
-# made to be hard and unlike the training's may warn before: RewardBench (Lambert et al. 2024, arXiv:2403.13787).
+# of these texts pass the bar, so fewer than of real ones. But whoever looks for the best has one that beats nine in ten
+# answers, and nothing in the reward tells the two apart. A policy that is trained on a judge searches so: Lesson 11.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
@@ -585,7 +582,7 @@ for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")
 axes[1].set(title="Is it honest? (area of a dot: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
 axes[2].hist(real, bins=40, density=True, alpha=0.6, label="the base's answers")
 axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")
-axes[2].set(title="The judge on texts it never saw", xlabel="calibrated reward")
+axes[2].set(title="The judge on texts it never saw", xlabel="reward (mean 0, deviation 1 in training)")
 for ax in axes:
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -106,16 +106,17 @@ def reward_model(rankings, seed):
 # - *Extremal*: the policy comes to write what the judge never saw compared, where its errors may have any size.
 # - *Causal*: a mark goes with what is good, and does not bring it. Kind sentences have happy words, but happy words
 #   alone make no kind sentence.
-# - *Adversarial*: another agent games the measure for a goal of its own. Here nobody does.
+# - *Adversarial*: another agent games the measure for a goal of its own.
 #
-# A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is,
-# unless it or the gold is constant, or both order them alike (Skalse et al. 2022, arXiv:2209.13085). How much
-# optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
+# A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is
+# hackable, unless it or the gold is constant, or both order the policies alike (Skalse et al. 2022, arXiv:2209.13085).
+# How much optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
 # independent error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
-# $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. The answer
-# itself tells no more than its rank, so its KL is that at most (Beirami et al. 2024, arXiv:2401.01879).
+# $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. Given the
+# rank, base and best of $n$ draw the answer alike, so its KL is that at most, and less where answers tie: 0 if all do
+# (Beirami et al. 2024, arXiv:2401.01879).
 
 # %%
 rng = np.random.default_rng(0)
@@ -133,12 +134,13 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # With normal errors the gold keeps rising, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of the guess, here a
 # half. With the heavy tail it turns: the highest guesses are huge errors on answers like any other.
 #
-# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs about $p
-# \log (p/q)$ nats and pays more than $p\,t$. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$.
-# With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained.
-# With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa, Thomas & Garriga-Alonso 2024
-# (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, and if the gold's own tail is
-# light, no more gold than the base's; under light-tailed, independent ones a lower price brings ever more gold.
+# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs
+# $p \log (p/q)$ nats, of which the other answers give back less than $p$, and pays more than $p\,t$. The heavy tail has
+# $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$. With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound,
+# while the cost goes to 0, and so does the gold gained. With a normal tail $\log (1/q)$ grows like $t^2$, faster than
+# the pay. Kwa, Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at
+# hardly any KL, and if the gold's own tail is light, no more gold than the base's; under light-tailed, independent ones
+# a lower price brings ever more gold.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -148,8 +150,8 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # $$\max_\pi \; E_{y \sim \pi}\left[\hat r(x, y)\right] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) .$$
 #
 # $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the
-# small price and gives every answer without an end the score -1; a fifth has no price and a judge that saw 300
-# rankings.
+# small price and gives every answer without an end the score -1, instead of the judge's; a fifth has no price and a
+# judge that saw 300 rankings.
 
 # %%
 @dataclass(frozen=True)
@@ -166,7 +168,6 @@ POLICIES = {}
 
 
 def optimize(run):
-    """What is optimized and what is watched, update by update."""
     judge, accuracy = reward_model(run.rankings, run.seed)
     policy = base.copy()
     config = rlhf.PPOConfig(
@@ -250,24 +251,24 @@ if not REDUCED:
 #
 # $$R_{\text{RL}}(d) = R_0 + d\,(a - b \log d) , \qquad R_{\text{bo}n}(d) = R_0 + d\,(a - b\, d) .$$
 #
-# $R_0$ is what the base has; $a$ and $b$ are fitted (they write $\alpha$ and $\beta$). The gold turns where the slope
-# is 0: the second at $d = a / 2b$, the first, whose slope is $a - b - b \log d$, at $d = e^{a/b - 1}$. They read $a$ as
-# the regressional part and $b$ as the extremal one. Why $d$, and not the KL? With normal gold and error the optimum at
-# a price $\beta$, which is $\pi_{\text{ref}}\, e^{\hat r / \beta}$ up to a factor (Lesson 10), shifts the gold by
-# $\sigma_g^2/\beta$, at a KL of $(\sigma_g^2 + \sigma_e^2)/2\beta^2$: linearly in $d$.
+# $R_0$ is what the base has; $a$ and $b$ are fitted. The gold turns where the slope is 0: the second at $d = a / 2b$,
+# the first, whose slope is $a - b - b \log d$, at $d = e^{a/b - 1}$. Why $d$, not the KL? Let gold and error be normal,
+# and $v = \sigma_g^2 + \sigma_e^2$. The optimum at a price $\beta$, which is $\pi_{\text{ref}}\, e^{\hat r / \beta}$ up
+# to a factor (Lesson 10, section 4), shifts the guess by $v/\beta$, at a KL of $v/2\beta^2$, and so the gold by its
+# share $\sigma_g^2/v$ of that: linearly in $d$.
 #
 # What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
-# judge; below about 2,000 they find little better than chance. And RL spends far more KL than the best of $n$ for the
-# same gold, and for the same harm. The objective is not to blame, for its optimum has the most proxy of all policies at
-# its KL. But KL counts every change, also one that no score sees, while the best of $n$ makes no answer more than $n$
-# times as likely. So KL does not compare methods; plotted against the *proxy*, their gold is more alike.
+# judge; their judges of fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
+# of $n$ for the same gold, and for the same harm. Its objective does not ask for that: the optimum has the most proxy
+# of all policies at its KL. But PPO falls short of it, and KL counts every change, also one that no score sees. So KL
+# does not compare methods; plotted against the *proxy*, their gold is more alike.
 #
 # Single updates are noisy. So we ask the gold as the mean of five: it *turns* where its best lies more than three
 # standard errors above its start and its end, and *climbs* where it ends higher than it began by as much. And we ask a
 # second gold, which is harder to please: the gold of a batch times its distinct-2. It does not pay for one happy word
 # said again and again.
 #
-# **Predict:** with which of the six judges does the gold rise? The better half?
+# **Predict:** with which of the six judges, three each of 300 and 1,000 rankings, does the gold rise?
 
 # %%
 def smooth(values):
@@ -290,7 +291,6 @@ CLEAR = {name: three_errors(name) for name in ("gold", "second", "distinct_2", "
 
 
 def verdict(means, clear):
-    """What the gold did in a run, from its means over five updates."""
     start, best, end = means[0], means.max(), means[-1]
     if best - max(start, end) > clear:
         return "turns"
@@ -453,15 +453,14 @@ assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 # The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,
 # and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
 # reference loss is no proof of innocence. With the good judges both warn before the second gold is best, the distinct
-# bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Watch the length,
-# too, and let people compare some answers with the base's.
+# bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Let people
+# compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
 # A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. The plain gold is pleased by repetition. So we ask
-# the second one, and for the price the gold of the chain, too.
+# hole: nothing in the judge asks for an end. We ask the second gold, and for the price the gold of the chain, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
@@ -487,15 +486,14 @@ print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained,
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
-for end in (cheap, high):
-    assert (end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all(), "each keeps bigrams distinct"
+assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
 able = accuracy > GOOD
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
 assert (high["second"] < cheap["second"]).all(), "and a high one below it"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
 assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
-assert on_chain[0.05].low > 0 > on_chain[0.0].low
+assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low), "only the small price"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
@@ -504,14 +502,15 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in
-#   two seeds (on the chain in all five): PPO did not maximize it, so what the price alone costs is open. There the small
-#   price alone ends clearly above the SFT model; that it is better than none is not clear.
+#   one in every seed, clearly in one. But at the high price the objective itself, proxy less $\beta$ KL, ends below its
+#   start in two seeds of three (on the chain in all five): PPO did not maximize it, why is open, and so is what the
+#   price itself costs. On the chain only the small price ends clearly above the SFT model; that it is better than none
+#   is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37. Whether it costs gold because it goes less far was not measured.
-# - An **early stop** ends the run at a given KL (`stop_kl`). In the setting of Gao et
-#   al. a price has more proxy at the same KL than none, but no more gold: it acts like an early stop.
+# - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find that at the same KL a price has more proxy
+#   than none, but no more gold: for the gold it acts like an early stop.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
 #   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
 #   or charge for length, which also punishes answers that say more. Or the judge gets a second head that takes up the
@@ -527,8 +526,8 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 # ## 6 · Break it: ask a second judge
 #
 # If one judge can be fooled, why not two? Train a second one, on 400 other rankings, and show it what the policy wrote
-# for the first. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One run, and
-# one pair of judges: an example.)
+# for the first. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One run, one
+# pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
@@ -553,12 +552,12 @@ if not REDUCED:
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
-# Where the second judge sees little of a gain that the gold sees too, it is no wiser, only another judge. An
-# **ensemble** uses the difference: judges agree where they saw comparisons, and part where they guess. Coste et al.
-# 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of
-# their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together with a small price
-# of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, their mean has
-# $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
+# Little seen by the second does not prove that the first was fooled: if the gold sees the gain, the second is no wiser,
+# only another judge. An **ensemble** uses the difference: judges agree where they saw comparisons, and part where they
+# guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean
+# less a multiple of their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together
+# with a small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$,
+# their mean has $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
