@@ -257,10 +257,10 @@ assert too_long.min() > 3 and too_long.max() < 7
 #
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that neither forgetting nor too little
-# data explains it: early in failed runs the gradients become tiny. Adam then takes short steps, too, as $\hat v$
-# remembers larger ones. The usual recipe had three passes over the data, and an AdamW without the correction, whose
-# first steps were several times too long, as printed above. With the correction, a small rate (2e-5), warm-up and 20
-# passes, training is far more stable.
+# data explains it: early in failed runs the gradients become tiny, and so do Adam's steps, as $\hat v$ remembers larger
+# ones. The usual recipe had three passes over the data, and an AdamW without the correction, whose first steps were
+# several times too long, as printed above. With the correction, a small rate (2e-5), warm-up and 20 passes, training is
+# far more stable.
 #
 # **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
 # too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
@@ -322,7 +322,7 @@ if not REDUCED:
 # batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
-# from 1.0e-04 to 3.2e-03, bring at least 70 % of the best gain. (Each point is one run, and the best rate is chosen and
+# from 1e-4 to 3.2e-3, bring at least 70 % of the best gain. (Each point is one run, and the best rate is chosen and
 # reported on the same verses, which flatters it. The league, below, keeps the two apart.)
 #
 # **Why lower than in pretraining?** Near a good place plain gradient descent takes short steps by itself, as gradients

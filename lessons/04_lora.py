@@ -478,12 +478,12 @@ whole = np.arange(128, 256)  # times a power of two: the weights that bfloat16 h
 assert all(np.array_equal(np.round(whole + sign * 0.999 * whole / 512), whole) for sign in (-1, 1))
 
 # %% [markdown]
-# Most are, but not all: where $W + \Delta W$ passes a power of two, its neighbors are farther apart than $W$'s, and
-# what is lost in rounding to them does not come back. The library keeps $W$ instead: `merge_adapter` computes with
-# merged weights, and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need
-# different adapters (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a
-# weight is a whole number from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it, not
-# half the way to a neighbor, is lost.
+# Most are, but not all: where rounding the sum loses half the way from $W$ to its neighbor, or more, as it may in a
+# larger sum, the difference can end there. The library keeps $W$ instead: `merge_adapter` computes with merged weights,
+# and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different adapters
+# (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a weight is a whole number
+# from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it, not half the way to a
+# neighbor, is lost.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
