@@ -1,17 +1,16 @@
 # %% [markdown]
 # # Lesson 3 · Full fine-tuning: every weight, four steps
 #
-# Take a pretrained model and go on training, all of it, on your task. After this lesson you can do it in four steps
-# (load, head, train, save). You can say how a new head should start, how far AdamW moves a weight, why training warms
-# up, and how to find the learning rate. You can count what it costs in memory, on the disk and in what the model
-# forgets, accumulate gradients where a batch does not fit, and name the protocol by which the course compares methods.
+# Take a pretrained model and go on training, all of it, on your task, in four steps: load, head, train, save. After
+# this lesson you can say how a new head should start, how far AdamW moves a weight, why training warms up, and how to
+# find the learning rate; count what it costs in memory, on the disk and in what the model forgets; accumulate
+# gradients; and name the protocol by which the course compares methods.
 #
-# You need Lessons 0 to 2. Reading takes about 25
-# minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/03_full_finetuning.py`
-# (about a minute), or open it as a notebook. At **Predict**, write down an answer.
+# You need Lessons 0 to 2. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
+# it with `python lessons/03_full_finetuning.py` (about a minute), or open it as a notebook. At **Predict**, write down
+# an answer.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture and the fine-tuned
-# model go (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where files go (`lessons/out`).
 
 # %%
 import math
@@ -114,7 +113,6 @@ def rewrite(model, record):
 
 before = losses_of(base)
 print(f"\nthe base, as it is: task loss {before[0]:.3f}, general loss {before[1]:.3f}, in nats per token")
-print("asked to rewrite a verse, it goes on as it likes:", repr(rewrite(base, held_out_records[0])))
 assert before[0] < math.log(base.config.vocab_size) / 2, "less than half the loss of a guess among the vocabulary"
 
 # %% [markdown]
@@ -123,8 +121,7 @@ assert before[0] < math.log(base.config.vocab_size) / 2, "less than half the los
 # A language model's head turns the last norm's output $h$ (*hidden state*) into a logit per token. Our task's answers
 # are text, so the head stays. For a *class* (spam or not) the classic recipe takes the head off and puts a fresh linear
 # layer on: $C \cdot d$ new weights for $C$ classes and width $d$; the rest comes pretrained. It is read at the last
-# real token, as under the causal mask no other has seen the whole text. Here is that recipe, by hand: which translation
-# is this verse from?
+# real token, as under the causal mask no other has seen the whole text. By hand: which translation is this verse from?
 #
 # **Predict:** chance is 50 %. How many does it get right after 20 steps of 16 texts?
 
@@ -148,13 +145,11 @@ ids, mask, kind = verses(held_out_records)
 with mp.no_grad():
     accuracy = (classifier(ids, mask).numpy().argmax(axis=-1) == kind).mean()
 print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after {8 * (step + 1)} verses in each")
-if not REDUCED:
-    assert accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
+assert REDUCED or accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
 
 # %% [markdown]
 # Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. Is
-# that a good start? The logits are $W h$, of the hidden state $h$; $p$ is their softmax, and $y$ the class as a vector
-# of zeros and a one. Then
+# that a good start? The logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. Then
 #
 # $$\frac{\partial L}{\partial W} = (p - y)\, h^\top, \qquad \frac{\partial L}{\partial h} = W^\top (p - y),$$
 #
@@ -195,22 +190,23 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 
 # %% [markdown]
 # From zero the loss begins at that of guessing, $\ln 2$, and the head learns at once, since its gradient needs only
-# $h$. The pretrained weights have a gradient of exactly 0 and wait for the head's first step. A random head decides
-# along which line a text pushes $h$ (the difference of its two rows), and the class only in which sense: another head
-# sends the weights elsewhere on the same texts, about at a right angle. A smaller random head sends them no less far in
-# the first step, as Adam divides by the size of the gradients (Lesson 0, section 6).
+# $h$. The pretrained weights have a gradient of exactly 0 and wait for the head's first step. With two classes
+# $p - y = (a, -a)$, so a text pushes $h$ along the difference of $W$'s two rows, and its class decides only the sign of
+# $a$: another random head sends the weights elsewhere on the same texts, about at a right angle. A smaller random head
+# sends them no less far in the first step, as Adam divides by the size of the gradients (Lesson 0, section 6).
 #
-# From zero one layer alone can learn. Of two in a row, $W_2 W_1 h$, each is a factor of the other's gradient, so if
-# both start at zero, both stay there. That is why LoRA starts one of its two matrices at zero and one at random (Lesson
+# A head of one layer can start at zero. Of two layers in a row, $W_2 W_1 h$, each is a factor of the other's gradient,
+# so if both start at zero, both stay there. So LoRA starts one of its two matrices at zero and one at random (Lesson
 # 4).
 #
-# Kumar et al. (2022, arXiv:2202.10054) measure the damage in image models, on ten data sets. Beside training the head
-# alone (*linear probing*), full fine-tuning has an accuracy 2 points higher on data like the training set, and 7 lower
-# on data unlike it. Their explanation: while the head learns, the layers below change with it for inputs like the
-# training set's. The head then fits the changed features, and those of other inputs do not fit the head. To train the
-# head alone first, and then everything (*LP-FT*), beats full fine-tuning by 1 and 10 points.
+# Kumar et al. (2022, arXiv:2202.10054) compare full fine-tuning of image models, on ten data sets, with training the
+# head alone (*linear probing*): its accuracy is 2 points higher on data like the training set, and 7 lower on data
+# unlike it. Their explanation: while the head learns, the layers below change. But a step against a gradient like
+# $(p - y)\, h^\top$ changes nothing for inputs at right angles to those trained on. So the head fits features that
+# unlike inputs do not have. To train the head alone first, and then everything (*LP-FT*), beats full fine-tuning by 1
+# and 10 points.
 #
-# One can also give each part a rate of its own, as in PyTorch:
+# Or give each part its own rate, as in PyTorch:
 # `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`.
 #
 # ## Step 3 · Train: and which learning rate?
@@ -261,14 +257,15 @@ assert too_long.min() > 3 and too_long.max() < 7
 #
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that neither forgetting nor too little
-# data explains it: early in failed runs the gradients vanish, and the model stops learning. The usual recipe had three
-# passes over the data, and an AdamW without the correction of its first steps, which were then several times too long,
-# as printed above. With the correction, a small rate (2e-5), warm-up and 20 passes, training is far more stable.
+# data explains it: early in failed runs the gradients become tiny, and so do Adam's steps, as $\hat v$ remembers larger
+# ones. The usual recipe had three passes over the data, and an AdamW without the correction, whose first steps were
+# several times too long, as printed above. With the correction, a small rate (2e-5), warm-up and 20 passes, training is
+# far more stable.
 #
-# **Which rate?** Measure the same 20 steps at rates from much too small to much too large, and for each the held-out
-# loss on the task, that on general text, and the *way*, the norm of the change beside that of the weights. The rate is
-# that of the peak, after three steps of warm-up, which begins at 0, so that the first step moves nothing, and before
-# the decay. The 20 steps of 16 are one pass over the 320 verses.
+# **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
+# too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
+# beside that of the weights. The rate is that of the peak, after three steps of warm-up, which begins at 0, so that the
+# first step moves nothing, and before the decay.
 #
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
 
@@ -307,17 +304,14 @@ if not REDUCED:
     print(f"best rate {best_rate:.1e}: the task gains {gain[at]:.3f} nats a token, general text loses {forgotten[at]:.3f}")
     pretraining = read_json(Path(mp.__file__).parent / "hub" / "base" / "training.json")
     peaks = [part["settings"]["learning_rate"] for part in (pretraining["start"], pretraining)]
-    print(f"the base's pretraining, in two parts, had the peak rates {peaks[0]:.1e} and {peaks[1]:.1e}")
-    wide = [f"{rate:.1e}" for rate, g in zip(GRID, gain) if g > 0.7 * gain[at]]
-    print("rates that bring at least 70% of that gain:", ", ".join(wide))
     assert 0 < at < len(GRID) - 1, "the best rate lies inside the range: the curve is a U"
     assert gain[at] > 0.1
     assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
     assert curve[-1, 0] > before[0], "the largest rate destroys what was there"
-    assert len(wide) == 4
+    assert (gain > 0.7 * gain[at]).tolist() == [False, *[True] * 4, False, False]
     assert curve[at, 1] > before[1] + 0.1, "at the best rate general text is worse already"
     assert (np.diff(curve[:, 1]) > 0).all() and (np.diff(ways) > 0).all(), "and the worse, the larger the rate and the way"
-    assert max(peaks) < 4 * best_rate, "of the same order"
+    assert peaks == [3e-3, 2e-3] and max(peaks) < 4 * best_rate, "of the same order"
     assert abs(curve[4, 0] - curve[1, 0]) < 0.2 and curve[4, 1] - curve[1, 1] > 0.7, "about the same task loss, at 1e-4 and 3.2e-3"
 
 # %% [markdown]
@@ -327,21 +321,21 @@ if not REDUCED:
 # and 3.2e-03 the larger forgets far more. Lesson 15 measures remedies, such as *replay*, general text mixed into the
 # batches.
 #
-# The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between it is wide:
-# four rates, a factor of thirty, bring at least 70 % of the best gain. (Each point is one run, and the best rate was
-# chosen and is reported on the same verses, which flatters it a little. The league, below, keeps the two apart.)
+# The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
+# from 1e-4 to 3.2e-3, bring at least 70 % of the best gain. (Each point is one run, and the best rate is chosen and
+# reported on the same verses, which flatters it. The league, below, keeps the two apart.)
 #
 # **Why lower than in pretraining?** Near a good place plain gradient descent takes short steps by itself, as gradients
 # are small there. Adam's do not shrink with the gradients, so the rate has to keep the model near the base: the way
 # grows with it, and what is forgotten with the way. Pretraining starts at random weights and has to go far; fine-tuning
 # has not. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al. 2023, arXiv:2307.09288). Here, in a
-# run of 20 steps, the best rate is of the order of pretraining's.
+# run of 20 steps, the best rate is of the order of pretraining's (two parts, with the peak rates 3e-3 and 2e-3).
 #
 # Wide models want lower rates: an output sums over the width $d$, and if each of its weights moves by $\eta$ with the
 # sign of its input, it changes by $\eta\, d$ times the mean size of an input (Yang et al. 2022, arXiv:2203.03466). The
 # Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, decays along a line, and shortens the gradient to
-# norm 1 where it is longer, as ours does. A factor that all gradients share would cancel in $\hat m / \sqrt{\hat v}$;
-# clipping keeps one odd batch from ruling the means.
+# norm 1 where it is longer, as ours does. A factor that all gradients share cancels in $\hat m / \sqrt{\hat v}$.
+# Clipping's factor does not, as each batch has its own: it keeps one with a large gradient from ruling the means.
 
 # %%
 def ended(model):
@@ -357,14 +351,13 @@ for record in held_out_records[: 1 if REDUCED else 3]:
     print(f"  after        {rewrite(tuned, record)}\n  the Bible    {record.completion.strip()}")
 stops = ended(base), ended(tuned)
 print(f"\nstops by itself: before {stops[0]:.0%}, after {stops[1]:.0%}\n")
-if not REDUCED:
-    assert stops[0] < 0.1 and stops[1] > 0.6, "it learns to stop, though not always"
+assert REDUCED or (stops[0] < 0.1 and stops[1] > 0.6), "it learns to stop, though not always"
 
 # %% [markdown]
 # After twenty steps this tiny model mostly knows when to stop, but what it writes is far from the verse.
 #
 # The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. As
-# textbooks print it (how to read a verdict: "The league", below):
+# textbooks print it (the verdict is on other verses; "The league", below, says how to read one):
 
 # %%
 print(full.LOOP)
@@ -387,7 +380,6 @@ folder = OUT / "03_rewriter"
 mp.save_pretrained(tuned, folder, tokenizer)
 again, _ = mp.from_pretrained(folder)
 same = all(np.array_equal(p.numpy(), q.numpy()) for p, q in zip(tuned.parameters(), again.parameters()))
-print("saved:", ", ".join(sorted(path.name for path in folder.iterdir())))
 print("config.json says", read_json(folder / "config.json")["architectures"], "- reloaded, bit for bit:", same)
 assert same
 
@@ -410,7 +402,8 @@ for name, count in (("SmolLM2-135M", 134_515_008), ("Llama 2 7B", 6_738_415_616)
 assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 / 1e12) == 35
 
 # %% [markdown]
-# One GPT-3 is 349 GB, the "350 GB" checkpoint of the LoRA paper (Hu et al. 2021, section 4.2), and 100 are 35 TB.
+# One GPT-3 is 349 GB, the "350 GB" checkpoint of the LoRA paper (Hu et al. 2021, section 4.2), and 100 are 35 TB. (In
+# `full-1` below: the base's own head *is* its embedding table, Lesson 2, so each of its rows has a gradient.)
 
 # %% [markdown]
 # > `full-1` the procedure: load weights; optionally a task head; train every parameter; save a checkpoint: **holds
@@ -455,10 +448,9 @@ print(f"one step of {B} x {T} tokens, at the moment of the peak:")
 for line, size in ledger.lines.items():
     print(f"  {line:18s} {size / 2**20:7.2f} MiB")
 print(f"  {'sum (predicted)':18s} {ledger.total / 2**20:7.2f} MiB")
-print(f"  {'measured':18s} {measured / 2**20:7.2f} MiB")
+print(f"  {'measured':18s} {measured / 2**20:7.2f} MiB\n")
 assert abs(measured / ledger.total - 1) < 0.1
 assert ledger.lines["activations"] > 2 * ledger.model_states
-print(f"the same rule for Llama 2 7B: {16 * 6_738_415_616 / 1e9:,.0f} GB before the first activation\n")
 for precision in ("float32", "mixed", "bfloat16"):
     cost = memory_ledger(base, batch=B, seq_len=T, precision=precision)
     print(f"{precision:9s} {cost.model_states / N:.0f} bytes a parameter, activations {cost.lines['activations'] / 2**20:5.2f} MiB")
@@ -473,9 +465,10 @@ assert 2e-5 < 0.5 * 2.0 ** (math.floor(math.log2(0.02)) - 7), "less than half th
 #
 # **What 16 bits save.** *Mixed precision* computes in 16 bits, so activations take about half, and GPUs multiply
 # faster. Of the 16 bytes it saves none: the weight and its gradient take 2 each, but a float32 *master copy* of the
-# weight is added, and the moments keep their 8. (PyTorch's `autocast` leaves all four in float32, 16 again.) Without
-# the copy it is 12, or 8 in PyTorch, whose AdamW keeps the moments in the weight's type. But near 0.02 the numbers of
-# bfloat16 are 0.00012 apart. A step of 2e-5 is rounded away there, and the weight stays (Lesson 17, section 3).
+# weight adds 4, and the moments keep their 8. Without the copy 12 are left, or 8 in PyTorch, whose AdamW keeps the
+# moments in the weight's type. But bfloat16, a 16-bit format, has only 128 numbers from each power of two to the next:
+# from $2^{-6} = 0.016$ to $2^{-5}$ they are $2^{-13} = 0.00012$ apart. There a step of 2e-5, less than half of that, is
+# rounded away, and the weight stays (Lesson 17, section 3).
 #
 # ## A batch that does not fit: gradient accumulation
 #
@@ -501,8 +494,9 @@ print(f"  peak of the two steps of the memory bill: {measured / 2**20:.1f} MiB, 
 assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 1) < 0.1, "a gradient waits for the next part"
 
 # %% [markdown]
-# Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding, and clipped once. The memory
-# of activations and logits shrinks to a quarter; that of weights, gradient and moments does not.
+# Weighted, as the Trainer does it, the gradient is that of the whole batch up to rounding, and clipped once.
+# Activations and logits take a quarter of their memory; weights and moments stay, and beside them at the peak lies the
+# gradient of the parts before.
 #
 # ## The league: how methods are compared
 #
@@ -516,8 +510,9 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #   measured once, on 512 test records. An interval (±, 95 %) is over seeds and records together (of `forgets`, over
 #   seeds). Two methods are compared by their *difference*, seed by seed and record by record: it can be clear where the
 #   two ± overlap.
-# - **Two tasks.** `rewrite` is this lesson's, judged by the loss. `source` asks which of three books a sentence is from
-#   (511 of the 512 test sentences are of two), judged by the share of right choices.
+# - **Two tasks.** `rewrite` is this lesson's, judged by the loss. `source` asks which of three books a sentence is
+#   from, judged by the share of right choices. (Half of the test sentences are from one book, and all but one of the
+#   others from another: chance is a half.)
 #
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run ($10^{12}$
 # multiplications and additions), by how much the loss on general text has risen (`forgets`), and how many more general
@@ -528,15 +523,14 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 print(so_far(["full", "head", "scratch"]))
 
 # %% [markdown]
-# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). *Holds if*: in some of the cases. A
-# difference above 0 says that the first is better: its loss is lower, its share higher. *Equal*: the whole interval is
-# within ±0.02. *Undecided*: it is wider, with 0 in it. *Not told*: with the rule's limit in it. *Within 4 epochs*: the
-# worse took all that are allowed.
+# A **verdict** on a textbook's statement follows a rule, which `minipeft claims ID` prints. *Holds if*: in some of the
+# rule's cases. A difference above 0 says that the first method is better: its loss is lower, its share higher. *Equal*:
+# the difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it. *Not told*: the interval has
+# the limit in it that the rule asks about. *Within 4 epochs*: the worse method took the most epochs allowed.
 #
 # ## The picture
 #
-# Left: the U. Right: the same runs, as what each rate buys (to the left is better at the task) and what it costs (up is
-# more forgotten).
+# Left: the U. Right: the same runs.
 
 # %%
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -556,12 +550,9 @@ b.plot(*curve[at], "o", color=BLUE, ms=8, label="the best rate for the task")
 for rate, point in zip(np.array(GRID)[shown], curve[shown]):
     place = {"xytext": (-9, 4), "ha": "right"} if rate >= best_rate else {"xytext": (5, 7), "ha": "left"}
     b.annotate(f"{rate:.0e}", point, textcoords="offset points", fontsize=9, **place)
-b.set(xlabel="task loss (left is better)", ylabel="general loss (down is better)")
-b.set_title("What each rate buys, and what it costs")
+b.set(title="What each rate buys, and what it costs", xlabel="task loss (left is better)", ylabel="general loss (down is better)")
 b.legend(loc="upper right" if REDUCED else "upper left", fontsize=9)
 b.margins(0.15)
-a.grid(alpha=0.25)
-b.grid(alpha=0.25)
 fig.savefig(OUT / "03_full_finetuning.png", dpi=130)
 print("picture:", OUT / "03_full_finetuning.png")
 
@@ -570,7 +561,7 @@ print("picture:", OUT / "03_full_finetuning.png")
 #
 # A model predicts the *next* token, so somewhere the labels must move by one. `model.loss` does it (as in Hugging Face:
 # labels are the input ids). A script that shifts them, too, does it twice. Nothing complains: the shapes fit, and the
-# training loss goes down. But now the model learns to name the token *after* the next.
+# training loss goes down. But the model learns the token *after* the next.
 #
 # **Predict:** what happens to the true loss on held-out verses?
 
@@ -582,8 +573,7 @@ print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {repor
 print(f"the true task loss goes {before[0]:.3f} -> {after[0]:.3f}")
 print("it writes:", repr(rewrite(broken, held_out_records[0])))
 assert reported[-1][1] < reported[0][1]
-if not REDUCED:
-    assert after[0] > before[0], "worse than no training at all"
+assert REDUCED or after[0] > before[0], "worse than no training at all"
 
 # %% [markdown]
 # It rises above that of no training at all. Two things show the mistake: the held-out loss, computed *another* way, and

@@ -183,9 +183,9 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
     assert (0.5 < one < 2 and 0.5 < most < 2) if label == "alpha = 16" else (0.06 < one < 0.25 and 5 < most < 12)
 
 # %% [markdown]
-# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
-# tuning $\alpha$ is "roughly the same as tuning the learning rate if we scale the initialization appropriately" (the
-# paper, section 4.1).
+# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank, a
+# larger $\alpha$ is under Adam a higher rate of $B$, as only $\alpha B$ acts, and starts at zero. The paper keeps
+# $\alpha$ fixed (section 4.1).
 #
 # ## 4 · The layer as textbooks print it
 #
@@ -195,12 +195,12 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 print(LAYER)
 
 # %% [markdown]
-# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` does
-# not, so in the verdict below the layer runs on to the second flaw.) Second, `alpha` is defined nowhere. Third, the
-# comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the library and PEFT draw $A$
-# uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain $A$. Adam cancels the
-# size of the gradient, but not that of the move, so a rate that fits one start is wrong for the other. (And `W` is new:
-# the pretrained matrix has to be put there.) All repaired:
+# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` lets
+# it pass, so in the verdict, for $d = k = 256$ and $r = 8$, the layer runs on to the second flaw.) Second, `alpha` is
+# defined nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the
+# library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$,
+# contain $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong
+# for the other. (And `W` is new: the pretrained matrix has to be put there.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -246,8 +246,8 @@ for targets in (["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], 
     assert model.get_nb_trainable_parameters()[0] == formula
 
 # %% [markdown]
-# The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2's code has q, k and v in one
-# matrix, `c_attn`, as has the library's GPT-3; `enable_lora`, of the paper's own code, adapts q and v of it.)
+# The paper's own example is GPT-3: $q$ and $v$ of all 96 layers, of width 12,288. (GPT-2's code and the library's GPT-3
+# have q, k and v in one matrix, `c_attn`, of which `enable_lora` adapts q and v.)
 #
 # **Predict:** GPT-3 has 175 billion parameters. How many are trained with $r = 1$?
 
@@ -272,7 +272,7 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):  # 18.87, cut
 #
 # Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept, and one of three products
 # (forward and these two) less. The second stays, as adapters below need it. So LoRA's step has about 2/3 of the work.
-# For GPT-3 the paper measures 43.1 tokens a second on a GPU in place of 32.5 (section 4.2).
+# For GPT-3 the paper measures 43.1 tokens a second in place of 32.5 (section 4.2), so 3/4 of the time.
 #
 # **Predict:** put LoRA beside it. Is $x$ kept?
 
@@ -360,14 +360,15 @@ assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradient
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
 
 # %% [markdown]
-# A little more: $r$ numbers per position and layer, less the input of the head, now frozen. With $q$ and $v$ alone, the
-# inputs of the MLP's projections go. Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
+# A little more: $42 \cdot 8$ numbers of $Ax$ per position, 1.31 MiB, less the input of the now frozen head, 0.5 MiB.
+# With $q$ and $v$ alone, the inputs of the MLP's projections go. Gradients and moments, 12 bytes per trained parameter,
+# nearly vanish in both.
 #
 # Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
 # precision with Adam, a trained parameter takes 16 bytes (weight 2, gradient 2, a float32 copy and two moments 12;
 # Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1), and a frozen one the 2 of its weight.
 #
-# **Predict:** GPT-3 has 174.6 billion parameters. How many GB of states with LoRA?
+# **Predict:** how many GB of states has GPT-3, 174.6 billion parameters, with LoRA?
 
 # %%
 print("GPT-3, model states in mixed precision")
@@ -379,7 +380,8 @@ assert abs(states / 350e9 - 1) < 0.01
 # %% [markdown]
 # About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
 # 1.2 TB are composed; 16 bytes a parameter are more. In the verdict, 7B is a step of 512 tokens in bfloat16 by the
-# ledger (gradient 2 bytes, moments 8, no float32 copy), and "a step on the base" has 8 short texts.
+# ledger (gradient 2 bytes, moments 8, no float32 copy), the shares of gradients and states are with $q$ and $v$, and "a
+# step on the base" has 8 short texts.
 
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
@@ -419,14 +421,15 @@ adapted_end = loss_of(adapted)
 trainable, _ = adapted.get_nb_trainable_parameters()
 print(f"held-out loss: base {start:.3f}, with LoRA after {STEPS} steps {adapted_end:.3f}; {trainable:,} of {N:,} numbers trained")
 mp.assert_learning(adapted)  # every matrix has moved
-if not REDUCED:
-    assert adapted_end < start - 0.2
+assert REDUCED or adapted_end < start - 0.2
 
 # %% [markdown]
 # The learning rate is $10^{-2}$, where Lesson 3's best was lower. Does LoRA need another rate? In the first step full
-# fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$: in each element a sum of
-# $r$ terms $\pm \eta A_{ij}$, with $A$ uniform in $\pm 1/\sqrt{k}$, of variance $1/(3k)$. If the signs are independent,
-# the root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$, the smaller the wider the layer.
+# fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$: in element $(i, l)$ the
+# sum of $r$ terms $\pm \eta A_{jl}$, with $A$ uniform in $\pm 1/\sqrt{k}$, of variance $1/(3k)$. If the signs are
+# independent, the root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$, the smaller, the wider the layer and
+# the larger $r$. (At a larger rank a shorter move lowers the loss as much: in section 3's $\Delta L$ the $r$ terms add
+# up, each against its gradient, while in an element of $W$ they partly cancel.)
 
 # %%
 stepped = lora()
@@ -436,13 +439,12 @@ moves = {name: to_numpy(layer.adapters["default"].delta_weight()) for name, laye
 size = np.sqrt(np.mean([np.mean(move**2) for move in moves.values()]))
 formula = 16 / 8 * np.sqrt(np.mean([8 / (3 * move.shape[1]) for move in moves.values()]))
 print(f"a weight moves in the first step by: full fine-tuning 1 eta, LoRA {size:.2f} eta; by the formula {formula:.2f} eta")
-print(f"the formula for a layer of width 4096: {16 / 8 * np.sqrt(8 / (3 * 4096)):.2f} eta")
 assert abs(size / formula - 1) < 0.1 and size < 0.5
 
 # %% [markdown]
-# So at equal rates LoRA's first step in $W$ is the smaller one, and more so in a wide model. How much higher its rate
-# should be, only runs that tune both can say (Lesson 14). Schulman et al. (2025, "LoRA Without Regret",
-# thinkingmachines.ai/blog/lora) find about ten times.
+# So at equal rates LoRA's first step in $W$ is the smaller one. How much higher its rate should be, only runs that tune
+# both can say (Lesson 14). Schulman et al. (2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora) find about ten
+# times.
 #
 # ## 8 · Merge: the detour disappears
 #
@@ -452,8 +454,7 @@ assert abs(size / formula - 1) < 0.1 and size < 0.5
 # %%
 merged = adapted.merge_and_unload()
 want, got = adapted(ids).numpy(), merged(ids).numpy()
-print(f"merged against unmerged: largest difference of a logit {np.abs(want - got).max():.1e}", end=", ")
-print(f"of logits up to {np.abs(want).max():.0f}")
+print(f"merged against unmerged: a logit differs by at most {np.abs(want - got).max():.1e} of {np.abs(want).max():.0f}")
 assert np.abs(want - got).max() < 1e-4 * np.abs(want).max()
 assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
@@ -477,11 +478,12 @@ whole = np.arange(128, 256)  # times a power of two: the weights that bfloat16 h
 assert all(np.array_equal(np.round(whole + sign * 0.999 * whole / 512), whole) for sign in (-1, 1))
 
 # %% [markdown]
-# Most are, but not all, as both sums are rounded. The library keeps $W$ instead: `merge_adapter` computes with merged
-# weights, and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different
-# adapters (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a weight is a
-# whole number from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it is lost. The
-# verdict has several widths and batches.
+# Most are, but not all: where rounding the sum loses half the way from $W$ to its neighbor, or more, as it may in a
+# larger sum, the difference can end there. The library keeps $W$ instead: `merge_adapter` computes with merged weights,
+# and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different adapters
+# (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a weight is a whole number
+# from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it, not half the way to a
+# neighbor, is lost.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
@@ -505,9 +507,7 @@ for name in TASKS:
 print("held-out loss of         rewrite      source")
 for name, row in table.items():
     print(f"  with adapter {name:8s}" + "".join(f"{loss:12.3f}" for loss in row))
-if not REDUCED:
-    assert table["rewrite"][0] == min(row[0] for row in table.values())
-    assert table["source"][1] == min(row[1] for row in table.values())
+assert REDUCED or all(table[name][i] == min(row[i] for row in table.values()) for i, name in enumerate(TASKS))
 
 # %% [markdown]
 # Each is best at its own task. They need not take turns: one batch, a name for each row, the base's product computed
@@ -540,9 +540,7 @@ again = mp.PeftModel.from_pretrained(base, folder / "rewrite")
 assert np.array_equal(again(ids).numpy(), want)
 adapter, whole = 2 * count_parameters("gpt3", gpt3_lora(4)).stored, 2 * count_parameters("gpt3").stored
 print(f"GPT-3, r = 4, float16: {adapter / 1e6:.1f} MB a task; whole {whole / 1e9:.0f} GB: {whole / adapter:,.0f} times")
-print(f"100 tasks: {(whole + 100 * adapter) / 1e9:.0f} GB, or {100 * whole / 1e12:.0f} TB")
 assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35MB"
-assert round(100 * whole / 1e12) == 35  # footnote 4: 354GB instead of 35TB
 
 # %% [markdown]
 # In the verdicts, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of
@@ -586,9 +584,8 @@ dead = lora()
 for _, part in dead.parts("default"):
     part.lora_A.data[:] = 0
 dead.mark_start("default")
-train(dead, steps=3)
-print(f"both zero: held-out loss before {start:.4f}, after {loss_of(dead):.4f};", end=" ")
-print("matrices that have never moved:", len(dead.unmoved()))  # `mp.assert_learning(dead)` stops here
+train(dead, steps=3)  # `mp.assert_learning(dead)` would stop here
+print(f"both zero: held-out loss {start:.4f} -> {loss_of(dead):.4f}; matrices that have never moved: {len(dead.unmoved())}")
 assert np.array_equal(dead(ids).numpy(), base(ids).numpy()) and len(dead.unmoved()) == 84
 
 # %% [markdown]
@@ -602,11 +599,10 @@ for alpha in (16, 128):
     config = mp.LoraConfig(r=64, lora_alpha=alpha, target_modules="all-linear")
     ends[alpha] = [loss_of(train(mp.get_peft_model(base, config, seed=seed))) for seed in (0, 1)]
     print(f"  alpha = {alpha:3d}: " + ", ".join(f"{end:.3f}" for end in ends[alpha]))
-if not REDUCED:
-    assert max(ends[16]) < adapted_end + 0.1 and max(ends[16]) + 0.3 < min(ends[128])
+assert REDUCED or (max(ends[16]) < adapted_end + 0.1 and max(ends[16]) + 0.3 < min(ends[128]))
 
 # %% [markdown]
-# With $\alpha = 16$ the rate still fits. With $\alpha = 2r$ the same rank at the same rate ends clearly worse.
+# With $\alpha = 16$ the rate still fits. With $\alpha = 2r$ it ends clearly worse.
 #
 # **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. A
 # script that copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16.
@@ -623,8 +619,7 @@ assert np.allclose(to_numpy(halved.layers[place].adapters["default"].delta_weigh
 assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched)), "after all this, the base"
 off = np.abs(halved(ids).numpy() - want).max()
 print(f"largest difference of a logit from the model that was trained: {off:.1f} of {np.abs(want).max():.0f}")
-if not REDUCED:
-    assert off > 0.01 * np.abs(want).max() and abs(loss_of(halved) - adapted_end) < 0.1
+assert REDUCED or (off > 0.01 * np.abs(want).max() and abs(loss_of(halved) - adapted_end) < 0.1)
 
 # %% [markdown]
 # It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
