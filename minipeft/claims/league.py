@@ -82,8 +82,8 @@ def pretrained(rows: Rows) -> Verdict:
     find = finder(rows)
     found = judged(find, PRETRAINED, better)
     spent = [flops(TABLE["full"].config(1), tuned(find, of)[0]) for pair in PRETRAINED for of in (pair.other, pair.one)]
-    more = listed([f"{scratch / few:.1f} ({pair.where})" for pair, scratch, few in zip(PRETRAINED, spent[::2], spent[1::2])])
-    return replace(found, because=f"{found.because}\n\nThe training from random weights took more FLOPs by a factor of {more}.")
+    more = listed([f"{scratch / few:.0f}" for scratch, few in zip(spent[::2], spent[1::2])])
+    return replace(found, because=f"{found.because}\n\nThe training from random weights took {more} times the FLOPs.")
 
 
 # ----------------------------------------------------------------------------------------------------- full fine-tuning
