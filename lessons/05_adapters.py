@@ -389,8 +389,8 @@ assert off < 1e-3 < np.abs(one - other).max()
 print(so_far(["full", "head", "lora", "bottleneck", "pfeiffer", "parallel", "bottleneck-m37", "lora-r1", "bottleneck-m4"]))
 find = finder(league(["bottleneck", "pfeiffer", "parallel"], MIDDLE).rows())
 for task, key in KEYS.items():
-    houlsby, after, beside = (report(find, search(task, m, 500), key) for m in ("bottleneck", "pfeiffer", "parallel"))
-    pairs = {"pfeiffer over bottleneck": (after, houlsby), "parallel over bottleneck": (beside, houlsby), "parallel over pfeiffer": (beside, after)}
+    two, one, parallel = (report(find, search(task, m, 500), key) for m in ("bottleneck", "pfeiffer", "parallel"))
+    pairs = {"pfeiffer over bottleneck": (one, two), "parallel over bottleneck": (parallel, two), "parallel over pfeiffer": (parallel, one)}
     places = {name: compare(*pair, key) for name, pair in pairs.items()}
     print(f"{task}:", ", ".join(f"{name} {found.interval}" for name, found in places.items()))
     if task == "rewrite":
