@@ -160,24 +160,18 @@ if not REDUCED:
 # or more (the changes of norms and embeddings are left out). The others add nearly nothing to that, though alone they
 # bring a part of it: gains do not add up as energies do.
 #
-# Why is the rest there? Perhaps by the optimizer. Adam divides each element of the gradient by its own size: its
-# first step is $-\eta \cdot \mathrm{sign}(G)$, in which small elements, noise and all, weigh as much as large ones. On
-# the first batch:
-
-# %%
-probe = base.copy()
-probe.loss(**first_batch).backward()
-print("energy of 8 directions      gradient     sign of the gradient")
-for group, part in parts.items():
-    grads = [to_numpy(p.grad) for name, p in probe.named_parameters() if part in name]
-    raw, signed = (np.mean([energy(svd(g)[1])[3] for g in of]) for of in (grads, [np.sign(g) for g in grads]))
-    print(f"  {group:20s} {raw:12.0%} {signed:20.0%}")
-    assert raw > signed + 0.1
+# The verdict is on tuned runs under five seeds, on `source`, and on the dimension, too: d90 is the size of a random
+# subspace in which training brings 90 % of what full fine-tuning gains. It is about a thousandth of the weights. From
+# random weights it is clearly larger; Aghajanyan et al. (2020, arXiv:2012.13255) find that pretraining lowers it. Rank
+# and dimension are low in the sense of the rule, which asks for less than half of the rank of noise, not for 8.
 
 # %% [markdown]
-# The sign spreads the energy, in the first step; later steps are not measured here. `minipeft claims lora-3` asks with
-# tuned runs and five seeds, as soon as its rows ship.
-#
+# > `lora-3` updates of fine-tuning have a low intrinsic dimension: **holds**. The update is low in random subspaces,
+# > the rank that the task needs and the rank that holds the squared norm: d90 is 1,398 [680, 2,876] of 1,443,456 from
+# > the base, 51,462 [4,066, 651,254] from random weights; the best part of rank 5.7 has 90 % of the gain; 90 % of the
+# > squared norm needs 35% of the rank that noise needs. (5 seeds, 512 test items)
+
+# %% [markdown]
 # ## 2 · Which rank?
 #
 # If few directions suffice, a higher rank buys little, and it costs parameters in proportion. On query and value of

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, asarray, to_numpy, xp_of
-from ..evaluation.intervals import mean
+from ..evaluation.intervals import Estimate, mean
 from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
 from ..nn.module import Parameter
@@ -254,6 +254,11 @@ def d90(rows: Sequence[Mapping[str, Any]], start: str) -> list[float | None]:
 EXPERIMENT = Experiment("intrinsic_dimension", run, runs)
 
 
+def sized(e: Estimate) -> str:
+    """A number of dimensions, with its interval where it has one."""
+    return f"{e.value:,.0f}" + (f" [{e.low:,.0f}, {e.high:,.0f}]" if e.low is not None else "")
+
+
 @claim("lora-3", lesson="18_lora_questioned.py", section="1 · Is the update of low rank?", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Holds if fine-tuning from the base is low in three senses: d90, the size of a random subspace that has 90 % of the gain, is below a
@@ -282,8 +287,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         "the rank that holds the squared norm": ratio.high is not None and ratio.high <= NOISE,
     }
     because = (
-        f"The update is low in {those(cases)}, and not in {those(cases, False)}: d90 is {effect.value:,.0f} of {D:,} from the base, "
-        + (f"{other.value:,.0f} from random weights" if other else "and from random weights nothing is gained under some seed")
-        + f"; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
+        f"The update is low in {those(cases)}{'' if all(cases.values()) else f', and not in {those(cases, False)}'}: "
+        f"d90 is {sized(effect)} of {D:,} from the base, "
+        + (f"{sized(other)} from random weights" if other else "and from random weights nothing is gained under some seed")
+        + f"; the best part of rank {rank.value:.1f} has 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
     )
     return judged(graded(cases), because, "d90 from the base", effect, "numbers", evidence, 512, "source")
