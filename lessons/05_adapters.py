@@ -353,7 +353,8 @@ everything["LoRA, merged"] = lora.merge_and_unload()
 counts = {name: operations(m) for name, m in everything.items()}
 print("operations:", ", ".join(f"{name} {n}" for name, n in counts.items()))
 assert counts["LoRA, merged"] == counts["base"]
-assert counts["houlsby"] == 129 == counts["base"] + 12 * 4 < counts["LoRA"] == counts["base"] + 42 * 2
+assert counts["houlsby"] == counts["base"] + 12 * 4 < counts["LoRA"] == counts["base"] + 42 * 2
+assert counts["houlsby"] == 129 or mp.backend.get_backend() is not np  # another backend joins other operations
 
 # %% [markdown]
 # The merged model runs the very operations of the base: what its time above differs by is the noise of such a timing.

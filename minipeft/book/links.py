@@ -55,7 +55,8 @@ def explained(lesson: Path) -> tuple[str, ...]:
 
 @cache
 def used(lesson: Path) -> dict[str, list[str]]:
-    """module -> names of its functions and classes that a lesson's code uses: `mp.optim.AdamW` and imported names."""
+    """module -> names of its functions and classes that a lesson's code uses, `mp.optim.AdamW` and imported names: of those
+    with a docstring, which alone have a place in the reference."""
     tree, names, found = ast.parse(lesson.read_text(encoding="utf-8")), {}, {}
     for node in ast.walk(tree):  # breadth first: imports at the top come before what uses them
         if isinstance(node, ast.Import):
@@ -71,7 +72,7 @@ def used(lesson: Path) -> dict[str, list[str]]:
                 names[node.targets[0].id] = value
     for node in ast.walk(tree):
         value = _resolve(node, names) if isinstance(node, (ast.Name, ast.Attribute)) else None
-        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ in modules():
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__doc__ and value.__module__ in modules():
             found.setdefault(value.__module__, set()).add(value.__qualname__)
     return {module: sorted(found[module], key=_line(module)) for module in sorted(found)}
 

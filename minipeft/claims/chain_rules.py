@@ -127,14 +127,17 @@ def first_warning(history: Mapping[str, Sequence[float]], usual: Sequence[Mappin
 
 
 def as_number(name: str, e: Estimate, unit: str = "") -> Number:
+    """An estimate as the register shows it."""
     return Number(name, e.value, unit, e.low, e.high)
 
 
 def shown(e: Estimate, digits: int = 2) -> str:
+    """ "+0.11 [-0.03, +0.25]": a value and its interval, where it has one."""
     return f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]" if e.low is not None else f"{e.value:+.{digits}f}"
 
 
 def verdict(decision: str, because: str, effect: Number, evidence: Sequence[Number], rows: Rows) -> Verdict:
+    """A verdict with the seeds of its rows, on the chain's prompts."""
     seeds = len({row["seed"] for row in rows})
     return Verdict(decision, because, effect, evidence, seeds, HELD_OUT, "the shipped base", "kind endings of verses")
 
