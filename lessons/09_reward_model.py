@@ -166,6 +166,8 @@ assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 
 # and C. The products of the pairs' probabilities sum to 1 only with circles (A before B before C before A). Plackett
 # and Luce normalize over orders instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts,
 # over all 24 orders:
+#
+# **Predict:** six pairs of one ranking say as much as how many independent ones?
 
 # %%
 orders = np.array(list(permutations(range(K))))  # best first
@@ -577,8 +579,7 @@ axes[0].minorticks_off()
 axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
 most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], r["flip"], r["seed"]) == (2000, 0.0, 0))).T
 for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
-    axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color)
-    axes[1].plot(shown[0], shown[1], linewidth=1, color=color, label=f"{n} rankings")
+    axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color, label=f"{n} rankings")
 axes[1].set(title="Is it honest? (area of a dot: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
 axes[2].hist(real, bins=40, density=True, alpha=0.6, label="the base's answers")
 axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")

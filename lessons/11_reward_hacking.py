@@ -474,6 +474,8 @@ for name, end in repairs.items():
         f"{name:26s}    {end['proxy'].mean():+.2f}        {end['second'].mean():+.2f}  {end['kl'].mean():6.1f}"
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
+for r in sorted((r for r in rows if r["beta"]), key=lambda r: (-(r["missing_eos_score"] or 0), r["beta"], r["seed"])):
+    print(f"beta = {r['beta']}{', no end: -1' * bool(r['missing_eos_score'])}, seed {r['seed']}: {' '.join(r['samples'][2].split())}")
 paid = {beta: np.array([end["proxy"] - beta * end["kl"] for end in ends(found(beta))]).T for beta in BETAS[1:]}
 print("proxy less beta KL, each seed's first and last:", "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
 free_end, cheap, high = (last[beta] for beta in BETAS)
@@ -498,7 +500,8 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 
 # %% [markdown]
 # The small one. Three seeds are few, and one of the judges is poor: no mean difference of the second gold is clear, and
-# we read the single seeds.
+# we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and not at
+# 0.2.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
@@ -513,7 +516,7 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 #   than none, but no more gold: for the gold it acts like an early stop.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
 #   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
-#   or charge for length, which also punishes answers that say more. Or the judge gets a second head that takes up the
+#   or charge for length. Or the judge gets a second head that takes up the
 #   length and is thrown away (Chen et al. 2024, arXiv:2402.07319).
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
