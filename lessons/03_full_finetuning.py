@@ -311,6 +311,29 @@ if not REDUCED:
     assert peaks == [3e-3, 2e-3] and max(peaks) < 4 * best_rate, "of the same order"
     assert abs(curve[4, 0] - curve[1, 0]) < 0.2 and curve[4, 1] - curve[1, 1] > 0.7, "about the same task loss, at 1e-4 and 3.2e-3"
 
+# %%
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+a.semilogx(GRID, curve[:, 0], "o-", color=BLUE, label="the task: King James to plain English")
+a.semilogx(GRID, curve[:, 1], "s-", color=ORANGE, label="general text: what is forgotten")
+for level, color in zip(before, (BLUE, ORANGE)):
+    a.axhline(level, color=color, ls=":", lw=1.2)
+a.plot([], [], ":", color=GREY, label="the base, before")
+a.set(xlabel="learning rate", ylabel="held-out loss (nats per token)", ylim=(min(curve[at]) - 0.4, max(before) + 2.2))
+a.set_title(f"The same {STEPS} steps at {len(GRID)} learning rates")
+a.legend(loc="upper left", fontsize=9)
+shown = curve[:, 0] < before[0] + 1.0
+b.plot(*np.vstack([before, curve[shown]]).T, "o-", color=GREY, mfc="white", mec=BLUE, ms=8, lw=1)
+b.plot(*before, "D", color="black", ms=8, label="the base")
+b.plot(*curve[at], "o", color=BLUE, ms=8, label="the best rate for the task")
+for rate, point in zip(np.array(GRID)[shown], curve[shown]):
+    place = {"xytext": (-9, 4), "ha": "right"} if rate >= best_rate else {"xytext": (5, 7), "ha": "left"}
+    b.annotate(f"{rate:.0e}", point, textcoords="offset points", fontsize=9, **place)
+b.set(title="What each rate buys, and what it costs", xlabel="task loss (left is better)", ylabel="general loss (down is better)")
+b.legend(loc="upper right" if REDUCED else "upper left", fontsize=9)
+b.margins(0.15)
+fig.savefig(OUT / "03_full_finetuning.png", dpi=130)
+
 # %% [markdown]
 # General text gets worse first: at the best rate for the task it has lost more than a tenth of a nat, and it loses more
 # at each larger rate. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
@@ -533,35 +556,6 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # > - full beside scratch, source, 500 and 5000 examples: undecided (-0.012 [-0.035, +0.010]), not told.
 # >
 # > The training from random weights took 25, 25, 20 and 10 times the FLOPs. (5 seeds, 512 test items)
-
-# %% [markdown]
-# ## The picture
-#
-# Left: the U. Right: the same runs.
-
-# %%
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-a.semilogx(GRID, curve[:, 0], "o-", color=BLUE, label="the task: King James to plain English")
-a.semilogx(GRID, curve[:, 1], "s-", color=ORANGE, label="general text: what is forgotten")
-for level, color in zip(before, (BLUE, ORANGE)):
-    a.axhline(level, color=color, ls=":", lw=1.2)
-a.plot([], [], ":", color=GREY, label="the base, before")
-a.set(xlabel="learning rate", ylabel="held-out loss (nats per token)", ylim=(min(curve[at]) - 0.4, max(before) + 2.2))
-a.set_title(f"The same {STEPS} steps at {len(GRID)} learning rates")
-a.legend(loc="upper left", fontsize=9)
-shown = curve[:, 0] < before[0] + 1.0
-b.plot(*np.vstack([before, curve[shown]]).T, "o-", color=GREY, mfc="white", mec=BLUE, ms=8, lw=1)
-b.plot(*before, "D", color="black", ms=8, label="the base")
-b.plot(*curve[at], "o", color=BLUE, ms=8, label="the best rate for the task")
-for rate, point in zip(np.array(GRID)[shown], curve[shown]):
-    place = {"xytext": (-9, 4), "ha": "right"} if rate >= best_rate else {"xytext": (5, 7), "ha": "left"}
-    b.annotate(f"{rate:.0e}", point, textcoords="offset points", fontsize=9, **place)
-b.set(title="What each rate buys, and what it costs", xlabel="task loss (left is better)", ylabel="general loss (down is better)")
-b.legend(loc="upper right" if REDUCED else "upper left", fontsize=9)
-b.margins(0.15)
-fig.savefig(OUT / "03_full_finetuning.png", dpi=130)
-print("picture:", OUT / "03_full_finetuning.png")
 
 # %% [markdown]
 # ## Break it: shift the labels twice

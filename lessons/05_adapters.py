@@ -329,6 +329,16 @@ with mp.no_grad():
 for name, ratio in slower.items():
     print(f"{name:15} {ratio:.2f} times the base's time for a token")
 
+# %%
+figure, axes = plt.subplots(figsize=(5.5, 3), layout="constrained")
+bars = axes.barh(list(slower), list(slower.values()), color=["C0", "C1", "C2", "0.7", "0.7"])
+axes.bar_label(bars, fmt="%.2f", padding=3)
+axes.set_xlim(0, 1.15 * max(slower.values()))
+axes.axvline(1, color="k", linewidth=0.8)
+axes.invert_yaxis()
+axes.set(xlabel="time for a token, in units of the base's", title="Latency")
+figure.savefig(OUT / "05_adapters_latency.png", dpi=120)
+
 # %% [markdown]
 # LoRA, unmerged. Houlsby has two adapters a block, LoRA on all layers a product beside each of seven matrices. But LoRA
 # can be merged. And the parallel adapter does not save time by its place: its products need not wait for the MLP's
@@ -441,29 +451,18 @@ for deviation in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
 assert broken[0.0] == healthy and abs(broken[0.01] - healthy) < 0.05
 assert abs(broken[0.03] - healthy) < 0.05 < broken[0.1] - healthy and broken[0.3] > healthy + 0.5
 
+# %%
+figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+axes.semilogx([d for d in broken if d], [loss for d, loss in broken.items() if d], "o-", label="before training")
+axes.axhline(healthy, color="0.5", linestyle=":", label="the base, and $W_{up} = 0$")
+axes.set(xlabel="deviation of $W_{up}$'s start", ylabel="loss on a verse", title="Starting as something")
+axes.legend(loc="upper left")
+figure.savefig(OUT / "05_adapters_start.png", dpi=120)
+
 # %% [markdown]
 # Up to 0.03 the loss changes by less than 0.05 nats. At 0.1 it rises by more, and at 0.3 by more than half a nat. The
 # loss before training does not say where training ends. Houlsby et al. (section 3.6, figure 6) trained from deviations
 # up to 1: up to 0.01 the results are about the same, and with larger ones they get worse.
-#
-# ## The picture
-#
-# Left: what a random start of $W_{up}$ destroys. Right: what a token costs.
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-left.semilogx([d for d in broken if d], [loss for d, loss in broken.items() if d], "o-", label="before training")
-left.axhline(healthy, color="0.5", linestyle=":", label="the base, and $W_{up} = 0$")
-left.set(xlabel="deviation of $W_{up}$'s start", ylabel="loss on a verse", title="Starting as something")
-left.legend(loc="upper left")
-bars = right.barh(list(slower), list(slower.values()), color=["C0", "C1", "C2", "0.7", "0.7"])
-right.bar_label(bars, fmt="%.2f", padding=3)
-right.set_xlim(0, 1.15 * max(slower.values()))
-right.axvline(1, color="k", linewidth=0.8)
-right.invert_yaxis()
-right.set(xlabel="time for a token, in units of the base's", title="Latency")
-figure.savefig(OUT / "05_adapters.png", dpi=120)
-print("picture:", OUT / "05_adapters.png")
 
 # %% [markdown]
 # ## Quiz

@@ -290,6 +290,19 @@ if not REDUCED:
     (low, _, high), (small, *_), (words_low, _, words_high) = (np.mean(of, axis=1) for of in runs.values())
     assert low > words_low + 0.3 > small + 0.2 and high < words_high and abs(high - words_low) < 0.1
 
+# %%
+figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+for color, marker, (kind, found) in zip(("C3", "C1", "C0"), "s^o", runs.items()):
+    axes.semilogx(RATES, [np.mean(of) for of in found], marker + "-", color=color, label=kind)
+    for rate, of in zip(RATES, found):
+        axes.plot([rate] * len(of), of, marker, color=color, alpha=0.4, markersize=4)
+axes.axhline(start, color="0.5", linestyle=":", label="the base")
+axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+axes.minorticks_off()
+axes.set(xlabel="learning rate", ylabel="held-out loss (nats per token)", title=f"Three starts, {STEPS} steps")
+axes.legend(fontsize=9)
+figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
+
 # %% [markdown]
 # No longer: at 0.3 words end above the random start, which ends about as low as words do at 0.03. Cut to the length of
 # embeddings, random vectors at 0.03 end near to words. (Had these stayed behind, the direction would have mattered.) So
@@ -356,6 +369,16 @@ assert cost["prompt", 100] > cost["prompt", 1] and cost["prompt", 100] > cost["p
 assert 0.7 < cost["prompt", 1] / whole < 0.8
 assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] > whole
 
+# %%
+figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+for name in ("prompt", "prefix"):
+    axes.plot([p for n, p in cost if n == name], [cost[key] for key in cost if key[0] == name], "o-", label=name)
+axes.set(xlabel="virtual tokens", ylabel="MB of activations for a step", title=f"{batch} rows of {length} tokens", ylim=(0, None))
+left_over = axes.secondary_xaxis(-0.28, functions=(lambda p: budget - p, lambda rest: budget - rest))
+left_over.set_xlabel("positions left for the input")
+axes.legend()
+figure.savefig(OUT / "06_soft_prompts_cost.png", dpi=120)
+
 # %% [markdown]
 # The prompt, about twice as much, by Lesson 3's ledger. One of 100 tokens keeps more than full fine-tuning without
 # virtual tokens does. And note the prompt of one token. It trains $d$ = 128 numbers, and training it still keeps three
@@ -389,30 +412,6 @@ assert (prefixes["rewrite"].word, prefixes["source"].word) == ("equal", "undecid
 # The prefix trained directly is as good on `rewrite` as the one by an MLP, at a much higher rate; on `source` no
 # difference is told. So with a rate of its own it does not end worse here. On `source` both get 37 of 100 general
 # passages fewer right than the base (`cloze`), full fine-tuning 9.
-#
-# ## The picture
-
-# %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-for color, marker, (kind, found) in zip(("C3", "C1", "C0"), "s^o", runs.items()):
-    left.semilogx(RATES, [np.mean(of) for of in found], marker + "-", color=color, label=kind)
-    for rate, of in zip(RATES, found):
-        left.plot([rate] * len(of), of, marker, color=color, alpha=0.4, markersize=4)
-left.axhline(start, color="0.5", linestyle=":", label="the base")
-left.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
-left.minorticks_off()
-left.set(xlabel="learning rate", ylabel="held-out loss (nats per token)", title=f"Three starts, {STEPS} steps")
-left.legend(fontsize=9)
-for name in ("prompt", "prefix"):
-    right.plot([p for n, p in cost if n == name], [cost[key] for key in cost if key[0] == name], "o-", label=name)
-right.set(xlabel="virtual tokens", ylabel="MB of activations for a step", title=f"{batch} rows of {length} tokens")
-right.set(ylim=(0, None))
-left_over = right.secondary_xaxis(-0.28, functions=(lambda p: budget - p, lambda rest: budget - rest))
-left_over.set_xlabel("positions left for the input")
-right.legend()
-figure.tight_layout()
-figure.savefig(OUT / "06_soft_prompts.png", dpi=120)
-print("picture:", OUT / "06_soft_prompts.png")
 
 # %% [markdown]
 # ## 7 · Break it
