@@ -359,6 +359,21 @@ full, all_layers, q_and_v = memory.values()
 assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradients"] + full["optimizer"])
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
 
+# %%
+colors = {"weights": "#666666", "gradients": "#D55E00", "optimizer": "#E69F00", "activations": "#0072B2"}
+fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+for i, lines in enumerate(memory.values()):
+    bottom = 0.0
+    for line, color in colors.items():
+        height = lines[line] / 2**20
+        axes.bar(i, height, 0.6, bottom=bottom, color=color, label=line if i == 0 else None)
+        bottom += height
+axes.set_xticks(range(len(memory)), list(memory))
+axes.set(ylabel="MiB", title=f"One step of {BATCH} x {LENGTH} tokens, measured")
+axes.margins(y=0.3)
+axes.legend(fontsize=9, ncols=2, loc="upper right")
+fig.savefig(OUT / "04_lora.png", dpi=130)
+
 # %% [markdown]
 # A little more: $42 \cdot 8$ numbers of $Ax$ per position, 1.31 MiB, less the input of the now frozen head, 0.5 MiB.
 # With $q$ and $v$ alone, the inputs of the MLP's projections go. Gradients and moments, 12 bytes per trained parameter,
@@ -624,26 +639,6 @@ assert REDUCED or (off > 0.01 * np.abs(want).max() and abs(loss_of(halved) - ada
 # %% [markdown]
 # It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
 # tell: it is about the same here. But the logits are not those of the model that was trained.
-#
-# ## The picture
-#
-# The memory of one step, line by line: with an adapter on every layer the activations stay.
-
-# %%
-colors = {"weights": "#666666", "gradients": "#D55E00", "optimizer": "#E69F00", "activations": "#0072B2"}
-fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-for i, lines in enumerate(memory.values()):
-    bottom = 0.0
-    for line, color in colors.items():
-        height = lines[line] / 2**20
-        axes.bar(i, height, 0.6, bottom=bottom, color=color, label=line if i == 0 else None)
-        bottom += height
-axes.set_xticks(range(len(memory)), list(memory))
-axes.set(ylabel="MiB", title=f"One step of {BATCH} x {LENGTH} tokens, measured")
-axes.margins(y=0.3)
-axes.legend(fontsize=9, ncols=2, loc="upper right")
-fig.savefig(OUT / "04_lora.png", dpi=130)
-print("picture:", OUT / "04_lora.png")
 
 # %% [markdown]
 # ## Quiz

@@ -206,6 +206,19 @@ for dtype in ("bfloat16", "float16"):
     print(f"  {dtype:10s}", ", ".join(f"{stuck(rate, dtype):.1%}" for rate in RATES))
 assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
 
+# %%
+GREY, BLUE, ORANGE, GREEN = "0.75", "#0072B2", "#D55E00", "#009E73"
+figure, b = plt.subplots(figsize=(6, 4.4), layout="constrained")
+grid = np.logspace(-6, -2, 400)
+for dtype, color in (("bfloat16", ORANGE), ("float16", BLUE)):
+    b.plot(grid, [stuck(rate, dtype, weights[::37]) for rate in grid], color=color, label=dtype)
+for rate, text in ((1e-3, "usual rate"), (3e-5, "low rate")):
+    b.axvline(rate, color="0.4", linestyle=":", linewidth=1)
+    b.text(rate * 1.1, 0.5, text, rotation=90, va="center", fontsize=8, color="0.4")
+b.set(xscale="log", title="Weights of the base that a step cannot move", xlabel="size of the step", ylabel="share")
+b.legend(fontsize=8)
+figure.savefig(OUT / "17_precision_steps.png", dpi=120)
+
 # %% [markdown]
 # A step of 0.001 is more than half of the last place of a weight below 0.5, so it moves nearly every weight of this
 # base in bfloat16; a step of 0.00003 moves hardly any. Train all weights at both rates, with a master copy and without.
@@ -268,6 +281,22 @@ print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
 assert flushed["1"] < 0.02 and flushed["2^-10"] > 0.5 and finest == 0
 assert sum(map(abs, interval(beside("full", "fp16, S = 1")))) < 0.001 and np.finfo(np.float16).smallest_subnormal == 2.0**-24
+
+# %%
+figure, a = plt.subplots(figsize=(6, 4.4), layout="constrained")
+bins = np.arange(-45, 10, 1.0)
+for (name, S), color in zip(SCALES.items(), (ORANGE, BLUE, GREEN)):
+    share = np.histogram(np.log2(G * S), bins)[0] / G.size
+    text = name if name == "1" else f"$2^{{{math.log2(S):.0f}}}$"
+    a.stairs(share, bins, color=color, fill=True, alpha=0.35, label=f"S = {text}: {flushed[name]:.1%} flushed")
+a.set_ylim(0, 1.45 * a.get_ylim()[1])
+a.axvspan(bins[0], -25, color="black", alpha=0.08)
+a.axvline(-14, color="0.4", linestyle=":", linewidth=1)
+a.text(-44.3, a.get_ylim()[1] * 0.94, "zero in float16", fontsize=9)
+a.text(-24.6, a.get_ylim()[1] * 0.94, "subnormal", fontsize=9, color="0.4")
+a.set(title="One step's gradients of activations, times S", xlabel="$\\log_2$ |gradient|", ylabel="share", xlim=(-45, 9), yticks=[])
+a.legend(fontsize=8, loc="upper right")
+figure.savefig(OUT / "17_precision_gradients.png", dpi=120)
 
 # %% [markdown]
 # About one in a hundred, and it costs less than a thousandth of a nat. But this step is small. The
@@ -423,6 +452,19 @@ for what in ("LoRA", "QLoRA"):
 assert below(LOSS["LoRA", "float32"], LOSS["LoRA", "bf16, no master"]) and sum(interval(beside("LoRA", "bf16, no master"))) < 0.003
 assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master copy of the adapter helps, a little"
 
+# %%
+figure, c = plt.subplots(figsize=(6, 4.4), layout="constrained")
+bars = [("full", how) for how in ("float32", "bf16", "fp16", "bf16, no master", "fp16, S = 1", "fp16, S = 2^-10", "bf16, S = 2^-10")]
+bars += [("full, low rate", how) for how in ("float32", "bf16", "bf16, no master")]
+bars += [(what, how) for what in ("LoRA", "QLoRA") for how in ("float32", "bf16", "fp16")]
+for i, case in enumerate(reversed(bars)):
+    mean, half_width = interval(task_before - LOSS[case])
+    hurt = case[1] in ("fp16, S = 2^-10", "bf16, no master")
+    c.barh(i, mean, xerr=half_width, color=ORANGE if hurt else GREY if case[1] == "float32" else BLUE, capsize=2, height=0.7)
+c.set_yticks(range(len(bars)), [f"{what}: {how}" for what, how in reversed(bars)], fontsize=8)
+c.set(title="Learned in 40 steps (orange: no master copy, or too small a scale)", xlabel="fall of the task loss, nats a token")
+figure.savefig(OUT / "17_precision_runs.png", dpi=120)
+
 # %% [markdown]
 # Still 9 %: the two errors are as good as uncorrelated, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092.
 # In training each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the
@@ -460,53 +502,8 @@ assert rounded(np.float32([0.001 * 2.0**-16]), "float16") == 0, "nothing is adde
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
 assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
 
-# %% [markdown]
-# None. It is sixteen bytes a parameter before (weight 4, gradient 4, moments 8) and after (2, 2, 8, and 4 for the
-# master copy). (minipeft, like PyTorch's autocast, keeps $4 + 4 + 8$ as they are, and casts weights for the pass: the
-# same sum.) Mixed precision buys the speed of tensor cores, and half of the activations. The run without a master copy
-# has 12, and section 3 says what that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in
-# a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall, and the steps would stay too
-# small; and in float16 what a gradient $g$ below $2^{-8}$ adds to it, $0.001\, g^2$, is flushed. QLoRA trains few
-# parameters, so it has few to copy.
-#
-# ## The picture
-#
-# Top left: a step's gradients of activations, and where float16 ends. Top right: the weights that a step cannot move.
-# Bottom left: what each run learned (grey: float32; orange: no master copy, or float16 with too small a scale). Bottom
-# right: the bytes of a trained parameter.
-
 # %%
-figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-GREY, BLUE, ORANGE, GREEN = "0.75", "#0072B2", "#D55E00", "#009E73"
-bins = np.arange(-45, 10, 1.0)
-for (name, S), color in zip(SCALES.items(), (ORANGE, BLUE, GREEN)):
-    share = np.histogram(np.log2(G * S), bins)[0] / G.size
-    text = name if name == "1" else f"$2^{{{math.log2(S):.0f}}}$"
-    a.stairs(share, bins, color=color, fill=True, alpha=0.35, label=f"S = {text}: {flushed[name]:.1%} flushed")
-a.set_ylim(0, 1.45 * a.get_ylim()[1])
-a.axvspan(bins[0], -25, color="black", alpha=0.08)
-a.axvline(-14, color="0.4", linestyle=":", linewidth=1)
-a.text(-44.3, a.get_ylim()[1] * 0.94, "zero in float16", fontsize=9)
-a.text(-24.6, a.get_ylim()[1] * 0.94, "subnormal", fontsize=9, color="0.4")
-a.set(title="One step's gradients of activations, times S", xlabel="$\\log_2$ |gradient|", ylabel="share", xlim=(-45, 9), yticks=[])
-a.legend(fontsize=8, loc="upper right")
-grid = np.logspace(-6, -2, 400)
-for dtype, color in (("bfloat16", ORANGE), ("float16", BLUE)):
-    b.plot(grid, [stuck(rate, dtype, weights[::37]) for rate in grid], color=color, label=dtype)
-for rate, text in ((1e-3, "usual rate"), (3e-5, "low rate")):
-    b.axvline(rate, color="0.4", linestyle=":", linewidth=1)
-    b.text(rate * 1.1, 0.5, text, rotation=90, va="center", fontsize=8, color="0.4")
-b.set(xscale="log", title="Weights of the base that a step cannot move", xlabel="size of the step", ylabel="share")
-b.legend(fontsize=8)
-bars = [("full", how) for how in ("float32", "bf16", "fp16", "bf16, no master", "fp16, S = 1", "fp16, S = 2^-10", "bf16, S = 2^-10")]
-bars += [("full, low rate", how) for how in ("float32", "bf16", "bf16, no master")]
-bars += [(what, how) for what in ("LoRA", "QLoRA") for how in ("float32", "bf16", "fp16")]
-for i, case in enumerate(reversed(bars)):
-    mean, half_width = interval(task_before - LOSS[case])
-    hurt = case[1] in ("fp16, S = 2^-10", "bf16, no master")
-    c.barh(i, mean, xerr=half_width, color=ORANGE if hurt else GREY if case[1] == "float32" else BLUE, capsize=2, height=0.7)
-c.set_yticks(range(len(bars)), [f"{what}: {how}" for what, how in reversed(bars)], fontsize=8)
-c.set(title=f"Learned in 40 steps, {len(SEEDS)} seeds, 95 % intervals", xlabel="fall of the task loss, nats a token")
+figure, d = plt.subplots(figsize=(6, 3), layout="constrained")
 left = np.zeros(3)
 names = ("float32", "mixed", "bfloat16, no master")
 for line, color, values in (
@@ -516,8 +513,16 @@ for line, color, values in (
     left += values[::-1]
 d.set(title="Bytes a trained parameter, with Adam", xlabel="bytes", xticks=range(0, 17, 4), xlim=(0, 22))
 d.legend(fontsize=8, loc="lower right")
-figure.savefig(OUT / "17_precision.png", dpi=120)
-print("picture:", OUT / "17_precision.png")
+figure.savefig(OUT / "17_precision_bytes.png", dpi=120)
+
+# %% [markdown]
+# None. It is sixteen bytes a parameter before (weight 4, gradient 4, moments 8) and after (2, 2, 8, and 4 for the
+# master copy). (minipeft, like PyTorch's autocast, keeps $4 + 4 + 8$ as they are, and casts weights for the pass: the
+# same sum.) Mixed precision buys the speed of tensor cores, and half of the activations. The run without a master copy
+# has 12, and section 3 says what that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in
+# a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall, and the steps would stay too
+# small; and in float16 what a gradient $g$ below $2^{-8}$ adds to it, $0.001\, g^2$, is flushed. QLoRA trains few
+# parameters, so it has few to copy.
 
 # %% [markdown]
 # ## Break it: too large for any scale

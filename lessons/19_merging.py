@@ -282,6 +282,19 @@ if not REDUCED:
     print("\nnow, seed 0, the sum at 0.75:", ", ".join(f"{task} {value:.3f}" for task, value in now.items()))
     assert all(abs(value - loss("sum 0.75", task)[0]) < 0.05 for task, value in now.items())
 
+# %%
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+fig, a = plt.subplots(figsize=(6, 4.4), layout="constrained")
+for task, color in zip(TASKS, (BLUE, ORANGE)):
+    for kind, width in (("alone", 1), ("in a sum", 3)):
+        means = [loss(f"{task if kind == 'alone' else 'sum'} {t}", task).mean() for t in SCALES]
+        a.plot([0, *SCALES], [loss("base", task).mean(), *means], "o-", color=color, lw=width, ms=4, label=f"{task}, {kind}")
+    a.axhline(loss("joint", task).mean(), color=color, lw=1, ls=":")
+    a.text(0.2, loss("joint", task).mean(), "joint training", color=color, va="bottom", fontsize=8)
+a.set(xlabel="scale of the adapters", ylabel="test loss, nats a token", title="Added to each other: the gap is interference")
+a.legend(fontsize=8)
+fig.savefig(OUT / "19_merging_sum.png", dpi=130)
+
 # %% [markdown]
 # - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
 #   training.
@@ -330,6 +343,19 @@ whole, strongest = np.median(ratios, axis=0)
 print(f"at 0.1, median over the matrices: noise / update {whole:.2f} in all, {strongest:.2f} in the strongest direction of each")
 assert abs(whole - 3) < 0.3 and strongest < whole / 2
 assert 0.8 < remains.mean() < 0.9 and below(loss("base"), loss("dare_linear 0.1"))
+
+# %%
+fig, b = plt.subplots(figsize=(6, 4.4), layout="constrained")
+for rule, name, color in (("magnitude_prune_svd", "largest kept", GREEN), ("dare_linear_svd", "DARE, whole matrices", BLUE), ("dare_linear", "DARE, factors", ORANGE)):
+    b.plot([1, *DENSITIES], [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)], "o-", color=color, label=name)
+b.axhline(loss("base").mean(), color=GREY, lw=1, ls=":")
+b.text(1, loss("base").mean(), "base", color=GREY, va="bottom", ha="right", fontsize=9)
+b.set_xscale("log")
+b.set_xticks([1, *DENSITIES], [f"{d:g}" for d in (1, *DENSITIES)])
+b.minorticks_off()
+b.set(xlabel="density: the share that is kept", ylabel="test loss of rewrite", title="Dropped and rescaled")
+b.legend(fontsize=8)
+fig.savefig(OUT / "19_merging_density.png", dpi=130)
 
 # %% [markdown]
 # More than eight tenths. An update of rank 8 has its length in a few directions; independent noise has it spread over
@@ -437,6 +463,17 @@ assert all(0.8 < s < 1.2 for s in share[False]), "about all of it, at every size
 assert REDUCED or 0.45 < share[True][0] < 0.7
 assert share[True][-1] < 0.2 and share[True] == sorted(share[True], reverse=True), "the smaller, the more is lost"
 
+# %%
+fig, c = plt.subplots(figsize=(6, 4.4), layout="constrained")
+for on_codes, name, color in ((False, "merged into W", GREEN), (True, "merged into Q, which stands on its codes", ORANGE)):
+    c.plot(parts, share[on_codes], "o-", color=color, label=name)
+c.axhline(1, color=GREY, lw=1, ls=":")
+c.set_xscale("log", base=2)
+c.set_xticks(parts, [f"{t:g}" for t in parts])
+c.set(xlabel="size of the update, U = 1", ylabel="share of it that arrives", title="Merged, and rounded to four bits", ylim=(-0.05, 1.3))
+c.legend(fontsize=8, loc="center left")
+fig.savefig(OUT / "19_merging_bits.png", dpi=130)
+
 # %% [markdown]
 # The smaller the update, the smaller the share of it that $\text{NF4}(Q + U)$ keeps; of $W + U$ about all arrives at
 # every size. Now the test losses. $\frac12 U$ and $\frac14 U$ are the trained update scaled down, a stand-in for
@@ -525,41 +562,6 @@ assert arrived[0] < 0.1 < 0.9 < arrived[1]
 # Nearly nothing, and nearly all. It is the step that bfloat16 loses in Lesson 17, with wider gaps. Keep the unquantized
 # weights, as the master copy of everything that is merged. Now break it yourself: at which size of one step does
 # `stepwise` arrive?
-#
-# ## The picture
-#
-# Left: each adapter alone over its scale (thin), and in a sum with the other (thick); the gap is interference. Middle:
-# one adapter, of which only a share is kept. Right: the share of an update that arrives in four bits.
-
-# %%
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-fig, (a, b, c) = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
-for task, color in zip(TASKS, (BLUE, ORANGE)):
-    for kind, width in (("alone", 1), ("in a sum", 3)):
-        means = [loss(f"{task if kind == 'alone' else 'sum'} {t}", task).mean() for t in SCALES]
-        a.plot([0, *SCALES], [loss("base", task).mean(), *means], "o-", color=color, lw=width, ms=4, label=f"{task}, {kind}")
-    a.axhline(loss("joint", task).mean(), color=color, lw=1, ls=":")
-    a.text(0.2, loss("joint", task).mean(), "joint training", color=color, va="bottom", fontsize=8)
-a.set(xlabel="scale of the adapters", ylabel="test loss, nats a token", title="Added to each other")
-a.legend(fontsize=8)
-for rule, name, color in (("magnitude_prune_svd", "largest kept", GREEN), ("dare_linear_svd", "DARE, whole matrices", BLUE), ("dare_linear", "DARE, factors", ORANGE)):
-    b.plot([1, *DENSITIES], [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)], "o-", color=color, label=name)
-b.axhline(loss("base").mean(), color=GREY, lw=1, ls=":")
-b.text(1, loss("base").mean(), "base", color=GREY, va="bottom", ha="right", fontsize=9)
-b.set_xscale("log")
-b.set_xticks([1, *DENSITIES], [f"{d:g}" for d in (1, *DENSITIES)])
-b.minorticks_off()
-b.set(xlabel="density: the share that is kept", ylabel="test loss of rewrite", title="Dropped and rescaled")
-b.legend(fontsize=8)
-for on_codes, name, color in ((False, "merged into W", GREEN), (True, "merged into Q, which stands on its codes", ORANGE)):
-    c.plot(parts, share[on_codes], "o-", color=color, label=name)
-c.axhline(1, color=GREY, lw=1, ls=":")
-c.set_xscale("log", base=2)
-c.set_xticks(parts, [f"{t:g}" for t in parts])
-c.set(xlabel="size of the update, U = 1", ylabel="share of it that arrives", title="Merged, and rounded to four bits", ylim=(-0.05, 1.3))
-c.legend(fontsize=8, loc="center left")
-fig.savefig(OUT / "19_merging.png", dpi=130)
-print("picture:", OUT / "19_merging.png")
 
 # %% [markdown]
 # ## Quiz
