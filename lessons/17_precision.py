@@ -462,7 +462,7 @@ for i, case in enumerate(reversed(bars)):
     hurt = case[1] in ("fp16, S = 2^-10", "bf16, no master")
     c.barh(i, mean, xerr=half_width, color=ORANGE if hurt else GREY if case[1] == "float32" else BLUE, capsize=2, height=0.7)
 c.set_yticks(range(len(bars)), [f"{what}: {how}" for what, how in reversed(bars)], fontsize=8)
-c.set(title="Learned in 40 steps (orange: no master copy, or too small a scale)", xlabel="fall of the task loss, nats a token")
+c.set(title="Learned in 40 steps\n(orange: no master copy, or too small a scale)", xlabel="fall of the task loss, nats a token")
 figure.savefig(OUT / "17_precision_runs.png", dpi=120)
 
 # %% [markdown]
