@@ -260,6 +260,17 @@ task, more, kept = apart(of(trial), low)
 print(f"full fine-tuning at {trial.rate:g} less half that rate, five seeds: task loss {told(task)}, forgotten {told(more)}, items {told(kept)}")
 assert below(text(low), text(of(trial))), "the higher rate forgets more"
 
+# %%
+figure, a = plt.subplots(figsize=(7, 5.4), layout="constrained")
+COLORS = dict(zip(MAIN, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")))
+for method, several in points.items():
+    a.plot(*zip(*several.values()), "o", color=COLORS[method], markersize=5, alpha=0.8, label=METHODS[method].title)
+a.step(*np.array(edge).T, where="post", color="black", linewidth=1, alpha=0.7, label="frontier")
+a.set(xlim=(2.25, 2.68), title="All that the searches saw, one seed each", xlabel="loss on the task, validation (left is better)", ylabel="forgotten: rise of the loss on general text")
+a.grid(alpha=0.25)
+a.legend(fontsize=8)
+figure.savefig(OUT / "15_forgetting_searches.png", dpi=120)
+
 # %% [markdown]
 # A prompt costs about a tenth of a nat before it has learned anything, and no weight of the base has changed. Full
 # fine-tuning at its tuned rate forgets more than at half of it: +0.170 [+0.154, +0.186] nats of text, and of the items
@@ -389,6 +400,24 @@ verse = np.mean([np.sum(example.labels >= 0) for example in data.drawn("rewrite"
 share = 0.25 * shipped.REPLAY / (0.25 * shipped.REPLAY + verse)
 print(f"replay's share of the tokens in the loss: {share:.0%}")
 
+# %%
+figure, b = plt.subplots(figsize=(7, 5.4), layout="constrained")
+level = [at.sum() / TOKENS.sum() / len(SEEDS) for at in verses.values()]
+b.plot(level, [cost.mean() for cost in forgotten.values()], "o-", color="0.6", markersize=4, label="full, tuned: the way from the base")
+for t, x in zip(verses, level):
+    if 0 < t < 1:
+        b.annotate(f"{t:.0%}", (x, forgotten[t].mean()), xytext=(7, 3), textcoords="offset points", fontsize=8)
+shapes = {"full, tuned": of(trial), "half the rate": low, "LoRA, tuned": of(tuned(find, search("rewrite", "lora", 500))[0])}
+shapes |= {pair.a: of(chosen(find, pair.one)[0]) for pair in PAIRS}
+for (name, each), marker, color in zip(shapes.items(), "oD^sPv", ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#333333")):
+    x = crossed(loss(each), TOKENS).value
+    half = interval((loss(each)).sum(axis=1) / TOKENS.sum())[1]
+    b.errorbar(x, text(each).mean(), interval(text(each))[1], half, marker=marker, color=color, linestyle="", markersize=7, label=name)
+b.set(title="Remedies, and the way back: five seeds, 95 % intervals", ylabel="forgotten: rise of the loss on general text", xlabel="loss on the task, test (left is better)", xlim=(2.3, 3.6))
+b.grid(alpha=0.25)
+b.legend(fontsize=8)
+figure.savefig(OUT / "15_forgetting_remedies.png", dpi=120)
+
 # %% [markdown]
 # - **L2-SP** protects. It forgets 0.184 [0.166, 0.201] nats less than the control, about half, and keeps more items
 #   (+0.015 [+0.004, +0.026]). On the task it pays 0.017 [0.010, 0.024], which may be more than the 0.02 that count as
@@ -443,37 +472,6 @@ print(f"replay's share of the tokens in the loss: {share:.0%}")
 # >   +0.003 [-0.001, +0.008]).
 # >
 # > (5 seeds, 640 test items)
-
-# %% [markdown]
-# ## The picture
-#
-# Left, all that the searches saw, on validation, one seed each; the black steps are its frontier. Right, what is
-# reported: test, five seeds, with 95 % intervals. Lower is better, and further left is better.
-
-# %%
-figure, (a, b) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
-COLORS = dict(zip(MAIN, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")))
-for method, several in points.items():
-    a.plot(*zip(*several.values()), "o", color=COLORS[method], markersize=5, alpha=0.8, label=METHODS[method].title)
-a.step(*np.array(edge).T, where="post", color="black", linewidth=1, alpha=0.7, label="frontier")
-a.set(xlim=(2.25, 2.68), title="Methods: all that the searches saw (the base is at 3.47 and 0)", xlabel="loss on the task, validation (left is better)", ylabel="forgotten: rise of the loss on general text")
-level = [at.sum() / TOKENS.sum() / len(SEEDS) for at in verses.values()]
-b.plot(level, [cost.mean() for cost in forgotten.values()], "o-", color="0.6", markersize=4, label="full, tuned: the way from the base")
-for t, x in zip(verses, level):
-    if 0 < t < 1:
-        b.annotate(f"{t:.0%}", (x, forgotten[t].mean()), xytext=(7, 3), textcoords="offset points", fontsize=8)
-shapes = {"full, tuned": of(trial), "half the rate": low, "LoRA, tuned": of(tuned(find, search("rewrite", "lora", 500))[0])}
-shapes |= {pair.a: of(chosen(find, pair.one)[0]) for pair in PAIRS}
-for (name, each), marker, color in zip(shapes.items(), "oD^sPv", ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#333333")):
-    x = crossed(loss(each), TOKENS).value
-    half = interval((loss(each)).sum(axis=1) / TOKENS.sum())[1]
-    b.errorbar(x, text(each).mean(), interval(text(each))[1], half, marker=marker, color=color, linestyle="", markersize=7, label=name)
-b.set(title="Remedies, and the way back: reported", xlabel="loss on the task, test (left is better)", xlim=(2.3, 3.6))
-for axis in (a, b):
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
-figure.savefig(OUT / "15_forgetting.png", dpi=120)
-print("picture:", OUT / "15_forgetting.png")
 
 # %% [markdown]
 # ## Break it: sixteen times the rate
