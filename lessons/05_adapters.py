@@ -406,7 +406,8 @@ for task, key in KEYS.items():
     print(f"{task}:", ", ".join(f"{name} {found.interval}" for name, found in places.items()))
     if task == "rewrite":
         assert [found.word for found in places.values()] == ["worse", "worse", "better"]
-    assert min(found.better.low for found in places.values()) > -0.08
+    else:
+        assert all(-0.03 < found.better.low and found.better.high < 0.03 for found in places.values()), "within three points"
 
 # %% [markdown]
 # On `rewrite` LoRA learns more, at both sizes, and for half of the work (TFLOPs): the adapters went on to four epochs,
@@ -414,9 +415,8 @@ for task, key in KEYS.items():
 # undecided. (The ± of two rows overlap even on `rewrite`, as verses differ in difficulty. The differences below are
 # taken verse by verse, where that cancels.)
 #
-# With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`, of the one beside the MLP by
-# next to nothing; and there the one beside it is ahead of the one after it. On `source` the three are within three
-# points of each other.
+# With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`: by 0.061 nats of the one
+# after the MLP, by 0.016 of the one beside it. On `source` the three are within three points of each other.
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:

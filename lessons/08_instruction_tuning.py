@@ -419,7 +419,7 @@ if not REDUCED:
 # *in the base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on
 # *other* facts. (Less than 5 points count as no difference.) Asked, the latter knows more of the tested facts than the
 # base, though nobody told it: it may have learned to be asked. Whether it knows more than the base in its own text is
-# open. But a model that is told new facts learns them: here tuning does teach.
+# open. But the model that was told these facts knows more of them: tuning taught it facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2

@@ -501,6 +501,8 @@ W, delta, m = to_numpy(originals[f"{place}.weight"].data), to_numpy(part.delta_w
 by_hand = m[:, None] * (W + delta) / np.linalg.norm(W + delta, axis=1, keepdims=True)
 library = dict(dora.merge_and_unload().named_parameters())[f"{place}.weight"].numpy()
 assert np.abs(by_hand - library).max() < 1e-5
+m = adapted(use_dora=True).layers[place].adapters["default"].lora_magnitude_vector.numpy()  # the usual start, B = 0
+assert np.allclose(m, np.linalg.norm(W, axis=1), rtol=1e-5)
 
 # %% [markdown]
 # LoRA's row is shorter, DoRA's is not. Merged, DoRA is a plain matrix; unmerged, each pass computes all row norms.

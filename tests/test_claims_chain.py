@@ -69,7 +69,7 @@ def test_a_seed_draws_the_demonstrations():
 
 
 SMALL = {"DEMONSTRATIONS": 8, "COMPARISONS": (4, 8), "HELD_OUT": 6, "BEST_OF": 4, "UPDATES": 2, "CHECKS": (1, 2), "LENGTH": 6}
-SMALL["RATES"] = chain.RATES | {(size, n): 1e-3 for size in chain.SIZES for n in SMALL["COMPARISONS"]}
+SMALL["JUDGE_RATES"] = {(size, n): 1e-3 for size in chain.SIZES for n in SMALL["COMPARISONS"]}
 CACHED = {name: cache(getattr(chain, name).__wrapped__) for name in ("sft", "comparisons", "judge", "drawn", "held_out")}
 
 

@@ -49,9 +49,8 @@ CHARACTERS = 90  # of a demonstration's verse, at most
 DEMONSTRATIONS, HELD_OUT, BEST_OF, SHOWN = 1000, 256, 16, 4
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
 UPDATES, CHECKS = 32, (8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
-RATES = {  # held against others in `chain_tuning`
-    "sft": 1e-3, "ppo": 2e-4,
-    # of a judge, by what of it is trained and on how many comparisons; 200 are the labels of `constitution`
+RATES = {"sft": 1e-3, "ppo": 2e-4}  # held against others in `chain_tuning`, as the judges'
+JUDGE_RATES = {  # by what is trained and on how many comparisons; 200 are the labels of `constitution`
     ("head", 600): 1e-2, ("lora", 600): 8e-3, ("full", 600): 1e-3,
     ("full", 100): 4e-3, ("full", 200): 1e-3, ("full", 2000): 1e-3,
 }  # fmt: skip
@@ -217,7 +216,7 @@ def fit_judge(seed: int, size: str, order: np.ndarray, faster: float = 1) -> rlh
     elif size == "lora":
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["score"])
         trained = get_peft_model(model, config, seed=seed)
-    fitted(trained, ranked, faster * RATES[size, len(order)], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
+    fitted(trained, ranked, faster * JUDGE_RATES[size, len(order)], 1, seed, loss=rlhf.RewardModel.loss, collate=rlhf.collate_rankings)
     model = trained.merge_and_unload() if size == "lora" else model
     model.calibrate(texts)
     return model

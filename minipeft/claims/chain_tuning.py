@@ -60,7 +60,9 @@ class Stage:
     @property
     def rate(self) -> float:
         """The one that `chain` has."""
-        return chain.RATES[(self.judge, self.comparisons) if self.judge else {"chosen": "sft"}.get(self.stage, self.stage)]
+        if self.judge:
+            return chain.JUDGE_RATES[self.judge, self.comparisons]
+        return chain.RATES[{"chosen": "sft"}.get(self.stage, self.stage)]
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Stage:
 
 def runs() -> list[Stage]:
     """All stages."""
-    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in chain.RATES if isinstance(one, tuple))]
+    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in chain.JUDGE_RATES)]
 
 
 class Measured(NamedTuple):
