@@ -5,11 +5,11 @@
 # options. This lesson recomputes famous ones, finds slips, derives what a training step keeps in memory, and compares
 # that with measurements.
 #
-# You need Lessons 0, 1, 2, 4 (LoRA) and 7 (QLoRA). Reading takes about 25 minutes (200 words or 25 lines of code a
+# You need Lessons 0, 1, 2, 4 and 7. Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
 # as a notebook. *This engine* is the package's own, of Lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.
 #
-# Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the picture goes
+# Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
 
 # %%
@@ -216,8 +216,11 @@ assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # Z
 in_8_bits = memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8bit").held["optimizer states"]
 assert round(in_8_bits / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
 
+# %%
+counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
+
 # %% [markdown]
-# QLoRA alone fits, before there is a batch. LoRA in 16 bits does not, for the frozen weights alone need 130 GB. (Below,
+# QLoRA alone fits, before there is a batch: in 16 bits the frozen weights alone need 130 GB. (Below,
 # "the base" is the package's small model, in which 256 bytes of description beside each packed matrix count.)
 
 # %% [markdown]
@@ -378,6 +381,9 @@ for name, (method, how, make) in COUNTED.items():
 mp.backend.set_num_threads(threads)
 assert bars["QLoRA"][1]["peak"] < bars["LoRA"][1]["peak"] < bars["full"][1]["peak"]
 
+# %%
+counting.step_picture(mine, bars).savefig(OUT / "12_counting_step.png", dpi=120)
+
 # %% [markdown]
 # `pytorch_ledger` is of a **standard PyTorch loop**, of Hugging Face's libraries transformers and PEFT on a GPU: the
 # terms of section 4, and what their code allocates beside them. Their loss takes three arrays of the logits' size in
@@ -416,6 +422,9 @@ print("\nLLaMA-65B, 1 x 512 tokens, GB:", ", ".join(f"{title} {n / 1e9:.0f}" for
 assert in_loop["QLoRA, paged"] < 48e9 < in_loop["QLoRA"] and 0 < in_loop["full"] - 1.05 * 10 * llama.size < 1e9
 assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom, round(CONTEXT / 1e8)) == (5, 4)
 
+# %%
+counting.loops_picture(big).savefig(OUT / "12_counting_loops.png", dpi=120)
+
 # %% [markdown]
 # The logits are the largest of the rest. None of the three fits on 80 GB. Eager attention moves the peak to backward,
 # where one block, computed again, keeps its softmax. Logits that are "never whole" but made piece by piece move it
@@ -434,8 +443,7 @@ assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom
 # ledger was written; of those *held out*, only the settings were. "At first" counts what was predicted of these before
 # their values were seen; the corrections that came later explain misses by what the code of a run allocates.
 #
-# **Predict:** of the published runs, which share does the ledger predict within 15 %? Are the misses too high or too
-# low?
+# **Predict:** which share of the published runs does it predict within 15 %? Are misses too high or too low?
 
 # %%
 runs = footprints()
@@ -454,11 +462,14 @@ assert good > 0.8 and (allocated["within 15 %"], allocated["predicted"]) == (50,
 assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1
 assert 0.6 < totals["held out"]["at first"] / totals["held out"]["predicted"] < 0.7, "29 of 43"
 
+# %%
+counting.published_picture(covered).savefig(OUT / "12_counting_published.png", dpi=120)
+
 # %% [markdown]
 # More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. But these predictions
 # were corrected when misses were known: at first 29 of the 43 held out were within 15 %. Each miss left is too low.
 # Memory that is *reserved* includes the gaps in an allocator's pieces, and what the driver reports as *used* is more
-# still. One miss has no known cause, and some reasons are guesses: `minipeft audit --footprints` prints all.
+# still. One miss has no known cause; some reasons are guesses: `minipeft audit --footprints` prints all.
 #
 # ## 7 · Time
 #
@@ -503,8 +514,8 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 # | full | $2N$ | $2N$ | $2N$ | $6N$ | $8N$ |
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
-# The ratios are above the rule's, because adapters have products of their own and attention, which has no weights,
-# costs both the same.
+# The ratios are above the rule's: adapters have products of their own, and attention, without weights, costs both the
+# same.
 #
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width 512
@@ -521,11 +532,11 @@ growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 
 # %% [markdown]
 # Memory is as predicted, within two percent. Two axes have squares in them, beside linear terms: tokens, by attention's
-# weights, and width, by the model's. Time follows the FLOPs roughly; with batch and vocabulary it grows faster, and
-# these rows do not say why.
+# weights, and width, by the model's. Time follows the FLOPs roughly; with batch and vocabulary faster, and these rows
+# do not say why.
 #
 # Below, a card is a GPU, and SFT is supervised fine-tuning, checkpointed: $8N$ a token, $6N$ with LoRA. PPO (Lesson
-# 10), the last of three stages, trains with rewards that a model gives: four forward passes (sampling, policy,
+# 10), the last of three stages, has four forward passes (sampling, policy,
 # reference, reward model) and four epochs, $4 \cdot 2N + 4 \cdot 8N$, five times SFT's, and with LoRA $(8+24)/6 = 5.3$.
 
 # %% [markdown]
@@ -566,11 +577,6 @@ assert REDUCED or within["the batch"] < len(some) / 5
 
 # %% [markdown]
 # Fewer without the logits; without the batch's memory, fewer than a fifth.
-#
-# ## The picture
-
-# %%
-counting.picture(OUT / "12_counting.png", mine, bars, states, big, covered)
 
 # %% [markdown]
 # ## Quiz

@@ -6,13 +6,13 @@
 # holds here in some cases, and much is not told. What you take along is the way of measuring: each side tuned for
 # itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 24 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
 # 3), and of what is not among them 32 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
 # computes those of the latter that are missing there (all of them: about a quarter of an hour).
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import os
@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
@@ -118,7 +117,8 @@ assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 
 # of 0; otherwise **undecided**: the interval says how large the difference may be. This lesson makes dozens of
 # comparisons, so one that is clear may be chance. Where a statement makes $k$, the register says *holds* if all are as
 # stated, *holds if* where one is so even at the level $1 - 0.05/k$, and otherwise *cannot be tested here* if one is
-# undecided.
+# undecided. In the pictures bars are 95 % intervals over seeds and records; lines without bars are choices, on
+# validation and under one seed.
 
 # %%
 def shown(a, b, key):
@@ -212,6 +212,9 @@ for case in CASES:
     beside[case.name] = compare(*pair, KEYS[case.task])
     print(f"  {case.name}: {shown(*pair, KEYS[case.task])}")
 
+# %%
+practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.png", dpi=120)
+
 # %% [markdown]
 # A U: too low a rate learns little, too high a rate does damage. In all six cases LoRA wants a higher rate, 1.5 to 12
 # times full fine-tuning's. (LoRA's searches start at three times full fine-tuning's rate and go by factors of two,
@@ -295,6 +298,9 @@ for (case, method), at in best.items():
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
 assert [best[case, method].epochs for case in CASES[:2] for method in ("full", "lora")] == [16, 16, 2, 2], "on rewrite, 50 and 500"
 
+# %%
+practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png", dpi=120)
+
 # %% [markdown]
 # The training loss falls on; the loss on validation turns. On `rewrite` it turns after two epochs with 500 examples,
 # and after 16 with 50. On `source` the turns may be the luck of a seed. (LoRA on `source` with 500 chose four, and all
@@ -325,6 +331,9 @@ for pair in WARM:
 print(f"\nthe {len(warm)} intervals leave room for a gain of {max(d.better.high for d in warm.values()):.3f} at most")
 assert not any(d.clearly_better for d in warm.values()) and max(d.better.high for d in warm.values()) < 0.1
 
+# %%
+practice.intervals_picture(warm, "better with warm-up than without, nats or share").savefig(OUT / "14_best_practices_warmup.png", dpi=120)
+
 # %% [markdown]
 # No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal within 0.02
 # (nats a token, or share of the sentences; above 0 is better), in three, all of `source`, undecided.
@@ -349,8 +358,8 @@ assert not any(d.clearly_better for d in warm.values()) and max(d.better.high fo
 #
 # *Advice: quality beats quantity* (as Zhou et al. 2023, arXiv:2305.11206, with 1,000 chosen examples). Here a mistake
 # is a verse with the plain English of another verse. Half of 500 examples are wrong so. Should one take them all, or
-# the 250 right ones alone? All runs are full fine-tuning in 250 steps of four, so the 250 are seen four times each and
-# the 500 twice; each side has its own rate.
+# the 250 right ones alone? All runs are full fine-tuning in steps of four, each with its own rate. In 250 steps the 500
+# are seen twice each and the 250 four times; so the 250 are also trained for half the steps, and then seen as often.
 #
 # **Predict:** the 250 right ones, or all 500? And what do the wrong ones cost, beside 500 right ones?
 
@@ -363,12 +372,17 @@ clean, noisy = dirty["500 clean"]
 harm = crossed(noisy.values - clean.values)  # of an answer, not of a token
 print(f"half wrong costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; the best mixture of right and random, at most {-np.log(1 - 0.5):.2f}")
 assert harm.low > 2 * -np.log(1 - 0.5), "more than twice that"
-assert all(compare(one, other, "nll").clearly_better for one, other in dirty.values())
+cleaner = {name: compare(*pair, "nll") for name, pair in dirty.items()}
+assert all(found.clearly_better for found in cleaner.values())
+
+# %%
+practice.intervals_picture(cleaner, "better than 500 half wrong, nats a token").savefig(OUT / "14_best_practices_clean.png", dpi=120)
 
 # %% [markdown]
-# The 250 right ones: they end 0.081 [0.067, 0.094] nats a token below all 500, of which they are half. But in as many
-# steps each of them was seen twice as often. So whether the wrong ones do harm, or only take the place of right ones,
-# is not told. Beside 500 right ones half wrong costs 0.179 [0.162, 0.197]. The register's statement on clean data asks
+# The 250 right ones: in as many steps they end 0.081 [0.067, 0.094] nats a token below all 500, of which they are half,
+# and in half the steps 0.077 [0.063, 0.091] below. There each right one is seen as often on either side, so the wrong
+# ones do not only take the place of right ones: they do harm. Beside 500 right ones half wrong costs 0.179 [0.162,
+# 0.197]. The register's statement on clean data asks
 # for three kinds of mistakes and two shares; its rows are still to come.
 #
 # If a share $p$ of the answers is random, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
@@ -423,6 +437,9 @@ for balanced, repeated in zip(SKEWED, REPEATED):
     found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
     print(f"  {method:5s}by repeating: King James {found_again.value:+.3f} [{found_again.low:+.3f}, {found_again.high:+.3f}]")
 
+# %%
+practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dpi=120)
+
 # %% [markdown]
 # A third, though on such data it is right in four of five cases. By the skew the King James Bible is found less often:
 # -0.071 [-0.138, -0.005] of its sentences with full fine-tuning, -0.109 [-0.202, -0.016] with LoRA. Of Austen's, most
@@ -454,59 +471,6 @@ print(", ".join(f"{n} {verdict}" for verdict, n in Counter(v.verdict for v in ve
 # %% [markdown]
 # These are the register's (`python -m minipeft claims`). They hold for a model of 1.4 million parameters, tens to a
 # thousand steps, a base that has read the training split of the texts, and Adam.
-#
-# ## The picture
-#
-# Bars are 95 % intervals over seeds and records, of test; lines without bars are choices, on validation and under one
-# seed.
-
-# %%
-figure, axes = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
-a, b, c, d, e, f = axes.flat
-COLORS = {"full": "#0072B2", "lora": "#D55E00"}
-
-
-def bars(axis, names, found, **style):
-    """Estimates with their intervals, from the top."""
-    values, low, high = np.array([(x.value, x.low, x.high) for x in found]).T
-    axis.errorbar(values, range(len(found)), xerr=(values - low, high - values), fmt="o", capsize=3, markersize=5, **style)
-    axis.set_yticks(range(len(found)), names)
-    axis.set_ylim(len(found) - 0.5, -0.5)
-
-
-for (case, method), line in curves.items():
-    least = min(line.values())
-    a.plot(list(line), [loss - least for loss in line.values()], "o-", markersize=3, color=COLORS[method], alpha=0.8, label=method if case == CASES[0] else None)
-a.set(xscale="log", ylim=(-0.01, 0.3), xlabel="learning rate", ylabel="loss above the best one's", title="Each method has its U (six cases)")
-bars(b, list(beside), [one.better for one in beside.values()], color="#333333")
-b.set(xlabel="better than full, nats or share", title="LoRA beside full fine-tuning")
-for (case, method), line in over_epochs.items():
-    if case.task == "rewrite" and case.examples < 5000:
-        for i, style in enumerate(("-", "--")):
-            label = f"{method}, {('validation', 'training')[i]}" if case.examples == 50 else None
-            c.plot(list(line), [losses[i] for losses in line.values()], "o" + style, markersize=4, color=COLORS[method], label=label)
-c.text(1, 2.55, "500 examples", fontsize=8)
-c.text(12, 2.8, "50 examples", fontsize=8)
-c.set_xscale("log", base=2)
-c.set(xlabel="epochs", ylabel="loss", ylim=(0.1, 2.95), title="rewrite: one falls on, one turns")
-bars(d, list(warm), [one.better for one in warm.values()], color="#333333")
-d.set(xlabel="better than without, nats or share", title="Warm-up")
-better = {"batches of 4,\nbeside 64": batches.turned} | {f"{name}, beside\n500 half wrong": compare(*pair, "nll") for name, pair in dirty.items()}
-bars(e, list(better), [one.better for one in better.values()], color="#333333")
-e.set(xlabel="better by, nats", title="Small batches; right answers")
-for axis in (b, d, e):
-    axis.axvline(0, color="grey")
-    axis.tick_params(axis="y", labelsize=8)
-for i, (kind, color) in enumerate((("Austen", "#999999"), ("King James", "#CC79A7"))):
-    found = [recalls[key][i] for key in recalls]
-    bars(f, [f"{method}, {name}" for method, name in recalls], found, color=color, label=kind)
-f.tick_params(axis="y", labelsize=8)
-f.set(xlabel="share that is found", title="A rare class, and a remedy")
-for axis in axes.flat:
-    axis.grid(alpha=0.25)
-for axis in (a, c, f):
-    axis.legend(fontsize=8)
-figure.savefig(OUT / "14_best_practices.png", dpi=120)
 
 # %% [markdown]
 # ## Break it: choose and report on the same verses

@@ -216,6 +216,34 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[m].config())
     assert 4 * counts.stored == TABLE[Case("rewrite", 500)][m].storage, "what is stored is what the formula says"
     assert (counts.stored < counts.trainable) == (m == "prefix")
+
+# %% [markdown]
+# Above, how well each method does the task, by the number of examples; below, how many general items it loses.
+
+# %%
+figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+for column, task in enumerate(KEYS):
+    cases = [case for case in CASES if case.task == task]
+    start = report(find, untrained(task), KEYS[task]).mean.value
+    for k, m in enumerate(MAIN):
+        lines = [TABLE[case][m] for case in cases if m in TABLE[case]]
+        x = [line.trial.examples * 1.06 ** (k - 2.5) for line in lines]  # beside each other, to be told apart
+        for axis, found in ((axes[0, column], [l.right or l.loss for l in lines]), (axes[1, column], [l.cloze for l in lines])):
+            y = np.array([(e.value, e.value - e.low, e.high - e.value) for e in found]).T * (1 if axis is axes[0, 0] else 100)
+            axis.errorbar(x, y[0], y[1:], marker="o", markersize=4, capsize=2, linewidth=1.2, label=NAMES[m], color=f"C{k}")
+    axes[0, column].axhline(start * (1 if task == "rewrite" else 100), color="0.5", linestyle=":", label="the base")
+    axes[0, column].set_title({"rewrite": "rewrite: nats a token, less is better", "source": "source: right, %"}[task])
+    axes[1, column].axhline(0, color="0.5", linestyle=":")
+    axes[1, column].set_title("general items right, points beside the base's")
+    axes[1, column].set_xlabel("examples to learn from")
+    axes[1, column].set_xscale("log")
+    axes[1, column].set_xticks([50, 500, 5000], ["50", "500", "5,000"])
+    axes[1, column].minorticks_off()
+axes[0, 0].legend(fontsize=8)
+figure.suptitle("Six methods, each tuned for every point; 95 % intervals over 5 seeds and the test items")
+figure.savefig(OUT / "16_which_method.png", dpi=120)
+
+# %%
 LARGE = {}
 print("\nbfloat16, checkpointing, a step of 480 tokens" + "".join(f"{size:>10s}: GB  MB a task  TFLOPs" for size in ("here", *SIZES)))
 for m in ("base", *MAIN):
@@ -239,6 +267,10 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # with answered examples in its prompt, of 1, 2 and 4 the best on validation: it is worse than the bare base on
 # `rewrite`, and finds no more books on `source`. One limit is the same for all, and not equally hard for all: 32 epochs
 # of 50 examples, 4 of 500, one of 5,000.
+#
+# What learns less may forget more: on `source` a prefix finds fewer books than LoRA or adapters (`soft-8`), and loses
+# the most general items with every number of examples. Full fine-tuning loses 30 points there with 5,000 examples, and
+# 9 with 500.
 #
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks
 # (`minipeft claims ID` prints it): of `adapter-6` and `which-1` that the interval lies above -0.02 (where it contains
@@ -453,39 +485,6 @@ assert low["DPO"] > 0 > low["PPO"] and abs(between[0]) < between[1], "DPO's gain
 # > against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
-# ## The picture: by how much data
-#
-# Above, how well each method does the task, by the number of examples; below, how many general items it loses.
-
-# %%
-figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-for column, task in enumerate(KEYS):
-    cases = [case for case in CASES if case.task == task]
-    start = report(find, untrained(task), KEYS[task]).mean.value
-    for k, m in enumerate(MAIN):
-        lines = [TABLE[case][m] for case in cases if m in TABLE[case]]
-        x = [line.trial.examples * 1.06 ** (k - 2.5) for line in lines]  # beside each other, to be told apart
-        for axis, found in ((axes[0, column], [l.right or l.loss for l in lines]), (axes[1, column], [l.cloze for l in lines])):
-            y = np.array([(e.value, e.value - e.low, e.high - e.value) for e in found]).T * (1 if axis is axes[0, 0] else 100)
-            axis.errorbar(x, y[0], y[1:], marker="o", markersize=4, capsize=2, linewidth=1.2, label=NAMES[m], color=f"C{k}")
-    axes[0, column].axhline(start * (1 if task == "rewrite" else 100), color="0.5", linestyle=":", label="the base")
-    axes[0, column].set_title({"rewrite": "rewrite: nats a token, less is better", "source": "source: right, %"}[task])
-    axes[1, column].axhline(0, color="0.5", linestyle=":")
-    axes[1, column].set_title("general items right, points beside the base's")
-    axes[1, column].set_xlabel("examples to learn from")
-    axes[1, column].set_xscale("log")
-    axes[1, column].set_xticks([50, 500, 5000], ["50", "500", "5,000"])
-    axes[1, column].minorticks_off()
-axes[0, 0].legend(fontsize=8)
-figure.suptitle("Six methods, each tuned for every point; 95 % intervals over 5 seeds and the test items")
-figure.savefig(OUT / "16_which_method.png", dpi=120)
-print("picture:", OUT / "16_which_method.png")
-
-# %% [markdown]
-# What learns less may forget more: on `source` a prefix finds fewer books than LoRA or adapters (`soft-8`), and loses
-# the most general items with every number of examples. Full fine-tuning loses 30 points there with 5,000 examples, and
-# 9 with 500.
-#
 # ## Break it: decide by one column
 #
 # Methods are praised by one number: "trains 0.2 % of the parameters". Choose by it, then by two others.

@@ -1,4 +1,4 @@
-"""What Lesson 12 measures and draws: the arrays of a step, line by line, and its picture."""
+"""What Lesson 12 measures and draws: the arrays of a step, line by line, and its pictures."""
 
 from __future__ import annotations
 
@@ -56,24 +56,42 @@ def stacked(axis, y, parts, height=0.8, alpha=1.0, labels=True):
     axis.text(left, y, f"  {left:.0f}", va="center", fontsize=9)
 
 
-def picture(path, mine, bars, states, big, covered):
-    """Draw what a step of `mine` takes (`bars`), two models' bytes, and others' runs beside their predictions."""
-    figure, axes = plt.subplots(2, 2, figsize=(14, 9.4), layout="constrained")
-    step, sixty_five, seventy, published = axes.flat
+def drawn(size=(7.2, 4.2)):
+    """A figure, and its one plot."""
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def states_picture(states):
+    """Bytes of weights, gradients and optimizer states of LLaMA-65B by method, beside a GPU's 48 GB."""
+    figure, axis = drawn((7.2, 3))
+    for i, n in enumerate(states.values()):
+        stacked(axis, i, {"": (["0.6", "0.6", "C0", "C3"][i], n / 1e9)}, labels=False)
+    axis.axvline(48, color="black", linestyle="--", linewidth=1)
+    axis.set(title="LLaMA-65B: weights, gradients, states (dashed: 48 GB)", xlabel="GB", xlim=(0, 1200))
+    axis.set(yticks=range(len(states)), yticklabels=list(states), ylim=(3.6, -0.6))
+    return figure
+
+
+def step_picture(mine, bars):
+    """What a step of `mine` takes by method, predicted and measured."""
+    figure, axis = drawn()
     for i, pair in enumerate(bars.values()):
         for shift, lines, alpha in ((-0.2, pair[0], 0.5), (0.2, pair[1], 1.0)):
             mb = {line: n / 1e6 for line, n in lines.items()}
             parts = {line: (color, mb[line]) for line, color in (("weights", "C0"), ("optimizer states", "C2"))}
             parts["activations, gradients, working memory"] = "C1", mb["peak"] - sum(n for _, n in parts.values())
-            stacked(step, i + shift, parts, 0.38, alpha, i == 0 and alpha == 1)
-    step.set(title=f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters", ylim=(3.3, -0.6))
-    step.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel="MB (pale: predicted, full: measured)")
-    step.legend(fontsize=9, loc="lower right")
-    for i, n in enumerate(states.values()):
-        stacked(sixty_five, i, {"": (["0.6", "0.6", "C0", "C3"][i], n / 1e9)}, labels=False)
-    sixty_five.axvline(48, color="black", linestyle="--", linewidth=1)
-    sixty_five.set(title="LLaMA-65B: weights, gradients, states (dashed: 48 GB)", xlabel="GB", xlim=(0, 1200))
-    sixty_five.set(yticks=range(len(states)), yticklabels=list(states), ylim=(3.6, -0.6))
+            stacked(axis, i + shift, parts, 0.38, alpha, i == 0 and alpha == 1)
+    axis.set(title=f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters", ylim=(3.3, -0.6))
+    axis.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel="MB (pale: predicted, full: measured)", xlim=(0, 230))
+    axis.legend(fontsize=9, loc="lower right")
+    return figure
+
+
+def loops_picture(big):
+    """Bytes of a step of QLoRA on Llama-3-70B in three loops, line by line, beside a GPU's 80 GB."""
+    figure, axis = drawn()
     colors = {
         "frozen weights": "C0", "adapters": "C9", "optimizer states": "C2", "activations": "C1", "logits": "C3",
         "recomputed block": "C4", "working memory": "C5", "the rest": "0.7",
@@ -82,24 +100,28 @@ def picture(path, mine, bars, states, big, covered):
         gb = Counter({line: 0.0 for line in colors})
         for line, n in ledger.lines.items():
             gb[line if line in colors else "the rest"] += n / 1e9
-        stacked(seventy, i, {line: (colors[line], n) for line, n in gb.items()}, labels=i == 0)
-    seventy.axvline(80, color="black", linestyle="--", linewidth=1)
-    seventy.set(yticks=range(len(big)), yticklabels=[title.replace(", ", ",\n") for title in big])
-    seventy.set(title="PyTorch: Llama-3-70B, QLoRA, 4 x 4,096 tokens (dashed: 80 GB)", xlabel="GB")
-    seventy.set(xlim=(0, 152), ylim=(4.2, -0.6))
-    seventy.legend(fontsize=9, ncols=3, loc="lower center")
-    published.axhspan(1 - WITHIN, 1 + WITHIN, color="0.92")
-    published.axhline(1, color="0.6", linewidth=1)
+        stacked(axis, i, {line: (colors[line], n) for line, n in gb.items()}, labels=i == 0)
+    axis.axvline(80, color="black", linestyle="--", linewidth=1)
+    axis.set(yticks=range(len(big)), yticklabels=[title.replace(", ", ",\n") for title in big])
+    axis.set(title="PyTorch: Llama-3-70B, QLoRA, 4 x 4,096 tokens (dashed: 80 GB)", xlabel="GB")
+    axis.set(xlim=(0, 152), ylim=(4.2, -0.6))
+    axis.legend(fontsize=9, ncols=3, loc="lower center")
+    return figure
+
+
+def published_picture(covered):
+    """Runs of others: the ledger's prediction in what they measured."""
+    figure, axis = drawn()
+    axis.axhspan(1 - WITHIN, 1 + WITHIN, color="0.92")
+    axis.axhline(1, color="0.6", linewidth=1)
     for split, color in (("looked at", "C0"), ("held out", "C1")):
         for quantity, mark in {"allocated": "o", "states": "s", "reserved": "^", "used": "D"}.items():
             here = [r for r in covered if (r.row["quantity"], r.row["split"]) == (quantity, split)]
             x, y = [r.measured / 2**30 for r in here], [r.ratio for r in here]
             label = f"{quantity}, {split}" if here else None
-            published.plot(x, y, mark, color=color, markersize=5, alpha=0.8, label=label)
+            axis.plot(x, y, mark, color=color, markersize=5, alpha=0.8, label=label)
     close = sum(r.close for r in covered) / len(covered)
-    published.set(title=f"{len(covered)} published runs: {close:.0%} within 15 % (grey)", xlim=(0, None))
-    published.set(xlabel="GiB measured", ylabel="predicted / measured", ylim=(0.5, 1.5))
-    published.legend(fontsize=9, ncols=2, loc="upper right")
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    axis.set(title=f"{len(covered)} published runs: {close:.0%} within 15 % (grey)", xlim=(0, None))
+    axis.set(xlabel="GiB measured", ylabel="predicted / measured", ylim=(0.5, 1.5))
+    axis.legend(fontsize=9, ncols=2, loc="upper right")
+    return figure

@@ -1,6 +1,6 @@
-"""What Lesson 14 computes beside the league: comparisons that the register has no rows for yet.
+"""What Lesson 14 computes beside the league, and its pictures.
 
-They follow the league's protocol (`minipeft.claims.protocol`): each side is tuned on validation under a seed of its own, and
+The comparisons are those that the register has no rows for yet. They follow the league's protocol (`minipeft.claims.protocol`): each side is tuned on validation under a seed of its own, and
 reported on 512 test verses under five other seeds. A trial is the league's, too: what is in its rows is not computed again.
 """
 
@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+
 from minipeft.claims import protocol
 from minipeft.claims.comparison import Pair, Searches
 from minipeft.claims.protocol import Choice, Search, search
@@ -18,8 +21,8 @@ from minipeft.experiments.sweep import sweep
 
 
 def near(examples: int = 500, epochs: float = 2.0, **fixed: Any) -> Search:
-    """Full fine-tuning on `rewrite` in 250 steps of 4 verses. The rate alone is tuned, from the best of the league's search
-    over rates, epochs and batches."""
+    """Full fine-tuning on `rewrite` in steps of 4 verses: 250 of them for 500 examples in 2 epochs. The rate alone is tuned, from
+    the best of the league's search over rates, epochs and batches."""
     return search("rewrite", "full", examples, axes=("rate",), longer=500 / examples, rate=5e-4, epochs=epochs, batch_size=4, **fixed)
 
 
@@ -29,12 +32,13 @@ def _batches(size: int) -> Search:
 
 CASE = "full, rewrite, 500 examples"
 BATCHES = Pair(CASE, "batches of 64", _batches(64), "batches of 4", _batches(4))
-CLEAN, HALF_CLEAN, HALF_WRONG = near(), near(250, 4.0), near(data="random:0.5")
+CLEAN, HALF_CLEAN, AS_OFTEN, HALF_WRONG = near(), near(250, 4.0), near(250, 2.0), near(data="random:0.5")
 WRONG = [
     Pair(CASE, "250 clean", HALF_CLEAN, "500 with half of them wrong", HALF_WRONG),
+    Pair(CASE, "250 clean, half the steps", AS_OFTEN, "500 with half of them wrong", HALF_WRONG),
     Pair(CASE, "500 clean", CLEAN, "500 with half of them wrong", HALF_WRONG),
 ]
-SEARCHES: list[Choice] = [BATCHES.one, BATCHES.other, CLEAN, HALF_CLEAN, HALF_WRONG]
+SEARCHES: list[Choice] = [BATCHES.one, BATCHES.other, CLEAN, HALF_CLEAN, AS_OFTEN, HALF_WRONG]
 
 
 def known(searches: Iterable[Choice], store: str | os.PathLike) -> list[Row]:
@@ -47,3 +51,74 @@ def compute(searches: Sequence[Choice], store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store, round by round."""
     while trials := protocol.wanted(protocol.finder(known(searches, store)), searches):
         sweep(protocol.run, trials, 1, store, protocol.version())
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+COLORS = {"full": "#0072B2", "lora": "#D55E00"}
+
+
+def bars(axis, names, found, **style):
+    """Estimates with their intervals, from the top."""
+    values, low, high = np.array([(x.value, x.low, x.high) for x in found]).T
+    axis.errorbar(values, range(len(found)), xerr=(values - low, high - values), fmt="o", capsize=3, markersize=5, **style)
+    axis.set_yticks(range(len(found)), names, fontsize=8)
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.grid(alpha=0.25)
+
+
+def intervals_picture(found, label):
+    """Differences {name: Difference}, with their 95 % intervals over seeds and test records, beside 0."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.8 + 0.3 * len(found)), layout="constrained")
+    bars(axis, list(found), [one.better for one in found.values()], color="#333333")
+    axis.axvline(0, color="grey")
+    axis.set_xlabel(label)
+    return figure
+
+
+def rates_picture(curves, beside):
+    """The loss over the rate {(case, method): {rate: loss}}, and LoRA beside full fine-tuning {case: Difference}."""
+    figure, (axis, differences) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, ((_, method), line) in enumerate(curves.items()):
+        least = min(line.values())
+        axis.plot(
+            list(line), [loss - least for loss in line.values()], "o-", markersize=3, color=COLORS[method], alpha=0.8,
+            label=method if i < 2 else None,
+        )  # fmt: skip
+    axis.set(xscale="log", ylim=(-0.01, 0.3), xlabel="learning rate", ylabel="loss on validation, above the best one's")
+    axis.set_title("Each method has its U (six cases)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    bars(differences, list(beside), [one.better for one in beside.values()], color="#333333")
+    differences.axvline(0, color="grey")
+    differences.set(xlabel="better than full on test, nats or share", title="LoRA beside full fine-tuning")
+    return figure
+
+
+def epochs_picture(over_epochs):
+    """Both losses of `rewrite` over the epochs {(case, method): {epochs: (validation, training)}}, with 50 and 500 examples."""
+    figure, axis = plt.subplots(figsize=(7.2, 4), layout="constrained")
+    for (case, method), line in over_epochs.items():
+        if case.task == "rewrite" and case.examples < 5000:
+            for i, style in enumerate(("-", "--")):
+                label = f"{method}, {('validation', 'training')[i]}" if case.examples == 50 else None
+                losses = [both[i] for both in line.values()]
+                axis.plot(list(line), losses, "o" + style, markersize=4, color=COLORS[method], label=label)
+    axis.text(1, 2.55, "500 examples", fontsize=8)
+    axis.text(12, 2.8, "50 examples", fontsize=8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+    axis.set(xlabel="epochs", ylabel="loss", ylim=(0.1, 2.95), title="rewrite: one falls on, one turns")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def recalls_picture(recalls):
+    """The share of each class that is found {(method, training set): [Austen, King James]}."""
+    figure, axis = plt.subplots(figsize=(7.2, 3), layout="constrained")
+    for i, (kind, color) in enumerate((("Austen", "#999999"), ("King James", "#CC79A7"))):
+        bars(axis, [", ".join(key) for key in recalls], [each[i] for each in recalls.values()], color=color, label=kind)
+    axis.set(xlabel="share of its test sentences that is found", title="A rare class, and a remedy")
+    axis.legend(fontsize=8)
+    return figure
