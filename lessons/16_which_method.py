@@ -18,11 +18,15 @@
 
 # %%
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import which
 
 import minipeft as mp
 from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger, step_flops
@@ -221,27 +225,8 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
 # Above, how well each method does the task, by the number of examples; below, how many general items it loses.
 
 # %%
-figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-for column, task in enumerate(KEYS):
-    cases = [case for case in CASES if case.task == task]
-    start = report(find, untrained(task), KEYS[task]).mean.value
-    for k, m in enumerate(MAIN):
-        lines = [TABLE[case][m] for case in cases if m in TABLE[case]]
-        x = [line.trial.examples * 1.06 ** (k - 2.5) for line in lines]  # beside each other, to be told apart
-        for axis, found in ((axes[0, column], [l.right or l.loss for l in lines]), (axes[1, column], [l.cloze for l in lines])):
-            y = np.array([(e.value, e.value - e.low, e.high - e.value) for e in found]).T * (1 if axis is axes[0, 0] else 100)
-            axis.errorbar(x, y[0], y[1:], marker="o", markersize=4, capsize=2, linewidth=1.2, label=NAMES[m], color=f"C{k}")
-    axes[0, column].axhline(start * (1 if task == "rewrite" else 100), color="0.5", linestyle=":", label="the base")
-    axes[0, column].set_title({"rewrite": "rewrite: nats a token, less is better", "source": "source: right, %"}[task])
-    axes[1, column].axhline(0, color="0.5", linestyle=":")
-    axes[1, column].set_title("general items right, points beside the base's")
-    axes[1, column].set_xlabel("examples to learn from")
-    axes[1, column].set_xscale("log")
-    axes[1, column].set_xticks([50, 500, 5000], ["50", "500", "5,000"])
-    axes[1, column].minorticks_off()
-axes[0, 0].legend(fontsize=8)
-figure.suptitle("Six methods, each tuned for every point; 95 % intervals over 5 seeds and the test items")
-figure.savefig(OUT / "16_which_method.png", dpi=120)
+STARTS = {task: report(find, untrained(task), key).mean.value for task, key in KEYS.items()}
+which.by_examples_picture(TABLE, NAMES, STARTS).savefig(OUT / "16_which_method.png", dpi=120)
 
 # %%
 LARGE = {}
