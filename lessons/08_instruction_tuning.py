@@ -15,11 +15,10 @@
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
-# notebook. It trains one seed now, and reads the curves over three seeds from
-# `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those of the fifteen runs that are
-# missing there.
+# notebook. It trains one seed now, and reads thirty runs, six conditions under five seeds each, from
+# `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those that are missing there.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import os
@@ -29,14 +28,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import tuning
 
 import minipeft as mp
 from minipeft import diagrams
+from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments.rows import read_rows
-from minipeft.experiments.seeds import below, spread
 from minipeft.experiments.shipped import rounded
 from minipeft.experiments.sweep import sweep
 from minipeft.text.datasets import Conversation, Message
@@ -44,6 +46,7 @@ from minipeft.text.examples import Example, encode_examples
 from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, instructions, is_right, pairs
 from minipeft.text.templates import alpaca, chatml, custom
 from minipeft.train import collate, collate_packed, evaluate
+from minipeft.train.evaluation import example_losses
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -51,7 +54,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "08_instruction_tuning.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 2 test records a task for 32, or 1 for 8: no number of sections 4 and 7 says anything. The rows are the full lesson's.\n")
+    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 2 test records a task for 86, or 1 for 40: no number of sections 4 and 6 says anything. The rows are the full lesson's.\n")
 base, tokenizer = mp.load_base()
 
 # %% [markdown]
@@ -228,6 +231,9 @@ assert (abs(gradient - padded_gradient).max() < 1e-5 * abs(padded_gradient).max(
 assert packed.tokens == padded.tokens and packed.weight == padded.weight
 assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 
+# %%
+tuning.packed_picture(packed).savefig(OUT / "08_instruction_tuning_packed.png", dpi=120)
+
 # %% [markdown]
 # More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
 # decreasing: each, the longest first, goes where it fits and the least room is left. Where a batch is a number of
@@ -270,7 +276,7 @@ class Tuning:
     steps: int = 60
     batch_size: int = 24
     learning_rate: float = 1e-3
-    tested: int = 32
+    tested: int = 86  # as many as the smallest task has
     seed: int = 0
 
 
@@ -314,11 +320,13 @@ def answers(model, records, template=TEMPLATE, max_new_tokens=14):
 
 
 def measure(model, n):
-    """On n test records a task, by what is new: losses in nats per answer token, shares of right answers, how many stop."""
+    """On n test records a task, by what is new: each answer's loss in nats a token, shares of right answers, how many stop."""
     row = {"loss": {}, "right": {}, "stopped": {}}
     for new, of in tests(n).items():
-        row["loss"][new] = {name: evaluate(model, encode(records), 32) for name, records in of.items()}
-        ended = []
+        row["loss"][new], ended = {}, []
+        for name, records in of.items():
+            nats, tokens = example_losses(model, encode(records), 32, tokenizer.pad_token_id)
+            row["loss"][new][name] = (nats / tokens).round(4).tolist()
         for name, records in of.items():
             if TASKS[name].check is not None:
                 written = answers(model, records)
@@ -333,8 +341,8 @@ def run(settings):
     return measure(train(drawn(settings), settings), settings.tested)
 
 
-SEEDS = (0, 1, 2)
-CONDITIONS = [Tuning(tasks=1), Tuning(tasks=3), Tuning(), Tuning(phrasings=1), Tuning(learned="everything")]
+SEEDS = (0, 1, 2, 3, 4)
+CONDITIONS = [Tuning(tasks=1), Tuning(tasks=3), Tuning(), Tuning(phrasings=1), Tuning(phrasings=3), Tuning(learned="everything")]
 if "--full" in sys.argv:
     RESULTS.parent.mkdir(exist_ok=True)
     sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
@@ -360,8 +368,8 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 32 test
-# records. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model
+# How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 86 test
+# records, in nats per token of the answer. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model
 # writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers to
 # four of the seven trained tasks and to two of the three new ones: the whole answer must be the wanted one, or another
 # that the dictionary allows (for `use`, any that has the word in it).
@@ -370,7 +378,7 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
 # %%
 def overall(row, what, new):
     """The mean over tasks of a row's losses, or shares, for what is new: "inputs", "phrasings" or "tasks"."""
-    return float(np.mean(list(row[what][new].values())))
+    return float(np.mean([np.mean(of) for of in row[what][new].values()]))
 
 
 print("answers that are checked:", ", ".join(f"new {new} {settings.tested * len(of)}" for new, of in now["right"].items()))
@@ -387,6 +395,10 @@ for name in () if REDUCED else ("source", "part-of-speech"):
     KNOWN[name] = mean(np.array(right, float)), n / len(records)
     print(f"{name}: {KNOWN[name][0].value:.1%} [{KNOWN[name][0].low:.1%}, {KNOWN[name][0].high:.1%}] of {len(records)} right;", end=" ")
     print(f"who always says {most!r} has {n / len(records):.1%}")
+
+# %%
+shares = ({what: {new: overall(row, what, new) for new in row["right"]} if what == "right" else row[what] for what in ("stopped", "right")} for row in (before, now))
+tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_answers.png", dpi=120)
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
@@ -453,128 +465,91 @@ if not REDUCED:
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
-# Now all conditions, with three seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in
-# none. A difference is *clear* where its 95 % interval, seed by seed, excludes 0 (Lesson 0).
+# Now all conditions, with five seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in none.
+# Intervals are of 95 %, over seeds and test records; a difference is *clear* where its own excludes 0 (Lesson 0).
 #
 # **Predict:** more tasks for the same number of records: is the loss of `rewrite` higher or lower, and that of the new
 # tasks?
 
 # %%
 rows = read_rows(RESULTS)
+ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = CONDITIONS
 NAMES = {
-    Tuning(tasks=1): "one task", Tuning(tasks=3): "three tasks", Tuning(): "seven tasks",
-    Tuning(phrasings=1): "... in one phrasing", Tuning(learned="everything"): "... prompt learned too",
+    ONE_TASK: "one task", THREE_TASKS: "three tasks", SEVEN: "seven tasks", ONE_PHRASING: "... in one phrasing",
+    THREE_PHRASINGS: "... in three, of one form", EVERYTHING: "... prompt learned too",
 }  # fmt: skip
-
-
-def over_seeds(condition, new, tasks, what="loss"):
-    """For each seed, the mean over some tasks of what a condition has on them where `new` is new."""
-    fields = {key: value for key, value in vars(condition).items() if key != "seed"}
-    found = {row["seed"]: row[what][new] for row in rows if fields.items() <= row.items()}
-    return np.array([np.mean([found[seed][name] for name in tasks]) for seed in SEEDS])
-
-
 COLUMNS = {
     "rewrite, new inputs": ("inputs", ("rewrite",)),
     "7 tasks, new inputs": ("inputs", TRAINED),
     "7 tasks, new phrasings": ("phrasings", TRAINED),
     "3 new tasks": ("tasks", HELD_OUT),
 }
-print("(±: the standard deviation over the seeds)")
-print(f"{'loss, nats a token':24}" + "".join(f"{title:>24}" for title in COLUMNS))
-at_start = {title: np.mean([before["loss"][new][name] for name in of]) for title, (new, of) in COLUMNS.items()}
-print(f"{'the base, on 2 records' if REDUCED else 'the base':24}" + "".join(f"{value:24.3f}" for value in at_start.values()))
-table = {condition: {title: over_seeds(condition, *column) for title, column in COLUMNS.items()} for condition in NAMES}
+
+
+def losses(condition, new, tasks):
+    """A condition's losses [seeds, records] on some tasks, where `new` is new."""
+    fields = {key: value for key, value in vars(condition).items() if key != "seed"}
+    found = {row["seed"]: row["loss"][new] for row in rows if fields.items() <= row.items()}
+    return np.array([np.concatenate([found[seed][name] for name in tasks]) for seed in SEEDS])
+
+
+table = {condition: {title: losses(condition, *column) for title, column in COLUMNS.items()} for condition in NAMES}
+at_start = {title: np.mean([np.mean(before["loss"][new][name]) for name in of]) for title, (new, of) in COLUMNS.items()}
+print(f"{'loss, nats a token':26}" + "".join(f"{title:>24}" for title in COLUMNS))
+print(f"{'the base, on 2 records' if REDUCED else 'the base':26}" + "".join(f"{value:24.3f}" for value in at_start.values()))
 for condition, name in NAMES.items():
-    cells = [f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in table[condition].values()]
-    print(f"{name:24}" + "".join(f"{cell:>24}" for cell in cells))
+    found = [crossed(values) for values in table[condition].values()]
+    print(f"{name:26}" + "".join(f"{f'{e.value:.3f} ± {(e.high - e.low) / 2:.3f}':>24}" for e in found))
 if not REDUCED:
-    stored = table[Tuning()]["7 tasks, new inputs"][0]
+    stored = table[SEVEN]["7 tasks, new inputs"][0].mean()
     print(f"seven tasks, seed 0: {overall(now, 'loss', 'inputs'):.4f} just now, {stored:.4f} in the file")
     assert abs(overall(now, "loss", "inputs") - stored) < 0.03, "the same settings, the same result, but for rounding"
 
+# %%
+by_tasks = {title: {c.tasks: crossed(table[c][title]) for c in (ONE_TASK, THREE_TASKS, SEVEN)} for title in ("rewrite, new inputs", "3 new tasks")}
+tuning.tasks_picture(by_tasks, at_start).savefig(OUT / "08_instruction_tuning_tasks.png", dpi=120)
+
+# %%
+CHECKS = (  # a and b, and whether a's loss is above b's: True, False, or None for undecided
+    (ONE_TASK, THREE_TASKS, {"rewrite, new inputs": False, "3 new tasks": True}),
+    (THREE_TASKS, SEVEN, {"rewrite, new inputs": False, "3 new tasks": True}),
+    (ONE_PHRASING, SEVEN, {"7 tasks, new phrasings": True, "3 new tasks": True}),
+    (ONE_PHRASING, THREE_PHRASINGS, {"7 tasks, new phrasings": None, "3 new tasks": True}),
+    (THREE_PHRASINGS, SEVEN, {"7 tasks, new phrasings": True, "3 new tasks": True}),
+    (EVERYTHING, SEVEN, {"7 tasks, new inputs": True, "7 tasks, new phrasings": True, "3 new tasks": None}),
+)
+print("how much more the loss is, and its interval")
+for a, b, expected in CHECKS:
+    for title, higher in expected.items():
+        e = crossed(table[a][title] - table[b][title])
+        found = None if e.low < 0 < e.high else e.value > 0
+        print(f"{NAMES[a].removeprefix('... '):22} less {NAMES[b].removeprefix('... '):22}{title:24}{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]{' undecided' * (found is None)}")
+        assert found is higher, (NAMES[a], title)
+
+# %%
+more = {NAMES[c].removeprefix("... "): {title: crossed(values - table[SEVEN][title]) for title, values in table[c].items()} for c in CONDITIONS[3:]}
+tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=120)
+
 # %% [markdown]
-# **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new
-# tasks, from one task to three to seven. (Intervals are over seeds: other tasks, trained or new, might tell otherwise.)
+# **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new tasks,
+# from one task to three to seven. (Intervals are over seeds and records: other tasks might tell otherwise.)
 #
-# **More phrasings** help clearly at the new tasks. (Or one form does: about half of the held-out questions have the
-# input within the sentence, which the one phrasing never has.) At the trained ones, asked in words that neither model
-# had met, it is undecided.
+# **More phrasings** help clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026 [0.014,
+# 0.039] at the trained ones, asked in new words. Is it the number of words, or their form? Of the four phrasings the
+# first three have the input on a line of its own, as has the one; the fourth, like half of the held-out ones, has it
+# within the sentence. At the new tasks both help: three beside one by 0.179 [0.086, 0.272], the fourth by 0.067 [0.008,
+# 0.127] more. At the trained ones only the fourth does.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps as under a third of the tokens in that loss
 # are the answers'. At the new ones it is undecided.
 
-# %%
-one, three, seven, one_phrasing, everything = table.values()
-CHECKS = (  # what is compared, and whether the first is above the second: True, False, or None for undecided
-    ("one task, and three", one, three, {"rewrite, new inputs": False, "3 new tasks": True}),
-    ("three tasks, and seven", three, seven, {"rewrite, new inputs": False, "3 new tasks": True}),
-    ("one phrasing, and four", one_phrasing, seven, {"7 tasks, new phrasings": None, "3 new tasks": True}),
-    ("prompt learned too, and not", everything, seven, {"7 tasks, new inputs": True, "7 tasks, new phrasings": True, "3 new tasks": None}),
-)
-print("(±: half of the 95 % interval over the seeds)")
-for name, first, second, expected in CHECKS:
-    for title, higher in expected.items():
-        found = below(second[title], first[title])
-        print(f"{name:28}{title:24}{spread(first[title] - second[title]):>16}  {'undecided' if found is None else 'clear'}")
-        assert found is higher, (name, title)
-
 # %% [markdown]
-# ## 6 · The picture
-
-# %%
-figure, axes = plt.subplots(2, 2, figsize=(11, 8.4))
-(mask_axes, tasks_axes), (form_axes, words_axes) = axes
-begins = (packed.arguments["position_ids"] == 0) & packed.arguments["attention_mask"][:, 0].any(axis=1)  # [rows, T]
-row = begins.sum(axis=1).argmax()  # the one with the most records
-sees = np.tril(packed.arguments["attention_mask"][row, 0])
-record_of = np.cumsum(begins[row])[:, None]
-mask_axes.imshow(np.where(sees, record_of, np.nan), cmap="tab10", vmin=1, vmax=10)
-mask_axes.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
-
-numbers = sorted(MIX)
-for title, color in (("rewrite, new inputs", "C0"), ("3 new tasks", "C3")):
-    values = np.array([table[Tuning(tasks=n)][title] for n in numbers])  # [conditions, seeds]
-    tasks_axes.axhline(at_start[title], color=color, linestyle=":", linewidth=1)
-    tasks_axes.plot(numbers, values.mean(axis=1), color=color, label=title)
-    tasks_axes.plot(numbers, values, "o", color=color, markersize=4)
-tasks_axes.set(xlabel="tasks trained, for the same number of records", ylabel="loss, nats a token", xticks=numbers)
-tasks_axes.set(title="more tasks: rewrite worse, the new ones better")
-tasks_axes.legend(frameon=False, title=f"(dotted: the base{', on 2 records' * REDUCED})")
-
-place, width = np.arange(3), 0.2
-kinds_of_new = ("inputs", "phrasings", "tasks")
-for k, (label, of, color) in enumerate((("stops, base", before["stopped"], "0.8"), ("stops, tuned", now["stopped"], "C0"))):
-    form_axes.bar(place + (k - 1.5) * width, [of[new] for new in kinds_of_new], width, label=label, color=color)
-for k, (label, row, color) in enumerate((("right, base", before, "0.6"), ("right, tuned", now, "C2"))):
-    form_axes.bar(place + (k + 0.5) * width, [overall(row, "right", new) for new in kinds_of_new], width, label=label, color=color)
-form_axes.set(
-    xticks=place, xticklabels=[f"new {new}" for new in kinds_of_new], ylim=(0, 1.3), ylabel="share of answers"
-)
-form_axes.set_title("reduced: too few steps" if REDUCED else "the form carries over to new tasks, the skill does not")
-form_axes.legend(frameon=False, ncols=2, loc="upper center")
-
-for k, (name, of, color) in enumerate((("one phrasing", one_phrasing, "C1"), ("prompt learned too", everything, "C4"))):
-    more = np.array([of[title] - seven[title] for title in COLUMNS])  # [columns, seeds]
-    words_axes.bar(np.arange(4) + (k - 0.5) * 0.3, more.mean(axis=1), 0.3, color=color, alpha=0.6, label=name)
-    words_axes.plot(np.arange(4) + (k - 0.5) * 0.3, more, "k.", markersize=4)
-words_axes.axhline(0, color="black", linewidth=0.8)
-words_axes.set(xticks=range(4), xticklabels=[title.replace(", ", ",\n") for title in COLUMNS])
-words_axes.set(
-    ylabel="nats a token more than seven tasks", title="one phrasing, and learning the prompt: worse or better?"
-)
-words_axes.legend(frameon=False, loc="upper left")
-figure.tight_layout()
-figure.savefig(OUT / "08_instruction_tuning.png", dpi=120)
-print("saved", OUT / "08_instruction_tuning.png")
-
-# %% [markdown]
-# ## 7 · Break it
+# ## 6 · Break it
 #
 # First: ask in another template than the training's. No error is raised.
 
 # %%
-asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 8)]
+asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 40)]
 mismatch = {}
 for name, template in {
     "the template of the training": TEMPLATE,
@@ -584,18 +559,16 @@ for name, template in {
 }.items():
     records = [record for _, record in asked]
     written = answers(tuned, records, template)
-    right = np.mean([is_right(task, "test", record, text) for (task, record), (text, _) in zip(asked, written)])
-    loss = evaluate(tuned, encode(records, template), 32)
-    mismatch[name] = right
-    print(f"{name:30} loss {loss:.2f}, {right:.0%} right, {np.mean([end for _, end in written]):.0%} stop by themselves")
-
-if not REDUCED:
-    assert mismatch["the template of the training"] > mismatch["Alpaca"] > 0.1 > mismatch["ChatML"]
-    assert abs(mismatch["the template of the training"] - mismatch["a letter off ('answer:')"]) < 0.1
+    mismatch[name] = np.array([is_right(task, "test", record, text) for (task, record), (text, _) in zip(asked, written)], float)
+    loss, stop = evaluate(tuned, encode(records, template), 32), np.mean([end for _, end in written])
+    less = mean(mismatch[name] - mismatch["the template of the training"])  # answer by answer
+    print(f"{name:30} loss {loss:.2f}, {stop:.0%} stop by themselves, {mismatch[name].mean():.0%} right", end="")
+    print(f" ({less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}])" if len(mismatch) > 1 else "")
+    assert REDUCED or (less.high < 0) == (name in ("Alpaca", "ChatML")), name
 
 # %% [markdown]
-# Of these 32 answers, in one run, about as many are right with a letter off, and fewer with Alpaca's template. With
-# ChatML, whose tokens the base has never met, hardly any is. With `transformers` two slips change the prompt: without
+# Of these 160 answers, in one run, fewer are right with Alpaca's template, and hardly any with ChatML, whose tokens the
+# base has never met; with a letter off no difference is clear. With `transformers` two slips change the prompt: without
 # `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
 # get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
 # (huggingface.co/docs/transformers/chat_templating).

@@ -14,7 +14,7 @@
 # and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs that are
 # missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the picture goes
+# Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
 
 # %%
@@ -26,15 +26,20 @@ from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import hacking
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
 from minipeft.claims.chain import JUDGES
 from minipeft.claims.chain_rules import CHAIN, along, crossed, items, shown, those_of
+from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
+from minipeft.experiments.shipped import rounded
 from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -45,7 +50,6 @@ RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 if REDUCED:
     print("REDUCED SETTING: judges from 8 rankings and 2 updates in sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
 LENGTH = 20
@@ -58,8 +62,8 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). No judge is known well: it is asked about the pairs of 64 prompts, 384 at most,
-# and that alone is an error of 5 points or more.
+# pairs of a ranking at once (Lesson 9). How good is it? It is asked about the pairs of 512 prompts that it has not
+# seen. The six pairs of a prompt depend on each other, so its interval is over prompts.
 
 # %%
 def openings(split):
@@ -78,7 +82,7 @@ def continued(split, n, rng, seed):
 
 @cache
 def reward_model(rankings, seed):
-    """(reward model, share of held-out pairs in which it agrees with the gold)."""
+    """(reward model, share of held-out pairs in which it agrees with the gold: [value, low, high])."""
     rng = np.random.default_rng(seed)
     prompts, answers, scores = continued("train", rankings, rng, seed)
     ranked = rlhf.rankings(prompts, answers, rlhf.rank(scores, rng, temperature=0.1))
@@ -90,12 +94,11 @@ def reward_model(rankings, seed):
     )
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
-    prompts, answers, scores = continued("validation", 64, rng, seed)
+    prompts, answers, scores = continued("validation", 32 if REDUCED else 512, rng, seed)
     rewards = model.score_texts([np.array([*p, *a]) for p, own in zip(prompts, answers) for a in own]).reshape(-1, 4)
     i, j = np.triu_indices(4, 1)
-    difference, guess = (scores[:, i] - scores[:, j]).ravel(), (rewards[:, i] - rewards[:, j]).ravel()
-    differ = difference != 0
-    return model, float((difference * guess > 0)[differ].mean())
+    difference, guess = scores[:, i] - scores[:, j], rewards[:, i] - rewards[:, j]  # [prompts, 6]
+    return model, list(mean((difference * guess > 0).sum(axis=1), (difference != 0).sum(axis=1)))
 
 
 # %% [markdown]
@@ -188,7 +191,7 @@ def optimize(run):
         tokenizer.decode(p) + " |" + tokenizer.decode(a, skip_special_tokens=True)
         for p, a in zip(roll.prompts(), roll.responses())
     ]
-    return {"accuracy": round(accuracy, 4), "history": columns, "samples": samples}
+    return {"accuracy": rounded(accuracy), "history": columns, "samples": samples}
 
 
 BETAS = (0.0, 0.05, 0.2)
@@ -211,17 +214,18 @@ def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
 
 
 assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}, "three seeds of each: see --full"
-accuracies = {n: [r["accuracy"] for r in rows if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
-error = 1.96 * math.sqrt(0.25 / (64 * math.comb(4, 2)))
+accuracies = {n: [Estimate(*r["accuracy"]) for r in rows if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
 for rankings, each in accuracies.items():
-    print(f"judges from {rankings} rankings agree with the gold in", *(f"{a:.1%}" for a in each), f"of the pairs of 64 held-out prompts, ± {100 * error:.0f} points or more")
-weak_accuracy, accuracy = map(np.array, accuracies.values())
-assert (accuracy > weak_accuracy).all(), "more rankings help"
+    told = ", ".join(f"{a.value:.1%} [{a.low:.1%}, {a.high:.1%}]" for a in each)
+    print(f"judges from {rankings} rankings agree with the gold in {told} of held-out pairs")
+assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and all(a.low > 0.5 for a in accuracies[Run(0).rankings])
+assert [more.low > less.high for less, more in zip(*accuracies.values())] == [False, True, True], "more rankings help two of three"
 
 # %% [markdown]
-# One run, live, with nothing to hold it, under seed 2, whose judge is one of the two best. Proxy and gold rise
-# together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of
-# $-\log \pi_{\text{ref}}$ over the policy's tokens.
+# No judge of 300 rankings is clearly better than a coin, each of 1,000 is, two of them clearly better than those of
+# 300. One run, live, with nothing to hold it, under seed 2, whose judge is one of these two. Proxy and gold rise
+# together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log
+# \pi_{\text{ref}}$ over the policy's tokens.
 #
 # **Predict:** what does the policy write at the end? (Another machine draws other words; what we claim, we read off
 # three seeds.)
@@ -310,15 +314,14 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
             means = smooth(c[name])[seed]
             did[rankings, seed, name] = verdict(means, CLEAR[name])
             golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:12s}"
-        agreed[rankings, seed] = accuracies[rankings][seed]
+        agreed[rankings, seed] = accuracies[rankings][seed].value
         print(
             f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f}"
             f" {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}"
         )
 for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
     print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
-GOOD = 0.6  # of held-out pairs
-good = [run for run in agreed if agreed[run] > GOOD]
+good = sorted(agreed, key=agreed.get)[-2:]  # the two that agree most
 weak_first, weak_last = ends(weak)
 first, _ = ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
@@ -329,23 +332,15 @@ assert all(did[*run, "gold"] == "stays" for run in agreed if run not in good), "
 assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
 curves = [(found(beta), dict(color=color, label=f"β = {beta:g}")) for beta, color in zip(BETAS, ("C3", "C1", "C0"))]
 curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
-titles = ("Proxy: optimized", "Gold: only watched", "Distinct bigrams", "Gold × distinct bigrams")
-for ax, key, title in zip(axes, ("proxy", "gold", "distinct_2", "second"), titles):
-    for c, style in curves:
-        for d, y in zip(np.sqrt(smooth(c["kl"])), smooth(c[key])):  # one line a seed
-            ax.plot(d, y, linewidth=1.4, **style)
-    ax.set(title=title, xlabel="sqrt(KL)")
-axes[0].legend(handles=axes[0].lines[::3], frameon=False, fontsize=7)  # the colors are the same in all
-figure.savefig(OUT / "11_reward_hacking.png", dpi=120)
+curves = [({name: smooth(values) for name, values in c.items()}, style) for c, style in curves]
+hacking.runs_picture(curves).savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
-# **The proxy climbs with every judge, the gold with the two that agree most.** They order more than 60% of held-out
-# pairs as the gold does (a limit drawn afterwards), and it climbs to 0.99 and 0.94. With the others it moves by no more
-# than its noise: what was gained is error. Agreement is no promise: it is measured on pairs of the *base's* answers,
-# and says little about answers that the base would never give.
+# **The proxy climbs with every judge, the gold with the two that agree most.** It climbs to 0.99 and 0.94. With the
+# others it moves by no more than its noise: what was gained is error. Agreement is no promise: it is measured on pairs
+# of the *base's* answers, and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -387,23 +382,17 @@ assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
 print("proxy where PPO has first spent the KL of the best of 16, and of that: ", ", ".join(f"{a:.2f} and {b:.2f}" for a, b in equal.values()))
 assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy"
+for row in judged["full", 100][0]:
+    print(f"full, 100 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
 
 # %%
-figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), sharey=True, layout="constrained")
-for ax, ((size, n), (runs, many)) in zip(panels, judged.items()):
-    for key, color in (("proxy", "C3"), ("gold", "C2")):
-        for i, row in enumerate(runs):  # a line a seed
-            ax.plot(*along(row, key), color=color, linewidth=1.2, label=None if i else key)
-        means = {m: np.mean([[row["best_of"][m][name] for row in many] for name in ("kl", key)], axis=1) for m in many[0]["best_of"]}
-        ax.plot(*np.transpose([(math.sqrt(kl), mean) for kl, mean in means.values()]), "--", color=color, linewidth=2)
-    ax.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
-panels[0].legend(frameon=False)
-figure.savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
+hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
 # Every proxy rises clearly. The gold rises clearly with no judge; with the two that the output names it ends clearly
 # below the SFT model's. The best of 16 has more gold than the end of PPO, clearly so with three of the four judges from
-# 100 or 600 comparisons (not with LoRA's), at far less KL.
+# 100 or 600 comparisons (not with LoRA's), at far less KL. In the printed answers a person hardly sees this gold fall:
+# they end, and few make sense, as those of the SFT model (Lesson 10); one says "no hope" twice.
 #
 # The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
@@ -440,13 +429,14 @@ for name, text in witnesses:
     print(f"{text}, three judges from {WEAK} rankings, three from {Run(0).rankings}:", *(f"{a:.2f} -> {z:.2f} " for a, z in moves))
 falls, rises = (np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses)
 print("update at which each has clearly moved, and of the best second gold:")
-for seed in np.flatnonzero(accuracy > GOOD):
+able = np.array([(Run(0).rankings, seed) in good for seed in range(3)])
+for seed in np.flatnonzero(able):
     fall, rise, best = (smooth(columns[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
     at = np.argmax(fall[0] - fall > CLEAR["distinct_2"]), np.argmax(rise - rise[0] > CLEAR["ref_loss"]), best.argmax()
     print(f"seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
     assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
-assert (rises[3:][accuracy > GOOD] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
+assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
 assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
 
 # %% [markdown]
@@ -486,10 +476,13 @@ on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for
 chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in (a, b["checks"]["32"])] for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2))]
 print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
+for name in ("proxy", "kl", "distinct_2"):
+    lower = {what: interval(end[name] - other[name]) for what, end, other in (("0.05 less 0", cheap, free_end), ("0.2 less 0.05", high, cheap), ("penalty less none", penalized, cheap))}
+    print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
+    assert [abs(value) > half for value, half in lower.values()] == [name != "kl", False, False], name
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
 assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
-able = accuracy > GOOD
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
 assert (high["second"] < cheap["second"]).all(), "and a high one below it"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
@@ -503,7 +496,8 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 # we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and not at
 # 0.2.
 #
-# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
+# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
+#   three seeds clear are the small price's proxy, {P}, and bigrams, {D}.) With
 #   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
 #   one in every seed, clearly in one. But at the high price the objective itself, proxy less $\beta$ KL, ends below its
 #   start in two seeds of three (on the chain in all five): PPO did not maximize it, why is open, and so is what the
@@ -511,7 +505,7 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 #   is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
-#   of 12 to 37. Whether it costs gold because it goes less far was not measured.
+#   of 12 to 37 (over three seeds neither is clear). Whether it costs gold because it goes less far was not measured.
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find that at the same KL a price has more proxy
 #   than none, but no more gold: for the gold it acts like an early stop.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
@@ -545,7 +539,7 @@ for name, model in (("base", base), ("policy", policy)):
     with mp.no_grad():
         opinions = [j.rewards(roll.input_ids, roll.attention_mask).numpy().mean() for j in (judge, second)]
     table[name] = [*opinions, gold(roll).mean()]
-print(f"\nagreement with the gold: first judge {judge_accuracy:.1%}, second {second_accuracy:.1%}, ±{error:.1%} or more")
+print(f"\nagreement with the gold: first judge {judge_accuracy[0]:.1%}, second {second_accuracy[0]:.1%} [{second_accuracy[1]:.1%}, {second_accuracy[2]:.1%}]")
 print("            judge it was trained on   second judge    gold")
 for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")

@@ -1,4 +1,4 @@
-"""What Lesson 15 computes beside the league: three remedies against forgetting, and the way back from a tuned model to its base.
+"""What Lesson 15 computes beside the league: remedies against forgetting, and the way back from a tuned model to its base.
 
 By the league's protocol, as `practice` says. A remedy is compared at equal quality of the task (`protocol.Gentle`): it and full
 fine-tuning without it each at the rate, of those tried, that keeps the lowest loss on general text.
@@ -27,8 +27,12 @@ from .practice import CASE, near
 
 NONE = near()
 REMEDIES = {"L2-SP, α = 0.3": near(l2_start=0.3), "replay, 0.25": near(replay=0.25), "weight decay, 1": near(weight_decay=1.0)}
-PAIRS = [Pair(CASE, name, Gentle(with_it, NONE), "none", Gentle(NONE, with_it)) for name, with_it in REMEDIES.items()]
-SEARCHES: list[Choice] = [NONE, *(way for pair in PAIRS for way in (pair.one, pair.other))]
+STRENGTHS = {"L2-SP, α = 0.1": near(l2_start=0.1), "L2-SP, α = 1": near(l2_start=1.0), "weight decay, 10": near(weight_decay=10.0)}
+PAIRS, OTHERS = (
+    [Pair(CASE, name, Gentle(with_it, NONE), "none", Gentle(NONE, with_it)) for name, with_it in several.items()]
+    for several in (REMEDIES, STRENGTHS)
+)
+SEARCHES: list[Choice] = [NONE, *(way for pair in PAIRS + OTHERS for way in (pair.one, pair.other))]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""What Lesson 8 draws."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def packed_picture(batch):
+    """Who sees whom in the row of a packed batch that has the most records."""
+    begins = (batch.arguments["position_ids"] == 0) & batch.arguments["attention_mask"][:, 0].any(axis=1)  # [rows, T]
+    row = begins.sum(axis=1).argmax()
+    sees = np.tril(batch.arguments["attention_mask"][row, 0])
+    figure, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+    axis.imshow(np.where(sees, np.cumsum(begins[row])[:, None], np.nan), cmap="tab10", vmin=1, vmax=10)
+    axis.set(title=f"a packed row of {begins[row].sum()} records: who sees whom", xlabel="key", ylabel="query")
+    return figure
+
+
+def answers_picture(base, tuned, reduced):
+    """The shares of answers that stop and that are right {"stopped", "right": {what is new: share}}, before and after."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    bars = (("stops, base", "stopped", base, "0.8"), ("stops, tuned", "stopped", tuned, "C0"),
+            ("right, base", "right", base, "0.6"), ("right, tuned", "right", tuned, "C2"))  # fmt: skip
+    for k, (label, what, of, color) in enumerate(bars):
+        axis.bar(np.arange(3) + (k - 1.5) * 0.2, list(of[what].values()), 0.2, label=label, color=color)
+    axis.set(xticks=range(3), xticklabels=[f"new {new}" for new in base["right"]], ylim=(0, 1.3), ylabel="share of answers")
+    axis.set_title("reduced: too few steps" if reduced else "the form carries over to new tasks, the skill does not")
+    axis.legend(frameon=False, ncols=2, loc="upper center")
+    return figure
+
+
+def bars(axis, place, found, width, **style):
+    """Estimates as bars, with their intervals."""
+    values, low, high = np.array([(e.value, e.low, e.high) for e in found]).T
+    axis.bar(place, values, width, yerr=(values - low, high - values), capsize=3, ecolor="0.2", **style)
+
+
+def tasks_picture(by_tasks, at_start):
+    """Losses {column: {tasks trained: its estimate}} over the number of tasks, beside the base's {column: loss}."""
+    figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for (title, of), color in zip(by_tasks.items(), ("C0", "C3")):
+        value, low, high = np.array([(e.value, e.low, e.high) for e in of.values()]).T
+        axis.axhline(at_start[title], color=color, linestyle=":", linewidth=1)
+        axis.errorbar(list(of), value, (value - low, high - value), fmt="o-", markersize=4, capsize=3, color=color, label=title)
+    axis.set(xlabel="tasks trained, for the same number of records", ylabel="loss, nats a token", xticks=list(of))
+    axis.set_title("more tasks: rewrite worse, the new ones better")
+    axis.legend(frameon=False, title="(dotted: the base)")
+    return figure
+
+
+def words_picture(more):
+    """What conditions have more than the usual one {condition: {column: estimate}}, in nats a token."""
+    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for k, (name, of) in enumerate(more.items()):
+        bars(axis, np.arange(len(of)) + (k - 1) * 0.26, of.values(), 0.26, color=f"C{(1, 2, 4)[k]}", alpha=0.6, label=name)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xticks=range(len(of)), xticklabels=[title.replace(", ", ",\n") for title in of])
+    axis.set(ylabel="nats a token more", title="fewer phrasings, and learning the prompt: worse or better?")
+    axis.legend(frameon=False, loc="upper left")
+    return figure
