@@ -124,6 +124,14 @@ def test_advice_follows_its_rows(id):
     assert [rule.judge(filled(rule.experiment, skill, {})).verdict for skill in PRACTICE[id]] == [HOLDS, NOT]
 
 
+def test_hard_examples_have_to_beat_chance_as_well():
+    rule = RULES["best-3"]
+    verdict = rule.judge(filled(rule.experiment, better(lambda t: t.data != "easy"), {}))
+    assert verdict.verdict == IF and len([verdict.effect, *verdict.evidence]) == 8
+    assert verdict.because.count(" beside easy ones, ") == verdict.because.count(" beside random ones, ") == 4
+    assert verdict.because.count(": better (") == verdict.because.count(": equal (") == 4
+
+
 KEPT = {
     "full-4": lambda t: t.rate < 1e-3,
     "forget-2": lambda t: t.rate < (1e-3 if t.method == "full" else 3e-3),

@@ -111,7 +111,7 @@ def test_every_column_and_option_is_documented():
 
 
 def test_the_help_has_the_number_of_figures_and_the_conventions():
-    assert f"\n{len(published.read_published())} parameter counts and memory figures" in command.__doc__
+    assert f"\n{len(published.read_published())} parameter counts, memory figures and code values" in command.__doc__
     for convention in ("c_attn", "enable_lora", "num_transformer_submodules", "OPT", "modules_to_save"):
         assert convention in command.__doc__
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from minipeft.claims import protocol
 from minipeft.claims.comparison import Pair, Searches
-from minipeft.claims.protocol import Choice, Search, search
+from minipeft.claims.protocol import Choice, Search, Trial, search
 from minipeft.experiments.rows import Row, read_rows
 from minipeft.experiments.sweep import sweep
 
@@ -39,6 +39,12 @@ WRONG = [
     Pair(CASE, "500 clean", CLEAN, "500 with half of them wrong", HALF_WRONG),
 ]
 SEARCHES: list[Choice] = [BATCHES.one, BATCHES.other, CLEAN, HALF_CLEAN, AS_OFTEN, HALF_WRONG]
+
+
+def learned(trial: Trial) -> int:
+    """The examples that a trial learns from, each as often as it is seen. An epoch's last batch is what is left."""
+    epochs, steps = divmod(trial.steps, -(-trial.examples // trial.batch_size))
+    return epochs * trial.examples + steps * trial.batch_size
 
 
 def known(searches: Iterable[Choice], store: str | os.PathLike) -> list[Row]:

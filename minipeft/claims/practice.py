@@ -69,15 +69,17 @@ def balance(rows: Rows) -> Verdict:
 
 
 HARD = differing("easy and hard examples", {"data": "mixed"}, "easy ones", {"data": "easy"})
+HARDER = differing("easy and hard examples", {"data": "mixed"}, "random ones", {})
 
 
-@claim("best-3", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("league", HARD))
+@claim("best-3", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("league", HARD + HARDER))
 def hard_examples(rows: Rows) -> Verdict:
-    """Holds if 500 examples of which half are hard for the base clearly beat 500 easy ones, of one pool of 1,500, in every case; holds
-    if in some; does not hold here if in none. The test has both kinds. (Not tried: hard ones alone, and a test of the easy and the hard
-    apart.)
+    """Holds if 500 examples of which half are hard for the base clearly beat 500 easy ones, of one pool of 1,500, and clearly beat 500
+    drawn at random, which are as hard as chance makes them, in every case; holds if in some; does not hold here if in none. The test
+    has both kinds. (Not tried: hard ones alone, and a test of the easy and the hard apart.)
     """
-    return judged(finder(rows), HARD, better)
+    find, n, m = finder(rows), len(HARD), len(HARDER)
+    return both(judged(find, HARD, better, beside=m), judged(find, HARDER, better, beside=n))
 
 
 RATE = {"axes": ("rate",)}

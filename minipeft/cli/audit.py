@@ -1,7 +1,7 @@
 """Recompute the literature's counts and memory figures.
 
-297 parameter counts and memory figures of papers and repositories are shipped with this package. Each is computed
-again, from the shapes of the model and the options of the method. A verdict is
+297 parameter counts, memory figures and code values of papers and repositories are shipped with this package. Each is
+computed again, from the shapes of the model and the options of the method. A verdict is
     reproduces     within the row's tolerance
     differs        outside of it
     not covered    the row has no options: its figure does not follow from shapes, or its status claims nothing
