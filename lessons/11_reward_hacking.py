@@ -53,6 +53,7 @@ if REDUCED:
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
 LENGTH = 20
+HELD_OUT = 512 if "--full" in sys.argv else 32 if REDUCED else 128  # prompts that a judge is asked about
 gold = rlhf.gold_reward(tokenizer)
 
 # %%
@@ -63,7 +64,7 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
 # pairs of a ranking at once (Lesson 9). How good is it? It is asked about the pairs of 512 prompts that it has not
-# seen. The six pairs of a prompt depend on each other, so its interval is over prompts.
+# seen (one that is trained now: 128). The six pairs of a prompt depend on each other, so its interval is over prompts.
 
 # %%
 def openings(split):
@@ -94,7 +95,7 @@ def reward_model(rankings, seed):
     )
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
-    prompts, answers, scores = continued("validation", 32 if REDUCED else 512, rng, seed)
+    prompts, answers, scores = continued("validation", HELD_OUT, rng, seed)
     rewards = model.score_texts([np.array([*p, *a]) for p, own in zip(prompts, answers) for a in own]).reshape(-1, 4)
     i, j = np.triu_indices(4, 1)
     difference, guess = scores[:, i] - scores[:, j], rewards[:, i] - rewards[:, j]  # [prompts, 6]
