@@ -266,12 +266,13 @@ assert too_long.min() > 3 and too_long.max() < 7
 # **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
 # too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
 # beside that of the weights. The rate is that of the peak: three steps of warm-up begin at 0, so that the first step
-# moves nothing; then it falls along a line (Lesson 0, section 7), to 1/17 of the peak in the last step.
+# moves nothing; then, by default, it falls along a line (Lesson 0, section 7), to 1/17 of the peak in the last step.
 #
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
 
 # %%
 STEPS, BATCH = (4, 4) if REDUCED else (20, 16)
+assert mp.TrainingArguments().lr_scheduler_type == "linear"
 assert REDUCED or [mp.optim.linear(step, 3, STEPS) for step in (0, 3, STEPS - 1)] == [0, 1, 1 / 17]
 GRID = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
 
