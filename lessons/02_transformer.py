@@ -239,7 +239,7 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 
 # %% [markdown]
 # The norm stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what
-# each branch wrote. The derivative of $x + f(x)$ is $1 + f'(x)$, and by the ones part of the gradient reaches every
+# each branch wrote. The derivative of $x + f(x)$ is $1 + f'(x)$: along the additions, part of the gradient reaches every
 # block without passing through the branch of another. The first transformers had the norm on the stream,
 # $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at initialization?
 

@@ -13,14 +13,18 @@
 # %%
 import math
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import rates
+
 import minipeft as mp
-from minipeft.accounting import measure_peak, memory_ledger
+from minipeft.accounting import measure_peak, memory_ledger, timeline
 from minipeft.backend import to_numpy
 from minipeft.claims import data, full
 from minipeft.claims.standings import so_far
@@ -261,13 +265,15 @@ assert too_long.min() > 3 and too_long.max() < 7
 #
 # **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
 # too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
-# beside that of the weights. The rate is that of the peak, after three steps of warm-up, which begins at 0, so that the
-# first step moves nothing, and before the decay.
+# beside that of the weights. The rate is that of the peak: three steps of warm-up begin at 0, so that the first step
+# moves nothing; then, by default, it falls along a line (Lesson 0, section 7), to 1/17 of the peak in the last step.
 #
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
 
 # %%
 STEPS, BATCH = (4, 4) if REDUCED else (20, 16)
+assert mp.TrainingArguments().lr_scheduler_type == "linear"
+assert REDUCED or [mp.optim.linear(step, 3, STEPS) for step in (0, 3, STEPS - 1)] == [0, 1, 1 / 17]
 GRID = [1e-5, 1e-3, 1e-1] if REDUCED else [1e-5, 1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2, 1e-1]
 
 
@@ -312,27 +318,7 @@ if not REDUCED:
     assert abs(curve[4, 0] - curve[1, 0]) < 0.2 and curve[4, 1] - curve[1, 1] > 0.7, "about the same task loss, at 1e-4 and 3.2e-3"
 
 # %%
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-a.semilogx(GRID, curve[:, 0], "o-", color=BLUE, label="the task: King James to plain English")
-a.semilogx(GRID, curve[:, 1], "s-", color=ORANGE, label="general text: what is forgotten")
-for level, color in zip(before, (BLUE, ORANGE)):
-    a.axhline(level, color=color, ls=":", lw=1.2)
-a.plot([], [], ":", color=GREY, label="the base, before")
-a.set(xlabel="learning rate", ylabel="held-out loss (nats per token)", ylim=(min(curve[at]) - 0.4, max(before) + 2.2))
-a.set_title(f"The same {STEPS} steps at {len(GRID)} learning rates")
-a.legend(loc="upper left", fontsize=9)
-shown = curve[:, 0] < before[0] + 1.0
-b.plot(*np.vstack([before, curve[shown]]).T, "o-", color=GREY, mfc="white", mec=BLUE, ms=8, lw=1)
-b.plot(*before, "D", color="black", ms=8, label="the base")
-b.plot(*curve[at], "o", color=BLUE, ms=8, label="the best rate for the task")
-for rate, point in zip(np.array(GRID)[shown], curve[shown]):
-    place = {"xytext": (-9, 4), "ha": "right"} if rate >= best_rate else {"xytext": (5, 7), "ha": "left"}
-    b.annotate(f"{rate:.0e}", point, textcoords="offset points", fontsize=9, **place)
-b.set(title="What each rate buys, and what it costs", xlabel="task loss (left is better)", ylabel="general loss (down is better)")
-b.legend(loc="upper right" if REDUCED else "upper left", fontsize=9)
-b.margins(0.15)
-fig.savefig(OUT / "03_full_finetuning.png", dpi=130)
+rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(OUT / "03_full_finetuning.png", dpi=130)
 
 # %% [markdown]
 # General text gets worse first: at the best rate for the task it has lost more than a tenth of a nat, and it loses more
@@ -470,6 +456,10 @@ print(f"  {'sum (predicted)':18s} {ledger.total / 2**20:7.2f} MiB")
 print(f"  {'measured':18s} {measured / 2**20:7.2f} MiB\n")
 assert abs(measured / ledger.total - 1) < 0.1
 assert ledger.lines["activations"] > 2 * ledger.model_states
+assert "gradients" not in ledger.lines and ledger.lines["activations"] > 0.99 * ledger.held["activations"]
+large = memory_ledger("gpt2-m", batch=1, seq_len=16)  # 355 million parameters
+assert large.lines["gradients"] == large.held["gradients"] and large.lines["activations"] < 1e-3 * large.held["activations"]
+assert large.model_states > 0.9 * large.total
 for precision in ("float32", "mixed", "bfloat16"):
     cost = memory_ledger(base, batch=B, seq_len=T, precision=precision)
     print(f"{precision:9s} {cost.model_states / N:.0f} bytes a parameter, activations {cost.lines['activations'] / 2**20:5.2f} MiB")
@@ -477,9 +467,16 @@ for precision in ("float32", "mixed", "bfloat16"):
     assert precision == "float32" or cost.lines["activations"] < 0.51 * ledger.lines["activations"]
 
 # %% [markdown]
-# Here the activations are more than twice $16N$, and the peak comes when the forward pass is over: every activation is
-# there, and no gradient yet. Backward frees activations while it makes gradients. For a large model and a small batch
-# the $16N$ dominate, and the peak comes when backward is over.
+# Here the activations are more than twice $16N$. The whole step, op by op:
+
+# %%
+timeline(base, batch=B, seq_len=T).plot(OUT / "03_full_finetuning_memory.png")
+
+# %% [markdown]
+# The peak comes as backward begins: nearly every activation that is kept is there, and no finished gradient of a weight
+# yet. Backward frees activations while it makes gradients. For a large model and a small batch the $16N$ dominate, and
+# the peak comes when backward is over: all gradients are there, and hardly an activation. (So it is in GPT-2 medium
+# with 16 tokens.)
 #
 # **What 16 bits save.** *Mixed precision* computes in 16 bits, so activations take about half, and GPUs multiply
 # faster. Of the 16 bytes it saves none: the weight and its gradient take 2 each, but a float32 *master copy* of the
@@ -556,6 +553,11 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # > - full beside scratch, source, 500 and 5000 examples: undecided (-0.012 [-0.035, +0.010]), not told.
 # >
 # > The training from random weights took 25, 25, 20 and 10 times the FLOPs. (5 seeds, 512 test items)
+
+# %% [markdown]
+# With 50 examples the base is clearly behind on `source`, with 500 clearly ahead on `rewrite` (of random weights that
+# took all the epochs allowed, and might gain from more). The other two differences are not told. So a tenth of the
+# examples was enough on `rewrite`, at a twentieth of the FLOPs; a hundredth was not enough on `source`.
 
 # %% [markdown]
 # ## Break it: shift the labels twice

@@ -200,15 +200,19 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
 # Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while training
 # they compute it from a smaller matrix by an MLP (`prefix_projection=True`; the default, here as in PEFT, is `False`),
 # and throw the MLP away afterwards: more is trained than is stored. **P-tuning** (Liu et al. 2021, arXiv:2103.10385;
-# `PromptEncoderConfig`) computes the soft tokens at the input by a network, too. **P-tuning v2** (Liu et al. 2021,
-# arXiv:2110.07602), in spite of its name, is prefix tuning for classification and tagging. The league (section 6)
-# has both prefixes.
+# `PromptEncoderConfig`) computes the soft tokens at the input by a network, too: here, as by default in PEFT, an MLP of
+# three layers, from as many vectors that are trained with it (the paper of 2021 has an LSTM before it). **P-tuning
+# v2** (Liu et al. 2021, arXiv:2110.07602), in spite of its name, is prefix tuning for classification and tagging. The
+# league (section 6) has both prefixes.
 
 # %%
 through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
 counted = count_parameters(model.config, through_mlp)
 print(f"prefix by an MLP: {counted.trainable:,} trained, {counted.stored:,} stored")
 assert counted.stored == count_parameters(model.config, mp.PrefixTuningConfig(num_virtual_tokens=20)).trainable
+p_tuning = count_parameters(model.config, mp.PromptEncoderConfig(num_virtual_tokens=20))
+print(f"P-tuning, 20 tokens: {p_tuning.trainable:,} trained, {p_tuning.stored:,} stored")
+assert p_tuning.stored == 20 * 128 and p_tuning.trainable == 20 * 128 + 3 * (128 * 128 + 128)  # the vectors, and three layers
 for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("llama2-70b", 8192, 161)):  # see below
     assert count_parameters(llm, mp.LNTuningConfig()).trainable == vectors * width
 

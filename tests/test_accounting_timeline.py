@@ -15,6 +15,7 @@ from minipeft.accounting.shapes import Meter, ShapeArray
 from minipeft.accounting.timeline_shown import block_of, chrome
 from minipeft.autograd import ops as F
 from minipeft.autograd.tensor import Tensor
+from minipeft.book.pictures import describe
 
 dialect, one_thread = accounting_cases.dialect, accounting_cases.one_thread
 SHOWN = (
@@ -151,9 +152,13 @@ def test_the_trace_is_well_formed_and_holds_the_peak(tmp_path):
     assert (tmp_path / "step.json").stat().st_size < 600 * len(found.events)
 
 
-def test_the_picture_is_a_png(tmp_path, rendered):
-    course("gpt2", "full").plot(tmp_path / "step.png")
+def test_the_picture_is_a_png_and_a_figure_that_a_notebook_shows_and_says_in_words(tmp_path, rendered):
+    found = course("gpt2", "full")
+    figure = found.plot(tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert f"forward, backward, optimizer; {found.peak:,} bytes at the peak, in {found.at_peak}" in describe(figure)
+    assert f"activations {found.lines_at_peak['activations']:,}" in describe(figure)
 
 
 def test_what_ifs_change_one_thing_each():

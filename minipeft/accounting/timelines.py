@@ -116,13 +116,17 @@ class Timeline:
         """
         write_text(path, json.dumps(timeline_shown.chrome(self), separators=(",", ":"), ensure_ascii=False) + "\n")
 
-    def plot(self, path: str | os.PathLike) -> None:
-        """Write the picture, bytes by line over the events, as a PNG file."""
+    def plot(self, path: str | os.PathLike) -> Any:
+        """Write the picture, bytes by line over the events, as a PNG file; returns the figure, for a notebook."""
         figure, (axes,) = panels(1, 11, 4.8)
         timeline_shown.draw(axes, self)
-        axes.set_title(f"{self.name}\n{self.peak:,} bytes at the peak, in {self.at_peak}", fontsize=10, loc="left")
+        title = f"{self.peak:,} bytes at the peak, in {self.at_peak}"
+        axes.set_title(f"{self.name}\n{title}", fontsize=10, loc="left")
         figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+        lines = ", ".join(f"{line} {n:,}" for line, n in self.lines_at_peak.items())
+        figure.alt = f"what lives during {', '.join(phase for phase, *_ in self.phases())}; {title}: {lines}."
         save_png(figure, path)
+        return figure
 
 
 def timeline(
