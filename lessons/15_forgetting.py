@@ -210,6 +210,9 @@ for t in verses:
         gain, cost = crossed(verses[0.0] - verses[t], TOKENS), crossed(general[t] - general[0.0], WORDS)
         shares = [shown(each[t] / each[1.0]).removeprefix("+") if t < 1 else "" for each in (learned, forgotten)]
         print(f"{t:10.0%}   {told(gain):26s}{shares[0]:16s}{told(cost):26s}{shares[1]}")
+slope = mean(2 * (4 * forgotten[0.25] - forgotten[0.5]))  # at the base, of the parabola through its first two points
+print(f"slope of what is forgotten, at the base: {told(slope)} nats for the whole way")
+assert slope.low < 0 < slope.high
 most = crossed(verses[0.75] - verses[1.0], TOKENS)
 print(f"three quarters of the way less the whole: task loss {told(most)}")
 low = of(replace(trial, rate=trial.rate / 2))
@@ -227,7 +230,8 @@ if not REDUCED:
 # %% [markdown]
 # Half of the way brings nine tenths of what is learned (0.908 ± 0.009 of it) and costs about a quarter of what is
 # forgotten (0.272 ± 0.015), a little more than the parabola's quarter; a quarter of the way costs 0.067 ± 0.003, for
-# its 1/16. Three quarters bring as much as the whole (task loss -0.001 [-0.008, +0.006]), at three fifths of its cost.
+# its 1/16. The slope at the base, of a parabola through these two points, may be zero (-0.006 [-0.016, +0.004]), as was
+# supposed. Three quarters bring as much as the whole (task loss -0.001 [-0.008, +0.006]), at three fifths of its cost.
 # (The shares were tried on these same verses.) So averaging the weights of base and tuned model is a remedy,
 # **WiSE-FT** (Wortsman et al. 2022, arXiv:2109.01903). Of a LoRA the same line is a smaller $\alpha / r$ after
 # training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam moves a weight by about the

@@ -11,15 +11,19 @@
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
 # as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import ranks
 
 import minipeft as mp
 from minipeft.backend import asarray, one_blas_thread, to_numpy
@@ -153,17 +157,7 @@ if not REDUCED:
     assert worth[8] > 0.95 and worth[128] - worth[8] < 0.05 and 0 < rest < 0.5
 
 # %%
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
-fig, a = plt.subplots(figsize=(5.8, 4.4), layout="constrained")
-for group, color in (("attention", ORANGE), ("MLP", GREEN)):
-    a.plot(RANK, spectra[group], "-", color=color, lw=1.5, label=f"energy, {group}")
-    a.plot(RANK, chance[group], ":", color=color, lw=1.2, label=f"energy, random, {group}")
-a.plot(list(worth), list(worth.values()), "o-", color=BLUE, lw=3, label="worth for the task")
-a.set_xscale("log", base=2)
-a.set_xticks(RANK, RANK)
-a.set(xlabel="directions kept, r", ylabel="share of the energy, of the gain", title="What a full fine-tune's update is made of")
-a.legend(fontsize=9)
-fig.savefig(OUT / "18_lora_questioned_update.png", dpi=130)
+ranks.update_picture(RANK, spectra, chance, worth).savefig(OUT / "18_lora_questioned_update.png", dpi=130)
 
 # %% [markdown]
 # In the MLPs the 8 strongest hold about half, more than 2.5 times a random matrix's share, and 32 of 128 leave out
@@ -221,15 +215,7 @@ print("grows as r to the power of:", ", ".join(f"{power:+.2f} ({label})" for lab
 assert all(abs(power - wanted) < 0.1 for power, wanted in zip(growth.values(), (-0.5, 0, 0.5)))
 
 # %%
-fig, b = plt.subplots(figsize=(5.8, 4.4), layout="constrained")
-for (label, sizes), color, style in zip(steps_in_w.items(), (BLUE, GREEN, ORANGE), ("o-", "^-", "s--")):
-    b.plot(TRIED, sizes, style, color=color, label=label)
-b.axhline(1, color=GREY, lw=1, ls=":", label="full fine-tuning")
-b.set_xscale("log", base=2)
-b.set_xticks(TRIED, TRIED)
-b.set(xlabel="rank r", ylabel="move of a weight, in units of the rate", yscale="log", title="The first step in W, by rank")
-b.legend(fontsize=9)
-fig.savefig(OUT / "18_lora_questioned_steps.png", dpi=130)
+ranks.steps_picture(TRIED, steps_in_w).savefig(OUT / "18_lora_questioned_steps.png", dpi=130)
 
 # %% [markdown]
 # $\Delta B\, A$ is a sum of $r$ terms of either sign, so it grows as $\sqrt r$, and then comes the factor: $1/r$ leaves
