@@ -536,10 +536,11 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 
 # %% [markdown]
-# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). *Holds if*: in some of the
-# rule's cases. A difference above 0 says that the first method is better: its loss is lower, its share higher. *Equal*:
-# the difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it. *Not told*: the interval has
-# the limit in it that the rule asks about. *Within 4 epochs*: the worse method took the most epochs allowed.
+# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). *Holds if*: in some of the rule's
+# cases. A difference above 0 says that the first method is better: its loss is lower, its share higher. *Equal*: the
+# difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it. *Not told*: the interval has the
+# limit in it that the rule asks about. *Within 4 epochs*: the worse method took the most epochs allowed; *both within*:
+# both did.
 #
 # **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?
 

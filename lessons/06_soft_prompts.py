@@ -338,8 +338,8 @@ assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if 
 
 # %% [markdown]
 # > `soft-9` sensitive to initialization: **cannot be tested here**. Prompt beside prompt-random, rewrite, 500 examples:
-# > worse (-0.012 [-0.024, -0.000]); prompt beside prompt-random, source, 500 examples: undecided (-0.014 [-0.157,
-# > +0.130]), not told. (5 seeds, 512 test items)
+# > worse, both within 4 epochs (-0.012 [-0.024, -0.000]); prompt beside prompt-random, source, 500 examples: undecided,
+# > both within 4 epochs (-0.014 [-0.157, +0.130]), not told. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · The lost context

@@ -353,7 +353,7 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 # > - 5% warm-up beside none, full, rewrite, 500 examples: equal (-0.000 [-0.006, +0.006]).
 # > - 5% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.017, +0.035]), not told.
 # > - 5% warm-up beside none, lora, rewrite, 500 examples: equal (-0.002 [-0.008, +0.005]).
-# > - 5% warm-up beside none, lora, source, 500 examples: equal (+0.002 [-0.009, +0.014]).
+# > - 5% warm-up beside none, lora, source, 500 examples: equal, both within 4 epochs (+0.002 [-0.009, +0.014]).
 # > - 10% warm-up beside none, full, rewrite, 500 examples: equal (+0.000 [-0.007, +0.007]).
 # > - 10% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.013, +0.032]), not told.
 # > - 10% warm-up beside none, lora, rewrite, 500 examples: equal (-0.003 [-0.011, +0.005]).

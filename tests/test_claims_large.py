@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minipeft.claims import large
-from minipeft.claims.large import METHODS, QUESTIONS, Large, best_rates, compared, told
+from minipeft.claims.large import METHODS, QUESTIONS, UNMEASURED, Large, best_rates, compared, told
 from minipeft.claims.register import HOLDS, Number, Verdict, statements
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
@@ -54,9 +54,10 @@ def test_what_is_told_of_each_statement(monkeypatch):
     monkeypatch.setattr(large, "judge", lambda id: law)
     assert told("full-3", given).endswith("is 1.0e-03; full-3's law predicts 2.0e-03 [1.0e-03, 4.0e-03].")
     assert told("lora-6", given) == "" == told("lora-6", given[:1]), "of other statements nothing"
+    assert told("peft-3").startswith("Speed was not measured on SmolLM2-135M") and not any("seconds" in row for row in given)
     for id in (*QUESTIONS, "best-4", "full-3"):
         assert told(id, given[:-1]) == "On SmolLM2-135M: 5 of 6 settings computed so far, so nothing is said."
-    assert {*QUESTIONS} < {*statements()}
+    assert {*QUESTIONS, *UNMEASURED} < {*statements()}
 
 
 def test_a_seed_that_diverged_is_said():

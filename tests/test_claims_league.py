@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from minipeft.claims import comparison, forgetting, league, practice, protocol
 from minipeft.claims.comparison import Case, Pair, judged, spread
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number, Verdict
-from minipeft.claims.standings import so_far, standings, table
+from minipeft.claims.standings import matrix, pairs, so_far, standings, table
 from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import described
 
@@ -316,6 +317,41 @@ def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():
     assert text[0].split()[:3] == ["method", "trained", "bytes"] and len({len(line) for line in text}) == 1
     assert [line.split()[0] for line in text[1:]] == ["lora", "full", "prompt"]
     assert standings(case, ("full", "vera"), rows)[0].method == "full", "a method without rows is left out"
+
+
+def test_pairs_have_the_differences_of_the_methods_whose_rows_are_there():
+    case, methods = Case("source", 500), ("full", "lora", "prompt")
+    rows = filled(league.league(methods, [case]), {"lora": 0.9, "full": 0.6, "prompt": 0.6}, {})
+    found = pairs(case, (*methods, "vera"), rows)
+    assert next(iter(found)) == ("lora", "full") and len(found) == 6
+    assert found["lora", "full"].better.value == pytest.approx((0.9 - 0.6) / 2, abs=1 / ITEMS)
+    assert {pair: one.sign for pair, one in found.items() if "lora" in pair} == {
+        ("lora", "full"): "+", ("lora", "prompt"): "+", ("full", "lora"): "-", ("prompt", "lora"): "-",
+    }  # fmt: skip
+    assert matrix(case, found).splitlines()[1].split() == ["1", "lora", ".", "+", "+"]
+    assert pairs(case, ("vera",), rows) == {}
+
+
+@pytest.mark.parametrize("low, high, sign, word", [
+    (0.01, 0.03, "+", "better"), (-0.03, -0.01, "-", "worse"), (-0.01, 0.01, "=", "equal"), (-0.03, 0.01, "?", "undecided"),
+    (0.005, 0.015, "+=", "better, by less than 0.02"), (-0.015, -0.005, "-=", "worse, by less than 0.02"),
+])  # fmt: skip
+def test_a_sign_says_what_the_word_says(low, high, sign, word):
+    found = comparison.Difference(Estimate((low + high) / 2, low, high), 0.02)
+    assert (found.sign, found.word) == (sign, word)
+
+
+@pytest.mark.parametrize("epochs, better, said", [
+    ((1, 1), 1, ", both within 1 epoch"), ((1, 1), 0, ", both within 1 epoch"), ((1, 0.5), -1, ", within 1 epoch"),
+    ((1, 0.5), 1, ""), ((0.5, 1), 1, ", within 1 epoch"), ((0.5, 1), 0, ""), ((0.5, 0.5), 1, ""),
+])  # fmt: skip
+def test_where_more_epochs_may_change_a_difference_it_is_said(epochs, better, said):
+    """Of the worse method that stopped at the most epochs allowed, and of both."""
+    ways = [search("source", method, 5000) for method in ("full", "lora")]
+    found = [protocol.Report(replace(of.start, epochs=n), np.full((5, 4), v) + np.eye(5, 4) / 100, None) for of, n, v in zip(ways, epochs, (better, 0.0))]
+    assert comparison._limit(Pair("", "full", ways[0], "lora", ways[1]), *found, "right") == said
+    fixed = [search("source", method, 5000, axes=("rate",)) for method in ("full", "lora")]
+    assert comparison._limit(Pair("", "full", fixed[0], "lora", fixed[1]), *found, "right") == "", "nobody searched for epochs"
 
 
 def test_a_lesson_prints_the_rows_that_are_there_and_says_which_are_missing():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from minipeft.claims import data, protocol
-from minipeft.claims.league import UNTRAINED
+from minipeft.claims.comparison import CASES, Searches
+from minipeft.claims.league import MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
+from minipeft.claims.register import rule_of, statements
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import described
@@ -146,6 +150,44 @@ def test_what_diverged_is_worse_than_all_else():
     while trials := wanted(finder(rows), [of]):
         rows += [described(t) | simulated(t) for t in trials]
     assert tuned(finder(rows), of)[0].rate < 0.01
+
+
+def searches_of(choice: protocol.Choice) -> list[protocol.Search]:
+    """Those that a choice is made from."""
+    if isinstance(choice, protocol.Search):
+        return [choice]
+    return [choice.of, choice.beside] if isinstance(choice, protocol.Gentle) else [*getattr(choice, "of", ())]
+
+
+def test_every_search_that_ended_has_tried_all_its_neighbors_and_none_is_better():
+    """Of the shipped rows, for each statement and table: the best rate lies inside what was tried, with both half and twice of
+    it worse or not better by LEAST; so do epochs and batch, or they are at an end of what is allowed, which is printed."""
+    experiments = [rule.experiment for id in statements() if (rule := rule_of(id)) and isinstance(rule.experiment, Searches)]
+    table = [search(case.task, m, case.examples) for case in CASES for m in (*TABLE, "scratch")]
+    choices = [*table, *(choice for one in experiments for choice in one.searches)]
+    searches = dict.fromkeys(of for choice in choices for of in searches_of(choice))
+    find, edges, ended = finder(Searches.of("league", searches).rows()), Counter(), []
+    for of in searches:
+        best, unknown = tuned(find, of)
+        if unknown:
+            continue
+        ended.append(of)
+        loss = find(best)["loss"]
+        assert loss is not None, f"{best} diverged, and nothing better was found"
+        allowed = {"rate": (0.0, np.inf), "epochs": (0.5, of.most), "batch_size": (4, min(64, best.examples))}
+        for axis in of.axes:
+            value, (least, most) = getattr(best, axis), allowed[axis]
+            assert least <= value <= most, best
+            for there in (value / 2, value * 2):
+                if not least <= there <= most:
+                    edges[f"{axis} {value:g} of {least:g} to {most:g}"] += 1
+                    continue
+                row = find(replace(best, **{axis: type(value)(there)}))
+                assert row is not None, f"{axis} {there:g} beside {best} was not tried"
+                assert row["loss"] is None or row["loss"] >= loss - protocol.LEAST, f"{axis} {there:g} is better than {best}"
+    print(f"{len(ended)} searches ended, at an end of what is allowed: {dict(edges)}")
+    assert {search(case.task, method, case.examples) for case in CASES for method in MAIN} <= {*ended}
+    assert not any(edge.startswith("rate") for edge in edges)
 
 
 # ------------------------------------------------------------------------------------------------------------- examples

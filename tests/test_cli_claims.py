@@ -104,15 +104,40 @@ def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
 
 
 def test_the_league_table(capsys, monkeypatch):
-    from minipeft.claims import standings
+    from minipeft.claims import comparison
 
-    monkeypatch.setattr(standings, "table", lambda case: f"method  loss\n{case.task}  {case.examples}")
-    assert output(capsys, "claims", "--league", "source", "--examples", 50) == (0, "method  loss\nsource  50\n", "")
-    monkeypatch.setattr(standings, "table", lambda case: "method")
-    assert "no method has all of its rows of rewrite with 500 examples" in refused(capsys, "claims", "--league", "rewrite")
+    status, out, err = output(capsys, "claims", "--league", "source", "--examples", 50)
+    head, *lines = out.splitlines()
+    assert (status, err) == (0, "") and head.split()[-2:] == ["cloze,", "%"] and {"full", "lora"} < {line.split()[0] for line in lines}
+    found = json.loads(output(capsys, "claims", "--league", "source", "--examples", 50, "--json")[1])
+    assert [one["method"] for one in found] == [line.split()[0] for line in lines]
+    assert found[0]["right"]["low"] < found[0]["right"]["value"] and found[0]["trial"]["examples"] == 50
     assert "--league maths: the tasks are rewrite and source" in refused(capsys, "claims", "--league", "maths")
     assert "--league shows methods" in refused(capsys, "claims", "lora-6", "--league", "source")
     assert "--examples must be one of 50, 500, 5000" in refused(capsys, "claims", "--league", "source", "--examples", 7)
+    monkeypatch.setattr(comparison, "_of_today", lambda *_: [])
+    for more in ((), ("--pairs",)):
+        assert "no method has all of its rows of rewrite with 500 examples" in refused(capsys, "claims", "--league", "rewrite", *more)
+
+
+def test_the_pairs_of_the_league(capsys):
+    """The row's method beside the column's, as signs; with --json each with its interval, of which the signs follow."""
+    status, out, err = output(capsys, "claims", "--league", "rewrite", "--examples", 50, "--pairs")
+    assert (status, err) == (0, "")
+    table, legend = out.split("\n\n")
+    head, *lines = [line.split() for line in table.splitlines()]
+    names = [line[1] for line in lines]
+    assert head == [line[0] for line in lines] == [str(i + 1) for i in range(len(names))]
+    signs = {(a, b): sign for _, a, *row in lines for b, sign in zip(names, row, strict=True) if a != b}
+    assert f"{len(signs) // 2} comparisons" in legend and "each by its own 95 % interval" in legend and "0.02 nats per token" in legend
+    found = json.loads(output(capsys, "claims", "--league", "rewrite", "--examples", 50, "--pairs", "--json")[1])
+    assert [*signs] == [(one["method"], one["beside"]) for one in found]
+    for one in found:
+        low, high = one["interval"]
+        assert low < one["difference"] < high and one["unit"] == "nats per token"
+        sign, other = signs[one["method"], one["beside"]], signs[one["beside"], one["method"]]
+        assert ("+" in sign, "-" in sign, "=" in sign) == (low > 0, high < 0, -0.02 < low and high < 0.02) == ("-" in other, "+" in other, "=" in other)
+        assert (sign == "?") == (one["word"] == "undecided")
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -128,6 +153,7 @@ def test_the_league_table(capsys, monkeypatch):
     (["--recompute", "2", "lora-6"], "--recompute draws from all statements: leave lora-6 out"),
     (["--recompute", "2", "--run", "soft-7"], "--run does nothing with --recompute"),
     (["--seed", "2"], "--seed does nothing without --recompute"),
+    (["--pairs"], "--pairs does nothing without --league"),
     (["lora-6", "--store", "x"], "--store does nothing without --run"),
     (["--picture", "a.png"], "--picture draws one statement: give its ID"),
     (["lora-6", "--picture", "a.pdf"], "--picture writes a PNG file: a.pdf must end in .png"),

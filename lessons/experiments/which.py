@@ -1,11 +1,17 @@
-"""What Lesson 16 draws."""
+"""What Lesson 16 draws, and two of its tables."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger, step_flops
 from minipeft.claims.comparison import CASES, KEYS
+from minipeft.claims.inputs import SIZES
+from minipeft.claims.register import plain
+from minipeft.peft.methods import METHODS
 
 
 def by_examples_picture(table, names, start):
@@ -31,3 +37,32 @@ def by_examples_picture(table, names, start):
     axes[0, 0].legend(fontsize=8)
     figure.suptitle("Each method tuned for every point; 95 % intervals over 5 seeds and the test items")
     return figure
+
+
+def signs(found, methods):
+    """{(a, b): the sign of a beside b in each case} of each two methods; found: {case: {(a, b): their Difference}}."""
+    return {pair: [of[pair].sign for of in found.values()] for pair in combinations(methods, 2)}
+
+
+def signs_table(signs, names):
+    """The same as text, a line a pair."""
+    lines = ["".ljust(24) + "".join(f"{case.task} {case.examples}".rjust(14) for case in CASES)]
+    lines += [f"  {names[a]} beside {names[b]}".ljust(24) + "".join(f"{sign:>14s}" for sign in row) for (a, b), row in signs.items()]
+    return "\n".join(lines)
+
+
+def large(here, methods, names):
+    """{(size, method or "base"): (GB of a step, MB a task, TFLOPs of a step)}, counted of the shape `here` and at 7B and 70B, and
+    printed; of "base" the forward pass alone."""
+    shapes, found = {"here": architecture(here), **SIZES}, {}
+    print("\nbfloat16, checkpointing, a step of 480 tokens" + "".join(f"{size:>10s}: GB  MB a task  TFLOPs" for size in shapes))
+    for m in ("base", *methods):
+        config = "frozen" if m == "base" else METHODS[m].config()
+        mode, loop = "evaluate" if m == "base" else "train", Loop(quantization="nf4" if m == "qlora" else None)
+        for size, shape in shapes.items():
+            held, flops = pytorch_ledger(shape, config, 1, 480, loop, mode=mode).total, step_flops(shape, config, 1, 480)
+            stored = 0 if m == "base" else count_parameters(shape, config).stored
+            found[size, m] = held / 1e9, 2 * stored / 1e6, (flops.forward if m == "base" else flops.total) / 1e12
+        cells = ["{:>14s} {:>10s} {:>7s}".format(*map(plain, found[size, m])) for size in shapes]
+        print(f"{names.get(m, 'base, forward alone'):45s}" + "".join(cells))
+    return found

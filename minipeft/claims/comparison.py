@@ -176,6 +176,11 @@ class Difference(NamedTuple):
         return f"{self.better.value:+.3f} [{self.better.low:+.3f}, {self.better.high:+.3f}]"
 
     @property
+    def sign(self) -> str:
+        """ "+" better, "-" worse, "=" equal, "+=" and "-=" clear and equal, "?" undecided."""
+        return "+" * self.clearly_better + "-" * self.clearly_worse + "=" * self.equal or "?"
+
+    @property
     def word(self) -> str:
         clear = "better" if self.clearly_better else "worse" if self.clearly_worse else ""
         return (
@@ -275,7 +280,7 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 class Beside(NamedTuple):
     """Two reports on the same items under the same seeds, where each comes from, and what is measured.
 
-    limit      said where it may explain the difference: only the worse of the two stopped at the most epochs allowed
+    limit      said where more epochs may change the difference: the worse of the two, or both, stopped at the most allowed
     learned    the losses on the task of two that are compared in something else, at equal quality of the task
     """
 
@@ -328,12 +333,18 @@ def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "", be
 
 
 def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
-    """ ", within 4 epochs" where the worse one stopped there, and the better did not."""
-    sides = [(pair.one, one), (pair.other, other)]
-    ended = [isinstance(of, Search) and report.trial.epochs == of.most for of, report in sides]
-    found = compare(one, other, key)
-    clear = [found.clearly_worse, found.clearly_better]
-    return next((f", within {of.most:g} epochs" for i, (of, _) in enumerate(sides) if clear[i] and ended[i] > ended[1 - i]), "")
+    """ ", within 4 epochs" where the worse one stopped there, and the better did not; ", both within 1 epoch"."""
+    a, b, found = _ended(pair.one, one), _ended(pair.other, other), compare(one, other, key)
+    if a and b:
+        return f", both within {' and '.join(dict.fromkeys((a, b)))}"
+    worse = a if found.clearly_worse else b if found.clearly_better else ""
+    return f", within {worse}" * bool(worse)
+
+
+def _ended(of: Choice, found: Report) -> str:
+    """The most epochs allowed, where a search for the best number of them ended there; else ""."""
+    ended = isinstance(of, Search) and "epochs" in of.axes and found.trial.epochs == of.most
+    return f"{of.most:g} epoch{'s' * (of.most != 1)}" if ended else ""
 
 
 def told(

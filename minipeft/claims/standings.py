@@ -5,13 +5,19 @@
     loss, right            on test, over seeds and items: nats per token; the share of right choices
     forgets, cloze         against the base: what the loss on held-out general text rose by (mean of the corpora, over the
                            seeds); the share of the general items answered right, less the base's
+
+No seconds: the rows keep none, for they may come from any machine, several runs at once. What a step takes is measured in
+Lesson 16 and by peft-3.
+
+Beside the table `pairs`: each method with each other, on the same items under the same seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +26,7 @@ from ..accounting.flops import step_flops
 from ..evaluation.intervals import Estimate, mean
 from ..hub.base import BASE
 from . import data, protocol
-from .comparison import KEYS, Case, Searches, compare
+from .comparison import KEYS, NEAR, UNITS, Case, Difference, Searches, compare
 from .protocol import TABLE, finder, untrained
 
 
@@ -66,6 +72,29 @@ def _standing(find: protocol.Find, case: Case, method: str, search: protocol.Sea
         method, rows[0]["trainable"], rows[0]["storage"], loss.trial, flops(config, loss.trial), loss.mean, right,
         mean(risen), compare(cloze, kept, "cloze").better,
     )  # fmt: skip
+
+
+def pairs(case: Case, methods: Iterable[str] | None = None, rows: Any = None) -> dict[tuple[str, str], Difference]:
+    """{(a, b): how much better a is than b on test} of all methods of the table, in its order, each with its own 95 %
+    interval: these do not all hold at once."""
+    searches, find = _league(case, methods, rows)
+    key, names = KEYS[case.task], [line.method for line in standings(case, methods, rows)]
+    reports = {name: protocol.report(find, searches[name], key) for name in names}
+    return {(a, b): compare(reports[a], reports[b], key) for a, b in permutations(names, 2)}
+
+
+def matrix(case: Case, found: Mapping[tuple[str, str], Difference]) -> str:
+    """Pairs as text: the row's method beside the column's, a sign each (`Difference.sign`), and what the signs say."""
+    names, key = [*dict.fromkeys(a for a, _ in found)], KEYS[case.task]
+    wide = max(map(len, names)) + 4
+    lines = [" " * wide + "".join(f"{i:3d}" for i, _ in enumerate(names, 1))]
+    for i, a in enumerate(names, 1):
+        lines.append(f"{i:2d}  {a:{wide - 4}s}" + "".join(f"{found[a, b].sign if a != b else '.':>3s}" for b in names))
+    return "\n".join(lines) + f"""
+
+{case.name}, on test: the row's method beside the column's is + better, - worse, = equal (within
+{NEAR[key]:g} {UNITS[key]}; += and -=: clear, and no larger), ? undecided. {len(found) // 2} comparisons,
+each by its own 95 % interval: one in twenty may be clear by luck."""
 
 
 def flops(config: Any, trial: protocol.Trial) -> float:

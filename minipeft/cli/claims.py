@@ -19,6 +19,7 @@ examples:
   minipeft claims --run all --executor 16          those of all, in 16 processes
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
   minipeft claims --league source --examples 500   the table of all methods, tuned on 500 examples of a task
+  minipeft claims --league source --pairs          each of them beside each other, as signs (--json: with the intervals)
   minipeft claims --json
 """
 
@@ -30,6 +31,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or of all")
     parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
     parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
+    parser.add_argument("--pairs", action="store_true", help="of --league: which of each two methods is better, on test")
     parser.add_argument("--recompute", type=int, metavar="N", help="compute N of the shipped rows again, drawn at random")
     parser.add_argument("--seed", type=int, metavar="S", help="of --recompute (default: 0)")
     store = "where --run keeps its rows (default: minipeft/claims in your data directory, ~/.local/share)"
@@ -103,13 +106,13 @@ def check(args: Arguments) -> None:
             near = nearest(id, statements()) or "; `minipeft claims` lists all"
             raise ValueError(f"there is no statement {id!r}{near}")
     if args.league:
-        args.refuse(("picture", "json", "again", "recompute"), "with --league")
+        args.refuse(("picture", "again", "recompute"), "with --league")
         if args.league not in ("rewrite", "source"):
             raise ValueError(f"--league {args.league}: the tasks are rewrite and source")
         if args.ids:
             raise ValueError(f"--league shows methods, not statements: leave {' '.join(args.ids)} out")
     else:
-        args.refuse(("examples",), "without --league")
+        args.refuse(("examples", "pairs"), "without --league")
     if args.recompute is None:
         args.refuse(("seed",), "without --recompute")
     elif args.recompute < 1:
@@ -282,19 +285,36 @@ def again(rule: Rule, store: Path, executor: Any) -> int:
 
 
 def league(args: Arguments) -> int:
-    """The league table of a task."""
-    from ..claims.comparison import SIZES, Case
-    from ..claims.standings import table
+    """The league table of a task, or the pairs of its methods."""
+    from ..claims.comparison import KEYS, SIZES, UNITS, Case
+    from ..claims.standings import as_text, matrix, pairs, standings
 
     examples = 500 if args.examples is None else args.examples
     if examples not in SIZES:
         raise ValueError(f"--examples must be one of {', '.join(map(str, SIZES))}, what the methods were tried on; got {examples}")
-    shown = table(Case(args.league, examples))
-    if "\n" not in shown:
+    case = Case(args.league, examples)
+    lines, beside = ([], pairs(case)) if args.pairs else (standings(case), {})
+    if not lines and not beside:
         raise ValueError(f"no method has all of its rows of {args.league} with {examples} examples yet: `python -m "
                          "minipeft.claims.protocol` computes them")  # fmt: skip
-    print(shown)
+    if args.json and args.pairs:
+        unit = UNITS[KEYS[case.task]]
+        print_json([
+            {"method": a, "beside": b, "word": d.word, "difference": d.better.value, "interval": d.better[1:], "unit": unit}
+            for (a, b), d in beside.items()
+        ])  # fmt: skip
+    elif args.json:
+        print_json([as_object(line) for line in lines])
+    else:
+        print(matrix(case, beside) if args.pairs else as_text(lines))
     return 0
+
+
+def as_object(value: Any) -> Any:
+    """A line of the league table as an object of JSON."""
+    if is_dataclass(value):
+        return vars(value)
+    return {name: as_object(part) for name, part in value._asdict().items()} if hasattr(value, "_asdict") else value
 
 
 def recompute(args: Arguments) -> int:
