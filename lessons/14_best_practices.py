@@ -146,10 +146,10 @@ print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".j
 assert price["rewrite, 50 examples"] > 0.5 and all(price[f"{task}, 5000 examples"] < 0.01 for task in ("rewrite", "source"))
 
 # %% [markdown]
-# With 50 examples of `rewrite`: more than half a nat in the mean over six methods. The setting with the lowest training
-# loss mostly has a much higher rate there (of full fine-tuning 32 times). With 5,000 it costs nothing visible: no run
+# With 50 of `rewrite`: more than half a nat in the mean of six methods. The setting with the lowest training
+# loss mostly has a much higher rate (of full fine-tuning 32 times). With 5,000 it costs nothing visible: no run
 # sees an example twice, so its training loss is nearly a validation loss. The six cases are so unlike that the interval
-# of their mean leaves the sign open; so the verdict *cannot be tested here*: neither shown nor refuted by these runs.
+# of their mean leaves the sign open: the verdict *cannot be tested here*: neither shown nor refuted by these runs.
 # (Its last sentence: under other seeds the chosen settings do less well, so a chosen loss is partly luck.)
 
 # %% [markdown]
