@@ -1,4 +1,4 @@
-"""What Lesson 15 computes beside the league: remedies against forgetting, and the way back from a tuned model to its base.
+"""What Lesson 15 computes beside the league, and draws: remedies against forgetting, and the way back from a tuned model to its base.
 
 By the league's protocol, as `practice` says. A remedy is compared at equal quality of the task (`protocol.Gentle`): it and full
 fine-tuning without it each at the rate, of those tried, that keeps the lowest loss on general text.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from minipeft.claims import data, protocol
@@ -97,3 +98,24 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or y < best[-1][1]:
             best.append((x, y))
     return best
+
+
+def remedies_picture(points, level, forgotten):
+    """Loss on the task and rise of that on general text {name: ((value, half of its interval), ...)}, beside the way from the base.
+
+    level: {share of the way: loss on the task}; forgotten: {share: rise [seeds]}."""
+    figure, axis = plt.subplots(figsize=(7, 5.4), layout="constrained")
+    at = [each.mean() for each in forgotten.values()]
+    axis.plot(list(level.values()), at, "o-", color="0.6", markersize=4, label="full, tuned: the way from the base")
+    for (t, x), y in zip(level.items(), at):
+        if 0 < t < 1:
+            axis.annotate(f"{t:.0%}", (x, y), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    colors = {"full": "#0072B2", "half": "#56B4E9", "LoRA": "#D55E00", "L2-SP": "#009E73", "replay": "#CC79A7", "weight": "#333333"}
+    for i, (name, ((x, across), (y, up))) in enumerate(points.items()):
+        color = colors[name.replace(",", " ").split()[0]]
+        axis.errorbar(x, y, up, across, marker="oD^sPv<>d"[i], color=color, linestyle="", markersize=7, label=name)
+    axis.set(title="Remedies, and the way back: five seeds, 95 % intervals", ylabel="forgotten: rise of the loss on general text")
+    axis.set(xlabel="loss on the task, test (left is better)", xlim=(2.3, 3.6))
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    return figure
