@@ -545,6 +545,11 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?
 
 # %% [markdown]
+# With 50 examples the base is clearly behind on `source`, with 500 clearly ahead on `rewrite` (of random weights that
+# took all the epochs allowed, and might gain from more). The other two differences are not told. So a tenth of the
+# examples was enough on `rewrite`, at a twentieth of the FLOPs; a hundredth was not enough on `source`.
+
+# %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch
 # > on the task: **cannot be tested here**. 1 of 4 comparisons are as stated, 2 not told:
 # >
@@ -554,11 +559,6 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # > - full beside scratch, source, 500 and 5000 examples: undecided (-0.012 [-0.035, +0.010]), not told.
 # >
 # > The training from random weights took 25, 25, 20 and 10 times the FLOPs. (5 seeds, 512 test items)
-
-# %% [markdown]
-# With 50 examples the base is clearly behind on `source`, with 500 clearly ahead on `rewrite` (of random weights that
-# took all the epochs allowed, and might gain from more). The other two differences are not told. So a tenth of the
-# examples was enough on `rewrite`, at a twentieth of the FLOPs; a hundredth was not enough on `source`.
 
 # %% [markdown]
 # ## Break it: shift the labels twice

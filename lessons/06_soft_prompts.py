@@ -9,7 +9,7 @@
 # After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
 # learning rate depends on the start, and name what they cost that other methods do not: room in the context.
 #
-# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 19 minutes (200 words or 25 lines of
+# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 20 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Run it with `python lessons/06_soft_prompts.py` (half a minute on two cores), or open
 # it as a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -404,17 +404,21 @@ figure.savefig(OUT / "06_soft_prompts_cost.png", dpi=120)
 
 # %%
 print(so_far(["full", "head", "lora", "bottleneck", "prompt", "prompt-random", "prefix", "prefix-direct", "p-tuning"]))
-find, prefixes = finder(league(["prefix", "prefix-direct"], MIDDLE).rows()), {}
+find, prefixes, networks = finder(league(["prefix", "prefix-direct", "prompt", "p-tuning"], MIDDLE).rows()), {}, {}
 for task, key in KEYS.items():
     by_mlp, direct = (report(find, search(task, m, 500), key) for m in ("prefix", "prefix-direct"))
     prefixes[task] = compare(direct, by_mlp, key)
     print(f"{task}: the direct prefix, at {direct.trial.rate / by_mlp.trial.rate:.0f} times the rate, is better by {prefixes[task].interval}")
     assert direct.trial.rate > 5 * by_mlp.trial.rate
+    networks[task] = compare(*(report(find, search(task, m, 500), key) for m in ("p-tuning", "prompt")), key)
+    print(f"{task}: P-tuning is better than a prompt by {networks[task].interval}")
 assert (prefixes["rewrite"].word, prefixes["source"].word) == ("equal", "undecided")
+assert {found.word for found in networks.values()} == {"undecided"}
 
 # %% [markdown]
 # The prefix trained directly is as good on `rewrite` as the one by an MLP, at a much higher rate; on `source` no
-# difference is told. So on `rewrite`, with a rate of its own, it does not end worse. `cloze` says what either prefix
+# difference is told. So on `rewrite`, with a rate of its own, it does not end worse. Nor is told whether P-tuning's
+# network helps a prompt: 0 lies inside both intervals. `cloze` says what either prefix
 # costs on `source`: of 100 general passages the model continues 37 fewer rightly than the base. Fully fine-tuned, it is
 # 9.
 

@@ -271,7 +271,7 @@ print("batch size that the 36 searches of the league chose: " + ", ".join(f"{siz
 # %% [markdown]
 # The parts give the same loss as the whole, but for rounding. Batches of 64 are worse than batches of 4, by 0.054
 # [0.048, 0.061] nats a token, and the rate that was chosen for them is twice as high, where $B$ is sixteen times as
-# large. (One step of the lattice, under one seed: how fast it rises is not decided.) They also took four epochs, the
+# large. (One step of the lattice, under one seed.) They also took four epochs, the
 # most allowed, in place of two, and still made 31 steps in place of 250; whether that is why they are worse is not
 # measured. By computation they are worse still: 1,948 examples seen, for 1,000. By the clock a GPU, which takes 64 at
 # once, may favor them; the rows keep no seconds. None of the league's 36 searches, which begin at 8, ended at more than
@@ -430,7 +430,8 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 # > - easy and hard examples beside random ones, full, source, 500 examples: undecided (+0.007 [-0.006, +0.020]), not
 # >   told.
 # > - easy and hard examples beside random ones, lora, rewrite, 500 examples: equal (+0.004 [-0.001, +0.010]).
-# > - easy and hard examples beside random ones, lora, source, 500 examples: equal (-0.004 [-0.020, +0.013]).
+# > - easy and hard examples beside random ones, lora, source, 500 examples: equal, both within 4 epochs (-0.004
+# >   [-0.020, +0.013]).
 # >
 # > (5 seeds, 512 test items)
 
