@@ -8,7 +8,7 @@
 # possible where raters disagree. You can put a model in the rater's place, test whether a judge knows how sure it can
 # be, and repair it where it does not.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
+# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 24 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
 # cores), or open it as a notebook. `python lessons/09_reward_model.py --full` computes those of the curves' runs that
 # are missing in `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
@@ -18,19 +18,22 @@
 # %%
 import os
 import sys
-from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import judges
+from experiments.judges import CLEAN, FEW, FEWEST, NOISY, Run, accuracy, labels_of
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
 from minipeft.claims import constitution
-from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, those_of
+from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, crossed, shown, those_of
 from minipeft.claims.chain_tuning import TUNED, rivals
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
@@ -97,8 +100,9 @@ assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the ze
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
-print(f"with a margin of 0.5 on the first pair, and centering: {full.item():.7f} (published definition: 0.7371471)")
-assert abs(full.item() - 0.7371471) < 5e-8
+by_hand = (np.log1p(np.exp(-0.2)) + np.log1p(np.exp(0.3))) / 2 + 0.01 * (1.3**2 + 0.7**2) / 2
+print(f"with a margin of 0.5 on the first pair, and centering: by hand {by_hand:.7f}, library {full.item():.7f}")
+assert abs(full.item() - by_hand) < 1e-12
 
 # %% [markdown]
 # ## 2 · A rater
@@ -238,78 +242,41 @@ for decay in (0.0, 0.1):
 # calibration, takes the rewards from before.
 
 # %%
-@dataclass(frozen=True)
-class Run:
-    """A reward model from a number of rankings, of a rater who reverses a share of them."""
-
-    rankings: int
-    flip: float = 0.0
-    seed: int = 0
-    learning_rate: float = 2e-3
-
-
 @cache
 def train(run, pool):
-    """(model, rewards of the held-out answers [n, K] in units of the loss, their gold)."""
-    prompts, answers, gold = (part[: run.rankings] for part in labelled("train", pool, run.seed))
+    """(model, rewards of the held-out answers [n, K] in units of the loss)."""
+    prompts, answers, gold = (part[: max(run.rankings, 128)] for part in labelled("train", pool, run.seed))
     rng = np.random.default_rng(run.seed)
     ranked = rlhf.rankings(prompts, answers, rlhf.rank(gold, rng, temperature=0.1, flip=run.flip))
-    texts = [text for ranking in ranked for text in ranking.texts]
+    texts = [text for ranking in ranked for text in ranking.texts][:512]
     model = rlhf.RewardModel(base, seed=run.seed)
-    model.calibrate(texts[:512])
+    model.calibrate(texts)
     once = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_ratio": 0.1, "progress": False}
     args = mp.TrainingArguments(learning_rate=run.learning_rate, seed=run.seed, **once)
-    mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
-    prompts, answers, gold = labelled("validation", 16 if REDUCED else 128, run.seed)
-    held_out = [np.array([*p, *a]) for p, own in zip(prompts, answers) for a in own]
+    if run.rankings:  # 0: the untrained head
+        mp.Trainer(model, ranked[: run.rankings], args=args, collate=rlhf.collate_rankings).train()
+    held_out = [np.array([*p, *a]) for p, own in zip(held_prompts, held_answers) for a in own]
     rewards = model.score_texts(held_out).reshape(-1, K)
-    model.calibrate(texts[:512])
-    return model, rewards, gold
-
-
-def accuracy(rewards, gold, gap=0.0):
-    """In how many pairs, whose gold scores differ by more than `gap`, the model prefers the better one."""
-    i, j = np.triu_indices(K, 1)
-    better, guess = (gold[:, i] - gold[:, j]).ravel(), (rewards[:, i] - rewards[:, j]).ravel()
-    return float((better * guess > 0)[abs(better) > gap].mean())
+    model.calibrate(texts)
+    return model, rewards
 
 
 def measure(run):
-    _, rewards, gold = train(run, max(run.rankings for run in RUNS))
-    chosen, rejected = labels_of(rewards, gold, run)
-    predicted, observed, count = rlhf.calibration_curve(chosen, rejected)
-    return {
-        "accuracy": round(accuracy(rewards, gold), 4),
-        "accuracy_clear": round(accuracy(rewards, gold, 0.3), 4),
-        "correlation": round(float(np.corrcoef(rewards.ravel(), gold.ravel())[0, 1]), 4),
-        "agreement": round(rlhf.reward_accuracy(chosen, rejected), 4),
-        "calibration": [[round(float(v), 4) for v in row] for row in zip(predicted, observed, count)],
-    }
+    return judges.measured(*train(run, 2000), run, held_prompts, held_answers, held_gold)
 
 
-def labels_of(rewards, gold, run):
-    """(rewards of the preferred, of the other) for a rater's fresh labels of all held-out pairs."""
-    rng = np.random.default_rng([run.seed, 1])
-    i, j = np.triu_indices(K, 1)
-    both = np.stack([gold[:, i].ravel(), gold[:, j].ravel()], axis=1)
-    first = rlhf.rank(both, rng, temperature=0.1, flip=run.flip)[:, 0] == 0
-    a, b = rewards[:, i].ravel(), rewards[:, j].ravel()
-    return np.where(first, a, b), np.where(first, b, a)
-
-
-RUNS = [Run(n, flip, seed) for seed in range(3) for flip in (0.0, 0.25) for n in (100, 300, 600, 2000)]
+held_prompts, held_answers, held_gold = labelled("validation", 16 if REDUCED else 512, 0)  # the same for all judges
 if "--full" in sys.argv:
-    sweep(measure, RUNS, executor=1, store=RESULTS)
-rows = read_rows(RESULTS)
+    sweep(measure, judges.RUNS, executor=1, store=RESULTS)
+kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round): rows, by seed}
 
-live = [Run(16), Run(32)] if REDUCED else [Run(100), Run(300), Run(300, flip=0.25)]
-print("\n rankings  labels turned round   pairs in which the better answer is preferred (a coin: 0.5)")
+live = [Run(16), Run(32)] if REDUCED else [Run(100), Run(300)]
+print("\n rankings   pairs in which the better answer is preferred (a coin: 0.5)")
 for run in live:
-    _, rewards, held_gold = train(run, LARGEST)
+    _, rewards = train(run, LARGEST)
     acc = accuracy(rewards, held_gold)
-    print(f"{run.rankings:9d}  {run.flip:19.0%}   {acc:.3f}, where the gold differs by more than 0.3: {accuracy(rewards, held_gold, 0.3):.3f}")
-    same = [row for row in rows if (row["rankings"], row["flip"], row["seed"]) == (run.rankings, run.flip, 0)]
-    assert REDUCED or abs(acc - same[0]["accuracy"]) < 0.03, "the sweep's row of this seed says the same, but for rounding"
+    print(f"{run.rankings:9d}   {acc:.3f}, where the gold differs by more than 0.3: {accuracy(rewards, held_gold, 0.3):.3f}")
+    assert run.rankings != 100 or abs(acc - kinds[FEWEST][0]["accuracy"]) < 0.03, "the sweep's row of this seed says the same, but for rounding"
 
 # %% [markdown]
 # Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
@@ -321,27 +288,23 @@ for run in live:
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
 # %%
-SIZES, FLIPS = sorted({r["rankings"] for r in rows}), sorted({r["flip"] for r in rows})
-
-
-def seeds(n, flip, key):
-    return np.array([r[key] for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
-
-
-for flip in FLIPS:
-    means = {n: interval(seeds(n, flip, "accuracy")) for n in SIZES}
-    print(f"labels turned round {flip:.0%}, 3 seeds, 95 %: " + ", ".join("{}: {:.3f} ± {:.3f}".format(n, *x) for n, x in means.items()))
-    assert abs(means[100][0] - 0.5) < means[100][1], "100 rankings: not clearly better than a coin"
-assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}
-most, clean_600 = {flip: seeds(2000, flip, "accuracy") for flip in FLIPS}, seeds(600, 0.0, "accuracy")
-assert (most[0.0] > seeds(100, 0.0, "accuracy") + 0.1).all(), "more rankings, a better judge, under every seed"
-assert (most[0.0] > most[0.25] + 0.05).all(), "labels turned round cost accuracy, under every seed"
-assert sum(interval(most[0.25] - clean_600)) < 0, "2000 noisy ones teach less than 600 clean ones"
+hits = {kind: judges.right(of) for kind, of in kinds.items()}  # [seeds, prompts], and the pairs of each prompt
+print("\nrankings  turned round   pairs in the right order (5 seeds, 512 prompts)")
+for kind in kinds:
+    print("{:8,}  {:12.0%}   ".format(*kind) + shown(crossed(*hits[kind]), 3))
+gain = {pair: crossed(hits[pair[0]][0] - hits[pair[1]][0], hits[CLEAN][1]) for pair in ((FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW))}
+for pair, difference in gain.items():
+    print("{} less {}: ".format(*pair) + shown(difference, 3))
+assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low, "100 rankings: not clearly better than a coin; 500: barely"
+assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
+assert gain[NOISY, FEW].low < 0 < gain[NOISY, FEW].high, "2000 with a quarter turned round: not clearly other than 500 clean ones"
 
 # %% [markdown]
-# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that differs clearly from a coin toss;
-# 2,000 clean ones, in 250 steps, seven pairs in ten. (More steps alone: not tried.) Two thousand with a quarter turned
-# round teach less than six hundred clean ones; whether as much as the rule's 500, three seeds do not tell.
+# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that differs clearly from a coin toss,
+# and 500 little more; 2,000 clean ones, in 250 steps, 0.68 [0.66, 0.70] of the pairs. (More steps alone: not tried.)
+# With a quarter turned round these lose 0.15. What is left is what 500 clean ones teach, as the rule says, but the
+# interval of the difference, -0.01 [-0.06, +0.05], has room for all that 500 have taught. All intervals are over seeds
+# and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -469,9 +432,9 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 
 # %%
 run = live[1]
-model, rewards, held_gold = train(run, LARGEST)
+model, rewards = train(run, LARGEST)
 curve = rlhf.calibration_curve(*labels_of(rewards, held_gold, run))
-print("\npredicted  observed  pairs")
+print("\npredicted  observed  pairs, each from both sides")
 for p, share, n in zip(*curve):
     print(f"{p:9.2f}  {share:8.2f}  {n:5.0f}")
 assert np.allclose(np.average(curve[:2], axis=1, weights=curve[2]), 0.5), "each pair is looked at from both sides"
@@ -484,32 +447,28 @@ def calibration_error(predicted, observed, count):
     return (count * abs(predicted - observed)).sum() / count.sum()
 
 
-def calibration_errors(n, flip):
-    return np.array([calibration_error(*np.array(r["calibration"]).T) for r in rows if (r["rankings"], r["flip"]) == (n, flip)])
-
-
-for flip in FLIPS:
-    print(f"labels turned round {flip:.0%}: " + ", ".join(f"{n}: {calibration_errors(n, flip).mean():.3f}" for n in SIZES))
-    assert calibration_errors(100, flip).min() > 0.13 > 0.06 > calibration_errors(2000, flip).max()
-for n in (100, 2000):
-    sure = np.array([row for r in rows if (r["rankings"], r["flip"]) == (n, 0.0) for row in r["calibration"] if 0.7 <= row[0] < 0.8])
+wrong = {kind: np.array([calibration_error(*np.array(row["calibration"]).T) for row in of]) for kind, of in kinds.items()}
+print("calibration error: " + "; ".join("{:,} at {:.0%}: ".format(*kind) + "{:.3f} ± {:.3f}".format(*interval(wrong[kind])) for kind in kinds))
+assert wrong[FEWEST].min() > 0.13 > 0.06 > max(wrong[kind].max() for kind in (FEW, CLEAN, NOISY))
+for kind in (FEWEST, CLEAN):
+    sure = np.array([bin for row in kinds[kind] for bin in row["calibration"] if 0.7 <= bin[0] < 0.8])
     said, was = (np.average(sure[:, k], weights=sure[:, 2]) for k in (0, 1))
     mean, half_width = interval(sure[:, 1] - sure[:, 0])  # over the seeds, a row each
-    print(f"{n} clean rankings: it says {said:.2f}, is right in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
-    assert (mean + half_width < 0) == (n == 100), "clearly too sure after few rankings alone"
-fresh, curves = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean(), [np.array(r["calibration"]).T for r in rows if r["rankings"] == 100]
-far = [np.average(abs(p - 0.5), weights=n) for p, _, n in curves]
-print(f"mean distance of what it says from 0.5: a fresh head {fresh:.2f}, after 100 rankings {np.mean(far):.2f}")
-assert 0.15 < min(far) and max(far) < fresh
-careless = [row[0] for r in rows if (r["rankings"], r["flip"]) == (2000, 0.25) for row in r["calibration"]]
+    print(f"{kind[0]} clean rankings: it says {said:.2f}, is right in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
+    assert mean + half_width < -0.2 if kind == FEWEST else mean - half_width > 0, "far too sure after few; after many, not sure enough"
+fresh = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean()
+far = {kind: np.array([np.average(abs(p - 0.5), weights=n) for p, _, n in (np.array(row["calibration"]).T for row in of)]) for kind, of in kinds.items()}
+print(f"mean distance of what it says from 0.5: in theory {fresh:.2f}; untrained {far[judges.UNTRAINED].mean():.2f}, after 100 rankings {far[FEWEST].mean():.2f}, after 500 {far[FEW].mean():.2f}")
+assert (0.6 * far[judges.UNTRAINED] < far[FEWEST]).all() and (far[FEWEST] < far[judges.UNTRAINED]).all() and far[FEW].max() < 0.06
+careless = [bin[0] for row in kinds[NOISY] for bin in row["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# The judges of 100 rankings, still 0.18 away, have unlearned little of it. With two thousand clean rankings the 0.75 is
-# not clearly wrong on average, but the interval of three seeds is ± 0.25. The careless rater's two thousand taught
-# little, but honestly: that judge is never sure.
+# Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. With two thousand clean
+# rankings it errs on the other side: where it says 0.75 it is right in 0.81, more by 0.06 ± 0.03 over five seeds. The
+# careless rater's two thousand taught little, but honestly: that judge is never sure.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
 # held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
@@ -531,63 +490,42 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
 #
-# The judge is section 7's, of 300 rankings; none of 2,000 was tried. First, length, among texts like those it was
-# taught on. Then texts unlike these: the same token ten times after a prompt, for every token there is. It chooses the
-# best.
+# The judges are the five of 2,000 clean rankings, and beside them the untrained heads that they began with. First,
+# length, among texts like those they were taught on. Then texts unlike these: the same token ten times after a held-out
+# prompt, another for each seed, for every token there is. The judge chooses the best. Beside them stand 256 answers of
+# the base.
 #
-# **Predict:** how many of the 2,046 beat nine in ten of the real answers?
+# **Predict:** how many of the 2,046 beat nine in ten of the real answers? And the best of 256?
 
 # %%
-held_out = labelled("validation", 16 if REDUCED else 128, run.seed)[1]
-for name, texts, score in (("in training the gold", answers, gold), ("held out, the gold", held_out, held_gold), ("held out, the judge", held_out, rewards)):
-    size = np.array([[len(a) for a in own] for own in texts])
-    same_way = ((size[:, i] - size[:, j]) * (score[:, i] - score[:, j])).ravel()
-    share = (same_way > 0).sum() / (same_way != 0).sum()
-    print(f"{name} prefers the longer of two in {share:.0%}")
-assert REDUCED or share > 0.6, "the last, the judge"
-
-nonsense = [np.array(prompts[0] + [token] * 10) for token in range(2, 66 if REDUCED else tokenizer.vocab_size)]
-judged = model.score_texts(nonsense)
-best = np.argsort(-judged)[:5]
-mine = rlhf.sample_answers(base, prompts[:1], 16 if REDUCED else 256, LENGTH, stop_token_ids=STOPS, seed=1)[0]
-real = model.score_texts([np.array([*prompts[0], *a]) for a in mine])  # answers to the same prompt: each has its own zero
-bar, top = np.quantile(real, 0.9), real.max()
-print(f"\na judge that prefers the better answer in {accuracy(rewards, held_gold):.1%} of pairs; nine in ten answers to this prompt are below {bar:+.2f};")
-print(f"the best of {len(real)} has {top:+.2f}; of {len(judged)} tokens, ten times each, {(judged > bar).sum()} are above {bar:+.2f}:")
-for token in best:
-    print(f"{judged[token]:+.2f}  {tokenizer.decode(nonsense[token])}")
-assert REDUCED or (judged[best[0]] > bar and (judged > bar).mean() < 0.1), "nonsense that beats nine in ten answers is easily found"
+likes = [judges.prefers_longer(*own) for own in ((answers, gold), (held_answers, held_gold))]
+print("\nthe gold prefers the longer of two in {:.0%} of the pairs in training, {:.0%} held out".format(*likes))
+golds = {}
+for name, kind in (("2,000 clean rankings", CLEAN), ("no training", judges.UNTRAINED)):
+    texts = [tokenizer.decode([row["token"]] * 10) for row in kinds[kind]]
+    golds[kind] = rlhf.vader(texts)
+    for row, text, g in zip(kinds[kind], texts, golds[kind]):
+        print(f"{name}: bar {row['bar']:+.2f}, best answer {row['best'][0]:+.2f}; {row['above']:4d} tokens above the bar, best {row['best'][1]:+.2f} (gold {g:+.2f}): {text}")
+    assert all(row["best"][1] > row["best"][0] for row in kinds[kind]), "a token that beats every real answer, under every seed"
+    longer_of_two, above = interval([row["longer"] for row in kinds[kind]]), interval([row["above"] / 2046 for row in kinds[kind]])
+    print("  the longer of two preferred in {:.2f} ± {:.2f}; share of tokens above the bar {:.2f} ± {:.2f}".format(*longer_of_two, *above))
+    assert abs(longer_of_two[0] - 0.5) < longer_of_two[1] and abs(above[0] - 0.1) < above[1], "neither is clear"
+assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0, "the rater's own rule says so, too, of the former"
 
 # %% [markdown]
-# In training the longer of two won a few more pairs. On held-out pairs the gold likes both alike, the judge the longer
-# one far more often. So do judges of helpfulness (Lesson 11, section 5).
+# Of two held-out answers the gold prefers the longer in 53 %, and no liking of the judges is clear. (Judges of
+# helpfulness have one: Lesson 11, section 5.)
 #
-# This judge orders the base's own answers like a coin, so newness is not shown to be the cause. Fewer than one in ten
-# of these texts pass the bar, so fewer than of real ones. But whoever looks for the best has one that beats nine in ten
-# answers, and nothing in the reward tells the two apart. A policy that is trained on a judge searches so: Lesson 11.
+# Of the tokens 8 % ± 3 pass the bar, not clearly fewer than of real answers. But under every seed one of them, said ten
+# times, has more reward than the best of 256 real answers. The untrained heads have such tokens, too, but any ones:
+# *all*, *till*. After 2,000 rankings they are *love*, *strong*, and three times *great*. The judge has learned the
+# rater's words, and the rater's own rule, VADER, gives these texts more than any held-out answer. So newness did not
+# mislead this judge: it does what it was taught. But what it was taught is not what a reader wants, and that shows only
+# on texts that nobody ever compared. Whoever looks for the highest reward finds them, and a policy that is trained on a
+# judge searches so: Lesson 11.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-for flip, color in zip(FLIPS, ("C0", "C3")):
-    mean = [seeds(n, flip, "accuracy").mean() for n in SIZES]
-    axes[0].plot(SIZES, mean, "o-", color=color, label=f"labels turned round: {flip:.0%}")
-    axes[0].plot(np.repeat(SIZES, 3), np.concatenate([seeds(n, flip, "accuracy") for n in SIZES]), ".", color=color, alpha=0.5)
-axes[0].axhline(0.5, color="grey", linestyle="--", linewidth=1)
-axes[0].set(xscale="log", xlabel=f"rankings of {K} (each {K * (K - 1) // 2} pairs)", ylabel="held-out accuracy against the gold", title="What labels are worth (3 seeds)")
-axes[0].set_xticks(SIZES, [str(n) for n in SIZES])
-axes[0].minorticks_off()
-axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-most_rankings = np.array(next(r["calibration"] for r in rows if (r["rankings"], r["flip"], r["seed"]) == (2000, 0.0, 0))).T
-for n, shown, color in ((run.rankings, curve, "C0"), (2000, most_rankings, "C2")):
-    axes[1].scatter(shown[0], shown[1], s=10 + 120 * shown[2] / shown[2].max(), color=color, label=f"{n} rankings")
-axes[1].set(title="Is it honest? (area of a dot: pairs)", xlabel="predicted preference", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
-axes[2].hist(real, bins=40, density=True, alpha=0.6, label="the base's answers")
-axes[2].hist(judged, bins=40, density=True, alpha=0.6, label="one token, ten times")
-axes[2].set(title="The judge on texts it never saw", xlabel="reward (mean 0, deviation 1 in training)")
-for ax in axes:
-    ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-figure.savefig(OUT / "09_reward_model.png", dpi=120)
+judges.picture(kinds, curve, run).savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
 # ## Quiz
@@ -623,8 +561,8 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two
-# thousand clean ones no error on average is clear, over three seeds that differ widely.
+# With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two thousand
+# clean ones it is right in 0.81 there, so it could be surer.
 #
 # </details>
 #
@@ -632,8 +570,8 @@ figure.savefig(OUT / "09_reward_model.png", dpi=120)
 #
 # <details><summary>Answer</summary>
 #
-# The same token ten times. Nobody ever compared such a text, so nothing holds its reward down. But this judge orders
-# real answers no better than a coin, so that newness is the cause is not shown.
+# A kind word ten times, such as "great". The judge has learned the rater's words, and the rater's own rule likes such a
+# text more than any held-out answer. That neither is what a reader wants shows only on texts that nobody ever compared.
 #
 # </details>
 

@@ -122,6 +122,16 @@ def judged(policy: Any, reward: rlhf.RewardModel | None, seed: int = 0, prompts:
     }, roll  # fmt: skip
 
 
+def show_updates(history: list[dict[str, Any]]) -> None:
+    """Print seven of the updates, or as many as there are, and the last."""
+    print("\nupdate  reward    gold      KL  clipped  distinct-2  ended")
+    for r in history[: -1 : max(1, len(history) // 6)] + history[-1:]:
+        print(
+            f"{r['step']:6d}  {r['objective/scores']:+.3f}  {r['watch/gold']:+.3f}  {r['objective/kl']:6.2f}"
+            f"  {r['policy/clipfrac']:7.2f}  {r['text/distinct_2']:10.2f}  {r['num_eos']:5d}"
+        )
+
+
 def measure(run: Run) -> Row:
     """What the sweep writes down."""
     reward = judge(run.rankings, run.seed)
@@ -132,6 +142,13 @@ def measure(run: Run) -> Row:
     names = {"reward": "objective/scores", "kl": "objective/kl", "gold": "watch/gold"}
     curves = {name: [round(r[key], 4) for r in history] for name, key in names.items()} if run.method in SAMPLING else None
     return {**judged(policy, reward, run.seed)[0], "history": curves, "cpu_seconds": round(seconds, 1)}
+
+
+def columns(rows: list[Row], method: str, keys: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """{key: [seeds]} of a method's rows, which must be one for each seed."""
+    of = sorted((row for row in rows if row["method"] == method), key=lambda row: row["seed"])
+    assert [row["seed"] for row in of] == [*seeds], f"{method}: a row of each seed, see --full"
+    return {key: np.array([row[key] for row in of]) for key in keys}
 
 
 RUNS = [Run(method, seed) for seed in range(3) for method in METHODS]

@@ -2,7 +2,8 @@
 
 A block of weights is divided by its largest magnitude, so every code book lives in [-1, 1]. What differs is where its
 points lie. A trained weight matrix is close to normal, so NF4 puts its points at quantiles of the normal distribution,
-where about equally many weights fall to each; FP4 spaces them as a float does, dense near zero; int4 evenly.
+dense where the weights are (its codes are not used equally often: Lesson 7, section 2); FP4 spaces them as a float does,
+dense near zero; int4 evenly.
 
 All are float32, computed in float32 where bitsandbytes does, and equal to its tables bit for bit.
 """

@@ -7,6 +7,12 @@
 Sources: Ahmadian et al. 2024 (RLOO, arXiv:2402.14740), which is plain REINFORCE: one optimizer step a sample, no ratio;
 the ratio and its clipping, for several, are TRL's. Shao et al. 2024 (GRPO, arXiv:2402.03300, eq. 3 and 4). k3 is
 Schulman's (2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html).
+
+Two points at which others depart from GRPO as it is here, and as its paper has it:
+1. In the loss, k3 of fresh samples is differentiated with the samples held fixed. Its mean is KL(π ‖ π_ref), but its
+   mean gradient is that of KL(π_ref ‖ π): Lesson 10, section 9, derives it. k1 in the reward has the former's gradient.
+2. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves out the division by the group's deviation, and the mean over the
+   tokens of an answer, by which each token of a long answer counts less.
 """
 
 from __future__ import annotations
@@ -65,7 +71,8 @@ def _groups(rewards: Array, k: int) -> Array:
 def k3(logprobs: Tensor, ref_logprobs: Array) -> Tensor:
     """exp(ref - lp) - 1 - (ref - lp): an estimate of KL(π ‖ π_ref) at tokens drawn from π, unbiased and never negative.
 
-    Both of one shape, which the result has (Schulman 2020).
+    Both of one shape, which the result has (Schulman 2020). The value alone is unbiased: in a loss, the mean gradient is
+    that of KL(π_ref ‖ π).
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - 1 - difference

@@ -1,0 +1,158 @@
+"""What is measured of Lesson 9's judges: reward models that learned from a number of a rater's rankings.
+
+All are measured on the same answers to the same held-out prompts, so that a difference between two kinds of judges has an
+interval over both prompts and seeds. A seed has its own prompts, answers, labels and head to learn with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from minipeft import rlhf
+from minipeft.experiments.rows import Row
+from minipeft.experiments.shipped import base
+
+from .policies import LENGTH, K, stops
+
+I, J = np.triu_indices(K, 1)  # the pairs of K answers
+BINS = np.arange(-6, 6.25, 0.25)  # of rewards
+
+
+@dataclass(frozen=True)
+class Run:
+    """A reward model from a number of rankings, of a rater who reverses a share of them; 0 rankings: an untrained head."""
+
+    rankings: int
+    flip: float = 0.0
+    seed: int = 0
+    learning_rate: float = 2e-3
+
+
+UNTRAINED, FEWEST, FEW, CLEAN, NOISY = KINDS = (0, 0.0), (100, 0.0), (500, 0.0), (2000, 0.0), (2000, 0.25)
+RUNS = [Run(n, flip, seed) for seed in range(5) for n, flip in KINDS]
+
+
+def in_order(rewards: np.ndarray, gold: np.ndarray, gap: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs that the rewards order as the gold does, pairs) of each prompt [n]: those whose gold differs by more than `gap`."""
+    better, guess = gold[:, I] - gold[:, J], rewards[:, I] - rewards[:, J]
+    counted = abs(better) > gap
+    return ((better * guess > 0) & counted).sum(axis=1), counted.sum(axis=1)
+
+
+def accuracy(rewards: np.ndarray, gold: np.ndarray, gap: float = 0.0) -> float:
+    """In how many pairs, whose gold scores differ by more than `gap`, the model prefers the better one."""
+    right, pairs = in_order(rewards, gold, gap)
+    return float(right.sum() / pairs.sum())
+
+
+def labels_of(rewards: np.ndarray, gold: np.ndarray, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """(rewards of the preferred, of the other) for a rater's fresh labels of all pairs."""
+    rng = np.random.default_rng([run.seed, 1])
+    both = np.stack([gold[:, I].ravel(), gold[:, J].ravel()], axis=1)
+    first = rlhf.rank(both, rng, temperature=0.1, flip=run.flip)[:, 0] == 0
+    a, b = rewards[:, I].ravel(), rewards[:, J].ravel()
+    return np.where(first, a, b), np.where(first, b, a)
+
+
+def prefers_longer(answers: list[Any], score: np.ndarray) -> float:
+    """In how many pairs of two lengths and two scores the longer answer has the higher score."""
+    size = np.array([[len(a) for a in own] for own in answers])
+    same_way = (size[:, I] - size[:, J]) * (score[:, I] - score[:, J])
+    return float((same_way > 0).sum() / (same_way != 0).sum())
+
+
+@cache
+def real_and_nonsense(prompt: tuple[int, ...], seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """256 answers of the base to a prompt, and every token ten times after it: texts with the prompt."""
+    model, tokenizer = base()
+    real = rlhf.sample_answers(model, [list(prompt)], 256, LENGTH, stop_token_ids=stops(), seed=30_000 + seed)[0]
+    nonsense = [np.array([*prompt, *[token] * 10]) for token in range(2, tokenizer.vocab_size)]
+    return [np.array([*prompt, *a]) for a in real], nonsense
+
+
+def measured(model: rlhf.RewardModel, rewards: np.ndarray, run: Run, prompts: list[Any], answers: list[Any], gold: np.ndarray) -> Row:
+    """What the sweep writes down of a judge and its rewards of the held-out answers, as `RewardModel.loss` sees them.
+
+    right, pairs    of each prompt, as `in_order`
+    calibration     rows of `calibration_curve`, of fresh labels
+    longer          `prefers_longer`
+
+    and of the untrained heads and those of 2,000 clean rankings, of one prompt, another for each seed:
+
+    above           how many of the tokens, ten times each, are above nine in ten real answers, whose reward is `bar`
+    best, token     the highest reward [of a real answer, of a token], and which token that is
+    histograms      of the rewards of both, by BINS
+    """
+    right, pairs = in_order(rewards, gold)
+    chosen, rejected = labels_of(rewards, gold, run)
+    row = {
+        "accuracy": round(accuracy(rewards, gold), 4),
+        "accuracy_clear": round(accuracy(rewards, gold, 0.3), 4),
+        "agreement": round(rlhf.reward_accuracy(chosen, rejected), 4),
+        "longer": round(prefers_longer(answers, rewards), 4),
+        "calibration": [[round(float(v), 4) for v in row] for row in zip(*rlhf.calibration_curve(chosen, rejected))],
+        "right": right.tolist(), "pairs": pairs.tolist(),
+    }  # fmt: skip
+    if (run.rankings, run.flip) not in (UNTRAINED, CLEAN):
+        return row
+    real, nonsense = (model.score_texts(texts) for texts in real_and_nonsense(tuple(prompts[run.seed]), run.seed))
+    bar = float(np.quantile(real, 0.9))
+    return row | {
+        "above": int((nonsense > bar).sum()), "bar": round(bar, 3),
+        "best": [round(float(real.max()), 3), round(float(nonsense.max()), 3)], "token": int(nonsense.argmax()) + 2,
+        "histograms": [np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)[0].tolist() for values in (real, nonsense)],
+    }  # fmt: skip
+
+
+def by_kind(rows: list[Row]) -> dict[tuple[int, float], list[Row]]:
+    """{one of KINDS: its rows, by seed}; all must be there."""
+    kinds = {kind: sorted((r for r in rows if (r["rankings"], r["flip"]) == kind), key=lambda r: r["seed"]) for kind in KINDS}
+    seeds = {run.seed for run in RUNS}
+    assert all([row["seed"] for row in of] == sorted(seeds) for of in kinds.values()), "a row of each kind and seed, see --full"
+    return kinds
+
+
+def right(of: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs that each judge orders as the gold does [seeds, prompts], pairs [prompts]), where a prompt has any that is not tied."""
+    pairs = np.array(of[0]["pairs"])
+    assert all(row["pairs"] == of[0]["pairs"] for row in of), "all judges are measured on the same answers"
+    return np.array([row["right"] for row in of])[:, pairs > 0], pairs[pairs > 0]
+
+
+def picture(kinds: dict[tuple[int, float], list[Row]], curve: tuple[np.ndarray, ...], run: Run) -> Any:
+    """Accuracy over rankings; what judges say and what is so, the run's `curve` beside 2,000 rankings; rewards of nonsense."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for flip, color in ((0.0, "C0"), (0.25, "C3")):
+        found = {n: [row["accuracy"] for row in kinds[n, turned]] for n, turned in KINDS if n and turned == flip}
+        means = [np.mean(values) for values in found.values()]
+        axes[0].plot([*found], means, "o-", color=color, label=f"labels turned round: {flip:.0%}")
+        for n, values in found.items():
+            axes[0].plot([n] * len(values), values, ".", color=color, alpha=0.5)
+    axes[0].axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axes[0].set(
+        xscale="log", xlabel=f"rankings of {K} (each {len(I)} pairs)", ylabel="held-out accuracy against the gold",
+        title=f"What labels are worth ({len(kinds[CLEAN])} seeds)",
+    )  # fmt: skip
+    axes[0].set_xticks([100, 500, 2000], ["100", "500", "2000"])
+    axes[0].minorticks_off()
+    axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+    many = kinds[CLEAN][0]
+    for n, (said, was, count), color in ((run.rankings, curve, "C0"), (2000, np.array(many["calibration"]).T, "C2")):
+        axes[1].scatter(said, was, s=10 + 120 * count / count.max(), color=color, label=f"{n} rankings")
+    axes[1].set(
+        title="Is it honest? (area of a dot: pairs, each from both sides)", xlabel="predicted preference", ylabel="observed",
+        xlim=(0, 1), ylim=(0, 1),
+    )  # fmt: skip
+    for counts, name in zip(many["histograms"], ("the base's answers", "one token, ten times")):
+        axes[2].stairs(np.array(counts) / sum(counts) / np.diff(BINS), BINS, fill=True, alpha=0.6, label=name)
+    axes[2].axvline(many["bar"], color="grey", linestyle="--", linewidth=1, label="nine in ten answers")
+    axes[2].set(title="2,000 rankings, on texts never compared", xlabel="reward (mean 0, deviation 1 in training)", xlim=(-3, 6))
+    for ax in axes:
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
