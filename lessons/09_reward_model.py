@@ -13,7 +13,7 @@
 # cores), or open it as a notebook. `python lessons/09_reward_model.py --full` computes those of the curves' runs that
 # are missing in `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
 #
-# Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import os
@@ -299,6 +299,9 @@ assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low, "100 rankings
 assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
 assert gain[NOISY, FEW].low < 0 < gain[NOISY, FEW].high, "2000 with a quarter turned round: not clearly other than 500 clean ones"
 
+# %%
+judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
+
 # %% [markdown]
 # 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that differs clearly from a coin toss,
 # and 500 little more; 2,000 clean ones, in 250 steps, 0.68 [0.66, 0.70] of the pairs. (More steps alone: not tried.)
@@ -463,6 +466,10 @@ assert (0.6 * far[judges.UNTRAINED] < far[FEWEST]).all() and (far[FEWEST] < far[
 careless = [bin[0] for row in kinds[NOISY] for bin in row["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
+# %%
+curves = {f"{run.rankings} rankings": curve, "2000 rankings": np.array(kinds[CLEAN][0]["calibration"]).T}
+judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.png", dpi=120)
+
 # %% [markdown]
 # No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
 # deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
@@ -512,6 +519,9 @@ for name, kind in (("2,000 clean rankings", CLEAN), ("no training", judges.UNTRA
     assert abs(longer_of_two[0] - 0.5) < longer_of_two[1] and abs(above[0] - 0.1) < above[1], "neither is clear"
 assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0, "the rater's own rule says so, too, of the former"
 
+# %%
+judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense.png", dpi=120)
+
 # %% [markdown]
 # Of two held-out answers the gold prefers the longer in 53 %, and no liking of the judges is clear. (Judges of
 # helpfulness have one: Lesson 11, section 5.)
@@ -523,9 +533,6 @@ assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0
 # mislead this judge: it does what it was taught. But what it was taught is not what a reader wants, and that shows only
 # on texts that nobody ever compared. Whoever looks for the highest reward finds them, and a policy that is trained on a
 # judge searches so: Lesson 11.
-
-# %%
-judges.picture(kinds, curve, run).savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
 # ## Quiz

@@ -124,35 +124,53 @@ def right(of: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["right"] for row in of])[:, pairs > 0], pairs[pairs > 0]
 
 
-def picture(kinds: dict[tuple[int, float], list[Row]], curve: tuple[np.ndarray, ...], run: Run) -> Any:
-    """Accuracy over rankings; what judges say and what is so, the run's `curve` beside 2,000 rankings; rewards of nonsense."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+def drawn() -> tuple[Any, Any]:
+    """A figure, and its one plot."""
+    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
+    """Accuracy over rankings, by the share of labels that are turned round, a dot a seed."""
+    figure, axis = drawn()
     for flip, color in ((0.0, "C0"), (0.25, "C3")):
         found = {n: [row["accuracy"] for row in kinds[n, turned]] for n, turned in KINDS if n and turned == flip}
         means = [np.mean(values) for values in found.values()]
-        axes[0].plot([*found], means, "o-", color=color, label=f"labels turned round: {flip:.0%}")
+        axis.plot([*found], means, "o-", color=color, label=f"labels turned round: {flip:.0%}")
         for n, values in found.items():
-            axes[0].plot([n] * len(values), values, ".", color=color, alpha=0.5)
-    axes[0].axhline(0.5, color="grey", linestyle="--", linewidth=1)
-    axes[0].set(
+            axis.plot([n] * len(values), values, ".", color=color, alpha=0.5)
+    axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.set(
         xscale="log", xlabel=f"rankings of {K} (each {len(I)} pairs)", ylabel="held-out accuracy against the gold",
         title=f"What labels are worth ({len(kinds[CLEAN])} seeds)",
     )  # fmt: skip
-    axes[0].set_xticks([100, 500, 2000], ["100", "500", "2000"])
-    axes[0].minorticks_off()
-    axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-    many = kinds[CLEAN][0]
-    for n, (said, was, count), color in ((run.rankings, curve, "C0"), (2000, np.array(many["calibration"]).T, "C2")):
-        axes[1].scatter(said, was, s=10 + 120 * count / count.max(), color=color, label=f"{n} rankings")
-    axes[1].set(
+    axis.set_xticks([100, 500, 2000], ["100", "500", "2000"])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    return figure
+
+
+def calibration_picture(curves: dict[str, Any]) -> Any:
+    """What judges say, and how often it is so {judge: (said, was, pairs)}."""
+    figure, axis = drawn()
+    axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
+    for (name, (said, was, count)), color in zip(curves.items(), ("C0", "C2")):
+        axis.scatter(said, was, s=10 + 120 * count / count.max(), color=color, label=name)
+    axis.set(
         title="Is it honest? (area of a dot: pairs, each from both sides)", xlabel="predicted preference", ylabel="observed",
         xlim=(0, 1), ylim=(0, 1),
     )  # fmt: skip
-    for counts, name in zip(many["histograms"], ("the base's answers", "one token, ten times")):
-        axes[2].stairs(np.array(counts) / sum(counts) / np.diff(BINS), BINS, fill=True, alpha=0.6, label=name)
-    axes[2].axvline(many["bar"], color="grey", linestyle="--", linewidth=1, label="nine in ten answers")
-    axes[2].set(title="2,000 rankings, on texts never compared", xlabel="reward (mean 0, deviation 1 in training)", xlim=(-3, 6))
-    for ax in axes:
-        ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure
+
+
+def nonsense_picture(row: Row) -> Any:
+    """Rewards of real answers and of tokens said ten times, by a judge's row."""
+    figure, axis = drawn()
+    for counts, name in zip(row["histograms"], ("the base's answers", "one token, ten times")):
+        axis.stairs(np.array(counts) / sum(counts) / np.diff(BINS), BINS, fill=True, alpha=0.6, label=name)
+    axis.axvline(row["bar"], color="grey", linestyle="--", linewidth=1, label="nine in ten answers")
+    axis.set(title="2,000 rankings, on texts never compared", xlabel="reward (mean 0, deviation 1 in training)", xlim=(-3, 6))
+    axis.legend(frameon=False)
     return figure
