@@ -395,6 +395,7 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 # 1 to 3 % of what LoRA learned. LoftQ starts better, although rank 8 holds less than a quarter of the squared error,
 # and ends worse here. (Li et al. find that it helps most where fewer bits are used: two, or two and four mixed.) These
 # differences are of one seed: their intervals speak of other verses, not of other seeds. Nor was LoftQ's rate tuned.
+#
 # **Predict:** tuned in the league (Lesson 3), under five seeds, does LoftQ still end worse than QLoRA?
 
 # %%
@@ -412,7 +413,7 @@ assert signs == {"rewrite": "+=", "source": "="}
 # The last verdict below has five seeds, and tunes both methods (the league, Lesson 3). There a difference above 0 means
 # that the first method is *better* (above, of losses, that it is worse): on `rewrite` its loss is lower, in nats, and
 # on `source` more of its answers are right. *Negligible* is a loss of less than 0.02, a fiftieth of a nat or two
-# answers in a hundred; *not told*, that the interval is too wide to say so. On `rewrite` four bits clearly cost
+# answers in a hundred; *not told*, that the interval has that limit inside. On `rewrite` four bits clearly cost
 # something with 50 and with 500 examples, 0.022 and 0.013 nats; in the other four cases no cost is clear. The paper
 # finds no loss against 16 bits on its benchmarks, with LoRA on all linear layers, whatever its rank (section 4,
 # appendix A); with FP4 it lost about one percentage point on MMLU, a test of knowledge. With LoRA on query and value

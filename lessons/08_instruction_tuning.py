@@ -369,10 +369,10 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
 
 # %% [markdown]
 # How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 86 test
-# records, in nats per token of the answer. It is computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model
-# writes goes on from its own tokens, so that one wrong token can spoil the rest. A program can check the answers to
-# four of the seven trained tasks and to two of the three new ones: the whole answer must be the wanted one, or another
-# that the dictionary allows (for `use`, any that has the word in it).
+# records, in nats per token of the answer. It is computed with the wanted answer's beginning given, as in training
+# (*teacher forcing*); what the model writes goes on from its own tokens, so that one wrong token can spoil the rest. A
+# program can check the answers to four of the seven trained tasks and to two of the three new ones: the whole answer
+# must be the wanted one, or another that the dictionary allows (for `use`, any that has the word in it).
 
 
 # %%
@@ -535,10 +535,10 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 # from one task to three to seven. (Intervals are over seeds and records: other tasks might tell otherwise.)
 #
 # **More phrasings** help clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026 [0.014,
-# 0.039] at the trained ones, asked in new words. Is it the number of words, or their form? Of the four phrasings the
+# 0.039] at the trained ones, asked in new words. Is it their number, or their form? Of the four phrasings the
 # first three have the input on a line of its own, as has the one; the fourth, like half of the held-out ones, has it
 # within the sentence. At the new tasks both help: three beside one by 0.179 [0.086, 0.272], the fourth by 0.067 [0.008,
-# 0.127] more. At the trained ones only the fourth does.
+# 0.127] more. At the trained ones only the fourth clearly does.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps as under a third of the tokens in that loss
 # are the answers'. At the new ones it is undecided.

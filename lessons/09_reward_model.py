@@ -457,7 +457,7 @@ for kind in (FEWEST, CLEAN):
     sure = np.array([bin for row in kinds[kind] for bin in row["calibration"] if 0.7 <= bin[0] < 0.8])
     said, was = (np.average(sure[:, k], weights=sure[:, 2]) for k in (0, 1))
     mean, half_width = interval(sure[:, 1] - sure[:, 0])  # over the seeds, a row each
-    print(f"{kind[0]} clean rankings: it says {said:.2f}, is right in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
+    print(f"{kind[0]} clean rankings: it says {said:.2f}, the rater agrees in {was:.2f}, a difference of {mean:+.2f} ± {half_width:.2f}; the seeds", *sorted(sure[:, 1].round(2)))
     assert mean + half_width < -0.2 if kind == FEWEST else mean - half_width > 0, "far too sure after few; after many, not sure enough"
 fresh = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean()
 far = {kind: np.array([np.average(abs(p - 0.5), weights=n) for p, _, n in (np.array(row["calibration"]).T for row in of)]) for kind, of in kinds.items()}
@@ -471,11 +471,11 @@ curves = {f"{run.rankings} rankings": curve, "2000 rankings": np.array(kinds[CLE
 judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.png", dpi=120)
 
 # %% [markdown]
-# No: where it is sure, it is right in about half of the pairs. The start makes it so. A fresh head's rewards have
-# deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5 on average.
-# Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. With two thousand clean
-# rankings it errs on the other side: where it says 0.75 it is right in 0.81, more by 0.06 ± 0.03 over five seeds. The
-# careless rater's two thousand taught little, but honestly: that judge is never sure.
+# No: where one of 100 rankings says 0.75, the rater agrees in about half of the pairs. The start makes it so. A fresh
+# head's rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away
+# from 0.5 on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. With
+# two thousand clean rankings it errs on the other side: where it says 0.75 the rater agrees in 0.81, more by 0.06 ±
+# 0.03 over five seeds. The careless rater's two thousand taught little, but honestly: that judge is never sure.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
 # held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
@@ -529,10 +529,10 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 # Of the tokens 8 % ± 3 pass the bar, not clearly fewer than of real answers. But under every seed one of them, said ten
 # times, has more reward than the best of 256 real answers. The untrained heads have such tokens, too, but any ones:
 # *all*, *till*. After 2,000 rankings they are *love*, *strong*, and three times *great*. The judge has learned the
-# rater's words, and the rater's own rule, VADER, gives these texts more than any held-out answer. So newness did not
-# mislead this judge: it does what it was taught. But what it was taught is not what a reader wants, and that shows only
-# on texts that nobody ever compared. Whoever looks for the highest reward finds them, and a policy that is trained on a
-# judge searches so: Lesson 11.
+# rater's words, and the rater's own rule, VADER, gives these texts more than any held-out answer. So at the top newness
+# did not mislead these judges: VADER agrees. But VADER is not what a reader wants, and here, on texts that nobody ever
+# compared, that shows. Whoever looks for the highest reward finds them, and a policy that is trained on a judge
+# searches so: Lesson 11.
 
 # %% [markdown]
 # ## Quiz
@@ -569,7 +569,7 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 # <details><summary>Answer</summary>
 #
 # With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two thousand
-# clean ones it is right in 0.81 there, so it could be surer.
+# clean ones the rater agrees in 0.81 there, so it could be surer.
 #
 # </details>
 #

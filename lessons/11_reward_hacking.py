@@ -340,8 +340,8 @@ hacking.runs_picture(curves).savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold with the two that agree most.** It climbs to 0.99 and 0.94. With the
-# others it moves by no more than its noise: what was gained is error. Agreement is no promise: it is measured on pairs
-# of the *base's* answers, and says little about answers that the base would never give.
+# others no move is clear: no gold is shown. Agreement is no promise: it is measured on pairs of the *base's* answers,
+# and says little about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -390,10 +390,10 @@ for row in judged["full", 100][0]:
 hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
-# Every proxy rises clearly. The gold rises clearly with no judge; with the two that the output names it ends clearly
-# below the SFT model's. The best of 16 has more gold than the end of PPO, clearly so with three of the four judges from
-# 100 or 600 comparisons (not with LoRA's), at far less KL. In the printed answers a person hardly sees this gold fall:
-# they end, and few make sense, as those of the SFT model (Lesson 10); one says "no hope" twice.
+# Every proxy rises clearly. The gold rises clearly with no judge; with head, 600 and full, 100 comparisons it ends
+# clearly below the SFT model's. The best of 16 has more gold than the end of PPO, clearly so with three of the four
+# judges from 100 or 600 comparisons (not with LoRA's), at far less KL. In the printed answers a person hardly sees this
+# gold fall: they end, and few make sense, as those of the SFT model (Lesson 10); one says "no hope" twice.
 #
 # The verdict asks of *each* judge that both move clearly from the gold's peak on.
 
@@ -476,7 +476,8 @@ for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
 chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in (a, b["checks"]["32"])] for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2))]
 print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
-print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()))
+over_none = crossed(items(those_of(chain, "ppo", beta=0.05)) - items(those_of(chain, "ppo", beta=0.0)))
+print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()) + f"; 0.05 less 0: {shown(over_none)}")
 for name in ("proxy", "kl", "distinct_2"):
     lower = {what: interval(end[name] - other[name]) for what, end, other in (("0.05 less 0", cheap, free_end), ("0.2 less 0.05", high, cheap), ("penalty less none", penalized, cheap))}
     print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
@@ -489,21 +490,20 @@ assert (high["second"] < cheap["second"]).all(), "and a high one below it"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
 assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
-assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low), "only the small price"
+assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_none.low), "only the small price"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# The small one. Three seeds are few, and one of the judges is poor: no mean difference of the second gold is clear, and
-# we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and not at
-# 0.2.
+# Mostly the small one, seed by seed. Three seeds are few, and one of the judges is poor: no mean difference of the
+# second gold is clear, and we read the single seeds. In the answers above, the happy words that the two good judges
+# like crowd at 0.05 and not at 0.2.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
-#   three seeds clear are the small price's proxy, -0.77 ± 0.48, and bigrams, +0.25 ± 0.07.) With
-#   both good judges the small price ends clearly higher in the second gold than none. The high one ends below the small
-#   one in every seed, clearly in one. But at the high price the objective itself, proxy less $\beta$ KL, ends below its
-#   start in two seeds of three (on the chain in all five): PPO did not maximize it, why is open, and so is what the
-#   price itself costs. On the chain only the small price ends clearly above the SFT model; that it is better than none
-#   is not clear.
+#   three seeds clear are the small price's proxy, -0.77 ± 0.48, and bigrams, +0.25 ± 0.07.) With both good judges the
+#   small price ends clearly higher in the second gold than none. The high one ends below the small one in every seed,
+#   clearly in one. But at the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds
+#   of three (on the chain, whose score charges for no end, in all five): PPO did not maximize it. On the
+#   chain only the small price ends clearly above the SFT model; that it is better than none is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (over three seeds neither is clear). Whether it costs gold because it goes less far was not measured.

@@ -355,7 +355,7 @@ assert left - by_lora > 3 * -by_lora, "half the rate saves more than three times
 # Three, and the lower rate as their control, all with full fine-tuning, 500 examples of `rewrite`, two epochs in
 # batches of 4:
 #
-# - **lower rate**: the **control**, for it costs nothing;
+# - **lower rate**: the **control**, with no more computation;
 # - **replay**: one block of 64 tokens of the base's own training text for every four verses;
 # - **weight decay**, decoupled (AdamW): each step $w \leftarrow (1 - \eta \lambda)\, w$, toward *zero*; $\lambda = 1$;
 # - **L2-SP** (Li et al. 2018, arXiv:1802.01483): the penalty $\frac{\alpha}{2} \lVert \theta - \theta_0 \rVert^2$ in
@@ -437,16 +437,16 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 #   +0.002] of the task and -0.001 [-0.006, +0.004] of the items, beside the control. It pulls toward zero, not toward
 #   the base. (Its gradient does not go through Adam, as L2-SP's does, so their strengths cannot be compared as numbers.
 #   By itself it would shrink the weights by 3 % in these 250 steps: the rate, 0.00025 at its highest, is about half of
-#   that in the mean.) Ten times the strength is no remedy: it forgets 0.076 [0.072, 0.080] less than the
-#   control and learns 0.093 [0.085, 0.102] less, as does half of the way of section 2, which forgets 0.136 [0.123,
-#   0.148] less than it.
+#   that in the mean.) Ten times the strength is no remedy: it forgets 0.076 [0.072, 0.080] less than the control and
+#   learns 0.093 [0.085, 0.102] less. Half of section 2's way learns about as much, and forgets 0.136 [0.123, 0.148]
+#   less.
 #
 # Beside replay, L2-SP learns more of the task (by 0.013 [0.002, 0.024]); of text neither forgets clearly less (+0.025
 # [-0.001, +0.050]), and the items are equal (-0.001 [-0.017, +0.016]). Beside half of the way of section 2, which is
 # free, both learn more (by 0.076 [0.065, 0.087] and 0.063 [0.043, 0.084]); L2-SP forgets a little more than it (+0.028
 # [+0.012, +0.044]), replay not clearly (+0.003 [-0.026, +0.032]). Fairer is the place of the way that learns as much,
 # by parabolas through its last three points: L2-SP and replay forget less than that one (by 0.073 [0.054, 0.091] and
-# 0.074 [0.041, 0.107]), weight decay more (by 0.067 [0.051, 0.083]). So two of the three remedies do better than a
+# 0.074 [0.041, 0.107]), weight decay more (by 0.067 [0.051, 0.083]). By the loss on text, two of the three beat a
 # shorter way.
 #
 # The strength of L2-SP chooses a place: $\alpha = 0.1$ forgets 0.111 [0.098, 0.124] less than the control and learns

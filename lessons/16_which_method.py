@@ -236,7 +236,7 @@ frozen = [pytorch_ledger("llama-7b", rank_64, 1, 512, Loop(quantization=q)).held
 assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 and np.allclose(frozen, [2, 0.57], atol=0.01)
 
 # %% [markdown]
-# On `rewrite` with 5,000: from 0.09 nats between the best and the worst to more than half a nat. Full fine-tuning
+# On `rewrite` with 5,000: best and worst lie over half a nat apart; with 50, 0.09. Full fine-tuning
 # learns the most from more data, a prompt the least. On `source` it is the other way round, in the means: from 42
 # points to 14. With 50 examples there a prefix and a prompt are not clearly better than the base. *Few-shot* is the
 # base with answered examples in its prompt, of 1, 2 and 4 the best on validation: it is worse than the bare base on
@@ -269,7 +269,7 @@ for case, better in zip(MIDDLE, ({"adalora", "dora"}, set())):
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks
 # (`minipeft claims ID` prints it): of `adapter-6` and `which-1` that the interval lies above -0.02 (where it contains
 # that, it is *not told*, whatever the word before it says of 0), of `soft-8` that it lies below 0. "Bottleneck" are the
-# adapters. In `soft-8` and `which-1` the rival is each case's best on validation.
+# adapters. The rival, chosen on validation, is in `soft-8` LoRA or adapters, in `which-1` any other.
 #
 # What holds of this model need not hold of a large one. Prompts matched full fine-tuning in T5 models of billions of
 # parameters (Lester et al. 2021, arXiv:2104.08691). On 20 billion tokens of code LoRA fell behind full fine-tuning, and
@@ -277,9 +277,9 @@ for case, better in zip(MIDDLE, ({"adalora", "dora"}, set())):
 #
 # At 7B and 70B Lesson 12's ledger counts, and nothing is trained. It counts in bfloat16: full fine-tuning takes 10
 # bytes a parameter (weight, gradient, two moments, and a temporary of the step, 2 each), a frozen one 2, or in four
-# bits a little over a half. (That full fine-tuning rounds small steps away, Lesson 17; in mixed precision it takes 16.)
-# Trained adapters are float32, 20 bytes. `which-5` has LoRA with r = 64; with r = 8 it fits on 16 GB at 7B, too. In the
-# column *here* all are about equal: 0.45 GB is a GPU process itself. At 7B the network that computes prefixes has a
+# bits a little over a half. (In bfloat16 small steps are rounded away, Lesson 17; mixed precision takes 16.) Trained
+# adapters are float32, 20 bytes. `which-5` has LoRA with r = 64; with r = 8 it fits on 16 GB at 7B, too. For our model
+# (*here*) all are about equal: the GPU process alone takes 0.45 GB. At 7B the network that computes prefixes has a
 # billion parameters; at 70B, with few heads for keys and values, a sixth of that.
 
 # %% [markdown]

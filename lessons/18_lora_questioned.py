@@ -493,7 +493,7 @@ assert np.allclose(m, np.linalg.norm(W, axis=1), rtol=1e-5)
 #
 # **PiSSA** (Meng et al. 2024, arXiv:2404.02948) and **OLoRA** (Büyükakyüz 2024, arXiv:2406.01775) keep LoRA's form
 # and change its start. Both papers report faster learning; PiSSA's reason is that the strongest part of $W$ is
-# trained in place of noise and zero. $A$ and $B$ start as a *part of* $W$, and what they start as is subtracted, so
+# trained in place of noise and zero. $A$ and $B$ start from $W$, and what they start as is subtracted, so
 # that the model still starts as the base:
 #
 # $$W' = \Big(W - \frac{\alpha}{r} B_0 A_0\Big) + \frac{\alpha}{r} B A .$$
