@@ -417,10 +417,9 @@ assert {found.word for found in networks.values()} == {"undecided"}
 
 # %% [markdown]
 # The prefix trained directly is as good on `rewrite` as the one by an MLP, at a much higher rate; on `source` no
-# difference is told. So on `rewrite`, with a rate of its own, it does not end worse. Nor is told whether P-tuning's
-# network helps a prompt: 0 lies inside both intervals. `cloze` says what either prefix
-# costs on `source`: of 100 general passages the model continues 37 fewer rightly than the base. Fully fine-tuned, it is
-# 9.
+# difference is told. So on `rewrite`, with a rate of its own, it does not end worse. P-tuning beside a prompt, whose
+# start differs, too, is undecided on both tasks. `cloze` says what either prefix costs on `source`: of 100 general
+# passages the model continues 37 fewer rightly than the base. Fully fine-tuned, it is 9.
 
 # %% [markdown]
 # ## 7 · Break it

@@ -157,7 +157,7 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 # %% [markdown]
 # ## 4 · Rewards: a price for leaving, and the score at the end
 #
-# A reward model is tested near the texts that it learned from alone (Lesson 9, section 8). So the policy pays
+# A reward model has been tested only near the texts that it learned from (Lesson 9, section 8). So the policy pays
 # for leaving the **reference** $\pi_{\text{ref}}$. The **Kullback-Leibler divergence** says how far it is: by how much
 # more probable the policy finds its own answers than the reference does, in nats,
 #

@@ -406,7 +406,7 @@ for pair in OTHERS:
     for name, found in zip(("control", "half of the way"), others[pair.a]):
         print(f"{pair.a} less {name}:".ljust(78) + "  ".join(map(told, found)))
 assert all(others[f"L2-SP, α = {a}"][0][1].high < 0 for a in (0.1, 1)), "each strength forgets less text than the control"
-assert others["weight decay, 10"][1][1].low > 0.1, "half of the way forgets far less"
+assert max(map(abs, others["weight decay, 10"][1][0])) < 0.02 < 0.1 < others["weight decay, 10"][1][1].low, "half of the way learns as much, and forgets far less"
 verse = np.mean([np.sum(example.labels >= 0) for example in data.drawn("rewrite", 500, SEEDS[0])])  # tokens of an answer
 share = 0.25 * shipped.REPLAY / (0.25 * shipped.REPLAY + verse)
 print(f"replay's share of the tokens in the loss: {share:.0%}")

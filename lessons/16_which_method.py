@@ -245,7 +245,7 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 #
 # Of the 15 pairs by six cases, each told by its own interval, QLoRA beside adapters comes out as LoRA does: ahead on
 # `rewrite`, and with 5,000 of `source`. It beats full fine-tuning with 500 of `rewrite`, and loses to it with 5,000.
-# Prefix and prompt are told apart in these two cases alone: the prefix is better.
+# The prefix clearly beats the prompt in these two cases alone.
 #
 # **Predict:** and the package's other methods, with 500 examples: is one clearly better than LoRA on both tasks?
 

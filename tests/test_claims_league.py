@@ -13,7 +13,7 @@ from minipeft.claims import comparison, forgetting, league, practice, protocol
 from minipeft.claims.comparison import Case, Pair, judged, spread
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number, Verdict
-from minipeft.claims.standings import matrix, pairs, so_far, standings, table
+from minipeft.claims.standings import as_text, matrix, pairs, so_far, standings
 from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import described
 
@@ -313,7 +313,7 @@ def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():
     assert first.flops < second.flops, "the gradients of the frozen weights are not computed"
     assert second.cloze.value == pytest.approx(-0.5) and second.forgets.value == pytest.approx(0.5)
     assert first.right.low <= first.right.value <= first.right.high and first.loss.value < third.loss.value
-    text = table(case, methods, rows).splitlines()
+    text = as_text(standings(case, methods, rows)).splitlines()
     assert text[0].split()[:3] == ["method", "trained", "bytes"] and len({len(line) for line in text}) == 1
     assert [line.split()[0] for line in text[1:]] == ["lora", "full", "prompt"]
     assert standings(case, ("full", "vera"), rows)[0].method == "full", "a method without rows is left out"
@@ -389,5 +389,5 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
 
 def test_a_task_without_choices_has_no_column_of_right_ones():
     rows = filled(league.league(("full", "lora"), [Case("rewrite", 500)]), {}, {})
-    head, *lines = table(Case("rewrite", 500), ("full", "lora"), rows).splitlines()
+    head, *lines = as_text(standings(Case("rewrite", 500), ("full", "lora"), rows)).splitlines()
     assert "right, %" not in head and {line.split()[0] for line in lines} == {"full", "lora"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
 from minipeft.accounting import count_parameters, measure_peak
 from minipeft.accounting.footprints import WITHIN
+
+from .drawing import one_plot
 
 
 def measured_lines(make, text):
@@ -56,16 +57,9 @@ def stacked(axis, y, parts, height=0.8, alpha=1.0, labels=True):
     axis.text(left, y, f"  {left:.0f}", va="center", fontsize=9)
 
 
-def drawn(size=(7.2, 4.2)):
-    """A figure, and its one plot."""
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
-
-
 def states_picture(states):
     """Bytes of weights, gradients and optimizer states of LLaMA-65B by method, beside a GPU's 48 GB."""
-    figure, axis = drawn((7.2, 3))
+    figure, axis = one_plot((7.2, 3))
     for i, n in enumerate(states.values()):
         stacked(axis, i, {"": (["0.6", "0.6", "C0", "C3"][i], n / 1e9)}, labels=False)
     axis.axvline(48, color="black", linestyle="--", linewidth=1)
@@ -76,7 +70,7 @@ def states_picture(states):
 
 def step_picture(mine, bars):
     """What a step of `mine` takes by method, predicted and measured."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     for i, pair in enumerate(bars.values()):
         for shift, lines, alpha in ((-0.2, pair[0], 0.5), (0.2, pair[1], 1.0)):
             mb = {line: n / 1e6 for line, n in lines.items()}
@@ -91,7 +85,7 @@ def step_picture(mine, bars):
 
 def loops_picture(big):
     """Bytes of a step of QLoRA on Llama-3-70B in three loops, line by line, beside a GPU's 80 GB."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     colors = {
         "frozen weights": "C0", "adapters": "C9", "optimizer states": "C2", "activations": "C1", "logits": "C3",
         "recomputed block": "C4", "working memory": "C5", "the rest": "0.7",
@@ -111,7 +105,7 @@ def loops_picture(big):
 
 def published_picture(covered):
     """Runs of others: the ledger's prediction in what they measured."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     axis.axhspan(1 - WITHIN, 1 + WITHIN, color="0.92")
     axis.axhline(1, color="0.6", linewidth=1)
     for split, color in (("looked at", "C0"), ("held out", "C1")):

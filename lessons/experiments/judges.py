@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from minipeft import rlhf
 from minipeft.experiments.rows import Row
 from minipeft.experiments.shipped import base
 
+from .drawing import one_plot
 from .policies import LENGTH, K, stops
 
 I, J = np.triu_indices(K, 1)  # the pairs of K answers
@@ -124,16 +124,9 @@ def right(of: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["right"] for row in of])[:, pairs > 0], pairs[pairs > 0]
 
 
-def drawn() -> tuple[Any, Any]:
-    """A figure, and its one plot."""
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
-
-
 def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
     """Accuracy over rankings, by the share of labels that are turned round, a dot a seed."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     for flip, color in ((0.0, "C0"), (0.25, "C3")):
         found = {n: [row["accuracy"] for row in kinds[n, turned]] for n, turned in KINDS if n and turned == flip}
         means = [np.mean(values) for values in found.values()]
@@ -153,7 +146,7 @@ def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
 
 def calibration_picture(curves: dict[str, Any]) -> Any:
     """What judges say, and how often it is so {judge: (said, was, pairs)}."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     for (name, (said, was, count)), color in zip(curves.items(), ("C0", "C2")):
         axis.scatter(said, was, s=10 + 120 * count / count.max(), color=color, label=name)
@@ -167,7 +160,7 @@ def calibration_picture(curves: dict[str, Any]) -> Any:
 
 def nonsense_picture(row: Row) -> Any:
     """Rewards of real answers and of tokens said ten times, by a judge's row."""
-    figure, axis = drawn()
+    figure, axis = one_plot()
     for counts, name in zip(row["histograms"], ("the base's answers", "one token, ten times")):
         axis.stairs(np.array(counts) / sum(counts) / np.diff(BINS), BINS, fill=True, alpha=0.6, label=name)
     axis.axvline(row["bar"], color="grey", linestyle="--", linewidth=1, label="nine in ten answers")

@@ -109,11 +109,6 @@ def tokens(task: str) -> int:
     return round(float(np.mean([len(example.input_ids) for example in data.drawn(task, 200, 0)])))
 
 
-def table(case: Case, methods: Iterable[str] | None = None, rows: Any = None) -> str:
-    """The standings as text."""
-    return as_text(standings(case, methods, rows))
-
-
 def so_far(methods: Iterable[str], examples: int = 500, rows: Any = None) -> str:
     """What a lesson prints: of each task the base, the table of the methods whose rows are there, and who lacks rows."""
     said, methods = [], [*methods]
