@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,11 +54,16 @@ def test_what_is_told_of_each_statement(monkeypatch):
     assert told("full-3", given) == "The best rate of full fine-tuning is 1.0e-03."
     law = Verdict(HOLDS, "so", evidence=[Number("at width 576", 2e-3, "rate", 1e-3, 4e-3)])
     monkeypatch.setattr(large, "judge", lambda id: law)
-    assert told("full-3", given).endswith("is 1.0e-03; full-3's law predicts 2.0e-03 [1.0e-03, 4.0e-03].")
+    predicted = "is 1.0e-03; full-3's law predicts 2.0e-03 [1.0e-03, 4.0e-03]: 0.5 times that, within a factor of 2."
+    assert told("full-3", given).endswith(predicted)
+    law = replace(law, evidence=[replace(law.evidence[0], value=3e-3)])
+    assert told("full-3", given).endswith("0.33 times that, and not within a factor of 2.")
     assert told("lora-6", given) == "" == told("lora-6", given[:1]), "of other statements nothing"
     assert told("peft-3").startswith("Speed was not measured on SmolLM2-135M") and not any("seconds" in row for row in given)
-    for id in (*QUESTIONS, "best-4", "full-3"):
-        assert told(id, given[:-1]) == "On SmolLM2-135M: 5 of 6 settings computed so far, so nothing is said."
+    for id, lacking in {"soft-8": "prompt", "forget-1": "prompt", "best-4": "prompt", "full-3": "full"}.items():
+        rest = [row for row in given if row["method"] != lacking]
+        assert told(id, rest) == f"On SmolLM2-135M: nothing is said; not computed so far: {lacking}."
+    assert told("lora-12", given[:3]) == told("lora-12", given), "a statement needs only the settings that it compares"
     assert {*QUESTIONS, *UNMEASURED} < {*statements()}
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from ..experiments.rows import Row
 from ..experiments.shipped import rounded
+from ..experiments.sweep import sweep
 from ..peft.methods import at_width
 from ..train.evaluation import example_losses
 from . import data
@@ -44,6 +45,7 @@ QUESTIONS = {  # statements, and who is compared with whom in what
     "forget-1": [(method, "base", "general") for method in METHODS],
 }
 
+TWICE = 2  # a rate within this factor of a predicted one was predicted
 UNMEASURED = {"peft-3": "Speed was not measured on SmolLM2-135M: its rows have losses, and no seconds."}
 
 
@@ -135,16 +137,21 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     if id not in (*QUESTIONS, "best-4", "full-3"):
         return UNMEASURED.get(id, "")
     rows = EXPERIMENT.rows() if rows is None else rows
-    if EXPERIMENT.missing(rows):
-        return f"On SmolLM2-135M: {len(rows)} of {len(runs())} settings computed so far, so nothing is said."
+    needed = {"full"} if id == "full-3" else {name for a, b, _ in QUESTIONS.get(id, ()) for name in (a, b)} or {*METHODS}
+    if lacking := (needed | {"base"}) - {row["method"] for row in rows}:
+        return f"On SmolLM2-135M: nothing is said; not computed so far: {listed(sorted(lacking))}."
     n, rates = rows[0]["examples"], best_rates(rows)
     if id == "best-4":
         others = [f"{name} {rate / rates['full']:.1f}" for name, rate in rates.items() if name != "full"]
         return f"The best rate of full fine-tuning is {rates['full']:.1e}; times this, the others': {listed(others)}."
     if id == "full-3":
         law = {number.name: number for number in judge(id).evidence}.get(f"at width {SMALL}")
-        expected = f"; full-3's law predicts {law.value:.1e} [{law.low:.1e}, {law.high:.1e}]" if law else ""
-        return f"The best rate of full fine-tuning is {rates['full']:.1e}{expected}."
+        found = f"The best rate of full fine-tuning is {rates['full']:.1e}"
+        if law is None:
+            return f"{found}."
+        times = rates["full"] / law.value
+        hit = f"{times:.2g} times that, {'within' if 1 / TWICE <= times <= TWICE else 'and not within'} a factor of {TWICE}"
+        return f"{found}; full-3's law predicts {law.value:.1e} [{law.low:.1e}, {law.high:.1e}]: {hit}."
     lines = []
     for a, b, key in QUESTIONS[id]:
         found, what = compared(rows, a, b, key), "general text, " * (key == "general")
@@ -157,7 +164,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compute the rows, in hours; what is there already is not computed again, method by method."""
     parser = argparse.ArgumentParser(prog="python -m minipeft.claims.large", description=main.__doc__)
     parser.add_argument("directory", type=Path, help="where smollm2.jsonl is, or is made")
-    EXPERIMENT.compute(parser.parse_args(argv).directory)
+    cells = ("base", *METHODS)
+    parser.add_argument("--methods", nargs="+", choices=cells, default=cells, metavar="METHOD", help="default: all")
+    args = parser.parse_args(argv)
+    sweep(run, [Large(method) for method in args.methods], 1, EXPERIMENT.path(args.directory))
 
 
 if __name__ == "__main__":
