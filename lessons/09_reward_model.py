@@ -410,8 +410,9 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # %% [markdown]
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people:
 # > **cannot be tested here**. Asked about two answers, the judge takes the one that is shown first in 100%; over both
-# > orders it agrees with the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%.
-# > What a reward model of 200 labels gains of the gold:
+# > orders it agrees with the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%;
+# > with length averaged out (where pairs whose longer answer has more gold count as much as the others) it agrees in
+# > 61% [58%, 63%]. What a reward model of 200 labels gains of the gold:
 # >
 # > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
 # > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].

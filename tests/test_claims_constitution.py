@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minipeft.claims import constitution
+from minipeft.claims.chain_rules import even
 from minipeft.claims.constitution import ARMS, FORM, FORMS, Constitution
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, rule_of
 from minipeft.experiments.rows import described
@@ -96,6 +97,12 @@ def test_labels_by_principles_follow_their_rows(made, verdict):
     assert found.verdict == verdict and found.seeds == 5
     assert found.effect.low <= found.effect.value <= found.effect.high
     assert "Trained on the judge's revisions, the SFT model has" in found.because
+
+
+def test_who_goes_by_length_alone_is_right_in_half():
+    gold = [1, 1, 1, 0]
+    assert even({"longer": [1, 1, 1, 1], "gold_longer": gold}) == 0.5, "and in three of four, as the pairs are"
+    assert even({"longer": gold, "gold_longer": gold}) == 1
 
 
 def test_the_judge_is_asked_in_the_form_that_agrees_best():

@@ -324,10 +324,12 @@ def by_principles(rows: Rows) -> Verdict:
         return mean([float(np.mean(row[key])) for row in rows])
 
     people = [f"{name} {shown(crossed(gold(how, 'rater') - gold('sft')))}" for how, name in ways.items()]
+    lengths = mean([even(row) for row in rows])
     first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
-        f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}. "
+        f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}; with length "
+        f"averaged out (where pairs whose longer answer has more gold count as much as the others) it agrees in {percent(lengths)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
         f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
         f"labels of the rater gain over SFT: {listed(people)}. "
@@ -337,6 +339,7 @@ def by_principles(rows: Rows) -> Verdict:
     )  # fmt: skip
     evidence = [as_number(name, e, "gold") for name, e in found.items()] + [as_number("revisions over own answers", revised, "gold")]
     evidence += [as_number(name, share(key), "share") for key, name in SHARES.items()]
+    evidence.append(as_number("judge and gold agree, length averaged out", lengths, "share"))
     evidence += [Number(f"{form}, chosen among: agreement", value, "share") for form, value in asked.items()]
     evidence += [as_number(f"{name}, {arm}", crossed(gold(how, arm)), "gold") for how, name in ways.items() for arm in constitution.ARMS]
     evidence += [Number(f"reward model, {arm}: pairs ordered as the gold does", float(gold("right", arm).mean()), "share") for arm in constitution.ARMS]
@@ -349,6 +352,13 @@ SHARES = {
     "agreement": "judge and gold agree, both orders", "one order": "judge and gold agree, one order", "first": "takes the first",
     "longer": "takes the longer", "gold_longer": "gold takes the longer",
 }  # fmt: skip
+
+
+def even(row: Mapping[str, Any]) -> float:
+    """The share of a judge's right choices, the mean over pairs whose longer answer has more gold and those whose shorter one has:
+    whoever goes by length alone is right in half."""
+    right, longer = np.equal(row["longer"], row["gold_longer"]), np.array(row["gold_longer"], bool)
+    return float(right[longer].mean() + right[~longer].mean()) / 2
 
 
 def percent(e: Estimate) -> str:
