@@ -114,7 +114,7 @@ assert np.array_equal(dA, g @ B.T) and np.array_equal(dB, A.T @ g), "the same, i
 # ### The same in matrices, and for any step
 #
 # $\partial L / \partial A_{01}$ is 87: two elements of $C$ use $A_{01}$. In the first sum $j$ is the last index of both
-# factors, so $B$ is transposed; in the second $i$ is the first of both, so $A$ is:
+# factors, so $B$ is transposed (its rows become columns); in the second $i$ is the first of both, so $A$ is:
 #
 # $$\frac{\partial L}{\partial A} = g B^\top, \qquad \frac{\partial L}{\partial B} = A^\top g .$$
 #
