@@ -283,6 +283,10 @@ for case, better in zip(MIDDLE, ({"adalora", "dora"}, set())):
 # billion parameters; at 70B, with few heads for keys and values, a sixth of that.
 
 # %% [markdown]
+# > `full-5` best quality on the task of all methods: **cannot be tested here**. Full beside dora, rewrite, 500
+# > examples: worse (-0.051 [-0.063, -0.039]); full beside lora, source, 500 examples: undecided (-0.010 [-0.021,
+# > +0.001]), not told. (5 seeds, 512 test items)
+#
 # > `adapter-6` quality comparable to full fine-tuning: **holds if**. 2 of 6 comparisons are as stated, 3 not told:
 # >
 # > - bottleneck beside full, rewrite, 50 examples: worse (-0.014 [-0.024, -0.005]), not told.
