@@ -8,7 +8,7 @@
 # happen, measures them, and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute
 # dtype*.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (about a minute on two cores), or open it as a notebook. It makes one run now, and reads the
 # others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in
