@@ -190,7 +190,7 @@ assert weight == 1
 # arXiv:2010.06192).
 #
 # Adam's step is about the learning rate in every weight, and less where its gradient shrinks or changes sign (Lesson 0,
-# section 6). So about the least share of the weights that a step at some rate cannot move is known before training:
+# section 6). So before training one knows about the least share of the weights that a step cannot move:
 
 # %%
 weights = np.concatenate([p.numpy().ravel() for p in base.parameters()])

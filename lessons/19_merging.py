@@ -301,9 +301,9 @@ merging.sum_picture(curves, {task: loss("joint", task).mean() for task in TASKS}
 # - **No rule is clearly better than the sum** at the weight that validation chose. TIES on products is undecided;
 #   `svd`, which halves the rank, costs less than 0.01 in the mean, though in section 4 it is a third of the sum's
 #   length away from it; DARE on whole matrices is worse, and so are all rules on factors, TIES and DARE most. (For ten
-#   comparisons at once an interval has to be twice as wide. Then `linear, same start`, which merges another adapter, at
-#   the lowest weight tried, is undecided, too.) Compare rules at their own best weights: TIES at 1 (whole matrices)
-#   beats the sum at 1, and not the sum at 0.75.
+#   comparisons at once an interval has to be about twice as wide. Then `linear, same start`, which merges another
+#   adapter, at the lowest weight tried, is undecided, too.) Compare rules at their own best weights: TIES at 1 (whole
+#   matrices) beats the sum at 1, and not the sum at 0.75.
 #
 # The two updates are nearly orthogonal, and yet each does something to the other's task. A quarter of either adapter
 # alone lowers the loss on the other's task by over a tenth of a nat. To first order it would do the same beside a
@@ -351,10 +351,10 @@ merging.density_picture(kept, loss("base").mean()).savefig(OUT / "19_merging_den
 # than the base.
 #
 # The control: at each density the largest numbers, as they are, are better than as many random ones, divided by $d$.
-# (They also hold more of the update's length.) DARE's paper drops
-# 90 % or even 99 % of the updates of large models with hardly a loss (its abstract). It names as the reason that
-# fine-tuning had changed each weight by little, mostly within 0.002; after continued pretraining, with larger
-# changes, it fails. On this small model it costs. DARE is meant to reduce interference, not to improve one vector.
+# (They also hold more of the update's length.) DARE's paper drops 90 % or even 99 % of the updates of large models with
+# hardly a loss (its abstract). It names as the reason that fine-tuning had changed each weight by little, mostly within
+# 0.002; after continued pretraining, with larger changes, it fails. On this small model it costs. DARE is meant to
+# reduce interference, not to improve one vector.
 #
 # ## 7 · Subtracting
 #
@@ -489,8 +489,9 @@ for t in PARTS:
 
 # %% [markdown]
 # - **Best of the four is the wrong base in floats**, $W + U$. It is better than $Q + U$ by most of what four bits cost
-#   the base itself: $W$ is the better base. Yet the adapter learned to correct some of the error of $Q$: LoRA's, trained
-#   beside $W$, loses about 0.03 nats if it is put on $Q$, and training beside $Q$ took away about a third of that.
+#   the base itself: $W$ is the better base. Yet the adapter learned to correct some of the error of $Q$: LoRA's,
+#   trained beside $W$, loses about 0.03 nats if it is put on $Q$, and training beside $Q$ took away about a third of
+#   that.
 # - **In four bits, merge into $W$ and round once**: $\text{NF4}(W + U)$ costs less than 0.01 nats in the mean beside
 #   what was trained, at every size.
 # - **Do not merge into $Q$ and round**: $\text{NF4}(Q + U)$ keeps over nine tenths of the gain of $U$, about half of

@@ -206,9 +206,9 @@ def sum_picture(curves, joint):
     """Test loss over 0 and `SCALES` {(task, "alone" or "in a sum"): losses}, beside that of joint training {task: loss}."""
     figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
     colors = dict(zip(TASKS, (BLUE, ORANGE)))
-    for (task, kind), losses in curves.items():
+    for (task, kind), values in curves.items():
         width = 1 if kind == "alone" else 3
-        axis.plot([0, *SCALES], losses, "o-", color=colors[task], lw=width, ms=4, label=f"{task}, {kind}")
+        axis.plot([0, *SCALES], values, "o-", color=colors[task], lw=width, ms=4, label=f"{task}, {kind}")
     for task, level in joint.items():
         axis.axhline(level, color=colors[task], lw=1, ls=":")
         axis.text(0.2, level, "joint training", color=colors[task], va="bottom", fontsize=8)
