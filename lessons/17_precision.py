@@ -4,10 +4,11 @@
 # Large models are trained in sixteen bits. They take half the bytes, and a GPU's *tensor cores*, its units for matrix
 # products, multiply them many times faster (A100: 312 trillion operations a second, and 19.5 trillion in float32;
 # NVIDIA A100 architecture whitepaper, 2020, Table 1). There are two formats, and each fails in its own way: in float16
-# small gradients become zero, in bfloat16 small steps are lost. This lesson makes both failures happen, measures them,
-# and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute dtype*.
+# small gradients become zero, in bfloat16 small steps are lost (in float16 fewer are). This lesson makes both failures
+# happen, measures them, and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute
+# dtype*.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (about a minute on two cores), or open it as a notebook. It makes one run now, and reads the
 # others, with three seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in
@@ -123,10 +124,10 @@ assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] a
 #
 # So not every operation is rounded. Inside `with mp.autocast("bfloat16"):` products round their inputs and their
 # result, and sum in float32 in between, as tensor cores do. Mainly two kinds of operation stay in float32: sums of many
-# numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they leave float16's
-# range. The lists printed below are PyTorch's for a GPU, with minipeft's fused products among them (`to` is an explicit
-# change of dtype, and `inv`, of a matrix, has no sixteen-bit form); PyTorch's list for the CPU (`device_type="cpu"`)
-# leaves far less in float32.
+# numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they can leave float16's
+# range (not in softmax, which subtracts the largest logit first: Lesson 0). The lists printed below are PyTorch's for a
+# GPU, with minipeft's fused products among them (`to` is an explicit change of dtype, and `inv`, of a matrix, has no
+# sixteen-bit form); PyTorch's list for the CPU (`device_type="cpu"`) leaves far less in float32.
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -188,8 +189,8 @@ assert weight == 1
 # which stores what was rounded away, in sixteen bits, and adds it to the next step (Zamirai et al. 2020,
 # arXiv:2010.06192).
 #
-# Adam's step is about the learning rate in every weight (Lesson 0, section 6), so the share of the weights that such a
-# step cannot move is known before training:
+# Adam's step is about the learning rate in every weight, and less where its gradient shrinks or changes sign (Lesson 0,
+# section 6). So before training one knows about the least share of the weights that a step cannot move:
 
 # %%
 weights = np.concatenate([p.numpy().ravel() for p in base.parameters()])
@@ -204,7 +205,7 @@ RATES = (1e-3, 1e-4, 3e-5, 1e-5)
 print("\nweights that a step cannot move, by its size:", ", ".join(f"{rate:g}" for rate in RATES))
 for dtype in ("bfloat16", "float16"):
     print(f"  {dtype:10s}", ", ".join(f"{stuck(rate, dtype):.1%}" for rate in RATES))
-assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9
+assert stuck(1e-3, "bfloat16") < 0.01 and stuck(3e-5, "bfloat16") > 0.9 and 0.4 < stuck(3e-5, "float16") < 0.5
 
 # %%
 GREY, BLUE, ORANGE, GREEN = "0.75", "#0072B2", "#D55E00", "#009E73"
@@ -221,9 +222,9 @@ figure.savefig(OUT / "17_precision_steps.png", dpi=120)
 
 # %% [markdown]
 # A step of 0.001 is more than half of the last place of a weight below 0.5, so it moves nearly every weight of this
-# base in bfloat16; a step of 0.00003 moves hardly any. Train all weights at both rates, with a master copy and without.
-# The run without one rounds its weights after every step, `mp.train.WeightsIn(model, "bfloat16")`, and changes nothing
-# else. One of these runs is made now.
+# base in bfloat16; a step of 0.00003 moves hardly any (in float16 over half). Train all weights at both rates, with a
+# master copy and without. The run without one rounds its weights after every step, `mp.train.WeightsIn(model,
+# "bfloat16")`, and changes nothing else. One of these runs is made now.
 #
 # **Predict:** what does the lack of a master copy cost at the rate 1e-3, and what at 3e-5?
 
@@ -249,11 +250,11 @@ print(f"at the low rate the run without one learns {spread(100 * learned[1] / le
 assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(), "about an eighth"
 
 # %% [markdown]
-# At 1e-3 it costs two or three hundredths of a nat. (Nearly every weight moves, but in whole places: a step is rounded.
-# And as the schedule lowers the rate to zero, the last steps are lost here, too. These runs do not tell which of the
-# two costs more; at a constant rate the second would be nearly gone.) At 3e-5, where nearly all steps are lost, it
-# costs half a nat, and about an eighth of the learning is left. No error is raised and the loss still falls, so the
-# failure is easy to miss. The smaller the rate, the larger the share of the steps that is lost.
+# At 1e-3 it costs two or three hundredths of a nat. (A step of full size moves nearly every weight, but in whole
+# places: it is rounded. And where a step is shorter, as the schedule lowers the rate to zero or as a gradient changes
+# sign, it can be lost here, too. These runs do not tell which of the two costs more.) At 3e-5, where nearly all steps
+# are lost, it costs half a nat, and about an eighth of the learning is left. No error is raised and the loss still
+# falls, so the failure is easy to miss. The smaller the rate, the larger the share of the steps that is lost.
 #
 # ## 4 · Gradients on the way back, and the loss scale
 #
@@ -307,8 +308,8 @@ figure.savefig(OUT / "17_precision_gradients.png", dpi=120)
 #
 # We imitate one of the 1024 batches of a step 1024 times as large as ours: its loss is multiplied by $S = 2^{-10}$.
 # Before Adam uses them, the gradients of the *weights* are divided by $S$ in float32, so in exact arithmetic this run
-# equals the one with $S = 1$. What differs is what float16 lost in between: six gradients in ten are flushed, and the
-# others, subnormal, lose bits.
+# equals the one with $S = 1$. What differs is what float16 lost in between. Of the float32 gradients above, times $S$,
+# it would flush six in ten; the others, subnormal, lose bits.
 #
 # **Predict:** what does that cost in float16? And in bfloat16?
 
@@ -321,8 +322,11 @@ assert 0.15 < beside("full", "fp16, S = 2^-10").min() and beside("full", "fp16, 
 assert np.array_equal(LOSS["full", "bf16, S = 2^-10"], LOSS["full", "bf16"]), "a power of two changes no fraction"
 with mp.PrecisionReport(probe.model) as report, mp.autocast("float16"):
     (probe.model.loss(**batch) * SCALES["2^-10"]).backward()
-print("\n" + str(report))
-assert report.first_flush.op == "cross_entropy" and report.first_overflow is None
+first = report.first_flush
+positions, lost = first.size // base.config.vocab_size, first.flushed / (whole.weight * base.config.vocab_size)
+print(f"\n{report}\nof {positions} positions {whole.weight} are learned from; of their gradients of logits {lost:.1%} became zero")
+assert first.op == "cross_entropy" and report.first_overflow is None and 0.99 < lost < 1 and positions > 2 * whole.weight
+assert (2.0**-10 * G).max() < 2.0**-14, "all are subnormal"
 
 # %% [markdown]
 # float16 loses between 0.15 and 0.45 nats, of more than one that is learned. How much is open: three seeds differ so
@@ -330,7 +334,9 @@ assert report.first_flush.op == "cross_entropy" and report.first_overflow is Non
 # than a hundred times what any does at $S = 1$. bfloat16 loses nothing: it ends with the *same* loss as at $S = 1$, in
 # every digit of the rows. A power of two changes only the exponent, and bfloat16's exponent has room.
 # `mp.PrecisionReport` names the operation and the module where the first gradient was flushed: here that of the logits,
-# which the six in ten, of the blocks alone, do not count. Most tokens are improbable, so most of its numbers are tiny.
+# which the six in ten, of the blocks alone, do not count. Most tokens are improbable, so most of its numbers are tiny:
+# over 99 % became zero where a token is learned from. (The report counts all positions, and most of these are not
+# learned from: their gradient was zero before.)
 #
 # The remedy is *loss scaling* (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2: one of their networks diverges
 # without it, and 8 suffices as its scale). Gradients are linear in the loss, so train
@@ -423,9 +429,10 @@ except ValueError as error:
 # %% [markdown]
 # In float32 nothing is lost. In float16 between one and two in a hundred become zero, and more than one in ten becomes
 # subnormal and loses bits. The scale still helped on the way to the weights, but for these gradients the division takes
-# back what it had saved. PyTorch refuses instead. The remedy is a master copy: load the weights that are trained in
-# float32. With adapters those are few, and PEFT casts them to float32 itself (`autocast_adapter_dtype`), over a base in
-# sixteen bits.
+# back what it had saved. What that costs no run here measures. (Where one in a hundred gradients of activations was
+# flushed, at $S = 1$, it cost little.) PyTorch refuses instead. The remedy is a master copy: load the weights that are
+# trained in float32. With adapters those are few, and PEFT casts them to float32 itself (`autocast_adapter_dtype`),
+# over a base in sixteen bits.
 #
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
@@ -498,6 +505,14 @@ for name, config, options in (
     print(f"{name:26s}" + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8))) + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}")
 second = np.square(sample)  # stands for Adam's second moment; its gradient is now 0
 assert np.array_equal(to_bfloat16(0.999 * to_bfloat16(second)), to_bfloat16(second)), "none falls"
+steady, v = second[:1000], np.zeros(1000, np.float32)
+for _ in range(2000):
+    v = to_bfloat16(0.999 * v + 0.001 * steady)
+assert 2.9 < (steady / v).min() < (steady / v).max() < 5, "each stops rising at a fifth to a third of it"
+h, f = 4096, 11008  # LLaMA-7B's width and its MLP's; what a block keeps in PyTorch, bytes a token, by Lesson 12's table:
+narrow, wide = 16 * h + 8 * f, 8 * h + 4 * 32 + 8  # in sixteen bits, and in float32
+print(f"of its activations PyTorch keeps {(narrow + wide) / (2 * narrow + wide):.2f} times the bytes of float32")
+assert 0.54 < (narrow + wide) / (2 * narrow + wide) < 0.56
 assert rounded(np.float32([0.001 * 2.0**-16]), "float16") == 0, "nothing is added"
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
 assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
@@ -517,12 +532,15 @@ figure.savefig(OUT / "17_precision_bytes.png", dpi=120)
 
 # %% [markdown]
 # None. It is sixteen bytes a parameter before (weight 4, gradient 4, moments 8) and after (2, 2, 8, and 4 for the
-# master copy). (minipeft, like PyTorch's autocast, keeps $4 + 4 + 8$ as they are, and casts weights for the pass: the
-# same sum.) Mixed precision buys the speed of tensor cores, and half of the activations. The run without a master copy
-# has 12, and section 3 says what that costs. Its moments are float32, too. Adam's second one falls by at most 0.1 % in
-# a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall, and the steps would stay too
-# small; and in float16 what a gradient $g$ below $2^{-8}$ adds to it, $0.001\, g^2$, is flushed. QLoRA trains few
-# parameters, so it has few to copy.
+# master copy). (Autocast keeps $4 + 4 + 8$ as they are: the same sum. PyTorch's casts of the weights, two bytes each,
+# come on top until the backward pass has used them.) Mixed precision buys the speed of tensor cores, and nearly half of
+# the activations: the ledger counts two bytes for each number, but PyTorch keeps inputs of norms in float32, so a block
+# of LLaMA-7B keeps 0.55 of the bytes (Lesson 12, section 4). Without a master copy a parameter takes 12; section 3's
+# run had such weights, but gradients in float32. The moments are float32 in all of them. Adam's second one, $v$, falls
+# by at most 0.1 % in a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall. Nor
+# would it rise to a steady $g^2$, but stop at a fifth to a third of it: steps about twice too long. In float16 what a
+# gradient $g$ below $2^{-8}$ adds to $v$, $0.001\, g^2$, is flushed. QLoRA trains few parameters, so it has few to
+# copy.
 
 # %% [markdown]
 # ## Break it: too large for any scale
@@ -596,7 +614,7 @@ assert not math.isfinite(ends["float16"]) and abs(ends["bfloat16"] / exact - 1) 
 # <details><summary>Answer</summary>
 #
 # None: $4 + 4 + 8$ before, $2 + 2 + 8 + 4$ after, as the master copy takes what weights and gradients gave. It buys
-# speed, and half of the activations.
+# speed, and nearly half of the activations.
 #
 # </details>
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 import minipeft as mp
@@ -194,3 +195,52 @@ def into_a_base(s: Merge) -> dict[str, Any]:
 def run(s: Merge) -> dict[str, Any]:
     """The row of a run: test losses in nats per token, by the name of the model and the task."""
     return shipped.rounded(with_each_other(s) if s.what == "tasks" else into_a_base(s))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def sum_picture(curves, joint):
+    """Test loss over 0 and `SCALES` {(task, "alone" or "in a sum"): losses}, beside that of joint training {task: loss}."""
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    colors = dict(zip(TASKS, (BLUE, ORANGE)))
+    for (task, kind), values in curves.items():
+        width = 1 if kind == "alone" else 3
+        axis.plot([0, *SCALES], values, "o-", color=colors[task], lw=width, ms=4, label=f"{task}, {kind}")
+    for task, level in joint.items():
+        axis.axhline(level, color=colors[task], lw=1, ls=":")
+        axis.text(0.2, level, "joint training", color=colors[task], va="bottom", fontsize=8)
+    axis.set(xlabel="scale of the adapters", ylabel="test loss, nats a token", title="Added to each other: the gap is interference")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def density_picture(curves, base):
+    """Test loss over a density of 1 and `DENSITIES` {rule: losses}, beside the base's."""
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    names = {"magnitude_prune_svd": "largest kept", "dare_linear_svd": "DARE, whole matrices", "dare_linear": "DARE, factors"}
+    for (rule, name), color in zip(names.items(), (GREEN, BLUE, ORANGE)):
+        axis.plot([1, *DENSITIES], curves[rule], "o-", color=color, label=name)
+    axis.axhline(base, color=GREY, lw=1, ls=":")
+    axis.text(1, base, "base", color=GREY, va="bottom", ha="right", fontsize=9)
+    axis.set_xscale("log")
+    axis.set_xticks([1, *DENSITIES], [f"{d:g}" for d in (1, *DENSITIES)])
+    axis.minorticks_off()
+    axis.set(xlabel="density: the share that is kept", ylabel="test loss of rewrite", title="Dropped and rescaled")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def bits_picture(parts, share):
+    """The share of an update that arrives in four bits, over its size {merged into Q: shares}."""
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    for on_codes, name, color in ((False, "merged into W", GREEN), (True, "merged into Q, which stands on its codes", ORANGE)):
+        axis.plot(parts, share[on_codes], "o-", color=color, label=name)
+    axis.axhline(1, color=GREY, lw=1, ls=":")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(parts, [f"{t:g}" for t in parts])
+    axis.set(xlabel="size of the update, U = 1", ylabel="share of it that arrives", title="Merged, and rounded to four bits", ylim=(-0.05, 1.3))
+    axis.legend(fontsize=8, loc="center left")
+    return figure
