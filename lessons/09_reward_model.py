@@ -283,9 +283,9 @@ for run in live:
 # Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
 # mean pull is left, and the pulls' mean square stays. Suppose that the mean is small beside the scatter over pairs;
 # then the scatter stays, too. If learning were like taking a mean, whose noise falls as $1/\sqrt n$, pull over noise
-# would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean ones. A label's probability becomes
-# $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley and Terry's; who knows $f$ puts this expression
-# into the loss in place of $\sigma$.
+# would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean ones. A label's probability is $f + (1 - 2f)\,\sigma$,
+# never above $1 - f$. These pairs are no longer Bradley and Terry's; who knows $f$ puts this expression into the loss
+# in place of $\sigma$.
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 

@@ -309,8 +309,8 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold with the two that agree most.** It climbs to 0.99 and 0.94. With the
-# others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers,
-# and says little about answers that the base would never give.
+# others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers, and says little
+# about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -363,7 +363,7 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # Every proxy rises clearly. The gold rises clearly with no judge; it ends clearly below the SFT model's with full, 100
 # comparisons, and with head, 600, if one asks this judge alone. The best of 16 has more gold than the end of PPO,
 # clearly so with three of the four judges from 100 or 600 comparisons (not with LoRA's), and with these four more
-# proxy. So a higher proxy is not what took the gold. Whether these judges misled, PPO against a coin's would tell; it
+# proxy. So a high proxy alone does not take the gold. Whether these judges misled, PPO against a coin's would tell; it
 # was run at a price of 0.05 alone (Lesson 9, section 6), and made no clear difference there. In the printed answers a
 # person hardly sees this gold fall: they end, and few make sense.
 
@@ -474,9 +474,9 @@ assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_n
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# Mostly the small one, seed by seed. One of the three judges is poor: no mean difference of the
-# second gold is clear, and we read the single seeds. In the answers above, the happy words that the two good judges
-# like crowd at 0.05 and not at 0.2.
+# Mostly the small one, seed by seed. One of the three judges is poor: no mean difference of the second gold is clear,
+# and we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and
+# not at 0.2.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
 #   three seeds clear are the small price's proxy, -0.77 ± 0.48, and bigrams, +0.25 ± 0.07.) With both good judges the
@@ -493,15 +493,14 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price has no
 #   more gold than none, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
-#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
-#   or charge for length. Or the judge gets a second head that takes up the
-#   length and is thrown away (Chen et al. 2024, arXiv:2402.07319).
+#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often, or
+#   charge for length. Or the judge gets a second head that takes up the length and is thrown away (Chen et al. 2024,
+#   arXiv:2402.07319).
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
-# comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train
-# judge and policy again every week, on new labels that people must give. Where a rule can check the answer, it may
-# replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not
-# check stays open.
+# comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again every
+# week, on new labels that people must give. Where a rule can check the answer, it may replace the judge:
+# DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
