@@ -31,6 +31,7 @@ import numpy as np
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
 from experiments import hacking
+from experiments.hacking import at_kl, ends, smooth, three_errors, verdict
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
@@ -115,7 +116,8 @@ def reward_model(rankings, seed):
 # A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is
 # hackable, unless it or the gold is constant, or both order the policies alike (Skalse et al. 2022, arXiv:2209.13085).
 # How much optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
-# independent error: once a normal error, once one by Student's t with three degrees of freedom, which is rarely huge.
+# independent error of variance 1: once a normal one, once one by Student's t with three degrees of freedom, which is
+# rarely huge.
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
 # $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. Given the
@@ -125,7 +127,7 @@ def reward_model(rankings, seed):
 # %%
 rng = np.random.default_rng(0)
 true, brought = rng.normal(size=2**21), {}
-for tail, off in (("normal", rng.normal(size=true.size)), ("heavy", rng.standard_t(3, size=true.size))):
+for tail, off in (("normal", rng.normal(size=true.size)), ("heavy", rng.standard_t(3, size=true.size) / math.sqrt(3))):
     for n in (1, 4, 16, 256, 4096):
         guess = (true + off).reshape(-1, n)
         chosen = guess.argmax(axis=1)[:, None]
@@ -237,10 +239,7 @@ live = optimize(free)
 h = live["history"]
 print("\nupdate   proxy    gold      KL  distinct-2  reference loss")
 for u in sorted({*range(0, free.updates, max(1, free.updates // 6)), free.updates - 1}):
-    print(
-        f"{u + 1:6d}  {h['proxy'][u]:+.3f}  {h['gold'][u]:+.3f}  {h['kl'][u]:6.2f}  {h['distinct_2'][u]:10.2f}"
-        f"  {h['ref_loss'][u]:14.2f}"
-    )
+    print(f"{u + 1:6d}  {h['proxy'][u]:+.3f}  {h['gold'][u]:+.3f}  {h['kl'][u]:6.2f}  {h['distinct_2'][u]:10.2f}  {h['ref_loss'][u]:14.2f}")
 print(*live["samples"], sep="\n")
 if not REDUCED:
     assert all(np.mean(h[key][-4:]) > np.mean(h[key][:4]) + much for key, much in (("proxy", 1), ("gold", 0.1))), "both rise together"
@@ -264,44 +263,20 @@ if not REDUCED:
 #
 # What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
 # judge; their judges of fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
-# of $n$ for the same gold, and for the same harm. Its objective does not ask for that: the optimum has the most proxy
-# of all policies at its KL. But PPO falls short of it, and KL counts every change, also one that no score sees. So KL
-# does not compare methods; plotted against the *proxy*, their gold is more alike.
+# of $n$ for the same gold and the same harm. Its objective does not ask for that: the optimum has the most proxy
+# of all policies at its KL. But PPO falls short of it (below, too: at the KL of the best of 16 it has less proxy), and
+# KL counts every change, also one that no score sees. So KL does not compare methods; plotted against the *proxy*,
+# their gold is more alike.
 #
 # Single updates are noisy. So we ask the gold as the mean of five: it *turns* where its best lies more than three
-# standard errors above its start and its end, and *climbs* where it ends higher than it began by as much. And we ask a
-# second gold, which is harder to please: the gold of a batch times its distinct-2. It does not pay for one happy word
-# said again and again.
+# standard errors (by the batches' noise; another training may differ more) above its start and its end, and *climbs*
+# where it ends higher than it began by as much. And we ask a second gold, which is harder to please: the gold of a
+# batch times its distinct-2. It does not pay for one happy word said again and again.
 #
 # **Predict:** with which of the six judges, three each of 300 and 1,000 rankings, does the gold rise?
 
 # %%
-def smooth(values):
-    """Means over five updates of [seeds, updates]: [seeds, updates - 4]."""
-    return np.lib.stride_tricks.sliding_window_view(values, 5, axis=1).mean(axis=2)
-
-
-def ends(columns):
-    """({name: mean of each seed's first five updates}, ... of its last five)."""
-    return tuple({k: smooth(v)[:, at] for k, v in columns.items()} for at in (0, -1))
-
-
-def three_errors(name):
-    """Three standard errors of the difference of two means over five updates, from the scatter of all runs."""
-    bends = np.diff([r["history"][name] for r in rows], 2, axis=1)  # of noise alone: six times its variance
-    return 3 * math.sqrt((bends**2).mean() / 6 * 2 / 5)
-
-
-CLEAR = {name: three_errors(name) for name in ("gold", "second", "distinct_2", "ref_loss")}
-
-
-def verdict(means, clear):
-    start, best, end = means[0], means.max(), means[-1]
-    if best - max(start, end) > clear:
-        return "turns"
-    return "climbs" if end - start > clear else "falls" if end - start < -clear else "stays"
-
-
+CLEAR = {name: three_errors([r["history"][name] for r in rows]) for name in ("gold", "second", "distinct_2", "ref_loss")}
 GOLDS = {"gold": "gold", "second": "gold x distinct-2"}
 columns, weak = found(0.0), found(0.0, rankings=WEAK)
 did, agreed = {}, {}  # {(rankings, seed, gold): what it did}, {(rankings, seed): the judge's agreement}
@@ -316,10 +291,7 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
             did[rankings, seed, name] = verdict(means, CLEAR[name])
             golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:12s}"
         agreed[rankings, seed] = accuracies[rankings][seed].value
-        print(
-            f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f}"
-            f" {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}"
-        )
+        print(f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}")
 for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
     print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
 good = sorted(agreed, key=agreed.get)[-2:]  # the two that agree most
@@ -333,15 +305,12 @@ assert all(did[*run, "gold"] == "stays" for run in agreed if run not in good), "
 assert all(did[*run, "second"] == "turns" for run in good), "but the second one does, where there was any"
 
 # %%
-curves = [(found(beta), dict(color=color, label=f"β = {beta:g}")) for beta, color in zip(BETAS, ("C3", "C1", "C0"))]
-curves.append((weak, dict(color="black", linestyle="--", label=f"β = 0, {WEAK} rankings")))
-curves = [({name: smooth(values) for name, values in c.items()}, style) for c, style in curves]
-hacking.runs_picture(curves).savefig(OUT / "11_reward_hacking.png", dpi=120)
+hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold with the two that agree most.** It climbs to 0.99 and 0.94. With the
-# others no move is clear: no gold is shown. Agreement is no promise: it is measured on pairs of the *base's* answers,
-# and says little about answers that the base would never give.
+# others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers, and says little
+# about answers that the base would never give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -370,7 +339,7 @@ for (size, n), (runs, many) in judged.items():
     better[size, n] = crossed(items(many) - items(runs))
     right = np.mean([row["accuracy"][0] for row in many])
     there = [y[np.argmax(d > math.sqrt(best_of["16"][0]["kl"]))] for d, y in (along(row, "proxy") for row in runs)]
-    equal[size, n] = np.mean(there), np.mean([e["proxy"] for e in best_of["16"]])
+    equal[size, n] = np.mean(there), np.mean([e["proxy"] for e in best_of["16"]]), end.mean()
     assert items(runs, "kl").mean() > best_of["16"][0]["kl"], "PPO goes farther than the best of 16"
     print(
         f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
@@ -381,8 +350,9 @@ assert all(value > half for value, half in rises.values()), "every proxy rises c
 assert all(moves[judge].low < 0 for judge in poor), "no judge from few comparisons clearly brings gold"
 assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
 print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
-print("proxy where PPO has first spent the KL of the best of 16, and of that: ", ", ".join(f"{a:.2f} and {b:.2f}" for a, b in equal.values()))
-assert all(a < b for a, b in equal.values()), "at the same KL PPO has less proxy"
+print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:", "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
+assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
+assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor and all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
 for row in judged["full", 100][0]:
     print(f"full, 100 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
 
@@ -390,30 +360,31 @@ for row in judged["full", 100][0]:
 hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
-# Every proxy rises clearly. The gold rises clearly with no judge; with head, 600 and full, 100 comparisons it ends
-# clearly below the SFT model's. The best of 16 has more gold than the end of PPO, clearly so with three of the four
-# judges from 100 or 600 comparisons (not with LoRA's), at far less KL. In the printed answers a person hardly sees this
-# gold fall: they end, and few make sense, as those of the SFT model (Lesson 10); one says "no hope" twice.
-#
-# The verdict asks of *each* judge that both move clearly from the gold's peak on.
+# Every proxy rises clearly. The gold rises clearly with no judge; it ends clearly below the SFT model's with full, 100
+# comparisons, and with head, 600, if one asks this judge alone. The best of 16 has more gold than the end of PPO,
+# clearly so with three of the four judges from 100 or 600 comparisons (not with LoRA's), and with these four more
+# proxy. So a high proxy alone does not take the gold. Whether these judges misled, PPO against a coin's would tell; it
+# was run at a price of 0.05 alone (Lesson 9, section 6), and made no clear difference there. In the printed answers a
+# person hardly sees this gold fall: they end, and few make sense.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
 # > of 5 judges rises clearly from where the gold has its peak; meanwhile the gold falls clearly with head, 600
 # > comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold together):
 # >
-# > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start to the end, and the gold falls by
-# >   +0.10 [+0.03, +0.16], from 0.34 to 0.25.
-# > - lora, 600 comparisons: the reward rises by +0.27 [+0.17, +0.38] from the start to the end, and the gold falls by
-# >   -0.02 [-0.08, +0.05], from 0.34 to 0.36.
-# > - full, 600 comparisons: the reward rises by +0.29 [+0.24, +0.33] from the start to the end, and the gold falls by
-# >   +0.04 [-0.01, +0.09], from 0.34 to 0.30.
-# > - full, 100 comparisons: the reward rises by +0.31 [+0.16, +0.46] from the start to the end, and the gold falls by
-# >   +0.09 [+0.04, +0.13], from 0.34 to 0.25.
-# > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16 to the end, and the gold falls by
-# >   +0.09 [-0.08, +0.25], from 0.40 to 0.31.
+# > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start, the gold falls by +0.10 [+0.03,
+# >   +0.16], from 0.34 to 0.25.
+# > - lora, 600 comparisons: the reward rises by +0.27 [+0.17, +0.38] from the start, the gold falls by -0.02 [-0.08,
+# >   +0.05], from 0.34 to 0.36.
+# > - full, 600 comparisons: the reward rises by +0.29 [+0.24, +0.33] from the start, the gold falls by +0.04 [-0.01,
+# >   +0.09], from 0.34 to 0.30.
+# > - full, 100 comparisons: the reward rises by +0.31 [+0.16, +0.46] from the start, the gold falls by +0.09 [+0.04,
+# >   +0.13], from 0.34 to 0.25.
+# > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16, the gold falls by +0.09 [-0.08,
+# >   +0.25], from 0.40 to 0.31.
 # >
-# > Of 8 rates tried against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
+# > With 4 of 5 judges the best of 16 answers has more reward than this end, and more gold. Of 8 rates tried against
+# > others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
@@ -431,21 +402,26 @@ for name, text in witnesses:
 falls, rises = (np.concatenate([weak_last[k] - weak_first[k], last[0.0][k] - first[k]]) for k, _ in witnesses)
 print("update at which each has clearly moved, and of the best second gold:")
 able = np.array([(Run(0).rankings, seed) in good for seed in range(3)])
-for seed in np.flatnonzero(able):
-    fall, rise, best = (smooth(columns[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
+turned = []
+for beta, seed in ((beta, seed) for beta in BETAS[:2] for seed in np.flatnonzero(able)):
+    fall, rise, best = (smooth(found(beta)[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
     at = np.argmax(fall[0] - fall > CLEAR["distinct_2"]), np.argmax(rise - rise[0] > CLEAR["ref_loss"]), best.argmax()
-    print(f"seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at))
+    turned.append(verdict(best, CLEAR["second"]))
+    print(f"beta = {beta}, seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at) + f"; it {turned[-1]}")
     assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
+assert turned == ["turns", "turns", "turns", "climbs"], "one of four warnings is false"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
-assert (rises < -CLEAR["ref_loss"]).any(), "but not in every run"
+rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(weak["ref_loss"])]
+assert rose == [False, False, True] and rises[2] < -CLEAR["ref_loss"], "but not in every run, and in one for a time"
 
 # %% [markdown]
-# The distinct bigrams fall clearly in all six runs. The reference loss ends clearly higher with the two good judges,
-# and lower in one run, where the policy says again and again what the base finds likely: `"Oh!` (section 3). So a low
-# reference loss is no proof of innocence. With the good judges both warn before the second gold is best, the distinct
-# bigrams partly by its definition. Who stops there forgoes gold: the warning says it is time to look. Let people
-# compare some answers with the base's.
+# The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
+# with the two good judges. In two runs it never rises clearly; in one it does, then ends lower, as the policy says
+# again and again what the base finds likely: `"Oh!` (section 3). So watch its course: a low end is no proof of
+# innocence. With the good judges both warn before the second gold is best, the distinct bigrams partly by its
+# definition. Who stops there forgoes gold. At a price of 0.05 both warn, too, and one of the two runs does not turn: a
+# warning says it is time to look. Let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -478,6 +454,10 @@ chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for
 print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
 over_none = crossed(items(those_of(chain, "ppo", beta=0.05)) - items(those_of(chain, "ppo", beta=0.0)))
 print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()) + f"; 0.05 less 0: {shown(over_none)}")
+for (name, end), beta in zip([*repairs.items()][1:], (0.0, 0.0, 0.05)):
+    there = at_kl(found(beta), end["kl"])["second"]
+    print(f"{name}: second gold where beta = {beta} first has as much KL:", there.round(2), "and at the end", end["second"].round(2))
+    assert ((there - end["second"] > CLEAR["second"]) if end is penalized else abs(there - end["second"]) < CLEAR["second"])[able].all()
 for name in ("proxy", "kl", "distinct_2"):
     lower = {what: interval(end[name] - other[name]) for what, end, other in (("0.05 less 0", cheap, free_end), ("0.2 less 0.05", high, cheap), ("penalty less none", penalized, cheap))}
     print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
@@ -494,31 +474,33 @@ assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_n
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# Mostly the small one, seed by seed. Three seeds are few, and one of the judges is poor: no mean difference of the
-# second gold is clear, and we read the single seeds. In the answers above, the happy words that the two good judges
-# like crowd at 0.05 and not at 0.2.
+# Mostly the small one, seed by seed. One of the three judges is poor: no mean difference of the second gold is clear,
+# and we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and
+# not at 0.2.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
 #   three seeds clear are the small price's proxy, -0.77 ± 0.48, and bigrams, +0.25 ± 0.07.) With both good judges the
-#   small price ends clearly higher in the second gold than none. The high one ends below the small one in every seed,
-#   clearly in one. But at the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds
-#   of three (on the chain, whose score charges for no end, in all five): PPO did not maximize it. On the
-#   chain only the small price ends clearly above the SFT model; that it is better than none is not clear.
+#   small price ends higher in the second gold than none, beyond the batches' noise. But it acts like an early stop:
+#   where a run without a price has first gone as far, it has 0.49 and 0.46, in place of 0.47 and 0.50. And under one of
+#   the two judges it turns, too. The high price ends below the small one in every seed, clearly in one. But there the
+#   objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the chain, whose score
+#   charges for no end, in all five): PPO did not maximize it. On the chain only the small price ends clearly above the
+#   SFT model; that it is better than none is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
-#   of 12 to 37 (over three seeds neither is clear). Whether it costs gold because it goes less far was not measured.
-# - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find that at the same KL a price has more proxy
-#   than none, but no more gold: for the gold it acts like an early stop.
+#   of 12 to 37 (over three seeds neither is clear). That it goes less far is not all: where the small price alone has
+#   first gone as far, it has 0.33 and 0.31, the penalty 0.20 and 0.15.
+# - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price has no
+#   more gold than none, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
-#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
-#   or charge for length. Or the judge gets a second head that takes up the
-#   length and is thrown away (Chen et al. 2024, arXiv:2402.07319).
+#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often, or
+#   charge for length. Or the judge gets a second head that takes up the length and is thrown away (Chen et al. 2024,
+#   arXiv:2402.07319).
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
-# comparisons of the policy's own answers do, made where the judge errs now: Bai et al. 2022 (arXiv:2204.05862) train
-# judge and policy again every week, on new labels that people must give. Where a rule can check the answer, it may
-# replace the judge: DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not
-# check stays open.
+# comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again every
+# week, on new labels that people must give. Where a rule can check the answer, it may replace the judge:
+# DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
@@ -551,11 +533,11 @@ if not REDUCED:
 
 # %% [markdown]
 # Little seen by the second does not prove that the first was fooled: if the gold sees the gain, the second is no wiser,
-# only another judge. An **ensemble** uses the difference: judges agree where they saw comparisons, and part where they
-# guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean
-# less a multiple of their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together
-# with a small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$,
-# their mean has $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
+# only another judge. An **ensemble** uses the difference, in the hope that judges part where they guess. Coste et al.
+# 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of
+# their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together with a small price
+# of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, their mean has
+# $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
@@ -593,8 +575,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The share of distinct bigrams, which falls, and the reference loss, which may rise. It does not where the policy
-# repeats what the base finds likely.
+# The share of distinct bigrams, which falls, and the reference loss, which may rise. In two of six runs it never did
+# clearly, and in one it rose, but ended lower, as the policy repeated what the base finds likely.
 #
 # </details>
 #
@@ -603,9 +585,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
-# second gold, the one that repetition does not please, the small price ends above none with both good judges, and the
-# high one below the small one, clearly in one seed. (There PPO lost by its own objective in two seeds of three, so the
-# price alone need not be the cause.) It does not make the judge any wiser.
+# second gold, the one that repetition does not please, the small price ends above none with both good judges. But it
+# acts like an early stop: where a run without a price has the same KL, it has about as much. A price does not make the
+# judge any wiser.
 #
 # </details>
 

@@ -232,7 +232,7 @@ def exploited(rows: Rows) -> Verdict:
     """Holds if, with each of five judges and without a price of KL, the gold on held-out prompts falls clearly from its peak (chosen on
     the training prompts) to the last update while the judge's reward rises clearly from there; holds if with some; does not hold here if
     it falls by less than 0.02 with each; cannot be tested here if no reward rises."""
-    falls, told, evidence = {}, [], []
+    falls, told, evidence, less = {}, [], [], 0
     for size, n in JUDGES:
         name, of = f"{size}, {n} comparisons", those_of(rows, "ppo", judge=size, comparisons=n, beta=0.0)
         many, top = those_of(rows, "best", judge=size, comparisons=n), peak(of)
@@ -242,10 +242,11 @@ def exploited(rows: Rows) -> Verdict:
         fall = crossed(before - items(of))
         if rise.low is not None and rise.low > 0:
             falls[name] = before - items(of)
-        gained = np.array([items(of, "proxy").mean(), items(of).mean()]) - one.mean(axis=0)
+        end = np.array([items(of, "proxy").mean(), items(of).mean()])
+        less, gained = less + bool((end < most.mean(axis=0)).all()), end - one.mean(axis=0)
         came = gained[1] / gained[0] / (np.divide(*(most - one).mean(axis=0)[::-1]))
         told.append(
-            f"{name}: the reward rises by {shown(rise)} from {f'update {top}' if top else 'the start'} to the end, and the gold falls by "
+            f"{name}: the reward rises by {shown(rise)} from {f'update {top}' if top else 'the start'}, the gold falls by "
             f"{shown(fall)}, from {before.mean():.2f} to {items(of).mean():.2f}"
         )
         right = np.array([row["accuracy"][0] for row in many])
@@ -261,7 +262,7 @@ def exploited(rows: Rows) -> Verdict:
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
         f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
-        f"{chain_tuning.told(JUDGES)}"
+        f"With {less} of {len(JUDGES)} judges the best of 16 answers has more reward than this end, and more gold. {chain_tuning.told(JUDGES)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
     return verdict(decision, because, as_number(f"fall of the gold, {most_fallen}", found[most_fallen], "gold"), evidence, those_of(rows, "sft"))
