@@ -70,8 +70,8 @@ print(f"{len(rows)} rows; each side of a comparison is tuned under seed {protoco
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
 # under a seed of its own: the search goes from neighbor to neighbor (twice, or half as much) until none is better by
-# more than 0.002. The setting that was chosen, and no other, then runs
-# under five other seeds, and is reported on 512 test records. Their losses are $x_{si}$, of seed $s$ and record $i$:
+# more than 0.002. The setting that was chosen, and no other, then runs under five other seeds, and is reported on 512
+# test records. Their losses are $x_{si}$, of seed $s$ and record $i$:
 #
 # $$x_{si} = \mu + \alpha_s + \beta_i + \varepsilon_{si}, \qquad
 #   \text{SE}^2 = \frac{MS_\alpha + MS_\beta - MS_\varepsilon}{5 \cdot 512}, \qquad \mu \pm t\,\text{SE} .$$
@@ -127,9 +127,8 @@ def shown(a, b, key):
 
 
 # %% [markdown]
-# *Advice: hold out a validation set.* What does one pay who has none? The
-# searches of the league saw many settings of each method. Of these take the one with the lowest *training* loss, in
-# place of the one chosen on validation.
+# *Advice: hold out a validation set.* What does one pay who has none? The searches of the league saw many settings of
+# each method. Of these take the one with the lowest *training* loss, in place of the one chosen on validation.
 #
 # **Predict:** with 50 examples, with 500 and with 5,000: where does that cost most?
 
@@ -507,9 +506,9 @@ for id in ("full-3", "peft-4", *(f"best-{i}" for i in range(1, 9))):
 # %% [markdown]
 # ## Break it: choose and report on the same verses
 #
-# Suppose somebody has 96 verses for both. The five
-# seeds of full fine-tuning are the same setting: take the one with the lowest loss on 96 of the 512 test verses, and
-# quote that loss. How much better than the mean of the five does it look there, and on the other 416 verses?
+# Suppose somebody has 96 verses for both. The five seeds of full fine-tuning are the same setting: take the one with
+# the lowest loss on 96 of the 512 test verses, and quote that loss. How much better than the mean of the five does it
+# look there, and on the other 416 verses?
 
 # %%
 generator, looks, is_so = np.random.default_rng(0), [], []

@@ -515,8 +515,8 @@ if not REDUCED:
 # %% [markdown]
 # No. Each step back forgets less and, from the end to a quarter of the way, lowers the task loss. But no place tried on
 # this way is as good at the task as half of the tuned run's, and all but the base itself forget more than that. (One
-# run each, and 64 verses; batch and steps differ as well as the rate.) The parabola
-# describes the loss near the base; this model may be too far from it.
+# run each, and 64 verses; batch and steps differ as well as the rate.) The parabola describes the loss near the base;
+# this model may be too far from it.
 
 # %% [markdown]
 # ## Quiz
