@@ -18,9 +18,12 @@ import numpy as np
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import Pair
 from minipeft.claims.protocol import BLOCKS, ITEMS, LENGTH, SEEDS, Choice, Gentle, Trial
+from minipeft.evaluation import evaluate
+from minipeft.evaluation.cloze import general_cloze
 from minipeft.experiments.rows import Row, read_rows
 from minipeft.experiments.shipped import base, rounded
 from minipeft.experiments.sweep import sweep
+from minipeft.peft.methods import METHODS
 from minipeft.train.evaluation import example_losses
 
 from . import practice
@@ -77,10 +80,36 @@ def run(way: Way) -> Row:
     return rounded({"task": task, "general": general})
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A method before its first step, as a seed starts it."""
+
+    method: str
+    seed: int
+
+
+FRESH = [Fresh(method, seed) for method in ("prompt", "prefix") for seed in SEEDS]
+
+
+def answered(fresh: Fresh) -> Row:
+    """Which of the general items it answers right."""
+    model, tokenizer = base()
+    found = evaluate(METHODS[fresh.method].prepare(model, 1, fresh.seed), tokenizer, general_cloze(), batch_size=64).details
+    return {"cloze": [int(np.argmax(one["logprobs"]) == one["answer"]) for one in found]}
+
+
 def compute(store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store."""
     practice.compute(SEARCHES, store)
     sweep(run, WAYS, 1, store, protocol.version())
+    sweep(answered, FRESH, 1, store, protocol.version())
+
+
+def before(store: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Which of the general items each method answers right before its first step: {method: [seeds, items]}."""
+    rows = [row for row in read_rows(store) if row["run"] == "Fresh" and row.get("version") == protocol.version()]
+    found = {Fresh(row["method"], row["seed"]): row["cloze"] for row in rows}
+    return {method: np.array([found[Fresh(method, seed)] for seed in SEEDS], float) for method in ("prompt", "prefix")}
 
 
 def walked(store: str | os.PathLike, key: str) -> dict[float, np.ndarray]:
