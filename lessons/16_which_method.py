@@ -581,10 +581,12 @@ if not REDUCED:
 #
 # A hundred whole models would take 1,348 GB.
 #
-# ```python from minipeft.accounting import architecture, count_parameters
+# ```python
+# from minipeft.accounting import architecture, count_parameters
 #
-# stored = count_parameters("llama-7b", mp.LoraConfig(r=8, target_modules="all-linear")).stored check("16.1", 2 *
-# (architecture("llama-7b").size + 100 * stored) / 1e9) ```
+# stored = count_parameters("llama-7b", mp.LoraConfig(r=8, target_modules="all-linear")).stored
+# check("16.1", 2 * (architecture("llama-7b").size + 100 * stored) / 1e9)
+# ```
 #
 # </details>
 #
@@ -592,7 +594,9 @@ if not REDUCED:
 #
 # Weights and the optimizer's states are there once.
 #
-# ```python check("16.2", "activations") ```
+# ```python
+# check("16.2", "activations")
+# ```
 #
 # </details>
 #
@@ -600,15 +604,19 @@ if not REDUCED:
 #
 # $4N$ of $6N$: the gradients of the frozen weights are left out.
 #
-# ```python check("16.3", 4 / 6) ```
+# ```python
+# check("16.3", 4 / 6)
+# ```
 #
 # </details>
 #
 # <details><summary>Solution of 16.4</summary>
 #
-# ```python def decide(cost, learned, least):
+# ```python
+# def decide(cost, learned, least):
 #     return int(np.where(learned >= least, cost, np.inf).argmin())
 #
-# check("16.4", decide) ```
+# check("16.4", decide)
+# ```
 #
 # </details>
