@@ -308,8 +308,7 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 # interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
 # less often than all layers, or 4.5 more often. (By single intervals of 95 % $q$ alone is behind, and $q$ and $v$ at
 # rank 8. $q$'s loss is clearly higher.) So at rank 8 $q$ and $v$ train less than a fifth of the numbers, and lose a
-# little on `rewrite`; on `source` perhaps up to 5 points, and 23 of the general items (`cloze`), where all layers lose
-# 7.
+# little on `rewrite`; on `source` perhaps up to 5 points, and 23 points of `cloze` for all layers' 7.
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within ±0.02, "undecided" a
 # wider one with 0 inside, and "not told" one with the rule's limit inside. The rival of $q$ and $v$ is what was best on
@@ -396,7 +395,7 @@ for task, key in KEYS.items():
 # %% [markdown]
 # For 16 times $\alpha$ the rate is an eighth and a quarter. The sixteenth that the first step asks for is one and two
 # steps of the search away: perhaps luck, under one seed, and on `source` the epochs differ, too (4 and 2). So tuned,
-# $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, which is clear; on `source` the interval has both signs.  The
+# $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, which is clear; on `source` the interval has both signs. The
 # verdict compares the best with the worst of each on validation, and its limit is 0.02.
 
 # %% [markdown]
@@ -537,9 +536,9 @@ assert signs == {"rewrite": "-= += - -", "source": "? - ? ?"}
 # %% [markdown]
 # DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats; on `source` it finds clearly fewer books (0.013 [0.001, 0.024]).
 # PiSSA and OLoRA end clearly worse on `rewrite`, by 0.035 [0.013, 0.057] and 0.049 [0.031, 0.068]; on `source`
-# undecided. (All eight intervals hold together 19 times in 20.) rsLoRA, here LoRA with $\alpha = 16 \sqrt 8 \approx
-# 45$, ends on `rewrite` between section 4's 16, by 0.012 [0.009, 0.016] worse, and 64. Whether a start learns *faster*,
-# ends do not tell.
+# undecided. (All eight intervals hold together 19 times in 20.) On `rewrite` rsLoRA, here LoRA with
+# $\alpha=16\sqrt8\approx45$, ends between section 4's 16, by 0.012 [0.009, 0.016] worse, and 64. Whether a start learns
+# *faster*, ends do not tell.
 #
 # ## 7 · Break it
 #
