@@ -434,8 +434,8 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # >
 # > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
 # > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
-# > -0.02] beside training on its own answers; a revision changes 73% of them. Of 4 rates tried against others, these
-# > lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
+# > -0.02] beside training on its own answers; a revision changes 73% of them. Of 4 stages, clearly less loss at another
+# > rate: SFT (0.125 times its own, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?

@@ -568,8 +568,8 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 # > - ten times the rate, less what it costs SFT (-0.03 [-0.05, -0.02]): +0.34 [+0.25, +0.42].
 # >
 # > Where all 7 intervals are to hold together, these are above 0: ten times the rate and ten times the rate, less what
-# > it costs SFT. Of 4 rates tried against others, these lose clearly: SFT (to 0.125 times it, gold -0.06). Of 5
-# > unbroken runs 0 would have been warned of. (5 seeds, 256 test items)
+# > it costs SFT. Of 4 stages, clearly less loss at another rate: SFT (0.125 times its own, gold -0.06). Of 5 unbroken
+# > runs 0 would have been warned of. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## Quiz

@@ -383,8 +383,8 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # > - full, 2000 comparisons: the reward rises by +0.32 [+0.10, +0.54] from update 16, the gold falls by +0.09 [-0.08,
 # >   +0.25], from 0.40 to 0.31.
 # >
-# > With 4 of 5 judges the best of 16 answers has more reward than this end, and more gold. Of 8 rates tried against
-# > others, these lose clearly: SFT (to 0.125 times it, gold -0.06). (5 seeds, 256 test items)
+# > With 4 of 5 judges the best of 16 answers has more reward than this end, and more gold. Of 8 stages, clearly less
+# > loss at another rate: SFT (0.125 times its own, gold -0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold

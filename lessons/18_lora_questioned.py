@@ -3,8 +3,7 @@
 #
 # Lesson 4 built LoRA, and chose $r = 8$, $\alpha = 16$ and all layers without a reason. This lesson asks for the
 # reasons: is the update of fine-tuning really of low rank, what do rank, layers, $\alpha$ and the learning rate do,
-# does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)? After it you can say
-# how far a first step of each moves $W$, and so which comparisons decide nothing.
+# does LoRA lose to full fine-tuning, and what do its variants change (rsLoRA, DoRA, PiSSA, OLoRA)?
 #
 # You need Lesson 4, and of Lesson 3 "The league". Reading takes about 25 minutes (200 words or 25 lines of code a
 # minute, up to the quiz). Run it with `python lessons/18_lora_questioned.py` (half a minute on two cores), or open it
@@ -143,33 +142,32 @@ start, end = loss_of(base), loss_of(tuned)
 worth = {r: (start - loss_of(cut(slice(0, r)))) / (start - end) for r in ([1, 8, 128] if REDUCED else RANK)}
 rest = (start - loss_of(cut(slice(8, None)))) / (start - end)
 print(f"held-out loss: base {start:.3f}, full fine-tune {end:.3f}")
-print("energy of the first r directions of the full fine-tune's update     gain that they keep")
-print("   r    attention (random)      MLP (random)")
-for i, r in enumerate(RANK):
-    row = "".join(f"{spectra[g][i]:12.0%} ({chance[g][i]:6.0%})" for g in spectra)
-    print(f"{r:4d} {row}        {worth[r]:12.0%}" if r in worth else f"{r:4d} {row}")
+ranks.print_update(RANK, spectra, chance, worth)
 print(f"all but the first 8: {1 - spectra['MLP'][3]:.0%} of the MLP's energy, {rest:.0%} of the gain")
 if not REDUCED:
     at = RANK.index(8)
     assert all(spectra[g][at] > 2.5 * chance[g][at] for g in spectra), "far from random"
-    assert 0.4 < spectra["MLP"][at] < 0.6 and spectra["MLP"][RANK.index(32)] < 0.8, "and far from rank 8, and from 32"
+    assert 0.4 < spectra["MLP"][at] < 0.6 and spectra["MLP"][RANK.index(32)] < 0.8 < 0.9 < spectra["attention"][RANK.index(32)]
+    assert 0.6 < ranks.beside_noise(updates, "mlp") < 0.8, "and far from rank 8, and from 32"
     assert worth[8] > 0.95 and worth[128] - worth[8] < 0.05 and 0 < rest < 0.5
 
 # %%
 ranks.update_picture(RANK, spectra, chance, worth).savefig(OUT / "18_lora_questioned_update.png", dpi=130)
 
 # %% [markdown]
-# In the MLPs the 8 strongest hold about half, more than 2.5 times a random matrix's share, and 32 of 128 leave out
-# more than a fifth. So in this run, one seed, the conjecture does not hold to the letter: the update is no matrix of
-# low rank. (Biderman et al. 2024, arXiv:2405.09673, find ranks 10 to 100 times those that LoRA is usually given.)
-# What is low is the rank of a part that *suffices*: the first 8 directions of each matrix keep nearly all of the gain
-# or more (the changes of norms and embeddings are left out). The others add nearly nothing to that, though alone they
-# bring a part of it: gains do not add up as energies do.
+# In the MLPs the 8 strongest hold about half, more than 2.5 times a random matrix's share, and 32 of 128 leave out more
+# than a fifth. So in this run (one seed, 20 steps of Adam) the conjecture does not hold to the letter in the MLPs:
+# their update is no matrix of low rank. Attention's is nearer to one: 32 directions hold over nine tenths. (How much of
+# the rank is Adam's, or noise of the batches, is not measured. Biderman et al. 2024, arXiv:2405.09673, find ranks 10 to
+# 100 times those that LoRA is usually given.) What is low is the rank of a part that *suffices*: the first 8 directions
+# of each matrix keep nearly all of the gain or more (the changes of norms and embeddings are left out). The others add
+# nearly nothing to that, though alone they bring a part of it: gains do not add up as energies do.
 #
-# The verdict is on tuned runs under five seeds, on `source`, and on the dimension, too: d90 is the size of a random
-# subspace in which training brings 90 % of what full fine-tuning gains. It is about a thousandth of the weights. From
-# random weights it is clearly larger; Aghajanyan et al. (2020, arXiv:2012.13255) find that pretraining lowers it. Rank
-# and dimension are low in the sense of the rule, which asks for less than half of the rank of noise, not for 8.
+# The verdict is on tuned runs under five seeds, on `source`, and on the dimension, too: its d90 brings 90 % of what
+# full fine-tuning *gains*, and is clearly larger from random weights. The rule calls low a d90 below a hundredth of the
+# weights (it is about a thousandth), rank 16 or less for 90 % of the gain, and less than half of the rank of noise for
+# 90 % of the energy, in the median matrix. By this last part the MLPs above are not low: they need about 64 directions,
+# noise 93.
 
 # %% [markdown]
 # > `lora-3` updates of fine-tuning have a low intrinsic dimension: **holds**. The update is low in random subspaces,
@@ -308,15 +306,15 @@ assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly
 #
 # $q$ and $v$ at rank 8 are behind all layers on `rewrite`, by 0.029 at most; at rank 43, with as many numbers, the
 # interval has both signs. On `source` all six intervals have both signs: $q$ alone may give right choices 34 points
-# less often than all layers, or 4.5 more often. (Wide, as all twelve are to hold together. By single intervals of 95
-# % $q$ alone is behind, and $q$ and $v$ at rank 8. $q$'s loss is clearly higher.) So at rank 8 $q$ and $v$ train less
-# than a fifth of the numbers, and lose a little.
+# less often than all layers, or 4.5 more often. (By single intervals of 95 % $q$ alone is behind, and $q$ and $v$ at
+# rank 8. $q$'s loss is clearly higher.) So at rank 8 $q$ and $v$ train less than a fifth of the numbers, and lose a
+# little on `rewrite`; on `source` perhaps up to 5 points, and 23 points of `cloze` for all layers' 7.
 #
 # The verdicts below ask one question each, with intervals of 95 %. "Equal" is an interval within ±0.02, "undecided" a
-# wider one with 0 inside, and "not told" one with the rule's limit inside. The rival of $q$ and $v$ is what was best
-# on validation: all layers, on both tasks. For `lora-7` and `lora-8` that limit is 0: is one clearly better? (Equal
-# is a no.) $q$ and $v$ are not better in three of four comparisons; in the fourth they may be, and one suffices for
-# *holds if*. So `lora-7` *cannot be tested here*.
+# wider one with 0 inside, and "not told" one with the rule's limit inside. The rival of $q$ and $v$ is what was best on
+# validation: all layers, on both tasks. For `lora-7` and `lora-8` that limit is 0: is one clearly better? Equal is a
+# no, though 0 is inside: within 0.02 nothing counts as better. $q$ and $v$ are not better in three of four comparisons;
+# in the fourth they may be, and one suffices for *holds if*. So `lora-7` *cannot be tested here*.
 
 # %% [markdown]
 # > `lora-7` usually on the query and value projections, empirically the most effective: **cannot be tested here**.
@@ -377,13 +375,12 @@ assert not np.allclose(paths["alpha = 64"], paths["both rates by 4"], atol=1e-2)
 assert np.array_equal(rs(ids).numpy(), plain(ids).numpy()), "bit for bit"
 
 # %% [markdown]
-# LoRA+ is not another one, up to Adam's $\epsilon$ and without weight decay (which a higher rate makes stronger): in
+# LoRA+ is not another one, up to Adam's $\epsilon$ and without weight decay: in
 # $\frac{\alpha}{r} BA$ four times $\alpha$ is four times $B$, $B$ starts at zero, and Adam moves it in proportion to
 # its rate. So $\alpha$ and $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with
 # another $\alpha$. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$
 # a high rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks.
-# The rates of the league, at $\alpha = 2r$, do not decide this: $\alpha$ and the rate do the same in the first step
-# alone.
+# The league, at $\alpha = 2r$, does not decide this.
 #
 # **Predict:** the rate tuned anew, what does an $\alpha$ of 4 or 64 cost at rank 8, and which rates are chosen?
 
@@ -396,10 +393,10 @@ for task, key in KEYS.items():
     assert rates == sorted(rates, reverse=True) and rates[0] / rates[2] == {"rewrite": 8, "source": 4}[task]
 
 # %% [markdown]
-# For 16 times $\alpha$ the rate is an eighth and a quarter, not a sixteenth: the first step is not all. So tuned,
-# $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, which is clear; on `source` the interval has both signs. Rank
-# 1 costs more than three times as much on `rewrite`, and the worst choice of a layer more on both. The verdict
-# compares the best with the worst of each on validation, and its limit is 0.02.
+# For 16 times $\alpha$ the rate is an eighth and a quarter. The sixteenth that the first step asks for is one and two
+# steps of the search away: perhaps luck, under one seed, and on `source` the epochs differ, too (4 and 2). So tuned,
+# $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, which is clear; on `source` the interval has both signs. The
+# verdict compares the best with the worst of each on validation, and its limit is 0.02.
 
 # %% [markdown]
 # > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. 3 of 6 comparisons are as stated, 3 not told:
@@ -436,15 +433,14 @@ for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
 
 # %% [markdown]
-# On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth
-# of a nat: there LoRA falls behind as the data grow, as Schulman et al. find. Whether rank or epochs limit it is
-# open: no other rank was run, and no second epoch. On `source` no size shows
-# LoRA clearly behind. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned
-# rate is 1.5 to 12 times full fine-tuning's.
+# On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth of
+# a nat: there LoRA falls behind as the data grow. Whether the rank limits it, Schulman et al.'s reason, or the epochs
+# is open: no other rank was run, and no second epoch. On `source` no size shows LoRA clearly behind. So in five of six
+# cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5 to 12 times full fine-tuning's.
 #
 # Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
 # LoRA's merged weights that resemble none of the base's (*intruder dimensions*; in full fine-tuning's they find
-# none), and that these cause forgetting. Lesson 15 compares what each forgets at equal quality of the task.
+# none), and that these cause forgetting (Lesson 15).
 
 # %% [markdown]
 # > `lora-12` a slight loss of quality against full fine-tuning, usually negligible: **holds if**. 5 of 6 comparisons
@@ -464,9 +460,8 @@ for examples in (50, 500, 5000):
 #
 # **DoRA** (Liu et al. 2024, arXiv:2402.09353) splits each row of $W$, the weights of one output, into its length $m$
 # and its direction. LoRA's update then only turns the row; $m$, one more trained number a row, is the length. The
-# authors' reason: in the full fine-tunes that they took apart, lengths tend to change less where directions change
-# more, and in LoRA the two grow together (section 3.2). Backward takes the norm in the denominator as a constant,
-# which saves memory:
+# authors' reason: in their full fine-tunes lengths tend to change less where directions change more, and in LoRA the
+# two grow together. Backward takes the norm in the denominator as a constant, which saves memory:
 #
 # $$W' = m \cdot \frac{W + \frac{\alpha}{r} BA}{\lVert W + \frac{\alpha}{r} BA \rVert} \quad\text{(row by row)}, \qquad
 #   m = \lVert W \rVert \text{ at the start}.$$
@@ -491,10 +486,10 @@ assert np.allclose(m, np.linalg.norm(W, axis=1), rtol=1e-5)
 # %% [markdown]
 # LoRA's row is shorter, DoRA's is not. Merged, DoRA is a plain matrix; unmerged, each pass computes all row norms.
 #
-# **PiSSA** (Meng et al. 2024, arXiv:2404.02948) and **OLoRA** (Büyükakyüz 2024, arXiv:2406.01775) keep LoRA's form
-# and change its start. Both papers report faster learning; PiSSA's reason is that the strongest part of $W$ is
-# trained in place of noise and zero. $A$ and $B$ start from $W$, and what they start as is subtracted, so
-# that the model still starts as the base:
+# **PiSSA** (Meng et al. 2024, arXiv:2404.02948) and **OLoRA** (Büyükakyüz 2024, arXiv:2406.01775) keep LoRA's form and
+# change its start. Both papers report faster learning; PiSSA's reason is that the strongest part of $W$ is trained in
+# place of noise and zero. $A$ and $B$ start from $W$, and what they start as is subtracted, so that the model still
+# starts as the base:
 #
 # $$W' = \Big(W - \frac{\alpha}{r} B_0 A_0\Big) + \frac{\alpha}{r} B A .$$
 #
@@ -533,16 +528,17 @@ print(so_far(["lora", *VARIANTS]))
 tried, signs = finder(league(["lora", *VARIANTS], MIDDLE).rows()), {}
 for case in MIDDLE:
     key, plain = KEYS[case.task], report(tried, search(case.task, "lora", case.examples), KEYS[case.task])
-    beside = {name: compare(report(tried, search(case.task, name, case.examples), key), plain, key) for name in VARIANTS}
+    beside = {name: compare(report(tried, search(case.task, name, case.examples), key), plain, key, level=1 - 0.05 / 8) for name in VARIANTS}
     signs[case.task] = " ".join(found.sign for found in beside.values())
     print(f"{case.name}, better than LoRA by:", "; ".join(f"{name} {found.interval}, {found.word}" for name, found in beside.items()))
-assert signs == {"rewrite": "-= += - -", "source": "= -= ? ?"}
+assert signs == {"rewrite": "-= += - -", "source": "? - ? ?"}
 
 # %% [markdown]
-# DoRA, on `rewrite`, by 0.010 [0.007, 0.012] nats; on `source` it finds clearly fewer books (0.013 [0.005, 0.020]).
-# PiSSA and OLoRA end clearly worse on `rewrite`, by 0.035 [0.023, 0.047] and 0.049 [0.039, 0.059]; on `source`
-# undecided. rsLoRA, here LoRA with another $\alpha$, is worse by 0.012 [0.010, 0.014] on `rewrite`. Whether a start
-# learns *faster*, ends do not tell.
+# DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats; on `source` it finds clearly fewer books (0.013 [0.001, 0.024]).
+# PiSSA and OLoRA end clearly worse on `rewrite`, by 0.035 [0.013, 0.057] and 0.049 [0.031, 0.068]; on `source`
+# undecided. (All eight intervals hold together 19 times in 20.) On `rewrite` rsLoRA, here LoRA with
+# $\alpha=16\sqrt8\approx45$, ends between section 4's 16, by 0.012 [0.009, 0.016] worse, and 64. Whether a start learns
+# *faster*, ends do not tell.
 #
 # ## 7 · Break it
 #
@@ -564,7 +560,7 @@ assert abs(losses["pissa"] - start) < 1e-3 and losses[True] > start + 1
 
 # %% [markdown]
 # The model is not the base: the strongest directions of $W$ are there twice. (So PEFT offers to save PiSSA as a plain
-# LoRA of rank $2r$, $[B, -B_0]$ and $[A; A_0]$, as exercise 18.3 does.)
+# LoRA of rank $2r$, as exercise 18.3 does.)
 
 # %% [markdown]
 # ## Quiz
@@ -573,8 +569,8 @@ assert abs(losses["pissa"] - start) < 1e-3 and losses[True] > start + 1
 #
 # <details><summary>Answer</summary>
 #
-# Not in section 1's run: much of its energy lies outside of the 8 strongest directions. But those 8 keep nearly all of
-# the gain. Of low rank is a part that suffices.
+# Not in section 1's run, least in the MLPs: much of the energy lies outside of the 8 strongest directions. But those 8
+# keep nearly all of the gain. Of low rank is a part that suffices.
 #
 # </details>
 #

@@ -196,9 +196,9 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
     rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
-    assert chain_tuning.told(chain.JUDGES, rows) == "Of 8 rates tried against others, these lose clearly: SFT (to 2 times it, gold +0.15)."
+    assert chain_tuning.told(chain.JUDGES, rows) == "Of 8 stages, clearly less loss at another rate: SFT (2 times its own, gold +0.15)."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == "Of 4 rates tried against others, these lose clearly: none."
+    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == "Of 4 stages, clearly less loss at another rate: none."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

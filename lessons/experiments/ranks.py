@@ -1,10 +1,36 @@
-"""What Lesson 18 draws."""
+"""What Lesson 18 draws, a table, and a rank beside that of noise."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import numpy as np
+
+from minipeft.claims.intrinsic_dimension import rank_at
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def beside_noise(updates, part):
+    """How many directions hold 90 % of the energy of the median matrix whose name has `part`, over how many of noise; printed.
+
+    updates: {name: (U, s, Vt) of the matrix's change}.
+    """
+    rng, found = np.random.default_rng(0), []
+    for U, s, Vt in (of for name, of in updates.items() if part in name):
+        noise = np.linalg.svd(rng.standard_normal((len(U), Vt.shape[1])), compute_uv=False)
+        found.append((rank_at(s), rank_at(noise)))
+    own, random = np.median(found, axis=0)
+    print(f"90 % of the energy, the median matrix of {part}: {own:g} directions, of noise {random:g}")
+    return own / random
+
+
+def print_update(ranks, spectra, chance, worth):
+    """What `update_picture` draws, as a table."""
+    print("energy of the first r directions of the full fine-tune's update     gain that they keep")
+    print("   r    attention (random)      MLP (random)")
+    for i, r in enumerate(ranks):
+        row = "".join(f"{spectra[g][i]:12.0%} ({chance[g][i]:6.0%})" for g in spectra)
+        print(f"{r:4d} {row}        {worth[r]:12.0%}" if r in worth else f"{r:4d} {row}")
 
 
 def update_picture(ranks, spectra, chance, worth):

@@ -206,8 +206,8 @@ class Rival(NamedTuple):
 
     @property
     def words(self) -> str:
-        """ "SFT (to 0.125 times it, gold -0.06)"."""
-        return f"{self.name} (to {self.times:g} times it{'' if self.gold is None else f', gold {self.gold:+.2f}'})"
+        """ "SFT (0.125 times its own, gold -0.06)"."""
+        return f"{self.name} ({self.times:g} times its own{'' if self.gold is None else f', gold {self.gold:+.2f}'})"
 
 
 def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
@@ -229,7 +229,7 @@ def told(judges: Sequence[tuple[str, int]] | None = None, rows: Sequence[Mapping
     judges, rows = [best()] if judges is None else judges, TUNED.rows() if rows is None else rows
     used = [row for row in rows if row["stage"] != "judge" or (row["judge"], row["comparisons"]) in judges]
     better = [rival.words for rival in rivals(used) if rival.clear]
-    return f"Of {len(used)} rates tried against others, these lose clearly: {listed(better)}."
+    return f"Of {len(used)} stages, clearly less loss at another rate: {listed(better)}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,11 +72,11 @@ def one_gpu() -> Verdict:
         for size in SIZES
     }
     cases = {size: bool(cards) for size, cards in alone.items()}
-    told = [f"at {size} {' or '.join(map(str, cards))} GB" for size, cards in alone.items() if cards]
+    told = [f"of {' or '.join(map(str, cards))} GB at {size}" for size, cards in alone.items() if cards]
     sizes = "; ".join(f"{size}: " + ", ".join(f"{m} {needed[size, m] / 1e9:.0f}" for m in methods) for size in SIZES)
     return Verdict(
         graded(cases),
-        f"On one card only QLoRA fits {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed with r = 64 on all linear layers, 512 tokens: {sizes}.",
+        f"Of full fine-tuning, LoRA and QLoRA only the last fits on one card {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed with r = 64 on all linear layers, 512 tokens: {sizes}.",
         Number("70B: LoRA in 16 bits over QLoRA, memory", needed["70B", "LoRA"] / needed["70B", "QLoRA"], "times"),
         [Number(f"{size}, {method}", n / 1e9, "GB") for (size, method), n in needed.items()],
         task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings; quality is not judged",
