@@ -254,7 +254,7 @@ ada, dora, rank_16 = which.adalora(2 * len(OTHERS))  # the first two where all i
 assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 
 # %% [markdown]
-# None with rows so far. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to
+# None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to
 # 8 on average, is better by 0.025 [0.013, 0.038], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method
 # is. Of so many intervals some err: where all are to hold together, DoRA's alone stays above 0. (LoRA of rank 16 is
 # behind AdaLoRA, too, by 0.031 [0.022, 0.041]; rank 12 was not run.) On `source` even the 3,072 numbers of (IA)$^3$ are
