@@ -447,20 +447,28 @@ if not REDUCED:
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - instructions followed, tuned beside shuffled, new tasks: undecided (+0.029 [-0.006, +0.065]), not told.
 # >
-# > (5 seeds, 129 test items)
+# > Shares of instructions followed:
+# >
+# > - new inputs: tuned 0.603 [0.549, 0.656], shuffled 0.373 [0.315, 0.431], base 0.405, a guess 0.400.
+# > - new phrasings: tuned 0.422 [0.361, 0.483], shuffled 0.353 [0.300, 0.407], base 0.409, a guess 0.400.
+# > - new tasks: tuned 0.329 [0.258, 0.400], shuffled 0.299 [0.233, 0.365], base 0.264, a guess 0.333.
+# >
+# > Questions, to be followed and to be right: 215 and 344 (new inputs), 215 and 344 (new phrasings) and 129 and 344
+# > (new tasks). (5 seeds, 129 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
 # > are so:
 # >
 # > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
 # > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
-# > - tuned on other facts, it knows more of the tested ones than the base, both asked: so (+16.8 [+10.5, +23.1]
-# >   points).
+# > - tuned on other facts, it knows more of those in the base's text than the base, both asked: so (+16.8 [+10.5,
+# >   +23.1] points).
 # > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. (5 seeds, 256 test
-# > items)
+# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. Learned: beside the
+# > model told others. A guess knows 25 %, and the base, in its own text, 53 % of the meanings and 73 % of the verse
+# > ends among facts that were in none of its texts. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
