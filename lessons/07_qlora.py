@@ -415,7 +415,7 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 
 # %% [markdown]
 # No: on `rewrite` it ends better, if by little (0.008 [0.000, 0.015] nats), and on `source` equal. The rate does not
-# turn the order, the league chose 0.003 for both; its steps, batches, verses or seeds may.
+# turn the order: the league chose 0.003 for both. Its steps, batches, verses or seeds may.
 #
 # The last verdict below has five seeds, and tunes both methods (the league, Lesson 3). There a difference above 0 means
 # that the first method is *better* (above, of losses, that it is worse): on `rewrite` its loss is lower, in nats, and

@@ -234,14 +234,13 @@ def reports(rows: Sequence[Mapping[str, Any]], kind: str, key: str) -> dict[str,
 
 def shares(rows: Sequence[Mapping[str, Any]]) -> str:
     """The shares of instructions followed behind the differences, beside those of a guess; and how many questions there are."""
-    words, asked = [], {}
+    words, counts = [], {key: [reports(rows, kind, key)["tuned"].values.shape[1] for kind in KINDS] for key in ("answers", "followed")}
     for kind in KINDS:
         arms = reports(rows, kind, "followed")
-        asked[kind] = arms["tuned"].values.shape[1], reports(rows, kind, "answers")["tuned"].values.shape[1]
         found = [f"{arm} {_share(arms[arm].mean)}" for arm in ("tuned", "shuffled", "base") if arm in arms]
         words.append(f"new {kind}: {', '.join(found)}, a guess {guess(kind):.3f}")
-    numbers = listed([f"{followed} and {right} (new {kind})" for kind, (followed, right) in asked.items()])
-    return f"Shares of instructions followed:{itemized(words)}Questions, to be followed and to be right: {numbers}."
+    right, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
+    return f"Shares of instructions followed:{itemized(words)}Questions: {right} for answers, {followed} for instructions."
 
 
 def _share(e: Estimate) -> str:

@@ -207,12 +207,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     }
     for arm, values in of.items():
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
-    guessed = listed([f"{100 * float(np.mean(read[f'{kind}, absent'])):.0f} % of {what}" for kind, what in FACTS.items()]) + " among"
+    guessed = listed([f"{100 * float(np.mean(read[f'{kind}, absent'])):.0f} % of {what}" for kind, what in FACTS.items()])
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
         f"More: not so where the interval lies below {100 * SMALL:g} points. No more: so there, and not so above 0. Learned: beside the "
-        f"model told others. A guess knows {100 / CHOICES:g} %, and the base, in its own text, {guessed} facts that were in none of its texts."
+        f"model told others. Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
     return judged(verdict, because, *effect, evidence, 256, "facts")
