@@ -196,10 +196,10 @@ def slower(rows: list[dict[str, Any]]) -> Verdict:
 
 @claim("qlora-6", lesson="07_qlora.py", section="8 · Break it: one outlier")
 def traps() -> Verdict:
-    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, if the error of the weights at least doubles, and
-    scales quantized without taking off their mean, if the error of the scales does; the merged weight put back into four bits, if more than a tenth of what training
-    gained is lost; zero blocks divided by their absmax, if the result is not a number; holds if some do; does not hold here if
-    none does."""
+    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, if the error of the weights at least
+    doubles, and scales quantized without taking off their mean, if the error of the scales does; the merged weight put back
+    into four bits, if more than a tenth of what training gained is lost; zero blocks divided by their absmax, if the result
+    is not a number; holds if some do; does not hold here if none does."""
     model = base()[0]
     W = np.concatenate([to_numpy(layer.weight.data).reshape(-1) for layer in quantizable_layers(model).values()])
     errors: dict[str, tuple[float, float]] = {}
