@@ -11,7 +11,7 @@
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, which are to teach it to follow instructions and not a single task. Three things can be new to a tuned model:
-# the input, the words that ask, and the task. The lesson measures them apart.
+# the input, the words that ask, and the task. The lesson adds one after the other.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
@@ -69,8 +69,8 @@ base, tokenizer = mp.load_base()
 # tasks that were not trained. FLAN tunes 137 billion parameters on over 60 data sets in 12 *clusters* of like tasks,
 # and holds out whole clusters, since a task is hardly new if its like was trained. Stanford Alpaca (Taori et al. 2023)
 # had a larger model, the *teacher*, write its 52,000 instructions and answers, by a shorter *Self-Instruct* (Wang et
-# al. 2023, arXiv:2212.10560): from 175 tasks that people wrote the teacher makes up others, and those too similar to
-# the ones already kept are thrown away.
+# al. 2023, arXiv:2212.10560): from 175 tasks that people wrote the teacher makes up others; those too similar are
+# thrown away.
 
 # %%
 for name, task in TASKS.items():
@@ -105,7 +105,7 @@ assert not any("{input}" in TASKS[name].phrasings[0] for name in TRAINED), "see 
 # All other labels are $-100$. (TRL does so by default where the data are pairs of `prompt` and `completion`; of chats
 # it learns every token unless `assistant_only_loss=True`.) The sum runs over the answers of a whole *batch*, with all
 # its micro-batches where gradients are accumulated (Lesson 3), and $|A|$ counts their tokens: a mean of means would
-# give a token of a short answer more weight than one of a long answer.
+# give a token of a short answer more weight.
 
 # %%
 record = instructions(["synonym"], "validation", cap=5, phrasings=1)[0]
@@ -253,14 +253,13 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 # differences, and within a record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings;
 # there both matter.)
 #
-# Fast attention kernels take the records' boundaries. Hugging Face's `transformers` can infer them from the positions,
-# and then wrong positions mix records in a Llama, too (huggingface.co/docs/transformers/padding_free).
+# Hugging Face's `transformers` can infer the records' boundaries from the positions, and then wrong positions mix
+# records in a Llama, too (huggingface.co/docs/transformers/padding_free).
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records. Runs differ in which tasks the records come from: one, three, or all seven, *for
-# the same number of records*. So a run with more tasks sees less of each. The tasks of a run give about
-# equally many records.
+# A run takes 60 steps of 24 records, about equally many of each of its tasks: one, three, or all seven. So a run with
+# more tasks sees less of each.
 
 # %%
 MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}
@@ -348,8 +347,8 @@ if "--full" in sys.argv:
     sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
 
 # %% [markdown]
-# One of these runs now, the one on seven tasks, and what it writes about inputs that it never saw, asked in the words
-# of the training.
+# One of these runs now, on seven tasks, and what it writes about inputs that it never saw, in the words of the
+# training.
 #
 # **Predict:** what will carry over to the three tasks that nobody trained: a lower loss, short answers that end, right
 # answers?
@@ -402,10 +401,10 @@ tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_an
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
-# are checked nearly all end. But none of them is right. At least the form carried over: something short, and then the
-# end. New **phrasings** cost less than a tenth of a nat, and the share of right answers differs by less than a tenth.
-# On trained tasks it has learned some content. Of all test records (the last two lines) it names the source far more
-# often right than one that always gives the same answer. For parts of speech that is undecided.
+# are checked nearly all end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over
+# tasks, and the share of right answers differs by less than a tenth. On trained tasks it has learned some content. Of
+# all test records (the last two lines) it names the source far more often right than one that always gives the same
+# answer. For parts of speech that is undecided.
 
 # %%
 if not REDUCED:
@@ -421,17 +420,19 @@ if not REDUCED:
 # Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
-# *shuffled* instructions: each has that of another record. Where no answer of either model is right, the interval of
-# the difference has no width, and "equal" shows little.
+# *shuffled* instructions: each has that of another record. In trained words it is followed (0.60; a guess 0.40). In new
+# ones 0.42 is clearly more than the control's 0.35, but this is below a guess; for new tasks nothing is clear. (Where
+# no answer of either model is right, the interval has no width, and "equal" shows little.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA was tuned on 1,000 chosen records alone. A fact is what a
 # word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the
-# right one makes the meaning or the end likeliest; a guess is right once in four. It is *asked* by an instruction, or
-# *in the base's own text*, as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on
-# *other* facts. (Less than 5 points count as no difference.) Asked, the latter knows more of the tested facts than the
-# base, though nobody told it: it may have learned to be asked. Whether it knows more than the base in its own text is
-# open. But the model that was told these facts knows more of them: tuning taught it facts.
+# right one makes the meaning or the end likeliest. (A guess is right once in four; but the base "knows" half or more of
+# what it never read, so not all of it is memory.) It is *asked* by a trained instruction, or *in the base's own text*,
+# as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on *other* facts. Of the facts
+# in the base's text, the latter knows more than the base, both asked: it may have learned to be asked. Whether more
+# than the base in its own text is open. But of facts in none of the base's texts, the model that was told them knows
+# more than the one told others: tuning taught it facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
@@ -447,20 +448,27 @@ if not REDUCED:
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - instructions followed, tuned beside shuffled, new tasks: undecided (+0.029 [-0.006, +0.065]), not told.
 # >
-# > (5 seeds, 129 test items)
+# > Shares of instructions followed:
+# >
+# > - new inputs: tuned 0.603 [0.549, 0.656], shuffled 0.373 [0.315, 0.431], base 0.405, a guess 0.400.
+# > - new phrasings: tuned 0.422 [0.361, 0.483], shuffled 0.353 [0.300, 0.407], base 0.409, a guess 0.400.
+# > - new tasks: tuned 0.329 [0.258, 0.400], shuffled 0.299 [0.233, 0.365], base 0.264, a guess 0.333.
+# >
+# > Questions: 344 for answers, 215, 215 and 129 for instructions. (5 seeds, 129 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
 # > are so:
 # >
 # > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
 # > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
-# > - tuned on other facts, it knows more of the tested ones than the base, both asked: so (+16.8 [+10.5, +23.1]
-# >   points).
+# > - tuned on other facts, it knows more of those in the base's text than the base, both asked: so (+16.8 [+10.5,
+# >   +23.1] points).
 # > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. (5 seeds, 256 test
-# > items)
+# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. Learned: beside the
+# > model told others. Of facts in none of its texts the base knows, in its own text, 53 % of the meanings and 73 % of
+# > the verse ends; a guess 25 %. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
@@ -474,32 +482,17 @@ if not REDUCED:
 # %%
 rows = read_rows(RESULTS)
 ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = CONDITIONS
-NAMES = {
-    ONE_TASK: "one task", THREE_TASKS: "three tasks", SEVEN: "seven tasks", ONE_PHRASING: "... in one phrasing",
-    THREE_PHRASINGS: "... in three, of one form", EVERYTHING: "... prompt learned too",
-}  # fmt: skip
+NAMES = dict(zip(CONDITIONS, ("one task", "three tasks", "seven tasks", "... in one phrasing", "... in three, of one form", "... prompt learned too")))
 COLUMNS = {
     "rewrite, new inputs": ("inputs", ("rewrite",)),
     "7 tasks, new inputs": ("inputs", TRAINED),
     "7 tasks, new phrasings": ("phrasings", TRAINED),
     "3 new tasks": ("tasks", HELD_OUT),
 }
-
-
-def losses(condition, new, tasks):
-    """A condition's losses [seeds, records] on some tasks, where `new` is new."""
-    fields = {key: value for key, value in vars(condition).items() if key != "seed"}
-    found = {row["seed"]: row["loss"][new] for row in rows if fields.items() <= row.items()}
-    return np.array([np.concatenate([found[seed][name] for name in tasks]) for seed in SEEDS])
-
-
-table = {condition: {title: losses(condition, *column) for title, column in COLUMNS.items()} for condition in NAMES}
+runs = {condition: tuning.rows_of(rows, condition, SEEDS) for condition in CONDITIONS}  # one of each seed
+table = {condition: {title: tuning.losses(runs[condition], *column) for title, column in COLUMNS.items()} for condition in NAMES}
 at_start = {title: np.mean([np.mean(before["loss"][new][name]) for name in of]) for title, (new, of) in COLUMNS.items()}
-print(f"{'loss, nats a token':26}" + "".join(f"{title:>24}" for title in COLUMNS))
-print(f"{'the base, on 2 records' if REDUCED else 'the base':26}" + "".join(f"{value:24.3f}" for value in at_start.values()))
-for condition, name in NAMES.items():
-    found = [crossed(values) for values in table[condition].values()]
-    print(f"{name:26}" + "".join(f"{f'{e.value:.3f} ± {(e.high - e.low) / 2:.3f}':>24}" for e in found))
+tuning.show_losses(table, at_start, NAMES, f"the base{', on 2 records' * REDUCED}")
 if not REDUCED:
     stored = table[SEVEN]["7 tasks, new inputs"][0].mean()
     print(f"seven tasks, seed 0: {overall(now, 'loss', 'inputs'):.4f} just now, {stored:.4f} in the file")
@@ -527,18 +520,34 @@ for a, b, expected in CHECKS:
         assert found is higher, (NAMES[a], title)
 
 # %%
+falls = {name: [round(float(tuning.losses(runs[c], "tasks", (name,)).mean()), 2) for c in (ONE_TASK, THREE_TASKS, SEVEN)] for name in HELD_OUT}
+ends = [np.mean([row["stopped"]["tasks"] for row in runs[c]]) for c in (ONE_TASK, THREE_TASKS)]
+use = [np.mean([row["right"][new]["use"] for row in runs[SEVEN]]) for new in ("inputs", "phrasings")]
+print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
+assert [name for name, by in falls.items() if by == sorted(by)[::-1]] == ["name", "fill"]
+assert ends[0] < 0.1 < 0.95 < ends[1] and 0.45 < use[1] / use[0] < 0.55
+for new in ("inputs", "phrasings", "tasks"):
+    one, four = (np.array([overall(row, "right", new) for row in runs[c]]) for c in (ONE_PHRASING, SEVEN))
+    e = mean(four - one)  # over the seeds
+    print(f"right answers, new {new}: one phrasing {one.mean():.3f}, four {four.mean():.3f}, more by {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
+    assert e.low < 0 < e.high if new != "tasks" else not one.any() and not four.any()
+
+# %%
 more = {NAMES[c].removeprefix("... "): {title: crossed(values - table[SEVEN][title]) for title, values in table[c].items()} for c in CONDITIONS[3:]}
 tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=120)
 
 # %% [markdown]
-# **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the three new tasks,
-# from one task to three to seven. (Intervals are over seeds and records: other tasks might tell otherwise.)
+# **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the new ones, from
+# one to three to seven. Of these only `name` and `fill` fall at each step, whose answers are one word; after one task
+# hardly any answer stops, after three nearly all. Which tasks are trained changes with their number: the short answers
+# among them may be what helps.
 #
-# **More phrasings** help clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026 [0.014,
-# 0.039] at the trained ones, asked in new words. Is it their number, or their form? Of the four phrasings the
-# first three have the input on a line of its own, as has the one; the fourth, like half of the held-out ones, has it
-# within the sentence. At the new tasks both help: three beside one by 0.179 [0.086, 0.272], the fourth by 0.067 [0.008,
-# 0.127] more. At the trained ones only the fourth clearly does.
+# **More phrasings** lower the loss clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026
+# [0.014, 0.039] at the trained ones, asked in new words. Of right answers they give not clearly more, and at the new
+# tasks none. (New phrasings halve those of `use`.) Is it their number, or their form? The first three have the input on
+# a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks number helps:
+# three beside one by 0.179 [0.086, 0.272]. The fourth adds 0.067 [0.008, 0.127], and at the trained ones it alone
+# clearly helps; perhaps by its form, but a fourth of the first form was not run.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps as under a third of the tokens in that loss
 # are the answers'. At the new ones it is undecided.
@@ -596,7 +605,7 @@ if not REDUCED:
     assert stops < 0.1 and abs(own["with the end"] - own["without"]) < 0.1
 
 # %% [markdown]
-# The answers' own tokens are learned about as well, but hardly any answer stops, and rubbish follows.
+# The answers' own tokens are learned about as well, but hardly any answer stops: the one printed goes on and on.
 
 # %% [markdown]
 # ## Quiz
@@ -606,9 +615,10 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# New phrasings cost less than a tenth of a nat, and the share of right answers is about that on new inputs. On new
-# tasks the loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:"
-# comes something short, and then the end.
+# New phrasings cost less than a tenth of a nat in the mean, and the share of right answers falls by less than a tenth;
+# but `use` halves, and whether instructions in new words are followed is not told from a guess. On new tasks the loss
+# fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:" comes something
+# short, and then the end.
 #
 # </details>
 #
@@ -645,8 +655,7 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# Their own tokens are learned about as well as before, but not that they end: hardly any answer stops, and what follows
-# it is rubbish.
+# Their own tokens are learned about as well as before, but not that they end: hardly any answer stops.
 #
 # </details>
 

@@ -167,6 +167,7 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     names = {n.name for n in found.evidence}
     assert names >= {"tuned, new tasks", "base, new inputs, source", "loss, tuned over base, new inputs"}
     assert ("instructions followed, tuned over shuffled, new tasks" in names) is (id == "inst-1")
+    assert ("- new inputs: tuned 0." in found.because and "a guess 0.333." in found.because) is (id == "inst-1")
 
 
 def test_what_diverged_or_lacks_an_arm_is_no_verdict():

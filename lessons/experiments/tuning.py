@@ -1,9 +1,31 @@
-"""What Lesson 8 draws."""
+"""What Lesson 8 draws, and how it reads and shows its rows."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from minipeft.claims.statistics import crossed
+
+
+def rows_of(rows, condition, seeds):
+    """A condition's rows, one of each seed."""
+    fields = vars(condition)
+    return [row for seed in seeds for row in rows if (fields | {"seed": seed}).items() <= row.items()]
+
+
+def losses(rows, new, tasks):
+    """The losses [seeds, records] of some tasks in rows, where `new` is new."""
+    return np.array([np.concatenate([row["loss"][new][name] for name in tasks]) for row in rows])
+
+
+def show_losses(table, at_start, names, base):
+    """A line for the base {column: loss}, and one for each condition {condition: {column: losses [seeds, records]}}."""
+    print(f"{'loss, nats a token':26}" + "".join(f"{title:>24}" for title in at_start))
+    print(f"{base:26}" + "".join(f"{value:24.3f}" for value in at_start.values()))
+    for condition, name in names.items():
+        found = [crossed(values) for values in table[condition].values()]
+        print(f"{name:26}" + "".join(f"{f'{e.value:.3f} ± {(e.high - e.low) / 2:.3f}':>24}" for e in found))
 
 
 def packed_picture(batch):
@@ -44,7 +66,7 @@ def tasks_picture(by_tasks, at_start):
         axis.axhline(at_start[title], color=color, linestyle=":", linewidth=1)
         axis.errorbar(list(of), value, (value - low, high - value), fmt="o-", markersize=4, capsize=3, color=color, label=title)
     axis.set(xlabel="tasks trained, for the same number of records", ylabel="loss, nats a token", xticks=list(of))
-    axis.set_title("more tasks: rewrite worse, the new ones better")
+    axis.set_title("more tasks: rewrite worse, the new ones better in the mean")
     axis.legend(frameon=False, title="(dotted: the base)")
     return figure
 

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..evaluation.answers import ask
+from ..evaluation.intervals import Estimate
 from ..experiments.rows import Row
 from ..experiments.shipped import base, spaced
 from ..peft.methods import METHODS
@@ -43,7 +44,7 @@ from ..train.evaluation import example_losses
 from .comparison import Beside, better, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
-from .register import UNTESTABLE, Number, Verdict
+from .register import UNTESTABLE, Number, Verdict, itemized, listed
 
 UNTUNED = "base", "few-shot"
 KINDS = {  # what is new: of which tasks, in which words
@@ -153,6 +154,12 @@ def followed(model: Any, kind: str, n: int) -> list[int]:
     return [int(own[0] < own[1:].min()) for own in np.split(nll, np.cumsum([len(own) for own in asked])[:-1])]
 
 
+def guess(kind: str) -> float:
+    """How often a guess follows: the mean of 1 in as many tasks as have such inputs, over equally many questions of each task."""
+    groups = [group for group in ALIKE if group[0] in KINDS[kind][0]]
+    return len(groups) / sum(map(len, groups))
+
+
 def measure(model: Any, arm: str, n: int) -> dict[str, Any]:
     """{"answers", "nll", and of who is instructed "followed": {kind: [items]}}."""
     row: dict[str, Any] = {"answers": {}, "nll": {}}
@@ -225,10 +232,26 @@ def reports(rows: Sequence[Mapping[str, Any]], kind: str, key: str) -> dict[str,
     return found
 
 
+def shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The shares of instructions followed behind the differences, beside those of a guess; and how many questions there are."""
+    words, counts = [], {key: [reports(rows, kind, key)["tuned"].values.shape[1] for kind in KINDS] for key in ("answers", "followed")}
+    for kind in KINDS:
+        arms = reports(rows, kind, "followed")
+        found = [f"{arm} {_share(arms[arm].mean)}" for arm in ("tuned", "shuffled", "base") if arm in arms]
+        words.append(f"new {kind}: {', '.join(found)}, a guess {guess(kind):.3f}")
+    right, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
+    return f"Shares of instructions followed:{itemized(words)}Questions: {right} for answers, {followed} for instructions."
+
+
+def _share(e: Estimate) -> str:
+    """With its interval, where it has one."""
+    return f"{e.value:.3f}" + (f" [{e.low:.3f}, {e.high:.3f}]" if e.low is not None else "")
+
+
 def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Verdict:
     """Whether the tuned model is clearly better than others, for each new thing; `compared` are (what is measured, the other).
     Beside it stand the other differences, and the shares of all arms, task by task."""
-    found, rest, shares = [], [], []
+    found, rest, numbers = [], [], []
     for kind in KINDS:
         try:
             of = {key: reports(rows, kind, key) for key in ("answers", "followed", "nll")}
@@ -241,10 +264,10 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
                 (found if (key, other) in compared else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
         for arm, one in of["followed"].items():
-            shares.append(Number(f"{arm}, new {kind}: followed", one.mean.value, "followed", one.mean.low, one.mean.high))
+            numbers.append(Number(f"{arm}, new {kind}: followed", one.mean.value, "followed", one.mean.low, one.mean.high))
         for arm, one in of["answers"].items():
-            shares.append(Number(f"{arm}, new {kind}", one.mean.value, "right", one.mean.low, one.mean.high))
+            numbers.append(Number(f"{arm}, new {kind}", one.mean.value, "right", one.mean.low, one.mean.high))
             for task in dict.fromkeys(tasks.tolist()):
-                shares.append(Number(f"{arm}, new {kind}, {task}", float(one.values[:, tasks == task].mean()), "right"))
+                numbers.append(Number(f"{arm}, new {kind}, {task}", float(one.values[:, tasks == task].mean()), "right"))
     decided, others = (told(each, better, "tasks with instructions") for each in (found, rest))
-    return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *shares])
+    return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *numbers])

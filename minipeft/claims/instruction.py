@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..text.datasets import Instruction
@@ -33,7 +34,8 @@ def follows(rows: Rows) -> Verdict:
     tell the task, clearly more often than the latter finds the right answer likeliest under its own instruction: then it is the
     words of the instruction that count, and not the form of the input. Holds if in some of these nine comparisons; does not hold
     here if in none."""
-    return following.verdict(rows, ("answers", "base"), ("answers", "shuffled"), ("followed", "shuffled"))
+    found = following.verdict(rows, ("answers", "base"), ("answers", "shuffled"), ("followed", "shuffled"))
+    return found if found.effect is None else replace(found, because=f"{found.because}\n\n{following.shares(rows)}")
 
 
 @claim("inst-2", lesson="08_instruction_tuning.py", section="2 · The template, and what of it is learned")

@@ -46,15 +46,17 @@ from ..train.evaluation import example_losses
 from .following import LEAST, Question, drawn, encode
 from .mechanisms import ByItem, best_rate, curve, judged, loss_on, train
 from .protocol import SEEDS, TUNING, version
-from .register import HOLDS, IF, NOT, UNTESTABLE, Verdict, claim, itemized
+from .register import HOLDS, IF, NOT, UNTESTABLE, Verdict, claim, itemized, listed
 from .statistics import crossed
 
 KINDS = {"define": "{}:", "continue": "{}"}  # a task whose records are facts, and how the base's own text asks
+FACTS = {"define": "the meanings", "continue": "the verse ends"}
 SPLITS = {"present": "train", "absent": "test"}
 WAYS = "text", "asked"
 CHOICES = 4
 READ = 320  # facts of a kind, present and absent, that the base alone is asked for in its own text
 SAID = {True: "so", False: "not so", None: "not told apart"}
+TAUGHT = "told facts that were in none of its texts, it does not learn them"
 SMALL = 0.05  # of the facts: what nobody would call knowledge gained
 
 
@@ -186,10 +188,10 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         aligned = less("others", "base", "present", level=level)
         beyond = less("others", "base", "present", of_other="text", level=level)
         taught = less("these", "others", "absent", level=level)
-        more = had | {"tuned on other facts, it knows more of the tested ones than the base, both asked": aligned}
+        more = had | {"tuned on other facts, it knows more of those in the base's text than the base, both asked": aligned}
         return {name: (e, _more(e)) for name, e in more.items()} | {
             "asked, it knows no more of them than the base in its own text": (beyond, _within(beyond)),
-            "told facts that were in none of its texts, it does not learn them": (taught, _within(taught)),
+            TAUGHT: (taught, _within(taught)),
         }
 
     found = parts(0.95)
@@ -197,7 +199,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     verdict = HOLDS if all(x for _, x in found.values()) else IF if any(x for _, x in surely.values()) else NOT
     if verdict == NOT and any(x is not False for _, x in found.values()):
         verdict = UNTESTABLE
-    taught = found["told facts that were in none of its texts, it does not learn them"][0]
+    taught = found[TAUGHT][0]
     evidence = {name: e for name, (e, _) in found.items()} | {
         "asked, present facts: told these, less told others": less("these", "others", "present"),
         "own text, absent facts: told these, less told others": less("these", "others", "absent", "text", "text"),
@@ -205,10 +207,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     }
     for arm, values in of.items():
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
+    guessed = listed([f"{100 * float(np.mean(read[f'{kind}, absent'])):.0f} % of {what}" for kind, what in FACTS.items()])
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
-        f"More: not so where the interval lies below {100 * SMALL:g} points. No more: so there, and not so above 0."
+        f"More: not so where the interval lies below {100 * SMALL:g} points. No more: so there, and not so above 0. Learned: beside the "
+        f"model told others. Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
     return judged(verdict, because, *effect, evidence, 256, "facts")

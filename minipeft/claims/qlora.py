@@ -16,6 +16,7 @@ from ..accounting.parameters import count_parameters
 from ..accounting.pytorch_loop import pytorch_ledger
 from ..backend import asarray, synchronize, to_numpy, xp_of
 from ..quant import eight_bits, nf4
+from ..quant.codebooks import nf4_code
 from ..quant.linear import Linear4bit
 from ..quant.surgery import dequantize_model, quantizable_layers, quantize_model
 from .decoding import random_model, repeats
@@ -145,7 +146,10 @@ def one_gpu() -> Verdict:
 # ----------------------------------------------------------------------------------------------------------------- speed
 
 
-def step_times(width: int, seed: int, layers: int = 4, rows: int = 4, length: int = 64) -> dict[str, Any]:
+ROWS, LENGTH = 4, 64  # of a step: the more tokens, the smaller is the share of dequantizing
+
+
+def step_times(width: int, seed: int, layers: int = 4, rows: int = ROWS, length: int = LENGTH) -> dict[str, Any]:
     """The row of a repeat: seconds of a training step, forward and backward, with LoRA on a base in 32 and in 4 bits."""
     dense = random_model(width, layers, seed)
     models = {"lora": mp.get_peft_model(dense, LORA), "qlora": mp.get_peft_model(quantize_model(dense), LORA)}
@@ -177,12 +181,13 @@ def slower(rows: list[dict[str, Any]]) -> Verdict:
     most = max(found.values(), key=lambda n: n.value)
     return Verdict(
         graded(cases),
-        f"A step takes {listed(told)} times as long: clearly more, and at most {LITTLE:g} times, at {those(cases)}.",
+        f"A step of {ROWS} x {LENGTH} tokens takes {listed(told)} times as long: clearly more, and at most {LITTLE:g} times, at "
+        f"{those(cases)}.",
         most,
         [*found.values()],
         seeds=repeats(rows),
         base="random models of 4 layers",
-        task=f"4 x 64 tokens, float32 beside the 4 bits; {where(rows)}",
+        task=f"{ROWS} x {LENGTH} tokens, float32 beside the 4 bits; {where(rows)}",
     )
 
 
@@ -191,10 +196,10 @@ def slower(rows: list[dict[str, Any]]) -> Verdict:
 
 @claim("qlora-6", lesson="07_qlora.py", section="8 · Break it: one outlier")
 def traps() -> Verdict:
-    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, and scales quantized without taking off their
-    mean, if the error at least doubles; the merged weight put back into four bits, if more than a tenth of what training
-    gained is lost; zero blocks divided by their absmax, if the result is not a number; holds if some do; does not hold here if
-    none does."""
+    """Holds if each of four shortcuts goes wrong: blocks of 4096 in place of 64, if the error of the weights at least
+    doubles, and scales quantized without taking off their mean, if the error of the scales does; the merged weight put back
+    into four bits, if more than a tenth of what training gained is lost; zero blocks divided by their absmax, if the result
+    is not a number; holds if some do; does not hold here if none does."""
     model = base()[0]
     W = np.concatenate([to_numpy(layer.weight.data).reshape(-1) for layer in quantizable_layers(model).values()])
     errors: dict[str, tuple[float, float]] = {}
@@ -206,14 +211,13 @@ def traps() -> Verdict:
         return mp.quant.dequantize_4bit(*mp.quant.quantize_4bit(x, blocksize))
 
     errors["large blocks"] = error(W, four_bits(W, 64)), error(W, four_bits(W, 4096))
-    c = nf4.quantize(W)[1]
+    four, c = nf4.quantize(W)
     codes, c2, mean = nf4.quantize_scales(c)
     naive, scale = eight_bits.quantize(nf4.in_blocks(c, nf4.NESTED_BLOCKSIZE))
     q8 = eight_bits.dynamic_map(True)
-    errors["scales with their mean"] = (
-        error(c, nf4.dequantize_scales(codes, c2, mean, q8)),
-        error(c, nf4.dequantize(naive.reshape(-1)[: c.size], scale, q8, nf4.NESTED_BLOCKSIZE)),
-    )
+    scales = nf4.dequantize_scales(codes, c2, mean, q8), nf4.dequantize(naive.reshape(-1)[: c.size], scale, q8, nf4.NESTED_BLOCKSIZE)
+    errors["scales with their mean"] = error(c, scales[0]), error(c, scales[1])
+    of_weights = [error(W, nf4.dequantize(four, each, nf4_code())) for each in scales]
     start = quantize_model(model)
     tuned = mp.get_peft_model(start, LORA)
     losses = steps(tuned, 5, lr=1e-2)
@@ -231,8 +235,9 @@ def traps() -> Verdict:
     ratio = {trap: broken / own if own else float("inf") for trap, (own, broken) in errors.items()}
     lost = errors["merging into four bits"][1] / gained
     told = (
-        f"blocks of 4096 make the error {ratio['large blocks']:.2f} times as large",
-        f"scales that keep their mean get an error {ratio['scales with their mean']:.1f} times as large",
+        f"blocks of 4096 make the error of the weights {ratio['large blocks']:.2f} times as large",
+        f"scales that keep their mean make the error of the scales {ratio['scales with their mean']:.1f} times as large, that of the weights "
+        f"{of_weights[1] / of_weights[0]:.3f} times",
         f"a merge back into four bits loses {lost:.1%} of the {gained:.2f} nats that training on 8 sentences gained there",
         f"a block of zeros that is divided by its largest number becomes {errors['zero blocks'][1]}",
     )
@@ -244,6 +249,7 @@ def traps() -> Verdict:
             n
             for trap, (own, broken) in errors.items()
             for n in (Number(f"{trap}: error of the library", own), Number(f"{trap}: of the shortcut", broken))
-        ],
+        ]
+        + [Number(f"scales with their mean: error of the weights, {x}", e) for x, e in zip(("library", "shortcut"), of_weights)],
         base=BASE,
     )
