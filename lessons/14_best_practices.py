@@ -235,6 +235,12 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # (+0.010 [-0.001, +0.021]).
 
 # %% [markdown]
+# > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **does not hold here**. It is so for
+# > none, and not for a rate much smaller than pretraining's at width 32, a rate much smaller than pretraining's at
+# > width 64, a rate much smaller than pretraining's at width 128, a rate much smaller than pretraining's at width 256
+# > and 1e-5 to 5e-5 at width 4096: the best rate falls as width^-0.99, to 1.9e-04 at width 4096. (5 seeds, 256
+# > validation records)
+#
 # > `best-4` 1e-5 to 5e-5 for full, higher for PEFT: **holds if**. The best rates of full fine-tuning are 6e-05 to
 # > 1e-03; of the other methods they are higher by a factor of 4.2 for lora (2.0 to 9.1), 4.8 for qlora (2.2 to 10.1),
 # > 5.3 for bottleneck (2.3 to 12.5), 17.8 for prefix (10.3 to 30.8) and 604.8 for prompt (333.9 to 1095.3). It is so
