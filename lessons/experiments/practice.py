@@ -7,15 +7,17 @@ reported on 512 test verses under five other seeds. A trial is the league's, too
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from minipeft.claims import protocol
-from minipeft.claims.comparison import Pair, Searches
-from minipeft.claims.protocol import Choice, Search, Trial, search
+from minipeft.claims.comparison import Case, Pair, Searches
+from minipeft.claims.protocol import Choice, Find, Search, Trial, search
 from minipeft.experiments.rows import Row, read_rows
 from minipeft.experiments.sweep import sweep
 
@@ -45,6 +47,21 @@ def learned(trial: Trial) -> int:
     """The examples that a trial learns from, each as often as it is seen. An epoch's last batch is what is left."""
     epochs, steps = divmod(trial.steps, -(-trial.examples // trial.batch_size))
     return epochs * trial.examples + steps * trial.batch_size
+
+
+def searched(find: Find, cases: Iterable[Case], methods: Iterable[str]) -> dict[tuple[Case, str], tuple[Trial, dict[Trial, float]]]:
+    """{(case, method): (the trial that its search chose, {all that it saw: the loss on validation})}."""
+    found: dict[tuple[Case, str], tuple[Trial, dict[Trial, float]]] = {}
+    for case, method in product(cases, methods):
+        chosen, _ = protocol.tuned(find, search(case.task, method, case.examples), seen := {})
+        found[case, method] = chosen, seen
+    return found
+
+
+def along(axis: str, at: Trial, seen: Mapping[Trial, float]) -> dict[Any, float]:
+    """{value of an axis: the loss}, in order, of what was seen and differs from a trial in this alone."""
+    line = {getattr(t, axis): loss for t, loss in seen.items() if t == replace(at, **{axis: getattr(t, axis)})}
+    return dict(sorted(line.items()))
 
 
 def known(searches: Iterable[Choice], store: str | os.PathLike) -> list[Row]:

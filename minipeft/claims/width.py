@@ -35,9 +35,9 @@ from ..peft.methods import METHODS, at_width
 from ..text.corpora import general_text
 from ..text.examples import Example, chunk_text, encode_documents
 from . import data
-from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
+from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS
-from .register import Experiment, Verdict, claim
+from .register import Experiment, Verdict, claim, listed
 
 WIDTHS = 32, 64, 128, 256
 SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
@@ -180,9 +180,11 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     there = laws["fine-tuning"].at(SEVEN_B)
     cases[f"1e-5 to 5e-5 at width {SEVEN_B}"] = _overlap(there, *RANGE)
     evidence |= {f"at width {SEVEN_B}": there, f"at width {SMALL}": laws["fine-tuning"].at(SMALL)}
+    ratios = [evidence[f"fine-tuning over pretraining, width {width}"] for width in widths]
     because = (
-        f"It is so for {those(cases)}, and not for {those(cases, False)}: the best rate falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
-        f"to {there.value:.1e} at width {SEVEN_B}."
+        f"At widths {listed([*map(str, widths)])} the best rate of fine-tuning is {listed([f'{r.value:.1f}' for r in ratios])} times pretraining's, clearly "
+        f"less than half at {sum(so for case, so in cases.items() if 'smaller' in case)} of {len(widths)}. It falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
+        f"to {there.value:.1e}{'' if there.low is None else f' [{there.low:.1e}, {there.high:.1e}]'} at width {SEVEN_B}."
     )
     effect = f"predicted at width {SEVEN_B}", there, "rate"
     return judged(graded(cases), because, *effect, evidence, 256, "pretraining, then source; 256 validation records")
