@@ -318,12 +318,12 @@ axes.legend(fontsize=9)
 figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 
 # %% [markdown]
-# An element in fact moved less at 0.03: about as far as its own size, 0.11, from words, a fifth of it from a random
-# vector. And no longer do words win: at 0.3 they end above the random start, whose mean there is a little below that of
-# words at any of the three rates. Cut to the length of embeddings, random vectors at 0.03 end near to words, and either
-# seed closes more than half of the gap. So in these runs, two for each case, most of the gap at 0.03 was one of size;
-# what is left to the direction, seeds that differ by 0.1 do not tell. At one rate, then, the start matters a lot. The
-# verdict below asks another question: do words and `RANDOM` differ, each with its own rate? On `rewrite` words are
+# An element in fact moved less at 0.03: one of words by about its usual size, 0.11, one of a random vector by a fifth
+# of its own. And words win no longer: at 0.3 they end above the random start, whose mean there is a little below that
+# of words at any of the three rates. Cut to the length of embeddings, random vectors at 0.03 end near to words, and
+# either seed closes more than half of the gap. So in these runs, two for each case, most of the gap at 0.03 was one of
+# size; what is left to the direction, seeds that differ by 0.1 do not tell. At one rate, then, the start matters a lot.
+# The verdict below asks another question: do words and `RANDOM` differ, each with its own rate? On `rewrite` words are
 # behind by 0.012 nats, clearly if it were the only comparison, but one of two may come out so by chance; on `source`
 # nothing is told.
 #
