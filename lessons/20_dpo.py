@@ -300,8 +300,8 @@ assert above["dpo"].value > 0, "DPO's best answer does not fall by more than the
 #
 # Does the best answer fall less than the worst one? In the steps' pairs, as unseen as the held-out ones, it does, by
 # 0.47 ± 0.08 nats. The 128 held-out prompts say 0.30, and can tell it neither from 0 nor from 0.47. Parting the two
-# takes no loss of pairs: fine-tuning on the chosen answers alone does so clearly, by 0.21. ORPO's best
-# answer falls as far as its four do in the mean.
+# takes no loss of pairs: fine-tuning on the chosen answers alone does so clearly, by 0.21. ORPO's best answer
+# falls as far as its four do in the mean.
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone, and hold
