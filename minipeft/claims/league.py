@@ -201,9 +201,11 @@ def start_of_a_prompt(rows: Rows) -> Verdict:
     """Holds if a prompt that starts as words of the vocabulary and one that starts at random clearly differ on both tasks, each with its
     own rate, epochs and batch size; holds if on one; does not hold here otherwise. (Not tried: the scale of the start.)
     """
-    return judged(
+    found = judged(
         finder(rows), in_cases("prompt", MIDDLE, "prompt-random"), lambda d: better(d) or worse(d)
     )
+    tried = "Each start has its own rate, epochs and batch size; its scale was not tried."
+    return replace(found, because=f"{found.because} {tried}")
 
 
 @claim("qlora-5", lesson="07_qlora.py", section="6 · Train", experiment=league(("lora", "qlora")))

@@ -125,8 +125,8 @@ def fewest() -> Verdict:
     ratio = evidence[4].value / evidence[3].value
     return Verdict(
         graded(cases),
-        f"It is so for {those(cases)}, and not for {those(cases, False)}, where {least['the base']} trains fewer: a prompt "
-        f"has P vectors, {least['the base']} two of them a layer.",
+        f"Beside every other method with its usual options it is so for {those(cases)}, and not for {those(cases, False)}, "
+        f"where {least['the base']} trains fewer: a prompt has P vectors, {least['the base']} two of them a layer.",
         Number(f"7B: prompt P=20 over {least['7B']}", ratio, "times"), evidence,
     )  # fmt: skip
 
@@ -229,8 +229,8 @@ LOST = Experiment("lost_context", context, lambda: mp.grid(taken=list(LENGTHS)))
 @claim("soft-7", lesson="06_soft_prompts.py", section="5 · The lost context", experiment=LOST)
 def context_lost(rows: list[dict[str, Any]]) -> Verdict:
     """Holds if a prompt of P vectors refuses more than the context less P, and each number of lost positions clearly raises
-    the loss on the last 32 tokens of a context of 256 (95 %, over blocks of text); holds if only some do; does not hold here
-    if none does."""
+    the base's loss, without a prompt, on the last 32 tokens of a context of 256 (95 %, over blocks of text); holds if only
+    some do; does not hold here if none does."""
     model = base()[0]
     limit = model.config.max_position_embeddings
     tuned = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=P))
@@ -253,9 +253,10 @@ def context_lost(rows: list[dict[str, Any]]) -> Verdict:
     cases = {f"{taken}": takes and e.low > 0 for taken, e in found.items()}
     return Verdict(
         graded(cases),
-        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions; the loss at the end of "
-        f"{CONTEXT} tokens rises clearly where {those(cases)} are lost, by {found[max(found)].value:.3f} nats for "
-        f"{max(found)} and by {found[min(found)].value:.3f} for {min(found)}.",
+        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions. What is lost was tried "
+        f"without a prompt: of a text of {CONTEXT} tokens, the base's loss on the last {SCORED} rises clearly where the first "
+        f"{those(cases)} are cut, and not clearly for {those(cases, False)}: by {found[max(found)].value:.3f} nats for "
+        f"{max(found)}, by {found[min(found)].value:.3f} for {min(found)}.",
         evidence[-1],
         evidence,
         seeds=1,
