@@ -3,7 +3,7 @@
 #
 # Fine-tuning shows a model what to say. Here the model says something itself, learns *how good that was*, and makes
 # what was better than expected more probable. After this lesson you can derive the policy gradient, say what a
-# baseline, the price of KL, the value head and the clip are for, and say what RLOO and GRPO leave out of PPO.
+# baseline, the price of KL, the value head and the clip are for, and what RLOO and GRPO leave out of PPO.
 #
 # You need Lessons 1 and 9 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/10_ppo.py` (90 seconds on two cores),
@@ -31,6 +31,7 @@ from minipeft import diagrams, rlhf
 from minipeft.autograd.tensor import no_grad
 from minipeft.claims.chain_rules import CHAIN, crossed, items, shown, those_of
 from minipeft.claims.chain_tuning import TUNED, rivals
+from minipeft.evaluation.intervals import student_t
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 from minipeft.experiments.sweep import sweep
@@ -146,7 +147,6 @@ prompts = openings("train")
 roll = rlhf.rollout(base, prompts[:4], LENGTH, temperature=1.0, stop_token_ids=policies.stops(), seed=0)
 for prompt, response in zip(roll.prompts(), roll.responses()):
     print(f"  {show(prompt):24s} |{show(response)}")
-print("mask of the last:", *roll.mask[-1])
 logprobs = rlhf.response_logprobs(base, roll.input_ids, roll.attention_mask, LENGTH).numpy()  # [4, LENGTH]
 alone, n = np.array([[*roll.prompts()[1], *roll.responses()[1]]]), len(roll.responses()[1])  # not padded
 with no_grad():
@@ -174,7 +174,7 @@ assert np.allclose(by_hand, logprobs[1, :n], atol=1e-4), "padding does not matte
 # $k_1$ is the definition, and single values may be negative; $k_2$ and $k_3$ never are. $E[e^d] = \sum_y \pi(y)\,
 # \pi_{\text{ref}}(y) / \pi(y) = 1$, so $e^d - 1$ has mean 0 and adds no bias to $k_3$.
 #
-# **Predict:** which one is biased? And is $k_3$ always the least noisy?
+# **Predict:** which one is biased? And is $k_3$ the least noisy?
 
 # %%
 reference = np.array([0.5, 0.3, 0.2])
@@ -190,11 +190,11 @@ for where, policy in (("near", [0.55, 0.27, 0.18]), ("far", [0.98, 0.01, 0.01]))
         found[where, name] = mean - kl, deviation
         print(f"  {name}: mean {mean:.5f}, bias {round(mean - kl, 5) + 0:+.5f}, standard deviation of one answer {deviation:.5f}")
 assert all(abs(found[w, k][0]) < 1e-12 for w in ("near", "far") for k in ("k1", "k3")) and found["far", "k2"][0] < -0.2
-assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k3"][1] > 5 * found["far", "k1"][1]
+assert found["near", "k2"][1] < found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k3"][1] > 5 * found["far", "k1"][1]
 
 # %% [markdown]
-# $k_2$ is. Near the reference, where a policy begins, its bias is tiny, and $k_3$ has less than a hundredth of $k_1$'s
-# noise. Far away $e^d$ of a rare answer is huge, and $k_3$ is the noisiest.
+# $k_2$ is. Near the reference, where a policy begins, its bias is tiny, and its noise the least; $k_3$ has less than a
+# hundredth of $k_1$'s. Far away $e^d$ of a rare answer is huge, and $k_3$ is the noisiest.
 #
 # PPO puts $k_1$ into the reward. The reward model scores the whole answer once; every token $y_t$ pays its part of the
 # KL at the price $\beta$:
@@ -204,7 +204,6 @@ assert found["near", "k3"][1] < found["near", "k1"][1] / 100 and found["far", "k
 # The expected sum of these is $E[\text{score}] - \beta\, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$. With $\pi^* =
 # \pi_{\text{ref}}\, e^{\text{score}/\beta} / Z$, where $Z$ makes the sum 1, this is $\beta \log Z - \beta\,
 # \mathrm{KL}(\pi \,\|\, \pi^*)$: of all policies $\pi^*$ has the most (Lesson 20, section 1).
-# InstructGPT's PPO-ptx also adds the gradient of pretraining text, as PPO alone lost on public benchmarks.
 
 # %% [markdown]
 # > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
@@ -256,8 +255,7 @@ rewards = rlhf.shaped_rewards(old, ref, score, mask, beta=0.1)
 A, returns = rlhf.gae(rewards, V, 1.0, 0.95, mask)
 print("\nrewards   ", *rewards.round(4))
 print("advantages", *A.round(6), "  expected for the first: 0.845225 0.8055 0.69")
-assert np.allclose(A[0, :3], [0.845225, 0.8055, 0.69])
-assert np.allclose(returns, (A + V) * mask)
+assert np.allclose(A[0, :3], [0.845225, 0.8055, 0.69]) and np.allclose(returns, (A + V) * mask)
 
 
 def whitened(score, V=V, beta=0.1):
@@ -357,8 +355,7 @@ if "--full" in sys.argv:
     sweep(policies.measure, policies.RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
-small = dict(updates=2, rankings=16) if REDUCED else {}
-policy, history = policies.learn(Run("PPO", **small))
+policy, history = policies.learn(Run("PPO", updates=2, rankings=16) if REDUCED else Run("PPO"))
 policies.show_updates(history)
 assert abs(history[0]["objective/kl"]) < 1e-3, "it starts as its own reference"
 if not REDUCED:
@@ -374,9 +371,9 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *(f"  {show(p):24s} |{' '.join(show(a).split())}" for p, a in zip(roll.prompts(), roll.responses())), sep="\n")
 
 # %% [markdown]
-# Word salad before and after, at a higher score, and fewer answers end: nothing asks for it. Without warm-up the first
-# update already clips a fifth to two fifths of its tokens. Missing are a model that can answer, and a reward that asks
-# for what one sees.
+# Word salad before and after, at a higher score, and fewer answers end (nothing asks them to; why fewer was not
+# examined). The first update clips a fifth to two fifths of its tokens, in the mean of four minibatches, whose
+# first, at ratio 1, clips none. Missing are a model that can answer, and a reward that asks for what one sees.
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -415,9 +412,10 @@ assert crossed(golds["PPO, beta = 0.05"] - golds["SFT"]).low > 0 and crossed(gol
 assert (zero := crossed(golds["PPO, beta = 0"] - golds["SFT"])).low < 0 < zero.high, "without a price, neither clearly better nor worse than where it began"
 gains = {key: interval(parts["PPO, beta = 0.05"][key] - parts["SFT"][key]) for key in ("ended", "form", "kind")}
 print("PPO, beta = 0.05 less SFT: " + ", ".join("{} {:+.2f} ± {:.2f}".format(key, *x) for key, x in gains.items()))
-assert all((x > half) == (key != "form") for key, (x, half) in gains.items()) and parts["base"]["ended"].max() < 0.05
+clear = [{key for key, (x, half) in gains.items() if x > wide * half} for wide in (1, student_t(1 - 0.05 / 3, 4) / student_t(0.95, 4))]
+assert clear == [{"ended", "kind"}, {"ended"}] and parts["base"]["ended"].max() < 0.05, "each alone; all three together"
 rates = {rival.name: rival for rival in rivals(TUNED.rows())}
-assert rates["SFT"].clear and rates["SFT"].times == 1 / 8 and rates["SFT"].gold < -0.05 and not rates["PPO"].clear
+assert rates["SFT"].clear and rates["SFT"].times == 1 / 8 and round(rates["SFT"].gold, 2) == -0.06 and not rates["PPO"].clear
 for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
     of = those_of(chain, POLICIES[name][0], (1,))[0]
     print(name, *(of["checks"]["32"] if "checks" in of else of)["samples"], sep="\n    ")
@@ -426,13 +424,13 @@ for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
 # The best of 16 has, at a smaller KL. It costs 16 answers for each that is given; PPO pays once, with 1,024 answers
 # here. At $\beta = 0.05$ PPO earns clearly more gold than the SFT model it starts from (not where five comparisons are
 # to hold together, Lesson 16), hardly more than SFT on the preferred answers, and not clearly more than SFT at ten
-# times its rate. Of the rates tried afterwards none gives PPO clearly more gold. At an eighth of its rate SFT's loss on
-# unseen verses is clearly lower, but so is its gold (`claims/chain_tuning.py`).
+# times its rate. Of rates tried afterwards none gives PPO clearly more gold. An eighth of SFT's rate clearly lowers its
+# loss on unseen verses, and, in two seeds' mean, its gold by 0.06 (`claims/chain_tuning.py`).
 #
-# Would a person see PPO's 0.08? Not in these four prompts: its first answer loses its thread, its second says "the
-# same" three times, its third has no subject, and its fourth is a sentence, as SFT's is. The best of 16 reads no
-# better. All answers end, as 4 % of the base's do; few make much sense. What PPO clearly gains on SFT is kinder words
-# (VADER's *kind*, from -1 to 1) and the last missing ends. In *form*, English without repetition, no gain is clear.
+# Would a person see PPO's 0.08? Not here: its first answer loses its thread, its second says "the same" three times,
+# its third has no subject, and its fourth is a sentence, as SFT's is. The best of 16 reads no better. All answers end,
+# as 4 % of the base's do; few make much sense. Of the gold's three parts PPO clearly gains the last missing ends;
+# kinder words (VADER's *kind*, from -1 to 1) only if looked at alone; in *form*, English without repetition, nothing.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
@@ -476,7 +474,7 @@ assert np.allclose((group - group.mean()) * 3 / 2, rlhf.rloo_advantages(group, 3
 assert np.allclose(rlhf.grpo_advantages(group, 3), (group - 3) / (group.std(ddof=1) + 1e-4))
 assert not rlhf.rloo_advantages(np.ones(3), 3).any() and not rlhf.grpo_advantages(np.ones(3), 3).any()
 
-now = np.array([0.7, 0.2, 0.1])
+now, log_ref = np.array([0.7, 0.2, 0.1]), np.log(reference)
 
 
 def gradient(value):
@@ -486,7 +484,6 @@ def gradient(value):
     return logits.grad
 
 
-log_ref = np.log(reference)
 reverse = gradient(lambda logp: (logp.exp() * (logp - log_ref)).sum())  # of KL(pi || ref)
 forward = gradient(lambda logp: (reference * (log_ref - logp)).sum())  # of KL(ref || pi)
 in_reward = gradient(lambda logp: (now * (np.log(now) - log_ref) * logp).sum())  # E[k1 grad log pi]: k1 is a number
@@ -502,7 +499,7 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 # reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers;
 # after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
-# How do the methods compare, on section 7's prompts, under three seeds, each with a judge of its own?
+# How do the methods compare, on section 7's prompts, under three seeds, each with its own judge?
 
 # %%
 METHODS = tuple(policies.SAMPLING)
@@ -522,8 +519,8 @@ assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neit
 # %% [markdown]
 # All three raise the judge's reward in every seed, though over three seeds neither its mean nor the gold's is clear. In
 # reward and gold, RLOO and GRPO differ from PPO by less than the interval. (An update's 32 answers are to 32 prompts in
-# PPO, to 8 in the others; all have one rate, tuned for none, and $\beta = 0.05$, but not one price: in PPO and RLOO it
-# multiplies an answer's KL, beside the score; in GRPO a $k_3$ per token, beside standardized advantages.)
+# PPO, to 8 in the others; all have one rate, tuned for none, and $\beta = 0.05$, which multiplies an answer's KL beside
+# the score in PPO and RLOO, in GRPO a $k_3$ per token beside standardized advantages.)
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
@@ -533,22 +530,21 @@ assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neit
 # **Predict:** its loss is half a mean square. How large is it?
 
 # %%
-ones = np.ones((32, LENGTH))
-paid = rng.standard_normal((32, LENGTH)) * 0.1
+ones, paid = np.ones((32, LENGTH)), rng.standard_normal((32, LENGTH)) * 0.1
 perfect = np.cumsum(paid[:, ::-1], axis=1)[:, ::-1] + 1e-3 * rng.standard_normal((32, LENGTH))
 A, right = rlhf.gae(paid, perfect, 1.0, 0.95, ones)
-after_whitening = rlhf.whiten(A, ones) + perfect
-losses = [rlhf.value_loss(mp.Tensor(perfect), perfect, target, ones).item() for target in (right, after_whitening)]
+losses = [rlhf.value_loss(mp.Tensor(perfect), perfect, target, ones).item() for target in (right, rlhf.whiten(A, ones) + perfect)]
 print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening before the returns: {losses[1]:.2f}")
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
-BUG = "returns from whitened advantages"
-spoiled, usual = ([r["history"]["value_loss"][8:] for r in those_of(chain, "ppo", broken=broken)] for broken in (BUG, ""))
-print(f"value loss in the chain, from update 9 on: {np.min(spoiled):.2f} to {np.max(spoiled):.2f}; unbroken, median {np.median(usual):.2f}")
-assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.1
+ways = (those_of(chain, "ppo", broken=broken) for broken in ("returns from whitened advantages", ""))
+spoiled, usual = (np.array([r["history"]["value_loss"] for r in of]) for of in ways)
+print(f"value loss in the chain, broken so: {spoiled[:, 8:].min():.2f} to {spoiled[:, 8:].max():.2f} from update 9 on; unbroken: {usual.min():.3f} to {usual.max():.2f}")
+assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6 and ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual.max() > 100 * usual.min()
 
 # %% [markdown]
-# One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In the chain of
-# section 8, broken so, the value loss stays there: who knows the number finds the bug in the log.
+# One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In section 8's chain,
+# broken so, it stays there. Unbroken, it is as high once in 120 updates from the ninth on, but spans 0.006 to 0.92, too
+# wide for the warnings below. No run with $V = 0$ says whether the value head matters here.
 #
 # A warning is given where a logged number leaves the range of unbroken runs (mean ± 4 standard deviations) for two
 # updates running: `clipfrac` is section 7's *clipped*, `entropy` that of the distribution of the next token, in nats
@@ -559,8 +555,9 @@ assert 0.4 < np.min(spoiled) and np.max(spoiled) < 0.6 and np.median(usual) < 0.
 # > `rlhf-7` unstable: **holds if**. What 6 ways to break it cost of the gold, beside the usual run:
 # >
 # > - ten times the rate: +0.30 [+0.21, +0.39] (first out of range, update 1: clipfrac, approxkl and ratio_max).
-# > - no clipping: +0.03 [+0.00, +0.06] (first out of range, update 1: clipfrac).
-# > - ten times the reward: +0.11 [-0.00, +0.23] (first out of range, update 1: grad_norm; 9: value_loss; 18: kl; 20:
+# > - no clipping of ratios and values: +0.03 [+0.00, +0.06] (first out of range, update 13, 22 and 28: grad_norm; 32:
+# >   approxkl; clipfrac is 0 of itself).
+# > - ten times the reward: +0.11 [-0.00, +0.23] (first out of range, update 1: grad_norm; 9: value_loss; 18 and 20:
 # >   kl).
 # > - no price of a missing end: -0.01 [-0.06, +0.04] (no warning).
 # > - returns from whitened advantages: -0.01 [-0.05, +0.04] (no warning).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import tracemalloc
 from collections import Counter
 
@@ -12,6 +13,27 @@ from minipeft.accounting import count_parameters, measure_peak
 from minipeft.accounting.footprints import WITHIN
 
 from .drawing import one_plot
+
+
+def witness(found, title, *rows):
+    """Print published figures, by their rows' names, beside what is computed; the verdicts."""
+    print(title)
+    for f in (found[row] for row in rows):
+        source, published, unit = f.row["source"].split(" (")[0], float(f.row["published_value"]), f.row["unit"]
+        print(f"    {source}, {f.row['table_or_path']}: {f.row['model']}, {f.row['hyperparameters']}:")
+        print(f"        {published:.8g} {unit} published, {f.computed:.8g} computed: {f.verdict}")
+    return [found[row].verdict for row in rows]
+
+
+def show_misses(misses):
+    """Print runs whose prediction is too far off: predicted over measured, name, and the beginning of why."""
+    for r in misses:
+        print(f"  {r.ratio:.2f} {r.row['id']:16s} {textwrap.shorten(r.row['reason'], 96, placeholder=' ...')}")
+
+
+def dense(config):
+    """A model in host memory, whose arrays tracemalloc sees."""
+    return mp.Transformer(config, seed=0).to("numpy")
 
 
 def measured_lines(make, text):

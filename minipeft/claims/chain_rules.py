@@ -57,6 +57,7 @@ NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0
 LIMIT = 4.0  # standard deviations
 SPANNING = ("approxkl", "value_loss", "ratio_max", "grad_norm")  # orders of magnitude
 WARNING = ("kl", "clipfrac", "entropy", "distinct_2", "length", *SPANNING)  # the statistics that a run logs without a gold
+SETS = {"no clipping": "clipfrac"}  # what a way to break PPO sets by itself, at whatever the run does: that warns of nothing
 LAST = str(CHECKS[-1])
 
 
@@ -119,9 +120,11 @@ def warned(name: str, values: Sequence[float], usual: Sequence[Sequence[float]])
     return int(both[0]) + 1 if len(both) else None
 
 
-def first_warning(history: Mapping[str, Sequence[float]], usual: Sequence[Mapping[str, Sequence[float]]]) -> tuple[int | None, list[str]]:
-    """(the update of the first warning, the statistics that gave it then)."""
-    at = {name: warned(name, history[name], [one[name] for one in usual]) for name in WARNING}
+def first_warning(
+    history: Mapping[str, Sequence[float]], usual: Sequence[Mapping[str, Sequence[float]]], but: str | None = None
+) -> tuple[int | None, list[str]]:  # fmt: skip
+    """(the update of the first warning, the statistics that gave it then), of all WARNING but one."""
+    at = {name: warned(name, history[name], [one[name] for one in usual]) for name in WARNING if name != but}
     first = min((update for update in at.values() if update is not None), default=None)
     return first, [name for name, update in at.items() if first is not None and update == first]
 
@@ -200,12 +203,17 @@ def unstable(rows: Rows) -> Verdict:
     decision, found, _ = decided(costs, NEAR["gold"])
     histories, told, evidence = [row["history"] for row in usual], [], []
     for what, of in broken.items():
-        warnings = [first_warning(row["history"], histories) for row in of]
+        own = SETS.get(what)
+        warnings = [first_warning(row["history"], histories, own) for row in of]
         updates = [update for update, _ in warnings if update is not None]
-        at = {u: listed(list(dict.fromkeys(name for update, first in warnings if update == u for name in first))) for u in sorted(set(updates))}
-        when = "first out of range, update " + "; ".join(f"{u}: {names}" for u, names in at.items()) if at else "no warning"
+        at: dict[str, list[str]] = {}  # what warned: at which updates
+        for u in sorted(set(updates)):
+            at.setdefault(listed(list(dict.fromkeys(name for update, first in warnings if update == u for name in first))), []).append(str(u))
+        when = "first out of range, update " + "; ".join(f"{listed(us)}: {names}" for names, us in at.items()) if at else "no warning"
+        when += f"; {own} is 0 of itself" if own else ""
         lost = [row for row in of if row["stopped"]]
-        told.append(f"{what}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
+        said = f"{what} of ratios and values" if own else what
+        told.append(f"{said}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
     told.append(f"{beyond} ({shown(crossed(of_sft))}): {shown(found[beyond])}")

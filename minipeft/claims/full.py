@@ -256,7 +256,8 @@ def expensive() -> Verdict:
     return Verdict(
         graded(cases),
         f"Expensive means {those(cases)}: 1,000 examples of {TOKENS} tokens, at {PRICE:g} dollars an {CARD.upper()}-hour and "
-        f"{UTILIZATION:.0%} of its peak, take at {', at '.join(told)}.",
+        f"{UTILIZATION:.0%} of its peak, take at {', at '.join(told)} (16 bytes a parameter, "
+        "no batch).",
         Number("1,000 examples at 7B", money["7B"], "dollars"),
         evidence,
         task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak",

@@ -231,8 +231,8 @@ def expensive() -> Verdict:
     told = [f"{ratio:.1f} times ({case})" for case, ratio in ratios.items()]
     return Verdict(
         graded(cases),
-        f"PPO, with policy, reference and reward model in memory and a value head on the policy, takes {listed(told)} what SFT "
-        f"does at 7B: more than twice for {those(cases)}. It is three stages for one, after {LABELS:,} ranked prompts in InstructGPT.",
+        f"PPO of {EPOCHS} epochs, with policy, reference and reward model in memory and a value head on the policy, takes "
+        f"{listed(told)} what SFT does at 7B: more than twice for {those(cases)}. It is three stages for one, after {LABELS:,} ranked prompts in InstructGPT.",
         Number("7B, LoRA: PPO's FLOPs over SFT's, for the same texts", ratios["FLOPs, LoRA"], "times"),
         [
             *evidence,
