@@ -212,7 +212,6 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
 SIGNS = which.signs({case: pairs(case, MAIN, rows) for case in CASES}, MAIN)
 print("\nall pairs, each by its own 95 % interval: + the first is better, - worse, = equal, += better by less than 0.02, ? undecided")
 print(which.signs_table(SIGNS, NAMES))
-assert SIGNS["qlora", "bottleneck"] == SIGNS["lora", "bottleneck"] == [*"+++?=+"]
 assert SIGNS["full", "qlora"] == [*"?-+?=="] and SIGNS["prefix", "prompt"] == [*"?++???"]
 
 # %% [markdown]
@@ -236,11 +235,10 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # from more data, a prompt the least. On `source` the spread shrinks, in the means, from 42 points to 14, as a prefix
 # and a prompt learn the most from more: with 50 they are not clearly better than the base. *Few-shot* is the base with
 # answered examples in its prompt, of 1, 2 and 4 the best on validation: it is worse than the bare base on `rewrite`,
-# and finds no more books on `source`. One limit is the same for all, and not equally hard for all: 32 epochs of 50
+# and finds no more books on `source`. The limit, not equally hard for all, is 32 epochs of 50
 # examples, 4 of 500, one of 5,000.
 #
-# By the pairs, QLoRA beside adapters is as LoRA: ahead on `rewrite`, and with 5,000 of `source`. It beats full
-# fine-tuning with 500 of `rewrite`, and loses to it with 5,000.
+# By the pairs, QLoRA beats full fine-tuning with 500 of `rewrite`, and loses to it with 5,000.
 #
 # **Predict:** and the package's other methods, with 500 examples: is one clearly better than LoRA on both tasks?
 
@@ -256,8 +254,7 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 # %% [markdown]
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to
 # 8 on average, is better by 0.025 [0.013, 0.038], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method
-# is. Of so many intervals some err: where all are to hold together, DoRA's alone stays above 0. (LoRA of rank 16 is
-# behind AdaLoRA, too, by 0.031 [0.022, 0.041]; rank 12 was not run.) On `source` even the 3,072 numbers of (IA)$^3$ are
+# is. Of so many intervals some err: where all are to hold together, DoRA's alone stays above 0. (LoRA of rank 16 loses to AdaLoRA by 0.031 [0.022, 0.041]; rank 12 was not run.) On `source` even the 3,072 numbers of (IA)$^3$ are
 # not clearly worse, but lose 36 points of the general items in place of 7.
 #
 # What learns less may forget more: on `source` a prefix finds fewer books than LoRA or adapters (`soft-8`), and loses
@@ -266,10 +263,9 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks:
 # of `adapter-6` and `which-1` that the interval lies above -0.02 (where it contains that, it is *not told*, whatever
 # the word before it says of 0), of `soft-8` that it lies below 0. "Bottleneck" are the adapters. The rival, chosen on
-# validation, is in `soft-8` LoRA or adapters, in `which-1` any other.
+# validation, is in `soft-8` LoRA or adapters, in `which-1` and `full-5` any other.
 #
-# What holds of this model need not hold of a large one. Prompts matched full fine-tuning in T5 models of billions of
-# parameters (Lester et al. 2021, arXiv:2104.08691).
+# Prompts matched full fine-tuning in T5 of billions of parameters (Lester et al. 2021, arXiv:2104.08691).
 #
 # At 7B and 70B Lesson 12's ledger counts, and nothing is trained. It counts in bfloat16: full fine-tuning takes 10
 # bytes a parameter (weight, gradient, two moments, and a temporary of the step, 2 each), a frozen one 2, or in four
