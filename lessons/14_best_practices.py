@@ -231,7 +231,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # one epoch; on `source` the two are equal or undecided.
 #
 # Width is one reason for lower rates in large models: `full-3` pretrains, shortly, models of widths 32 to 256, and
-# extrapolates. XXX
+# extrapolates.
 
 # %% [markdown]
 # > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **does not hold here**. At widths 32,
