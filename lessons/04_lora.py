@@ -200,9 +200,9 @@ print(LAYER)
 # First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` lets
 # it pass, so in the verdict, for $d = k = 256$ and $r = 8$, the layer runs on to the second mistake.) Second, `alpha`
 # is defined nowhere. Third, the comment says "frozen", and nothing freezes `W`. The start: `randn` has deviation 1,
-# where the library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta
-# B\, A$, contain $A$. Adam cancels the size of the gradient, but not that of the move: at one rate $W$ moves farther
-# from the larger start. (Not trained here. And `W` is new: the pretrained matrix belongs there.) All repaired:
+# where the library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$,
+# $\Delta B\, A$, contain $A$. Adam cancels the size of the gradient, but not that of the move: at one rate $W$ moves
+# farther from the larger start. (Not trained here. And `W` is new: the pretrained matrix belongs there.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
