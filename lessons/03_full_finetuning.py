@@ -2,9 +2,9 @@
 # # Lesson 3 · Full fine-tuning: every weight, four steps
 #
 # Take a pretrained model and go on training, all of it, on your task, in four steps: load, head, train, save. After
-# this lesson you can say how a new head should start, how far AdamW moves a weight, why training warms up, and how to
-# find the learning rate; count what it costs in memory, on the disk and in what the model forgets; accumulate
-# gradients; and name the protocol by which the course compares methods.
+# this lesson you can say what a new head's start does, how far AdamW moves a weight, why
+# training warms up, and how to find the learning rate; count what it costs in memory, on the disk and in what the model
+# forgets; accumulate gradients; and name the protocol by which the course compares methods.
 #
 # You need Lessons 0 to 2. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
 # it with `python lessons/03_full_finetuning.py` (about a minute), or open it as a notebook. At **Predict**, write down
@@ -150,8 +150,8 @@ print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after
 assert REDUCED or accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
 
 # %% [markdown]
-# Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. Is
-# that a good start? The logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. Then
+# Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. The
+# logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. Then
 #
 # $$\frac{\partial L}{\partial W} = (p - y)\, h^\top, \qquad \frac{\partial L}{\partial h} = W^\top (p - y),$$
 #
@@ -195,18 +195,17 @@ assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
 # $h$. The pretrained weights have a gradient of exactly 0 and wait for the head's first step. With two classes
 # $p - y = (a, -a)$, so a text pushes $h$ along the difference of $W$'s two rows, and its class decides only the sign of
 # $a$: another random head sends the weights elsewhere on the same texts, about at a right angle. A smaller random head
-# sends them no less far in the first step, as Adam divides by the size of the gradients (Lesson 0, section 6).
+# sends them no less far in the first step, as Adam divides by the size of the gradients (Lesson 0, section 6). Which
+# start ends better is not tried.
 #
-# A head of one layer can start at zero. Of two layers in a row, $W_2 W_1 h$, each is a factor of the other's gradient,
-# so if both start at zero, both stay there. So LoRA starts one of its two matrices at zero and one at random (Lesson
-# 4).
+# Of two layers in a row, $W_2 W_1 h$, each is a factor of the other's gradient: if both start at zero, both stay there.
+# So LoRA starts only one of its two matrices at zero (Lesson 4).
 #
 # Kumar et al. (2022, arXiv:2202.10054) compare full fine-tuning of image models, on ten data sets, with training the
 # head alone (*linear probing*): its accuracy is 2 points higher on data like the training set, and 7 lower on data
-# unlike it. Their explanation: while the head learns, the layers below change. But a step against a gradient like
-# $(p - y)\, h^\top$ changes nothing for inputs at right angles to those trained on. So the head fits features that
-# unlike inputs do not have. To train the head alone first, and then everything (*LP-FT*), beats full fine-tuning by 1
-# and 10 points.
+# unlike it. Their explanation: while the head learns, the layers below change, but not for inputs at right angles to
+# those trained on. So the head fits features that unlike inputs do not have. To train the head alone first, and then
+# everything (*LP-FT*), beats full fine-tuning by 1 and 10 points.
 #
 # Or give each part its own rate, as in PyTorch:
 # `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`.
@@ -260,8 +259,7 @@ assert too_long.min() > 3 and too_long.max() < 7
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that early in failed runs the gradients
 # become tiny, and so do Adam's steps, as $\hat v$ remembers larger ones. The usual AdamW lacked the correction, as
-# printed above. With it, a small rate (2e-5), warm-up and 20 passes over
-# the data, training is far more stable.
+# printed above. With it, a small rate (2e-5), warm-up and 20 passes over the data, training is far more stable.
 #
 # **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
 # too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
@@ -314,8 +312,8 @@ if not REDUCED:
     assert (gain > 0.7 * gain[at]).tolist() == [False, *[True] * 4, False, False]
     assert curve[at, 1] > before[1] + 0.1, "at the best rate general text is worse already"
     assert (np.diff(curve[:, 1]) > 0).all() and (np.diff(ways) > 0).all(), "and the worse, the larger the rate and the way"
-    assert peaks == [3e-3, 2e-3] and max(peaks) < 4 * best_rate, "of the same order"
-    assert abs(curve[4, 0] - curve[1, 0]) < 0.2 and curve[4, 1] - curve[1, 1] > 0.7, "about the same task loss, at 1e-4 and 3.2e-3"
+    assert peaks == [3e-3, 2e-3] and best_rate == 1e-3 and 6 < ways[at] / ways[1] < 8
+    assert curve[2, 0] < curve[4, 0] and curve[4, 1] - curve[2, 1] > 0.7, "3.2e-4 learns more than 3.2e-3, and forgets less"
 
 # %%
 rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(OUT / "03_full_finetuning.png", dpi=130)
@@ -323,19 +321,18 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # %% [markdown]
 # General text gets worse first: at the best rate for the task it has lost more than a tenth of a nat, and it loses more
 # at each larger rate. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
-# (McCloskey & Cohen 1989). A smaller rate reduces it, even where the task loss is about the same: of the rates 1.0e-04
-# and 3.2e-03 the larger forgets far more. Lesson 15 measures remedies, such as *replay*, general text mixed into the
-# batches.
+# (McCloskey & Cohen 1989). A smaller rate reduces it, and need not learn less: 3.2e-04 ends below 3.2e-03 on the task,
+# and forgets far less. Lesson 15 measures remedies, such as *replay*, general text mixed into the batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
 # from 1e-4 to 3.2e-3, bring at least 70 % of the best gain. (Each point is one run, and the best rate is chosen and
-# reported on the same verses, which flatters it. The league, below, keeps the two apart.)
+# reported on the same verses, which flatters it.)
 #
-# **Why lower than in pretraining?** Near a good place plain gradient descent takes short steps by itself, as gradients
-# are small there. Adam's do not shrink with the gradients, so the rate has to keep the model near the base: the way
-# grows with it, and what is forgotten with the way. Pretraining starts at random weights and has to go far; fine-tuning
-# has not. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al. 2023, arXiv:2307.09288). Here, in a
-# run of 20 steps, the best rate is of the order of pretraining's (two parts, with the peak rates 3e-3 and 2e-3).
+# **Why lower than in pretraining?** Pretraining starts at random weights and has to go far. In fine-tuning the way
+# grows with the rate, as Adam's steps do not shrink with the gradients, and what is forgotten grows with the way. That
+# speaks for a low rate where the base is to be kept; for the task alone the best run went seven times as far as
+# that at 1e-4. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al. 2023, arXiv:2307.09288). Here,
+# in 20 steps, the best rate is a third to a half of pretraining's (two parts, with peaks 3e-3 and 2e-3).
 #
 # Wide models want lower rates: an output sums over the width $d$, and if each of its weights moves by $\eta$ with the
 # sign of its input, it changes by $\eta\, d$ times the mean size of an input (Yang et al. 2022, arXiv:2203.03466). The
@@ -417,8 +414,9 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 # > numbers, and 82.7% with a classifier's head in place of the model's own, as then the embeddings of words that the
 # > batch lacks have no gradient. The saved model's loss differs by 0.
 #
-# > `full-8` a whole copy of the model per task must be stored: **holds**. Two steps move 100% of the numbers, and the
-# > file has 1.00 times the bytes of the parameters; in 16 bits a task takes 13.5 GB at 7B and 138.0 GB at 70B.
+# > `full-8` a whole copy of the model per task must be stored: **holds**. Two steps move 100% of the numbers (whether
+# > their change can be compressed is not tried), and the file has 1.00 times the bytes of the parameters; in 16 bits a
+# > task takes 13.5 GB at 7B and 138.0 GB at 70B.
 
 # %% [markdown]
 # ## The memory bill
@@ -475,14 +473,14 @@ timeline(base, batch=B, seq_len=T).plot(OUT / "03_full_finetuning_memory.png")
 # %% [markdown]
 # The peak comes as backward begins: nearly every activation that is kept is there, and no finished gradient of a weight
 # yet. Backward frees activations while it makes gradients. For a large model and a small batch the $16N$ dominate, and
-# the peak comes when backward is over: all gradients are there, and hardly an activation. (So it is in GPT-2 medium
+# the peak comes when backward is over: all gradients are there, and hardly an activation. (So in GPT-2 medium
 # with 16 tokens.)
 #
-# **What 16 bits save.** *Mixed precision* computes in 16 bits, so activations take about half, and GPUs multiply
-# faster. Of the 16 bytes it saves none: the weight and its gradient take 2 each, but a float32 *master copy* of the
-# weight adds 4, and the moments keep their 8. Without the copy 12 are left, or 8 in PyTorch, whose AdamW keeps the
-# moments in the weight's type. But bfloat16, a 16-bit format, has so few numbers that a small step is rounded away, and
-# the weight stays (Lesson 17, section 3).
+# **What 16 bits save.** *Mixed precision* computes in 16 bits, so activations take about half (by the ledger), and GPUs
+# multiply faster. Of the 16 bytes it saves none: the weight and its gradient take 2 each, but a float32 *master copy*
+# of the weight adds 4, and the moments keep their 8. Without the copy 12 are left, or 8 in PyTorch, whose AdamW keeps
+# the moments in the weight's type. But bfloat16, a 16-bit format, has so few numbers that a small step is rounded away,
+# and the weight stays (Lesson 17, section 3).
 #
 # ## A batch that does not fit: gradient accumulation
 #
@@ -530,24 +528,23 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run ($10^{12}$
 # multiplications and additions), by how much the loss on general text has risen (`forgets`), and how many more general
 # passages it continues rightly, of four (`cloze`). Of this lesson's methods, with 500 examples, `full` and
-# `head` (the output layer), and with 5,000 `scratch`, the same model from random weights:
+# `head` (the output layer), and with 5,000 `scratch`, the same model from random weights.
+#
+# **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?
 
 # %%
 print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 
 # %% [markdown]
-# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). *Holds if*: in some of the rule's
-# cases. A difference above 0 says that the first method is better: its loss is lower, its share higher. *Equal*: the
-# difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it. *Not told*: the interval has the
-# limit in it that the rule asks about. *Within 4 epochs*: the worse method took the most epochs allowed; *both within*:
-# both did.
+# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). *Holds if*: in some of the rule's cases
+# (of $k$ comparisons, by intervals at the level $1 - 0.05/k$). A difference above 0 says that the first method is
+# better: its loss is lower, its share higher. *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it
+# is wider, with 0 in it. *Not told*: the interval has the limit in it that the rule asks about. *Within 4 epochs*: the
+# worse method took the most epochs allowed; *both within*: both did.
 #
-# **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?
-
-# %% [markdown]
-# With 50 examples the base is clearly behind on `source`, with 500 clearly ahead on `rewrite` (of random weights that
-# took all the epochs allowed, and might gain from more). The other two differences are not told. So a tenth of the
-# examples was enough on `rewrite`, at a twentieth of the FLOPs; a hundredth was not enough on `source`.
+# With 50 examples the base is clearly behind on `source`: a hundredth was not enough. With 500 it is ahead on
+# `rewrite`, at a twentieth of the FLOPs, but not at the stricter level for four comparisons (and the random weights
+# took all the epochs allowed). So whether a tenth is enough is open, as are the other two differences.
 
 # %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch
@@ -573,15 +570,15 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 shifted = [(ids, np.append(labels[1:], -100)) for ids, labels in train_examples]
 broken, reported = fine_tune(best_rate, shifted)
 after = losses_of(broken)
-print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {reported[-1][1]:.3f}, as it should;")
+print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {reported[-1][1]:.3f};")
 print(f"the true task loss goes {before[0]:.3f} -> {after[0]:.3f}")
 print("it writes:", repr(rewrite(broken, held_out_records[0])))
-assert reported[-1][1] < reported[0][1]
+assert reported[-1][1] < reported[0][1] > math.log(base.config.vocab_size)
 assert REDUCED or after[0] > before[0], "worse than no training at all"
 
 # %% [markdown]
-# It rises above that of no training at all. Two things show the mistake: the held-out loss, computed *another* way, and
-# a look at what the model writes.
+# It rises above that of no training at all. Three things show the mistake: the first training loss, above that of a
+# guess, $\ln 2048 = 7.62$; the held-out loss, computed *another* way; and a look at what the model writes.
 
 # %% [markdown]
 # ## Quiz
@@ -624,8 +621,8 @@ assert REDUCED or after[0] > before[0], "worse than no training at all"
 #
 # <details><summary>Answer</summary>
 #
-# The held-out loss, computed another way, which rose above that of no training at all; and a look at what the model
-# writes.
+# The first training loss, above that of a guess; the held-out loss, computed another way, which rose above that of no
+# training at all; and a look at what the model writes.
 #
 # </details>
 

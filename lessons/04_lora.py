@@ -9,17 +9,19 @@
 #
 # You need Lesson 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. At **Predict**, write down an answer.
-#
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where files go (`lessons/out`).
 
 # %%
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import drawing
 
 import minipeft as mp
 from minipeft import diagrams
@@ -27,7 +29,7 @@ from minipeft.accounting import count_parameters, memory_ledger
 from minipeft.backend import to_numpy
 from minipeft.claims import data
 from minipeft.claims.lora import LAYER
-from minipeft.claims.standings import so_far
+from minipeft.claims.standings import Case, pairs, so_far, standings
 from minipeft.files import read_json, write_json
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -189,18 +191,18 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 #
 # ## 4 · The layer as textbooks print it
 #
-# **Predict:** this PyTorch layer has four flaws. Which?
+# **Predict:** this PyTorch layer has three mistakes and an unusual start. Which?
 
 # %%
 print(LAYER)
 
 # %% [markdown]
 # First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` lets
-# it pass, so in the verdict, for $d = k = 256$ and $r = 8$, the layer runs on to the second flaw.) Second, `alpha` is
-# defined nowhere. Third, the comment says "frozen", and nothing freezes `W`. Fourth, `randn` has deviation 1, where the
-# library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$,
-# contain $A$. Adam cancels the size of the gradient, but not that of the move, so a rate that fits one start is wrong
-# for the other. (And `W` is new: the pretrained matrix has to be put there.) All repaired:
+# it pass, so in the verdict, for $d = k = 256$ and $r = 8$, the layer runs on to the second mistake.) Second, `alpha`
+# is defined nowhere. Third, the comment says "frozen", and nothing freezes `W`. The start: `randn` has deviation 1,
+# where the library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$,
+# $\Delta B\, A$, contain $A$. Adam cancels the size of the gradient, but not that of the move: at one rate $W$ moves
+# farther from the larger start. (Not trained here. And `W` is new: the pretrained matrix belongs there.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -313,7 +315,7 @@ for name, (layer, predicted) in layers.items():
 # %% [markdown]
 # It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). "LoRA needs no activations of the
 # frozen weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is the gradient and the
-# optimizer's two moments. Now a whole step, line by line; an assertion says that `memory_ledger` predicts each.
+# optimizer's two moments. Now a whole step, line by line, each asserted to be as `memory_ledger` predicts.
 #
 # **Predict:** with LoRA on all layers, do the activations take less memory than in full fine-tuning, or more?
 
@@ -358,21 +360,11 @@ for name, lines in memory.items():
 full, all_layers, q_and_v = memory.values()
 assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradients"] + full["optimizer"])
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
+ratio = sum(all_layers.values()) / sum(full.values())
+assert REDUCED or 0.82 < ratio < 0.86, "the sum of the four lines, LoRA on all layers over full fine-tuning"
 
 # %%
-colors = {"weights": "#666666", "gradients": "#D55E00", "optimizer": "#E69F00", "activations": "#0072B2"}
-fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
-for i, lines in enumerate(memory.values()):
-    bottom = 0.0
-    for line, color in colors.items():
-        height = lines[line] / 2**20
-        axes.bar(i, height, 0.6, bottom=bottom, color=color, label=line if i == 0 else None)
-        bottom += height
-axes.set_xticks(range(len(memory)), list(memory))
-axes.set(ylabel="MiB", title=f"One step of {BATCH} x {LENGTH} tokens, measured")
-axes.margins(y=0.3)
-axes.legend(fontsize=9, ncols=2, loc="upper right")
-fig.savefig(OUT / "04_lora.png", dpi=130)
+drawing.stacked(memory, f"One step of {BATCH} x {LENGTH} tokens, measured").savefig(OUT / "04_lora.png", dpi=130)
 
 # %% [markdown]
 # A little more: $42 \cdot 8$ numbers of $Ax$ per position, 1.31 MiB, less the input of the now frozen head, 0.5 MiB.
@@ -380,8 +372,8 @@ fig.savefig(OUT / "04_lora.png", dpi=130)
 # nearly vanish in both.
 #
 # Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
-# precision with Adam, a trained parameter takes 16 bytes (weight 2, gradient 2, a float32 copy and two moments 12;
-# Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1), and a frozen one the 2 of its weight.
+# precision with Adam, a trained parameter takes 16 bytes (Lesson 3; Rajbhandari et al. 2020, arXiv:1910.02054, section
+# 3.1), and a frozen one the 2 of its weight.
 #
 # **Predict:** how many GB of states has GPT-3, 174.6 billion parameters, with LoRA?
 
@@ -396,7 +388,8 @@ assert abs(states / 350e9 - 1) < 0.01
 # About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
 # 1.2 TB are composed; 16 bytes a parameter are more. In the verdict, 7B is a step of 512 tokens in bfloat16 by the
 # ledger (gradient 2 bytes, moments 8, no float32 copy), the shares of gradients and states are with $q$ and $v$, and "a
-# step on the base" has 8 short texts.
+# step on the base" has 8 short texts. In the table's step, with more tokens, LoRA on all layers takes about 0.84 times
+# as much.
 
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
@@ -443,8 +436,7 @@ assert REDUCED or adapted_end < start - 0.2
 # fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$: in element $(i, l)$ the
 # sum of $r$ terms $\pm \eta A_{jl}$, with $A$ uniform in $\pm 1/\sqrt{k}$, of variance $1/(3k)$. If the signs are
 # independent, the root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$, the smaller, the wider the layer and
-# the larger $r$. (At a larger rank a shorter move lowers the loss as much: in section 3's $\Delta L$ the $r$ terms add
-# up, each against its gradient, while in an element of $W$ they partly cancel.)
+# the larger $r$.
 
 # %%
 stepped = lora()
@@ -457,9 +449,8 @@ print(f"a weight moves in the first step by: full fine-tuning 1 eta, LoRA {size:
 assert abs(size / formula - 1) < 0.1 and size < 0.5
 
 # %% [markdown]
-# So at equal rates LoRA's first step in $W$ is the smaller one. How much higher its rate should be, only runs that tune
-# both can say (Lesson 14). Schulman et al. (2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora) find about ten
-# times.
+# So at equal rates LoRA's first step in $W$ is smaller. How much higher its rate should be, only tuned runs say
+# (section 10). Schulman et al. (2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora) find about ten times.
 #
 # ## 8 · Merge: the detour disappears
 #
@@ -493,16 +484,15 @@ whole = np.arange(128, 256)  # times a power of two: the weights that bfloat16 h
 assert all(np.array_equal(np.round(whole + sign * 0.999 * whole / 512), whole) for sign in (-1, 1))
 
 # %% [markdown]
-# Most are, but not all: where rounding the sum loses half the way from $W$ to its neighbor, or more, as it may in a
-# larger sum, the difference can end there. The library keeps $W$ instead: `merge_adapter` computes with merged weights,
-# and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch that need different adapters
-# (section 9), and a $W$ in few bits, which rounds the sum (Lesson 7, section 7). In bfloat16 a weight is a whole number
-# from 128 to 255 times a power of two (Lesson 17), so a change of less than 1/512 of it, not half the way to a
-# neighbor, is lost.
+# Most are, but not all: rounding the sum can lose so much that the difference ends at a neighbor of $W$. The library
+# keeps $W$ instead: `merge_adapter` computes with merged weights, and `unmerge_adapter` drops them. Two cases speak
+# against merging: rows of one batch that need different adapters (section 9), and a $W$ in few bits, which rounds the
+# sum (Lesson 7, section 7). In bfloat16 (Lesson 17) a weight is a whole number from 128 to 255 times a power of two, so
+# a change of less than 1/512 of it is lost.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
-# > 1.05, and is clearly slower at none; unmerged it takes 1.27 to 1.81 times. (8 seeds)
+# > 1.05 (the rule allows 1.10), and is clearly slower at none; unmerged it takes 1.27 to 1.81 times. (8 seeds)
 
 # %% [markdown]
 # ## 9 · One base, many tasks
@@ -523,10 +513,11 @@ print("held-out loss of         rewrite      source")
 for name, row in table.items():
     print(f"  with adapter {name:8s}" + "".join(f"{loss:12.3f}" for loss in row))
 assert REDUCED or all(table[name][i] == min(row[i] for row in table.values()) for i, name in enumerate(TASKS))
+assert REDUCED or all(table[name][1 - i] > table["none"][1 - i] for i, name in enumerate(TASKS))
 
 # %% [markdown]
-# Each is best at its own task. They need not take turns: one batch, a name for each row, the base's product computed
-# once for all, and each row's own detour beside it.
+# Each is best at its own task, and worse than the base at the other. They need not take turns: one batch, a name for
+# each row, the base's product computed once for all, and each row's own detour beside it.
 
 # %%
 names = ["rewrite", "__base__", "source", "rewrite"]
@@ -559,7 +550,8 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 
 # %% [markdown]
 # In the verdicts, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of
-# `soft-6`.
+# `soft-6`. In `lora-11` a mixed batch beats turns, but not one adapter for all rows: the detours of each adapter are
+# operations of their own.
 
 # %% [markdown]
 # > `peft-1` storage: one base and a small file per task: **holds if**. There are 2 tasks or more: the base itself is
@@ -568,8 +560,8 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 #
 # > `lora-11` many adapters can share one base, at once: **holds**. It is so, and saves time, in generation and
 # > training: a batch of 8 rows with 4 adapters takes 0.76 (generation) and 0.95 (training) times the time of the four
-# > in turn, and 2.60 and 1.86 times a batch of one adapter; base and adapters take 0.33 times the bytes of four models;
-# > rows differ from those alone by at most 1e-06. (10 seeds)
+# > in turn, in single repeats up to 1.01, and 2.60 and 1.86 times a batch of one adapter; base and adapters take 0.33
+# > times the bytes of four models; rows differ from those alone by at most 1e-06. (10 seeds)
 #
 # > `adapter-5` easy to swap for different tasks: **holds**. A swap takes 132 microseconds, 0.03 of a generated token,
 # > and the outputs are those of the adapter alone (to 0e+00); from the disk it takes 4 ms, and the file is 3.5% of the
@@ -582,11 +574,20 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 # %% [markdown]
 # ## 10 · The league so far
 #
-# One run at one rate says that LoRA learns, not how well. For that there is the league (Lesson 3). Which row is better,
-# the interval of the difference says (Lesson 18, section 5).
+# One run at one rate says that LoRA learns; how well, the league (Lesson 3) says.
 
 # %%
 print(so_far(["full", "head", "lora"]))
+for case, word, factor in (Case("rewrite", 500), "better", 6), (Case("source", 500), "undecided", 3):
+    found = pairs(case, ["full", "lora"])["lora", "full"]
+    rate = {line.method: line.trial.rate for line in standings(case, ["full", "lora"])}
+    print(f"{case.name}: LoRA over full {found.interval}, {found.word}; its rate is {rate['lora'] / rate['full']:.1f} times as high")
+    assert found.word == word and round(rate["lora"] / rate["full"]) == factor
+
+# %% [markdown]
+# With 8 % of the numbers LoRA is better than full fine-tuning on `rewrite`, by 0.041 nats; on `source` it is undecided.
+# (With 5,000 examples it falls behind on `rewrite`: Lesson 18, section 5.) Its tuned rate is 6 and 3 times as high
+# (section 7: $1 / 0.28 = 3.6$ for equal first steps, and Schulman et al.'s ten).
 
 # %% [markdown]
 # ## 11 · Break it
@@ -605,7 +606,7 @@ assert np.array_equal(dead(ids).numpy(), base(ids).numpy()) and len(dead.unmoved
 
 # %% [markdown]
 # **$\alpha$ raised with $r$, and the rate left as it was.** By section 3, $\Delta L$ is then about eight times as large
-# at $r = 64$. The rate that was good at $r = 8$, on the same batches, with two seeds for $A$:
+# at $r = 64$. The rate of section 7, on the same batches, with two seeds for $A$:
 
 # %%
 ends = {}
@@ -617,7 +618,8 @@ for alpha in (16, 128):
 assert REDUCED or (max(ends[16]) < adapted_end + 0.1 and max(ends[16]) + 0.3 < min(ends[128]))
 
 # %% [markdown]
-# With $\alpha = 16$ the rate still fits. With $\alpha = 2r$ it ends clearly worse.
+# With $\alpha = 16$ the rate still fits; with $\alpha = 2r$ it ends clearly worse. (A lower rate may mend that, and
+# $\alpha = 128$ may do the same harm at $r = 8$: neither is tried.)
 #
 # **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. A
 # script that copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16.
@@ -634,11 +636,11 @@ assert np.allclose(to_numpy(halved.layers[place].adapters["default"].delta_weigh
 assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched)), "after all this, the base"
 off = np.abs(halved(ids).numpy() - want).max()
 print(f"largest difference of a logit from the model that was trained: {off:.1f} of {np.abs(want).max():.0f}")
-assert REDUCED or (off > 0.01 * np.abs(want).max() and abs(loss_of(halved) - adapted_end) < 0.1)
+assert REDUCED or (off > 0.01 * np.abs(want).max() and adapted_end - 0.1 < loss_of(halved) < adapted_end)
 
 # %% [markdown]
 # It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
-# tell: it is about the same here. But the logits are not those of the model that was trained.
+# tell: here it is lower, at a rate that was not tuned. But the logits are others.
 
 # %% [markdown]
 # ## Quiz

@@ -143,7 +143,7 @@ def simple_and_interpretable(rows: list[dict[str, Any]]) -> Verdict:
     return dataclasses.replace(
         read, verdict=verdict, evidence=[*read.evidence, *counts],
         because=f"Simpler than LoRA by {those(simple)}: {lines['bottleneck']} lines of code to {lines['lora']}, "
-        f"{options['bottleneck']} options to {options['lora']}. {read.because}",
+        f"{options['bottleneck']} options to {options['lora']}. {units.whole(rows)} {read.because}",
     )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def latency(rows: list[dict[str, Any]]) -> Verdict:
     most, least = (choose(found, key=lambda case: found[case].value) for choose in (max, min))
     return Verdict(
         graded(cases),
-        f"Decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; "
+        f"With m = 16 decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; "
         f"clearly longer at {those(cases) if not all(cases.values()) else 'all of them'}.",
         found[most], [*found.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
     )  # fmt: skip

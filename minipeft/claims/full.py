@@ -191,7 +191,7 @@ def storage() -> Verdict:
     sizes = {size: 2 * count_parameters(name).stored for size, name in SIZES.items()}
     return Verdict(
         graded({"a whole copy": file >= held and share > 0.5}),
-        f"Two steps move {share:.0%} of the numbers, and the file has {file / held:.2f} times the bytes of the parameters; "
+        f"Two steps move {share:.0%} of the numbers (whether their change can be compressed is not tried), and the file has {file / held:.2f} times the bytes of the parameters; "
         f"in 16 bits a task takes {listed([f'{n / 1e9:.1f} GB at {size}' for size, n in sizes.items()])}.",
         Number("a task's file at 7B, 16 bits", sizes["7B"] / 1e9, "GB"),
         [

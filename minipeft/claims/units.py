@@ -162,3 +162,9 @@ def besides(rows: Sequence[Mapping[str, Any]]) -> list[Beside] | None:
         ("removed", "a unit", cost, "a direction of LoRA", its_cost),
     ]
     return [Beside(at, a, Report(None, one, None), b, Report(None, other, None), "right") for at, a, one, b, other in pairs]
+
+
+def whole(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many answers of the models are right with all their units."""
+    right = {row["method"]: np.mean(row["whole"]) for row in rows}
+    return f"Whole, the adapters' models are right in {right['bottleneck']:.0%} of the answers and LoRA's in {right['lora']:.0%}."
