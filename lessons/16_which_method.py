@@ -249,7 +249,7 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 # %% [markdown]
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to 8 on average,
 # is better by 0.025 [0.013, 0.038], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method is. But of
-# these 44 intervals about two err: where all 44 are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's
+# these 44 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's
 # higher rank at the start? LoRA of rank 16, tuned, loses to it by 0.031 [0.022, 0.041]; rank 12 was not run.) On
 # `source` even the 3,072 numbers of (IA)$^3$ are not clearly worse, but lose 36 points of the general items in place
 # of 7.
