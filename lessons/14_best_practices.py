@@ -10,7 +10,7 @@
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
 # 3), and of what is not among them 41 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
-# computes those of the latter that are missing there (all of them: about a quarter of an hour).
+# computes what is missing there (all: about a quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -57,22 +57,20 @@ rows = practice.known([*league(MAIN).searches, *practice.SEARCHES], RESULTS)
 find = finder(rows)
 missing = protocol.wanted(find, practice.SEARCHES)
 assert not missing, f"{len(missing)} runs are missing in {RESULTS}: --full computes them"
-print(f"{len(rows)} rows; each side of a comparison is tuned under seed {protocol.TUNING}, and reported under {SEEDS}")
 
 # %% [markdown]
 # ## 1 · What is a run, and when is a difference one?
 #
 # The tasks are the league's (Lesson 3). In `rewrite`, a verse of the King James Bible is to be written in plain
-# English; what counts is the loss, in nats per token. In `source`, the task is to say which of three books a sentence
-# is from (on test, of two); what counts is the share of right answers. A run has a method, 50, 500 or 5,000 examples, a
-# rate (which rises over the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs, and a batch
-# size. Chance enters through the examples that a run gets to see, their order, and where an adapter starts: the
-# **seed**.
+# English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from (on test, of
+# two), judged by the share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over
+# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs, and a batch size. Chance enters
+# through the examples that a run gets to see, their order, and where an adapter starts: the **seed**.
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
 # under a seed of its own: the search goes from neighbor to neighbor (twice, or half as much) until none is better by
-# more than 0.002. The setting that was chosen, and no other, then runs under five other seeds, and is reported on 512
-# test records. Their losses are $x_{si}$, of seed $s$ and record $i$:
+# more than 0.002. The chosen setting then runs under five other seeds, and is reported on 512 test records. Their
+# losses are $x_{si}$, of seed $s$ and record $i$:
 #
 # $$x_{si} = \mu + \alpha_s + \beta_i + \varepsilon_{si}, \qquad
 #   \text{SE}^2 = \frac{MS_\alpha + MS_\beta - MS_\varepsilon}{5 \cdot 512}, \qquad \mu \pm t\,\text{SE} .$$
@@ -112,13 +110,13 @@ assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 
 
 # %% [markdown]
 # The loss depends on the records: with them its interval is four times as wide as by the seeds alone. That of the
-# difference hardly widens, as both are asked the same. A difference is called **clear** where its interval excludes 0,
-# which chance alone brings about one time in twenty; *equal*, clear or not, where the interval lies within 0.02 of 0;
-# if neither, **undecided**: the interval says how large the difference may be. This lesson makes dozens of comparisons,
-# so one that is clear may be chance. Where a statement makes $k$, the register says *holds* if all are as stated,
-# *holds if* where one is so even at the level $1 - 0.05/k$, and otherwise *cannot be tested here* if one is undecided.
-# In the pictures bars are 95 % intervals over seeds and records; lines without bars are choices, on validation and
-# under one seed.
+# difference hardly widens, as both are asked the same. A difference is called **clear** where its interval excludes
+# 0, which chance alone brings about one time in twenty; *equal*, clear or not, where the interval lies within 0.02 of
+# 0 (set by hand, for nats and shares); if neither, **undecided**. This lesson makes dozens of comparisons, so one
+# that is clear may be chance. The verdict on a statement with $k$ comparisons is *holds* if all are as stated, *holds
+# if* where one is so even at the level $1 - 0.05/k$, *does not hold here* where each is told and none is as stated,
+# and else *cannot be tested here*. (*Not told*: the interval contains the limit that the rule asks about.) In the
+# pictures bars are 95 % intervals; lines without bars are of choices, on validation under one seed.
 
 # %%
 def shown(a, b, key):
@@ -128,8 +126,8 @@ def shown(a, b, key):
 
 
 # %% [markdown]
-# *Advice: hold out a validation set.* What does one pay who has none? The searches of the league saw many settings of
-# each method. Of these take the one with the lowest *training* loss, in place of the one chosen on validation.
+# *Advice: hold out a validation set.* What does one pay who has none? Of the settings of a method that the league's
+# search saw, take the one with the lowest *training* loss, in place of the one chosen on validation.
 #
 # **Predict:** with 50 examples, with 500 and with 5,000: where does that cost most?
 
@@ -149,16 +147,17 @@ assert price["rewrite, 50 examples"] > 0.5 and all(max(each[f"{task}, 5000 examp
 # With 50 of `rewrite`: more than half a nat in the mean of six methods. The setting with the lowest training loss
 # mostly has a much higher rate (of full fine-tuning 32 times). With 5,000 it costs next to nothing: no run sees an
 # example twice, so its training loss is nearly a validation loss. The six cases are so unlike that the interval of
-# their mean leaves the sign open: *cannot be tested here*. (The card takes the training loss's choice under the
-# search's seed, the other under five, where it is less lucky. Both under the search's seed, with 5,000 it costs 0.003
-# and 0.001.)
+# their mean leaves the sign open: *cannot be tested here*. (The verdict takes the training loss's choice under the
+# search's seed, and the other under five, where it is less lucky. Both under the search's seed, 5,000 cost 0.003 on
+# `rewrite` and 0.001 on `source`.)
 
 # %% [markdown]
 # > `best-8` hold out a validation set; watch the gap; test on diverse examples: **cannot be tested here**. Chosen by
 # > its training loss, a setting ends +0.115 nats per token above the one chosen on validation (95 % -0.139 to +0.368
 # > over 6 cases: +0.606 of rewrite, 50 examples, +0.042 of rewrite, 500 examples, +0.002 of rewrite, 5000 examples,
 # > +0.041 of source, 50 examples, +0.001 of source, 500 examples and -0.003 of source, 5000 examples). Under other
-# > seeds the loss that was chosen by is +0.009 higher (+0.003 to +0.016). (5 seeds, 256 validation records)
+# > seeds the one chosen on validation has a loss +0.009 higher than under the seed that chose it (+0.003 to +0.016). (5
+# > seeds, 256 validation records)
 
 # %% [markdown]
 # ## 2 · The learning rate
@@ -184,11 +183,11 @@ mp.optim.AdamW(adapted.parameters(), lr=1.0, weight_decay=0.0).step()  # A has n
 parts = [layer.adapters["default"] for layer in adapted.layers.values()]
 moves = [np.sqrt(((16 / 8 * a.lora_B.numpy() @ a.lora_A.numpy()) ** 2).mean()) for a in parts if a.lora_A.shape[1] == 128]
 print(f"first step of LoRA: each of {len(moves)} matrices moves by {min(moves):.2f} to {max(moves):.2f} times the rate (root mean square)")
-assert min(moves) < 16 / 8 * np.sqrt(8 / (3 * 128)) < max(moves), "the estimate lies among them"
+assert 0.275 < min(moves) < 16 / 8 * np.sqrt(8 / (3 * 128)) < max(moves) < 0.315, "the estimate lies among them"
 
 # %% [markdown]
-# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, as these matrices show, and 20 times it in
-# a model of width 4096. The estimate is of the first step alone, since later $A$ moves too.
+# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning (these matrices: by 0.28 to 0.31), and 20 times
+# it in a model of width 4096. The estimate is of the first step alone, since later $A$ moves too.
 #
 # **Predict:** what does the loss look like over the rate, and where does it turn with each method?
 
@@ -205,9 +204,10 @@ times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CAS
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
 unlike = [case for case in CASES if len({(best[case, m].epochs, best[case, m].batch_size) for m in ("full", "lora")}) > 1]
 alike = along("rate", replace(best[CASES[3], "lora"], method="full"), tried[CASES[3], "full"][1])
+assert [(best[CASES[4], m].epochs, best[CASES[4], m].batch_size) for m in ("full", "lora")] == [(2, 8), (4, 4)]
 assert unlike == [*CASES[3:5]] and min(alike) < min(alike, key=alike.get) == best[CASES[3], "lora"].rate / 3
 logs = np.log([*times.values()])
-assert logs.min() > 0 and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
+assert logs.min() > 0 and mean(logs).low < np.log(3.5) and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
 beside = {}
 print("\nLoRA beside full fine-tuning, each tuned, on test:")
 for case in CASES:
@@ -221,11 +221,11 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # %% [markdown]
 # A U: too low a rate learns little, too high a rate does damage. In all six cases LoRA wants a higher rate, 1.5 to 12
 # times full fine-tuning's. (LoRA's searches start at three times full fine-tuning's rate and go by factors of two,
-# under one seed; near the bottom of a U two rates may be equally good. Epochs and batch were chosen as well, and differ
-# with 50 and 500 of `source`: with 50, at LoRA's epochs, it is 3 times and not 1.5.) The geometric mean is 4.2 times
-# [2.0, 9.1]: ten is outside, but inside if LoRA's rate were one step higher with 500 of `rewrite`. Full fine-tuning's
-# rate is 6e-5 with 50 examples of `rewrite`, and 5e-4 to 1e-3 in the other five cases: above the textbook's 1e-5 to
-# 5e-5 in all.
+# under one seed; near the bottom of a U two rates may be equally good. Epochs and batch were chosen as well, and
+# differ with 50 and 500 of `source`: with 50, at LoRA's epochs, it is 3 times and not 1.5; with 500 LoRA took four
+# epochs in batches of 4, full fine-tuning two in batches of 8.) The geometric mean is 4.2 times [2.0, 9.1]: the
+# estimate's 3.5 is inside, ten outside, but inside if LoRA's rate were one step higher with 500 of `rewrite`. Full
+# fine-tuning's own, 6e-5 to 1e-3, is above the textbook's 1e-5 to 5e-5 in all.
 #
 # Each at its best, LoRA learns more on `rewrite` with 50 and 500 examples, and less with 5,000, where both were allowed
 # one epoch; on `source` the two are equal or undecided.
@@ -247,13 +247,13 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # %% [markdown]
 # ## 3 · The batch, whole or in parts
 #
-# A batch's gradient is a mean over $B$ examples, so its noise falls like $\operatorname{Var} g_B = \sigma^2 / B$: and a
-# larger step can be trusted. *Advice: a larger batch wants a larger rate*, in proportion to $B$ with SGD (Goyal et al.
-# 2017, arXiv:1706.02677), to $\sqrt B$ with Adam (Malladi et al. 2022, arXiv:2205.10287). But with the same examples a
-# larger batch also means fewer steps. And if the batch does not fit, add the gradients of its parts: *accumulation is
-# the same as the whole batch*, for less memory. The same it is only where each part counts by its tokens: of parts with
-# 2 and 8 tokens the mean over all ten weighs the second four times as much. (Transformers' `Trainer` took the mean of
-# the parts' means until October 2024, huggingface.co/blog/gradient_accumulation.)
+# A batch's gradient is a mean over $B$ examples, so its noise falls like $\operatorname{Var} g_B = \sigma^2 / B$: and
+# a larger step can be trusted. *Advice: a larger batch wants a larger rate*, for the same epochs in proportion to $B$
+# with SGD (Goyal et al. 2017, arXiv:1706.02677), to $\sqrt B$ with Adam where noise rules (Malladi et al. 2022,
+# arXiv:2205.10287). But a larger batch then also means fewer steps. And if the batch does not fit, add the gradients
+# of its parts: *accumulation is the same as the whole batch*, for less memory. The same it is only where each part
+# counts by its tokens (Lesson 3; Transformers' `Trainer` took the mean of the parts' means until October 2024,
+# huggingface.co/blog/gradient_accumulation).
 #
 # **Predict:** 16 examples at once, and 4 times 4: by how much do the losses differ after ten steps? And batches of 64
 # and of 4, each with its own rate and epochs: which learns more?
@@ -264,32 +264,31 @@ settings = [Rewriting(learning_rate=1e-3, accumulation=n, **small) for n in (1, 
 whole, parts = (fine_tune(base, shipped.data(s), s, progress=False)[0]["task_loss"] for s in settings)
 print(f"\nnow, {small['steps']} steps: 16 at once {whole:.5f}, 4 x 4 {parts:.5f}")
 assert abs(whole - parts) < 1e-3, "the Trainer weighs the parts by their tokens, so this is only rounding"
-ledgers = {size: memory_ledger(base, batch=size, seq_len=64).total for size in (16, 4)}
-print(f"memory of a step, predicted: 16 at once {ledgers[16] / 1e6:.0f} MB, in parts of 4 {ledgers[4] / 1e6:.0f} MB")
-assert ledgers[4] < ledgers[16]
+assert memory_ledger(base, batch=4, seq_len=64).total < memory_ledger(base, batch=16, seq_len=64).total / 2, "for less memory"
 large, little = (report(find, way) for way in (practice.BATCHES.one, practice.BATCHES.other))
 for name, found in ((practice.BATCHES.a, large), (practice.BATCHES.b, little)):
     t = found.trial
     print(f"{name:14s} best at rate {t.rate:g}, {t.epochs:g} epochs ({t.steps} steps, {practice.learned(t):,} examples): loss {found.mean.value:.3f} [{found.mean.low:.3f}, {found.mean.high:.3f}]")
 batches = compare(large, little, "nll")
 print(f"64 beside 4: {batches.word} ({batches.interval})")
-assert batches.clearly_worse and [practice.learned(each.trial) for each in (large, little)] == [1948, 1000], "why, is not measured"
+assert batches.clearly_worse, "why, is not measured"
 sizes = Counter(at.batch_size for at, _ in searched(find, CASES, MAIN).values())
 print("batch size that the 36 searches of the league chose: " + ", ".join(f"{size}: {n} times" for size, n in sorted(sizes.items())))
 
 # %% [markdown]
 # The parts give the same loss as the whole, but for rounding. Batches of 64 are worse than batches of 4, by 0.054
 # [0.048, 0.061] nats a token, and the rate that was chosen for them is twice as high, where $B$ is sixteen times as
-# large. They also took four epochs, the most allowed, in place of two, and still made 31 steps in place of 250; whether
-# that is why they are worse is not measured. By computation they are worse still: 1,948 examples seen, for 1,000. None
-# of the league's 36 searches, which begin at 8, ended at more than 8, and 13 at 4, the least allowed.
+# large. They also took four epochs, the most allowed, in place of two, and still made 31 steps in place of 250;
+# whether that is why they are worse is not measured. None of the league's 36 searches, which begin at 8, ended at
+# more than 8, and 13 at 4, the least allowed.
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
 #
 # *Advice: one to three epochs; then stop.* Each doubling of the epochs is a run of its own, whose rate falls to 0 at
 # its end. The gap between the losses, $L_\text{validation} - L_\text{train}$, has in it what was learned by heart.
-# (Also that the records differ, and that the training loss is the mean over the last quarter of the run.)
+# (Also that the records differ. The training loss is the mean over the last quarter of the run: with one epoch, of
+# examples not seen before.)
 #
 # **Predict:** both losses fall at first. Which of them turns, and does it turn after fewer epochs with 50 examples or
 # with 500?
@@ -318,8 +317,8 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # 5,000 one: no more were allowed.) On `rewrite` it turns after two epochs with 500 examples, and after 16 with 50, by
 # more than ten standard deviations over the seeds; on `source`, by less than five, it may be luck. So on `rewrite`
 # fewer examples took more epochs: "one to three" is a number for some size of the data. (`best-6`'s rows are still to
-# come.) The verdict pairs settings of the two methods with equal training loss (within 0.05), of those that the
-# searches with 50 and 500 examples saw.
+# come.) `peft-4` asks whether LoRA overfits less: it pairs settings of both methods with equal training loss (within
+# 0.05), of those that the searches with 50 and 500 examples saw.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
@@ -350,9 +349,8 @@ assert not any(d.clearly_better for d in warm.values()) and max(d.better.high fo
 practice.intervals_picture(warm, "better with warm-up than without, nats or share").savefig(OUT / "14_best_practices_warmup.png", dpi=120)
 
 # %% [markdown]
-# No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal (in nats a
-# token, or share of the sentences; above 0 is better; *both within 4 epochs*: both searches ended at the most allowed),
-# in three, all of `source`, undecided. The runs have 125 to 500 steps, of which 7 to 25 warm up. Not tested are runs of
+# No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal, in three,
+# all of `source`, undecided. The runs have 125 to 500 steps, of which 7 to 25 warm up. Not tested are runs of
 # thousands of steps, and one high rate on both sides, at which a start without warm-up fails.
 
 # %% [markdown]
@@ -375,9 +373,9 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 #
 # *Advice: quality beats quantity* (as Zhou et al. 2023, arXiv:2305.11206, with 1,000 chosen examples). Here a mistake
 # is a verse with the plain English of another verse. Half of 500 examples are wrong so. Should one take them all, or
-# the 250 right ones alone? All runs are full fine-tuning, each with its own rate, but with the epochs and batches of
-# four that suit 500 right ones: what the wrong ones cost may be overstated. In 250 steps the 500 are seen twice each
-# and the 250 four times; so the 250 are also trained for half the steps, and then seen as often.
+# the 250 right ones alone? All runs are full fine-tuning, each with its own rate, but with the batch size, 4, and the
+# 250 steps that suit 500 right ones: what the wrong ones cost may be overstated. The 500 are then seen twice each and
+# the 250 four times; so the 250 are also trained for half the steps, and then seen as often.
 #
 # **Predict:** the 250 right ones, or all 500? And what do the wrong ones cost, beside 500 right ones?
 
@@ -403,8 +401,8 @@ practice.intervals_picture(cleaner, "better than 500 half wrong, nats a token").
 #
 # If a share $p$ of the answers is random, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{random}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
-# probability, and costs at most $-\ln(1 - p)$ nats more, however many tokens it has. Beside the 250, seen as often, the
-# harm is 1.99 [1.64, 2.35]: the mixture alone explains less.
+# probability, and costs at most $-\ln(1 - p)$ nats more, however many tokens it has. Beside the 250, seen as often,
+# the harm is 1.99 [1.64, 2.35], of which the best mixture explains at most $\ln 2 = 0.69$.
 #
 # *Advice: include hard examples.* Of 1,500 records that the seed draws, take 500 of the easiest third, those with the
 # lowest loss on the base, or half of these and half of the hardest third. The test has records of every kind. The
@@ -447,11 +445,11 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 # %% [markdown]
 # ## 7 · A class that is rare
 #
-# The task is `source`: which of three books is a sentence from? Of 500 training examples 80 % are from one of them,
-# Jane Austen's. The test is every 1.5th of 768 sentences that alternate between the books: 256 hers, 255 the King James
-# Bible's, and one of the third, too few for a recall. What counts is each class's *recall*, the share of its sentences
-# that are found. The mean over the classes is the **balanced accuracy**. *Advice: a skewed training set costs the rare
-# classes; repeating their examples helps.*
+# Of 500 training examples of `source` 80 % are from one book, Jane Austen's, and 10 % from each other one, or these
+# repeated until each book has 400. The test has 256 of her sentences, 255 of the King James Bible, and one of the
+# third, too few for a recall. What counts is each class's *recall*, the share of its sentences that are found. The
+# mean over the classes is the **balanced accuracy**. *Advice: a skewed training set costs the rare classes; repeating
+# their examples helps.*
 #
 # **Predict:** which balanced accuracy has somebody who says "Austen" always, of three books?
 
@@ -468,7 +466,7 @@ for balanced, repeated in zip(SKEWED, REPEATED):
         print(f"  {method:5s}{name:16s} finds {recalls[method, name][0].value:.1%} of Austen, {recalls[method, name][1].value:.1%} of the King James Bible")
     lost = [crossed((found["80 % Austen"].values - found["balanced"].values)[:, book == i]) for i in (0, 2)]
     print(f"  {method:5s}by the skew: " + ", ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in zip(("Austen", "King James"), lost)))
-    assert lost[1].value < 0, "the rarer class is found less often"
+    assert lost[1].high < 0 > lost[0].low and lost[0].high > 0, "the rarer class is found less often"
     assert all(abs(each.values.mean() - np.mean([recall.value for recall in recalls[method, name]])) < 0.002 for name, each in found.items())
     assert not compare(found["balanced"], found["80 % Austen"], "right", 1 - 0.05 / 4).clearly_better
     found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
@@ -478,10 +476,10 @@ for balanced, repeated in zip(SKEWED, REPEATED):
 practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dpi=120)
 
 # %% [markdown]
-# A third. By the skew the King James Bible is found less often: -0.071 [-0.138, -0.005] of its sentences with full
-# fine-tuning, -0.109 [-0.202, -0.016] with LoRA. Of Austen's, most are found in any case, and no difference is clear
-# (+0.013 [-0.005, +0.030] and +0.007 [-0.004, +0.018]). What repeating does is undecided: +0.020 [-0.023, +0.064] and
-# +0.065 [-0.044, +0.174] of the King James Bible.
+# A third (on this test of two, a half). By the skew the King James Bible is found less often: -0.071 [-0.138, -0.005]
+# of its sentences with full fine-tuning, -0.109 [-0.202, -0.016] with LoRA. Of Austen's, most are found in any case,
+# and no difference is clear. What repeating does is undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of
+# the King James Bible.
 #
 # The verdict has the share of all right answers, here nearly the balanced accuracy of the two books. By that only LoRA
 # clearly loses by the skew; at the level of the statement's four comparisons, $1 - 0.05/4$, not even LoRA.

@@ -129,6 +129,19 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
+def searches_picture(points, edge):
+    """Loss on the task and rise of that on general text of all that searches saw {method: {trial: (loss, rise)}}, and the frontier."""
+    figure, axis = plt.subplots(figsize=(7, 5.4), layout="constrained")
+    for (method, several), color in zip(points.items(), ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")):
+        axis.plot(*zip(*several.values()), "o", color=color, markersize=5, alpha=0.8, label=METHODS[method].title)
+    axis.step(*np.array(edge).T, where="post", color="black", linewidth=1, alpha=0.7, label="frontier")
+    axis.set(xlim=(2.25, 2.68), title="All that the searches saw, one seed each")
+    axis.set(xlabel="loss on the task, validation (left is better)", ylabel="forgotten: rise of the loss on general text")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def remedies_picture(points, level, forgotten):
     """Loss on the task and rise of that on general text {name: ((value, half of its interval), ...)}, beside the way from the base.
 

@@ -270,8 +270,8 @@ def selection(rows: Rows) -> Verdict:
     lucky = measured("loss under other seeds, less the loss that was chosen by", flattery, "nats per token")
     return Verdict(
         above_zero(paid), f"Chosen by its training loss, a setting ends {paid.value:+.3f} nats per token above the one chosen on validation "
-        f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the loss that was chosen by is "
-        f"{lucky.value:+.3f} higher ({lucky.low:+.3f} to {lucky.high:+.3f}).",
+        f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the one chosen on validation has a "
+        f"loss {lucky.value:+.3f} higher than under the seed that chose it ({lucky.low:+.3f} to {lucky.high:+.3f}).",
         paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), VALIDATION,
         "the shipped base", f"rewrite and source, {VALIDATION} validation records",
     )  # fmt: skip
