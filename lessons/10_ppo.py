@@ -525,8 +525,8 @@ assert all(abs(x) < half for x, half in differ.values()), "three seeds tell neit
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
-# Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Returns from
-# *whitened* advantages, $R = A_{\text{white}} + V$, tell it that it is wrong.
+# Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Returns from *whitened*
+# advantages, $R = A_{\text{white}} + V$, tell it that it is wrong.
 #
 # **Predict:** its loss is half a mean square. How large is it?
 

@@ -421,9 +421,8 @@ assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref
 # with the two good judges. In two other runs it never rises clearly. In two it does on the way, and in one of these
 # ends lower than it began, as the policy says again and again what the base finds likely: `"Oh!` (printed in section
 # 3). So watch its course: a low end is no proof of innocence. With the good judges both warn before the second gold is
-# best, the distinct bigrams partly by its definition. At a price of 0.05 both warn, too,
-# and one of the two runs does not turn: a warning says it is time to look. Let people compare some answers with the
-# base's.
+# best, the distinct bigrams partly by its definition. At a price of 0.05 both warn, too, and one of the two runs does
+# not turn: a warning says it is time to look. Let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
