@@ -6,8 +6,7 @@
 # measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
 # rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
 # itself, the **gold**, only watches. After it you can say why and when the two part, warn of it without any gold, and
-# say what each remedy brings and costs: a price of KL, an early stop, a penalty, a correction for length, an ensemble,
-# a wiser judge.
+# say what each remedy brings and costs.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
@@ -121,8 +120,8 @@ def reward_model(rankings, seed):
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
 # $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. Given the
-# rank, base and best of $n$ draw the answer alike, so its KL is that at most, and less where answers tie: 0 if all do
-# (Beirami et al. 2024, arXiv:2401.01879).
+# rank, base and best of $n$ draw the answer alike, so rank and answer together have that KL, the answer alone at most
+# that, and less where answers tie: 0 if all do (Beirami et al. 2024, arXiv:2401.01879).
 
 # %%
 rng = np.random.default_rng(0)
@@ -140,13 +139,14 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # With normal errors the gold keeps rising, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of the guess, here a
 # half. With the heavy tail it turns: the highest guesses are huge errors on answers like any other.
 #
-# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs
-# $p \log (p/q)$ nats, of which the other answers give back less than $p$, and pays more than $p\,t$. The heavy tail has
-# $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$. With $p = t^{-1/2}$ the pay, $\sqrt t$, grows without bound,
-# while the cost goes to 0, and so does the gold gained. With a normal tail $\log (1/q)$ grows like $t^2$, faster than
-# the pay. Kwa, Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at
-# hardly any KL, and if the gold's own tail is light, no more gold than the base's; under light-tailed, independent ones
-# a lower price brings ever more gold.
+# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs $p \log
+# (p/q)$ nats, of which the other answers give back less than $p$, as $(1 - p) \log (1 - p) > -p$; it pays more than $(p
+# - q)\,t$, if the mean guess is 0. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$. With $p =
+# t^{-1/2}$ the pay, about $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained: it is
+# error that put these answers above $t$. With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa,
+# Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, and
+# if the gold's own tail is light, no more gold than the base's; under light-tailed, independent ones a lower price
+# brings ever more gold.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -258,8 +258,8 @@ if not REDUCED:
 # $R_0$ is what the base has; $a$ and $b$ are fitted. The gold turns where the slope is 0: the second at $d = a / 2b$,
 # the first, whose slope is $a - b - b \log d$, at $d = e^{a/b - 1}$. Why $d$, not the KL? Let gold and error be normal,
 # and $v = \sigma_g^2 + \sigma_e^2$. The optimum at a price $\beta$, which is $\pi_{\text{ref}}\, e^{\hat r / \beta}$ up
-# to a factor (Lesson 10, section 4), shifts the guess by $v/\beta$, at a KL of $v/2\beta^2$, and so the gold by its
-# share $\sigma_g^2/v$ of that: linearly in $d$.
+# to a factor (Lesson 10, section 4), shifts the guess by $v/\beta$ (where $-\hat r^2/2v + \hat r/\beta$ is largest), at
+# a KL of $(v/\beta)^2/2v = v/2\beta^2$, and so the gold by its share $\sigma_g^2/v$ of that: linearly in $d$.
 #
 # What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
 # judge; their judges of fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
@@ -269,9 +269,9 @@ if not REDUCED:
 # their gold is more alike.
 #
 # Single updates are noisy. So we ask the gold as the mean of five: it *turns* where its best lies more than three
-# standard errors (by the batches' noise; another training may differ more) above its start and its end, and *climbs*
-# where it ends higher than it began by as much. And we ask a second gold, which is harder to please: the gold of a
-# batch times its distinct-2. It does not pay for one happy word said again and again.
+# standard errors (by the batches' noise, from second differences; another training may differ more) above its start and
+# its end, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is harder to
+# please: the gold of a batch times its distinct-2. It does not pay for one happy word said again and again.
 #
 # **Predict:** with which of the six judges, three each of 300 and 1,000 rankings, does the gold rise?
 
@@ -319,8 +319,9 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 #
 # **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
 # that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.
-# PPO without a price against five judges, each under five seeds. The dashed line is the best of 1 to 16 answers by the
-# same judge: 1.8 nats at most for 16.
+# PPO without a price against five judges, named by what of them is trained (the *head* alone, *lora*, the *full* model)
+# and on how many comparisons, each under five seeds. The dashed line is the best of 1 to 16 answers by the same judge:
+# 1.8 nats at most for 16.
 #
 # **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
 # better?
@@ -349,7 +350,6 @@ poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].low < 0 for judge in poor), "no judge from few comparisons clearly brings gold"
 assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
-print("gold clearly below where it began:", ", ".join(f"{size} {n}" for (size, n), e in moves.items() if e.high < 0))
 print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:", "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
 assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor and all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
@@ -363,14 +363,15 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # Every proxy rises clearly. The gold rises clearly with no judge; it ends clearly below the SFT model's with full, 100
 # comparisons, and with head, 600, if one asks this judge alone. The best of 16 has more gold than the end of PPO,
 # clearly so with three of the four judges from 100 or 600 comparisons (not with LoRA's), and with these four more
-# proxy. So a high proxy alone does not take the gold. Whether these judges misled, PPO against a coin's would tell; it
-# was run at a price of 0.05 alone (Lesson 9, section 6), and made no clear difference there. In the printed answers a
-# person hardly sees this gold fall: they end, and few make sense.
+# proxy. So a high proxy alone does not take the gold. Whether these judges misled, PPO against a judge of coin flips
+# would tell; it was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the rater's
+# labels. In the printed answers a person hardly sees this gold fall.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
-# > of 5 judges rises clearly from where the gold has its peak; meanwhile the gold falls clearly with head, 600
-# > comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold together):
+# > of 5 judges rises clearly from where the gold of training prompts has its peak; meanwhile the gold falls clearly
+# > with head, 600 comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold
+# > together):
 # >
 # > - head, 600 comparisons: the reward rises by +0.29 [+0.23, +0.35] from the start, the gold falls by +0.10 [+0.03,
 # >   +0.16], from 0.34 to 0.25.
@@ -412,16 +413,16 @@ for beta, seed in ((beta, seed) for beta in BETAS[:2] for seed in np.flatnonzero
 assert turned == ["turns", "turns", "turns", "climbs"], "one of four warnings is false"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
-rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(weak["ref_loss"])]
-assert rose == [False, False, True] and rises[2] < -CLEAR["ref_loss"], "but not in every run, and in one for a time"
+rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(np.concatenate([weak["ref_loss"], columns["ref_loss"]]))]
+assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref_loss"], "but not in every run, and in one for a time"
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
-# with the two good judges. In two runs it never rises clearly; in one it does, then ends lower, as the policy says
-# again and again what the base finds likely: `"Oh!` (section 3). So watch its course: a low end is no proof of
-# innocence. With the good judges both warn before the second gold is best, the distinct bigrams partly by its
-# definition. Who stops there forgoes gold. At a price of 0.05 both warn, too, and one of the two runs does not turn: a
-# warning says it is time to look. Let people compare some answers with the base's.
+# with the two good judges. In two other runs it never rises clearly. In two it does on the way, and in one of these
+# ends lower than it began, as the policy says again and again what the base finds likely: `"Oh!` (printed in section
+# 3). So watch its course: a low end is no proof of innocence. With the good judges both warn before the second gold is
+# best, the distinct bigrams partly by its definition. At a price of 0.05 both warn, too, and one of the two runs does
+# not turn: a warning says it is time to look. Let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -441,8 +442,6 @@ for name, end in repairs.items():
         f"{name:26s}    {end['proxy'].mean():+.2f}        {end['second'].mean():+.2f}  {end['kl'].mean():6.1f}"
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
-for r in sorted((r for r in rows if r["beta"]), key=lambda r: (-(r["missing_eos_score"] or 0), r["beta"], r["seed"])):
-    print(f"beta = {r['beta']}{', no end: -1' * bool(r['missing_eos_score'])}, seed {r['seed']}: {' '.join(r['samples'][2].split())}")
 paid = {beta: np.array([end["proxy"] - beta * end["kl"] for end in ends(found(beta))]).T for beta in BETAS[1:]}
 print("proxy less beta KL, each seed's first and last:", "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
 free_end, cheap, high = (last[beta] for beta in BETAS)
@@ -475,17 +474,15 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 
 # %% [markdown]
 # Mostly the small one, seed by seed. One of the three judges is poor: no mean difference of the second gold is clear,
-# and we read the single seeds. In the answers above, the happy words that the two good judges like crowd at 0.05 and
-# not at 0.2.
+# and we read the single seeds.
 #
-# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
-#   three seeds clear are the small price's proxy, -0.77 ± 0.48, and bigrams, +0.25 ± 0.07.) With both good judges the
-#   small price ends higher in the second gold than none, beyond the batches' noise. But it acts like an early stop:
-#   where a run without a price has first gone as far, it has 0.49 and 0.46, in place of 0.47 and 0.50. And under one of
-#   the two judges it turns, too. The high price ends below the small one in every seed, clearly in one. But there the
-#   objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the chain, whose score
-#   charges for no end, in all five): PPO did not maximize it. On the chain only the small price ends clearly above the
-#   SFT model; that it is better than none is not clear.
+# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
+#   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But it acts
+#   like an early stop: where a run without a price has first gone as far, that run has 0.49 and 0.46, the small price
+#   0.47 and 0.50. And under one of the two judges its second gold turns, too. The high price ends below the small one
+#   in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in two
+#   seeds of three (on the chain, whose score charges for no end, in all five): PPO did not maximize it. On the chain
+#   only the small price ends clearly above the SFT model; that it is better than none is not clear.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (over three seeds neither is clear). That it goes less far is not all: where the small price alone has

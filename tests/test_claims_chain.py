@@ -344,6 +344,6 @@ def test_a_verdict_says_what_warned_and_how_often_in_vain():
         return {"gold": 0.2} | (late if run.seed == 1 else early) if pushed else {"gold": 0.5}
 
     found = RULES["rlhf-7"].judge(rows(made))
-    assert "first out of range, update 2: grad_norm; 6: value_loss)" in found.because
+    assert "(update 2: grad_norm; 6: value_loss)" in found.because
     assert re.search(r"What 6 ways .*- ten times the rate, less what it costs SFT \([+-]0\.00 .*\): \+0\.30 .*all 7 intervals", found.because, re.S)
     assert "Of 5 unbroken runs 0 would have been warned of." in found.because

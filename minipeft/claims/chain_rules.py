@@ -209,17 +209,17 @@ def unstable(rows: Rows) -> Verdict:
         at: dict[str, list[str]] = {}  # what warned: at which updates
         for u in sorted(set(updates)):
             at.setdefault(listed(list(dict.fromkeys(name for update, first in warnings if update == u for name in first))), []).append(str(u))
-        when = "first out of range, update " + "; ".join(f"{listed(us)}: {names}" for names, us in at.items()) if at else "no warning"
-        when += f"; {own} is 0 of itself" if own else ""
+        when = "update " + "; ".join(f"{listed(us)}: {names}" for names, us in at.items()) if at else "no warning"
+        when += f"; {own} is left out: always 0 without a clip" if own else ""
         lost = [row for row in of if row["stopped"]]
         said = f"{what} of ratios and values" if own else what
         told.append(f"{said}: {shown(found[what])} ({when}{f'; {len(lost)} runs stopped' if lost else ''})")
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
-    told.append(f"{beyond} ({shown(crossed(of_sft))}): {shown(found[beyond])}")
+    told.append(f"{beyond} ({shown(crossed(of_sft))}{', a gain' if of_sft.mean() < 0 else ''}): {shown(found[beyond])}")
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"What {len(broken)} ways to break it cost of the gold, beside the usual run: {itemized(told)}Where all {len(costs)} intervals are to hold "
+        f"What {len(broken)} ways to break it cost of the gold, beside the usual run (in brackets each seed's first warning, if any): {itemized(told)}Where all {len(costs)} intervals are to hold "
         f"together, these are above 0: {listed(surely(costs))}. {chain_tuning.told()} "
         f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
     )  # fmt: skip
@@ -268,7 +268,7 @@ def exploited(rows: Rows) -> Verdict:
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
     together = f"with {listed(surely(falls))}, where all {len(falls)} intervals are to hold together"
     because = (
-        f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold has its peak; meanwhile "
+        f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold of training prompts has its peak; meanwhile "
         f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
         f"With {less} of {len(JUDGES)} judges the best of 16 answers has more reward than this end, and more gold. {chain_tuning.told(JUDGES)}"
     )  # fmt: skip

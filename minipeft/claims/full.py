@@ -252,12 +252,12 @@ def expensive() -> Verdict:
             Number(f"{size}: the same", money[size], "dollars"), Number(f"{size}: weights, gradients, states", states, "bytes"),
             Number(f"{size}: cards of {CARDS[CARD][0]} GB for these", cards[size], "cards"),
         ]  # fmt: skip
-    told = [f"{size} {money[size]:.2f} dollars of computation and {cards[size]} cards of {CARDS[CARD][0]} GB" for size in SIZES]
+    told = [f"{size} takes {cards[size]} cards and {money[size]:.2f} dollars" for size in SIZES]
     return Verdict(
         graded(cases),
-        f"Expensive means {those(cases)}: 1,000 examples of {TOKENS} tokens, at {PRICE:g} dollars an {CARD.upper()}-hour and "
-        f"{UTILIZATION:.0%} of its peak, take at {', at '.join(told)} (16 bytes a parameter, "
-        "no batch).",
+        f"Expensive is {those(cases)}, by these limits: one card of {CARDS[CARD][0]} GB for the states (16 bytes a parameter, no batch), "
+        f"1 dollar for 1,000 examples of {TOKENS} tokens ({PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak). "
+        f"{listed(told)}.",
         Number("1,000 examples at 7B", money["7B"], "dollars"),
         evidence,
         task=f"examples of {TOKENS} tokens, {PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak",

@@ -155,8 +155,8 @@ def count() -> Verdict:
     return Verdict(
         graded(cases),
         f"The sum of r (d + k) is {'what' if equal else 'not what'} a 7B model with LoRA on its {len(layers)} linear layers "
-        f"trains at r = 1, 8 and 64 ({reduction:.0f} times fewer at r = 8), and {sum(right)} of {len(right)} published counts "
-        "follow (`minipeft audit` says why the others do not).",
+        f"trains at r = 1, 8 and 64 ({reduction:.0f} times fewer at r = 8), and {'most' if cases['what was published'] else 'few'} published counts, "
+        f"{sum(right)} of {len(right)}, follow (`minipeft audit` says why the others do not).",
         Number("7B's linear layers, dk over r (d + k) at r = 8", reduction, "times"), evidence, items=len(right),
     )  # fmt: skip
 
@@ -181,8 +181,8 @@ def example() -> Verdict:
 
 @claim("lora-9", lesson="12_counting.py", section="1 · Parameters")
 def fewer() -> Verdict:
-    """Holds if, in every published count that follows from its options, the model has 10 to 10,000 times as many parameters as
-    LoRA trains; holds if in more than half; does not hold here otherwise."""
+    """Holds if, in every published count that follows from its options, the adapted model has 10 to 10,000 times as many
+    parameters, embeddings and LoRA's own among them, as are trained; holds if in more than half; does not hold here otherwise."""
     ratios: dict[str, float] = {}
     for row in published():
         if not row["status"].startswith("reproduces"):
@@ -200,11 +200,12 @@ def fewer() -> Verdict:
     more = f"; outside are {len(outside)}, from {outside[0]}, to {outside[-1]}" if outside else ""
     return Verdict(
         graded(cases),
-        "6d / (nr), about the ratio for rank r on n matrices d x d in each layer (12 d^2 numbers; embeddings aside), is "
-        f"between: {len(inside)} of {len(ratios)} published counts, no sample of the field, are{more}; nearest to 10 is "
-        f"{nearest[10]}, to 10,000 {nearest[10_000]}.",
+        "All parameters, embeddings and LoRA's own too, are 10 to 10,000 times those trained: so in "
+        f"{len(inside)} of {len(ratios)} published counts, no sample of the field{more}; nearest to 10 is "
+        f"{nearest[10]}: {ratios[nearest[10]]:.0f}, to 10,000 {nearest[10_000]}: {ratios[nearest[10_000]]:,.0f}. Layers alone, "
+        "of 12 d^2 numbers, have 6d / (nr) times what rank r on n of their matrices d x d trains.",
         Number(
-            "parameters of the model over LoRA's, the median",
+            "parameters of the adapted model over those trained, the median",
             statistics.median(ratios.values()) if ratios else math.nan,
             "times",
         ),
