@@ -10,10 +10,8 @@
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
 # You need Lesson 4. Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
-# with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. Where a line
-# begins with **Predict**, write down your answer; the next cell computes it.
-#
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. At **Predict**,
+# write down an answer.
 
 # %%
 import os
@@ -102,27 +100,27 @@ assert difference < 1e-4
 # and then, in a second stage, an attention that mixes their outputs (AdapterFusion).
 #
 # PEFT (0.21) has no bottleneck adapters. The `adapters` library (AdapterHub) has these three, named `double_seq_bn`,
-# `seq_bn` and `par_bn`; an option left out here takes its value there: $m = d/16$ with SiLU, $d/16$ with ReLU, and
-# $d/2$ with ReLU, scaled by 4.
+# `seq_bn` and `par_bn`; where an option is left out, minipeft takes AdapterHub's value: $m = d/16$ with SiLU, $d/16$
+# with ReLU, and $d/2$ with ReLU, scaled by 4.
 #
 # Below, statements from textbooks meet measurements (Lesson 3, "The league", says how to read them). `adapter-1` puts
 # the formula above, by hand, beside the library. `adapter-4` takes *simple* as fewer lines of code and fewer options
 # than LoRA has, and *interpretable* as four comparisons of models trained on Lesson 3's task `source`. A **unit** is
-# one of an adapter's $m$ numbers, a **direction** one of LoRA's $r$ numbers $Ax$. Of each model's, the one counts whose
-# mean over a sentence tells the book best on validation sentences. *Read*: on test sentences a unit should tell the
-# book more often than a direction, and than a unit before training. *Removed*, its column of $W_{up}$ or $B$ set to
-# zero: this should cost the model more right answers than removing none, and than removing a direction. The numbers are
-# differences of these shares.
+# one of an adapter's $m$ numbers, a **direction** one of LoRA's $r$ numbers $Ax$. Its mean over a sentence tells the
+# book whose own mean, on validation sentences, is nearest; of each model's, the one counts that is right there most
+# often. *Read*: on test sentences a unit should tell the book rightly more often than a direction, and than a unit
+# before training. *Removed*, its column of $W_{up}$ or $B$ set to zero: this should cost the model more right answers
+# than removing none, and than removing a direction. The numbers are differences of these shares, of sentences told
+# and of right answers lost.
+#
+# In `adapter-4` below, *if* means fewer options alone; no comparison is as stated. A unit is the best of
+# $12\cdot16=192$ and a direction the best of $42\cdot8=336$, so LoRA's is the best of more. Without the unit about as
+# many answers are right: either it is not their cause, or other units tell the same.
 
 # %% [markdown]
-# So the *if* is fewer options alone; no comparison is as stated. A unit is the best of $12 \cdot 16 = 192$ and a
-# direction the best of $42 \cdot 8 = 336$, so LoRA's is the best of more. Without the unit about as many answers are
-# right: either it is not their cause, or other units tell the same.
-
-# %% [markdown]
-# > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. Between means inside: the
-# > two sides agree to 2e-07 for relu, silu, gelu, and an adapter stands behind a sublayer of its block, 2 a block
-# > (Houlsby) or 1 (Pfeiffer).
+# > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. The two sides agree to
+# > 2e-07 for relu, silu, gelu, but an adapter stands inside its block, behind a sublayer, 2 a block (Houlsby) or 1
+# > (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
 # > options to 11. Whole, the adapters' models are right in 90% of the answers and LoRA's in 95%. 0 of 4 comparisons are
@@ -178,9 +176,9 @@ print("\n".join(line[:110] for line in repr(adapted).splitlines()[:17]))
 adapted.print_trainable_parameters()
 
 # %% [markdown]
-# > `adapter-3` 2 d m parameters a layer; 1024 and 64: 131K; 12 layers: 1.6M: **holds if**. The placement is pfeiffer
-# > and parallel: 2 d m is 131,072 a layer and 1,572,864 in 12, with biases 1,585,920; houlsby, with two adapters a
-# > layer, has 3,171,840.
+# > `adapter-3` 2 d m parameters a layer; 1024 and 64: 131K; 12 layers: 1.6M: **holds if**. It is so for pfeiffer and
+# > parallel: 2 d m is 131,072 a layer and 1,572,864 in 12, with biases 1,585,920; houlsby, with two adapters a layer,
+# > has 3,171,840.
 
 # %% [markdown]
 # ## 3 · Starting as nothing
@@ -229,11 +227,12 @@ assert [name for name, g in both_zero.items() if g] == ["b_up"]
 #
 # ## 4 · Learning a task
 #
-# The task, the verses held out and the length of the run are Lesson 4's, each placement with about as many parameters.
-# `assert_learning` names any adapter parameter that never moved, and the base is checked bit for bit. These are single
-# runs at one rate: they show that each placement learns, and not which is best. Tuned ones are section 6's. (All have
-# the scale 1 here. He et al. multiply the parallel adapter by 4. Under Adam this is four times the rate for $W_{up}$:
-# the gradient's factor 4 cancels, and $4 W_{up}$, which acts, starts at zero and moves by $4 \eta$.)
+# The task, the verses held out and the length of the run are Lesson 4's, each placement with about as many
+# parameters. `assert_learning` names any adapter parameter that never moved, and the base is checked bit for bit.
+# These are single runs at one rate: they show that each placement learns, and not which is best. Tuned ones are
+# section 6's. (All have the scale 1, here and in section 6. He et al. multiply the parallel adapter by 4. Under Adam
+# this is four times the rate for $W_{up}$: the gradient's factor 4 cancels, and $4 W_{up}$, which acts, starts at
+# zero and moves by $4 \eta$.)
 #
 # **Predict:** the base is frozen. How much of the memory of full fine-tuning's activations does this save?
 
@@ -268,11 +267,12 @@ assert 0.75 < ours["activations"] / full["activations"] < 0.85 and rank8["activa
 # About a fifth. Gradients and optimizer states nearly vanish; activations do not. The gradient travels from the loss
 # back through every frozen sublayer to the lowest adapter, and what these need for it is kept (Lesson 4, section 6).
 # LoRA on all layers keeps more than full fine-tuning: its $A$ needs the input of each of the seven matrices, as a
-# trained $W$ does, and its $B$ needs $Ax$. Adapters leave the seven frozen, whose inputs need not be kept for them.
-# With adapters in the upper layers alone the gradient's way is shorter. Houlsby et al. (section 3.6) took trained
-# adapters out again: of any one layer with little loss, of the lowest layers with hardly any, and with all of them gone
-# the model was back at guessing the commonest class. So of adapters that were trained together the upper ones matter
-# most; how far upper ones alone would come, a removal does not say. (Training norms alone cost them 3.5 to 4 points.)
+# trained $W$ does, and its $B$ needs $Ax$. Adapters leave the seven frozen, so their inputs need not be kept; what
+# attention, norms and SiLU keep for their own pullbacks stays. With adapters in the upper layers alone the gradient's
+# way is shorter. Houlsby et al. (section 3.6) took trained adapters out again: of any one layer with little loss, of
+# the lowest layers with hardly any, and with all of them gone the model was back at guessing the commonest class. So
+# of adapters that were trained together the lowest matter least; how far upper ones alone would come, a removal does
+# not say.
 #
 # LoRA on $W_q$ and $W_k$ changes the attention pattern of its own block. These adapters cannot: they stand behind it.
 
@@ -372,10 +372,10 @@ assert counts["houlsby"] == 129 or mp.backend.get_backend() is not np  # another
 
 # %% [markdown]
 # The merged model runs the very operations of the base: what its time above differs by is the noise of such a timing.
-# Houlsby adapters add four (linear, ReLU or SiLU, linear, add) in each of twelve places, two a block; LoRA adds two in
-# each of 42 (the product with $B$, its scale and the sum are one). These are counts of a forward pass with its loss:
-# with adapters 129/81 = 1.59 times as many. Decoding a row at the base's width takes 1.39 times as long with them
-# (`adapter-7`, below, where $f$ is SiLU; its operations, of one token behind a cache and no loss, are others).
+# Houlsby adapters add four (linear, ReLU or SiLU, linear, add) in each of twelve places, two a block; LoRA adds two
+# in each of 42 (the product with $B$, its scale and the sum are one). So with adapters there are 129/81 = 1.59 times
+# as many, in a forward pass with its loss. That does not give the time of an operation: the decoding that takes 1.39
+# times as long (`adapter-7`, below; $f$ is SiLU) has others, of one token behind a cache, with no loss.
 #
 # What is not merged can be exchanged. With one adapter for each of nine tasks, Houlsby et al. (Table 1) keep 1.3 times
 # the parameters of BERT, where full fine-tuning keeps 9 times. Nor need the tasks take turns: in one batch the frozen
@@ -388,8 +388,8 @@ print(f"one batch, a row with the adapter and one without: each differs from the
 assert off < 1e-3 < np.abs(one - other).max()
 
 # %% [markdown]
-# > `adapter-7` adds latency: **holds**. With m = 16 decoding takes 1.39 times as long at width 128, batch 1 and 1.13
-# > times at width 512, batch 1; clearly longer at all of them. (8 seeds)
+# > `adapter-7` adds latency: **holds**. With m = 16, in models of 6 layers, decoding takes 1.39 times as long at width
+# > 128, batch 1 and 1.13 times at width 512, batch 1; clearly longer at all widths and batch sizes. (8 seeds)
 
 # %% [markdown]
 # ## 6 · The league so far
@@ -428,19 +428,21 @@ tried = [row for row in rows if (row["task"], row["method"], row["batch_size"]) 
 assert tried and not any((row["rate"], row["epochs"]) == (3e-3, 4) for row in tried)
 
 # %% [markdown]
-# On `rewrite` LoRA learns more, at both sizes, and for half of the work (TFLOPs): the adapters went on to four epochs,
-# the most that the protocol allows, and might gain from more. On `source` the smaller pair is equal in right answers,
-# the larger undecided. But there LoRA forgets far less: general loss rises by 0.50 for 2.00, and by 1.94 for 3.27, and
-# it continues clearly more of the passages rightly, by 12 and 8 percent of all. Is it the method or the setting? Each
-# was tuned for the task alone: `bottleneck-m37` has twice the rate of `lora`, `bottleneck-m4` takes twice the steps of
-# `lora-r1`. (The ± of two rows overlap even on `rewrite`, as verses differ in difficulty. The differences below are
-# taken verse by verse, where that cancels.)
+# On `rewrite` LoRA learns more, at both sizes, and for half of the work (TFLOPs): the adapters went on to four
+# epochs, the most that the protocol allows, and might gain from more. On `source` the smaller pair is equal in right
+# answers, the larger undecided. But on `source` LoRA forgets far less: general loss rises by 0.50 (`lora`) beside
+# 2.00 (`bottleneck-m37`), and by 1.94 (`lora-r1`) beside 3.27 (`bottleneck-m4`), and LoRA continues clearly more of
+# the passages rightly, by 12 and 8 percent of all. Is it the method or the setting? Each was tuned for the task
+# alone: `bottleneck-m37` has twice the rate of `lora`, `bottleneck-m4` takes twice the steps of `lora-r1`. (The ± of
+# two rows overlap even on `rewrite`, as verses differ in difficulty. The differences below are taken verse by verse,
+# where that cancels.)
 #
 # With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`: by 0.061 nats of the one
-# after the MLP, by 0.016 of the one beside it. But the one after the MLP took half of the epochs: its search never came
-# to the setting where both others ended. With this reserve, beside the MLP is better than after it, by 0.045, as He et
-# al. find; their other finding, the MLP rather than attention, is not tried. On `source` two adapters are equal to the
-# one after the MLP and barely better than the one beside it (0.014); between these two it is undecided.
+# after the MLP, by 0.016 of the one beside it. But the one after the MLP took half of the epochs: its search never
+# came to the setting where both others ended. So here beside the MLP is better than after it, by 0.045, as He et al.
+# find, but with twice the epochs: the place may not be the cause. Their other finding, the MLP rather than attention,
+# is not tried. On `source` two adapters are equal to the one after the MLP and barely better than the one beside it
+# (0.014); between these two it is undecided.
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:

@@ -55,8 +55,8 @@ def equation() -> Verdict:
     right = max(errors.values()) < 1e-5
     return Verdict(
         graded({"the equation": right, "between the blocks": right and not inside}),
-        f"Between means inside: the two sides agree to {max(errors.values()):.0e} for {', '.join(errors)}, and an adapter "
-        f"stands behind a sublayer of its block, {len(places['houlsby']) // blocks} a block (Houlsby) or "
+        f"The two sides agree to {max(errors.values()):.0e} for {', '.join(errors)}, but an adapter stands inside its block, "
+        f"behind a sublayer, {len(places['houlsby']) // blocks} a block (Houlsby) or "
         f"{len(places['pfeiffer']) // blocks} (Pfeiffer).",
         Number("largest difference of the two sides, over the largest value", max(errors.values()), "times"),
         [
@@ -107,7 +107,7 @@ def count() -> Verdict:
     cases = {placement: round(n / 1e5) == 16 == round(weights / 1e5) for placement, n in built.items()}
     return Verdict(
         graded(cases),
-        f"The placement is {those(cases)}: 2 d m is {2 * d * m:,} a layer and {weights:,} in {layers}, with biases "
+        f"It is so for {those(cases)}: 2 d m is {2 * d * m:,} a layer and {weights:,} in {layers}, with biases "
         f"{built['pfeiffer']:,}; {those(cases, False)}, with two adapters a layer, has {max(built.values()):,}.",
         Number("12 layers with their biases, an adapter each", built["pfeiffer"]),
         [
@@ -228,7 +228,7 @@ def latency(rows: list[dict[str, Any]]) -> Verdict:
     most, least = (choose(found, key=lambda case: found[case].value) for choose in (max, min))
     return Verdict(
         graded(cases),
-        f"With m = 16 decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; "
-        f"clearly longer at {those(cases) if not all(cases.values()) else 'all of them'}.",
+        f"With m = 16, in models of 6 layers, decoding takes {found[most].value:.2f} times as long at {most} and {found[least].value:.2f} times at {least}; "
+        f"clearly longer at {those(cases) if not all(cases.values()) else 'all widths and batch sizes'}.",
         found[most], [*found.values()], seeds=repeats(rows), base="random models of 6 layers", task=where(rows),
     )  # fmt: skip

@@ -64,14 +64,14 @@ def procedure() -> Verdict:
     loaded from the saved directory has the same loss; holds if some of these three are so; does not hold here if none is."""
     language, head, difference = _tuned()
     right = {
-        "every parameter trains": language > 0.99,
-        "also with a head": head > 0.99,
+        "every parameter trains with the model's own head": language > 0.99,
+        "every parameter trains with a new head": head > 0.99,
         "the checkpoint is whole": difference == 0,
     }
     return Verdict(
         graded(right),
-        f"So of these: {those(right)}. Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a "
-        f"classifier's head in place of the model's own, as then the embeddings of words that the batch lacks have no gradient. The "
+        f"What is so: {those(right)}. Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a "
+        f"classifier's head, as then the embeddings of words that the batch lacks have no gradient. The "
         f"saved model's loss differs by {difference:.2g}.",
         Number("share of the numbers that two steps move", 100 * language, "%"),
         [Number("with a classifier's head", 100 * head, "%"), Number("loss after loading - before saving", difference, "nats")],

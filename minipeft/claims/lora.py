@@ -53,7 +53,7 @@ def equation() -> Verdict:
     cases = {f"alpha = {'r' if alpha == r else f'{alpha / r:g} r'}": bool(error < 1e-5) for alpha, error in errors.items()}
     return Verdict(
         graded(cases),
-        f"So for {those(cases)}: the library adds (alpha / r) BA, and for {those(cases, False)} the two sides differ by "
+        f"It is so for {those(cases)}; the library adds (alpha / r) BA, and for {those(cases, False)} the two sides differ by "
         f"{max(errors.values()):.0%} of BA; the change has rank {max(ranks)} of {min(d, k)}.",
         Number("largest difference of the two sides, alpha = r, over the largest of BA", errors[r], "times"),
         [Number(f"the same, alpha = {alpha / r:g} r", e, "times") for alpha, e in errors.items()]
@@ -108,7 +108,7 @@ def printed_layer() -> Verdict:
     return Verdict(
         graded(cases),
         f"As printed it {'stops: ' + missing if missing else 'runs'}; given an alpha, it trains {trained:,} numbers in place "
-        f"of {r * (d + k):,}, as building it does not freeze W, and A of deviation {of_A[0]:.2f} (the library's: "
+        f"of {r * (d + k):,}, as building it freezes neither W nor its bias, and A of deviation {of_A[0]:.2f} (the library's: "
         f"{of_A[1]:.3f}) makes the gradient of B {ratio.value:.0f} times as large.",
         ratio,
         [
@@ -238,11 +238,12 @@ def merged(rows: list[dict[str, Any]]) -> Verdict:
         "merged, all widths and batch sizes: time over the base's", [row["merged"] / row["base"] for row in rows], "times"
     )
     cases = {case: overall.high < 1.1 and n.low <= 1 for case, n in found.items()}
-    slow = [n.value for n in unmerged.values()]
+    most, least = (choose(unmerged, key=lambda case: unmerged[case].value) for choose in (max, min))
     return Verdict(
         graded(cases) if steady([overall]) else UNTESTABLE,
         f"The merged model takes {overall.value:.2f} times the base's time, from {overall.low:.2f} to {overall.high:.2f} "
-        f"(the rule allows 1.10), and is clearly slower at {those(cases, False)}; unmerged it takes {min(slow):.2f} to {max(slow):.2f} times.",
+        f"(the rule allows 1.10), and is clearly slower at {those(cases, False)} of the widths and batch sizes; unmerged it takes "
+        f"{unmerged[least].value:.2f} times ({least}) to {unmerged[most].value:.2f} times ({most}).",
         overall,
         [overall, *found.values(), *unmerged.values()],
         seeds=repeats(rows),
@@ -311,7 +312,7 @@ def shared(rows: list[dict[str, Any]]) -> Verdict:
         graded(cases),
         f"It is so, and saves time, in {those(cases)}: a batch of 8 rows with 4 adapters takes "
         f"{listed([f'{n.value:.2f} ({n.name.partition(chr(58))[0]})' for n in evidence[::2]])} times the time of the four in "
-        f"turn, in single repeats up to {max(r['mixed'] / r['one_by_one'] for r in rows):.2f}, and {listed([f'{n.value:.2f}' for n in single.values()])} times a batch of one adapter; base and adapters "
+        f"turn, two rows each (in the worst repeat {max(r['mixed'] / r['one_by_one'] for r in rows):.2f}), and {listed([f'{n.value:.2f}' for n in single.values()])} times a batch of one adapter; base and adapters "
         f"take {memory:.2f} times the bytes of four models; rows differ from those alone by at most {worst:.0e}.",
         max(evidence[::2], key=lambda n: n.value),
         [*evidence, Number("bytes of base and 4 adapters over 4 models", memory, "times")],

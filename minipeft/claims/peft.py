@@ -84,11 +84,12 @@ def memory() -> Verdict:
     states = min(n for (_, _, line), n in share.items() if line == "optimizer states")
     cases = {"the gradients alone": less and alone > 0.5, "gradients and states together": less and alone + states > 0.5}
     activations = [f"{100 * share['7B', where, 'activations']:.1f} % ({where})" for where in methods]
+    alone_too = "" if all(cases.values()) else f", not {those(cases, False)}"
     return Verdict(
         graded(cases),
-        f"More than half of what is saved are {those(cases)}: at 7B the gradients are {share['7B', 'q, v', 'gradients']:.0%} "
+        f"More than half of what is saved are {those(cases)}{alone_too}: at 7B the gradients are {share['7B', 'q, v', 'gradients']:.0%} "
         f"of it, the optimizer's states {share['7B', 'q, v', 'optimizer states']:.0%} and the inputs of frozen layers "
-        f"{listed(activations)}; a step on the base takes {peaks['lora'][1] / peaks['full'][1]:.2f} times the memory, and "
+        f"{listed(activations)}; a step on the base, all linear layers, takes {peaks['lora'][1] / peaks['full'][1]:.2f} times the memory, and "
         f"{work:.2f} times the FLOPs at 7B.",
         Number("gradients, of the memory that LoRA saves at 7B", 100 * share["7B", "q, v", "gradients"], "%"),
         evidence,
