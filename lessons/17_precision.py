@@ -333,9 +333,9 @@ assert (2.0**-10 * G).max() < 2.0**-14, "all are subnormal"
 
 # %% [markdown]
 # float16 loses between 0.15 and 0.45 nats, of more than one that is learned. In these three runs the scale is the
-# cause: with all else the same, each loses more than a hundred times what any does at $S = 1$. What it costs in the mean
-# is open: the three differ so much that its interval includes 0. bfloat16 loses nothing: it ends with the *same* loss as
-# at $S = 1$, in every digit of the rows. A power of two changes only the exponent, and bfloat16's has room.
+# cause: with all else the same, each loses more than a hundred times what any does at $S = 1$. What it costs in the
+# mean is open: the three differ so much that its interval includes 0. bfloat16 loses nothing: it ends with the *same*
+# loss as at $S = 1$, in every digit of the rows. A power of two changes only the exponent, and bfloat16's has room.
 #
 # `mp.PrecisionReport` names the operation and the module where the first gradient was flushed: here `cross_entropy`,
 # whose gradient is that of the logits. (The six in ten leave it out: they are of the blocks alone.) Most tokens are
@@ -479,8 +479,8 @@ figure.savefig(OUT / "17_precision_runs.png", dpi=120)
 # Still 9 %: the two errors are as good as uncorrelated, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092.
 # In training each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the
 # GPU: bfloat16 where its tensor cores have it (NVIDIA's since the A100), float16 with a loss scale on older ones.
-# `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. An adapter that is itself held in bfloat16 ends clearly higher, by less than
-# 0.003 nats, at its usual rate of 3e-3.
+# `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. An adapter
+# that is itself held in bfloat16 ends clearly higher, by less than 0.003 nats, at its usual rate of 3e-3.
 #
 # ## 7 · The ledger beside
 #
@@ -540,9 +540,9 @@ figure.savefig(OUT / "17_precision_bytes.png", dpi=120)
 # of LLaMA-7B keeps 0.55 of the bytes (Lesson 12, section 4). Without a master copy a parameter takes 12; section 3's
 # run had such weights, but gradients in float32. The moments are float32 in all of them. Adam's second one, $v$, moves
 # by $0.001\, (g^2 - v)$ in a step ($\beta_2 = 0.999$). In bfloat16 it would never fall, as 0.1 % of $v$ is lost
-# (section 3). Nor would it rise to a steady $g^2$: it stops where that move is half a place, between $v/512$ and $v/256$,
-# so at a fifth to a third of $g^2$, and steps become about twice too long. (Which of the two prevails, no run here
-# shows.) In float16 what a gradient below 0.005 adds, $0.001\, g^2$, is flushed. QLoRA trains few parameters, so
+# (section 3). Nor would it rise to a steady $g^2$: it stops where that move is half a place, between $v/512$ and
+# $v/256$, so at a fifth to a third of $g^2$, and steps become about twice too long. (Which of the two prevails, no run
+# here shows.) In float16 what a gradient below 0.005 adds, $0.001\, g^2$, is flushed. QLoRA trains few parameters, so
 # it has few to copy.
 
 # %% [markdown]
