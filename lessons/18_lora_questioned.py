@@ -378,9 +378,10 @@ assert np.array_equal(rs(ids).numpy(), plain(ids).numpy()), "bit for bit"
 # %% [markdown]
 # LoRA+ is LoRA with another $\alpha$, up to Adam's $\epsilon$ and without weight decay: in $\frac{\alpha}{r} BA$ four
 # times $\alpha$ is four times $B$, $B$ starts at zero, and Adam moves it in proportion to its rate. So $\alpha$ and
-# $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with another $\alpha$, too. It is a rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$
-# a high rank learns too slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks.
-# The league, at $\alpha = 2r$, does not decide this.
+# $B$'s rate are one handle, and $A$'s rate is the other. At one rank rsLoRA is LoRA with another $\alpha$, too. It is a
+# rule for *carrying a rate over* from one rank to another. Its paper argues that with $1/r$ a high rank learns too
+# slowly; Schulman et al. (2025) find the best rate under $1/r$ nearly the same at all ranks. The league, at $\alpha =
+# 2r$, does not decide this.
 #
 # **Predict:** the rate tuned anew, what does an $\alpha$ of 4 or 64 cost at rank 8, and which rates are chosen?
 
