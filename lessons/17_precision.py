@@ -79,7 +79,8 @@ def beside(what, how, than="float32"):
 # exponent the numbers of a format stay equally far apart, down to zero: they are called *subnormal*, and the smaller
 # they are, the fewer correct bits they have. (Two relatives: TF32 has 8 and 10, and the A100's tensor cores can round
 # float32 inputs to it, which PyTorch does for products only if `torch.backends.cuda.matmul.allow_tf32` is set; FP8 has
-# E4M3 and E5M2, whose range is so short that each tensor needs a scale: Micikevicius et al. 2022, arXiv:2209.05433.)
+# 4 and 3 (E4M3) or 5 and 2 (E5M2), a range so short that each tensor needs a scale: Micikevicius et al. 2022,
+# arXiv:2209.05433.)
 #
 # bfloat16 is the first half of a float32. To round to it, add half of the last place that stays, and cut. In the middle
 # between two numbers the *even* one is taken, whose last bit is 0: so where that bit is 0 already, the code adds a
@@ -125,9 +126,10 @@ assert rounded(np.float32([70000, 1e-8]), "float16").tolist() == [math.inf, 0] a
 # So not every operation is rounded. Inside `with mp.autocast("bfloat16"):` products round their inputs and their
 # result, and sum in float32 in between, as tensor cores do. Mainly two kinds of operation stay in float32: sums of many
 # numbers, because a running sum in sixteen bits soon stops growing, and exponentials, because they can leave float16's
-# range (not in softmax, which subtracts the largest logit first: Lesson 0). The lists printed below are PyTorch's for a
-# GPU, with minipeft's fused products among them (`to` is an explicit change of dtype, and `inv`, of a matrix, has no
-# sixteen-bit form); PyTorch's list for the CPU (`device_type="cpu"`) leaves far less in float32.
+# range. (`softmax` is in the list for its sum: it subtracts the largest logit first, Lesson 0, so its exponentials are
+# at most 1.) The lists printed below are PyTorch's for a GPU, and minipeft's own operations that contain products, as
+# `rotary_attention`. (`to` is an explicit change of dtype, and `inv`, of a matrix, has no sixteen-bit form.) PyTorch's
+# list for the CPU (`device_type="cpu"`) leaves far less in float32.
 
 # %%
 print("\nrounded:   ", ", ".join(sorted(LOWER)))
@@ -177,12 +179,12 @@ assert weight == 1
 
 # %% [markdown]
 # At 1: it has not moved at all. A step is lost as a whole where it is smaller than half of the distance to the next
-# number. That distance is $2^{e-7}$, but from a power of two toward zero half of that. As $2^e \le |w| < 2^{e+1}$, a
-# step is lost
+# number. With $2^e \le |w| < 2^{e+1}$ that distance is $2^{e-7}$. So a step is lost
 #
-# $$\text{where}\quad |\Delta w| < \tfrac12\, 2^{e - 7}, \qquad\text{and surely, on either side, where}\quad |\Delta w| < 2^{-9}\, |w| :$$
+# $$\text{where}\quad |\Delta w| < \tfrac12\, 2^{e - 7} = 2^{-9}\, 2^{e + 1}, \qquad\text{and surely where}\quad |\Delta w| < 2^{-9}\, |w| ,$$
 #
-# 0.1 % of a weight is always smaller, for $2^{-9}$ is 0.2 %. A *master copy* of the weights (*master weights*) in
+# as $|w| < 2^{e+1}$. (From $|w| = 2^e$ itself toward zero the distance is half as large; then only the second holds.)
+# 0.1 % of a weight is always lost, for $2^{-9}$ is 0.2 %. A *master copy* of the weights (*master weights*) in
 # float32 adds the thousand steps up; each forward pass rounds it anew. In minipeft as in PyTorch's autocast, the
 # parameters themselves are the master copy: a weight is cast to sixteen bits where it is used, and its gradient is cast
 # back to float32. Two remedies without a float32 copy are *stochastic rounding* (exercise 17.1) and *Kahan summation*,
@@ -190,7 +192,8 @@ assert weight == 1
 # arXiv:2010.06192).
 #
 # Adam's step is about the learning rate in every weight, and less where its gradient shrinks or changes sign (Lesson 0,
-# section 6). So before training one knows about the least share of the weights that a step cannot move:
+# section 6). Which share of the weights a step as long as the rate cannot move is known before training, and the share
+# in a run is roughly that or more:
 
 # %%
 weights = np.concatenate([p.numpy().ravel() for p in base.parameters()])
@@ -254,7 +257,7 @@ assert ((learned[1] / learned[0] > 0.1) & (learned[1] / learned[0] < 0.15)).all(
 # places: it is rounded. And where a step is shorter, as the schedule lowers the rate to zero or as a gradient changes
 # sign, it can be lost here, too. These runs do not tell which of the two costs more.) At 3e-5, where nearly all steps
 # are lost, it costs half a nat, and about an eighth of the learning is left. No error is raised and the loss still
-# falls, so the failure is easy to miss. The smaller the rate, the larger the share of the steps that is lost.
+# falls, so the failure is easy to miss.
 #
 # ## 4 · Gradients on the way back, and the loss scale
 #
@@ -306,10 +309,10 @@ figure.savefig(OUT / "17_precision_gradients.png", dpi=120)
 # arXiv:2005.14165, Table 2.1). Such a step is computed as many small batches whose gradients are added (*gradient
 # accumulation*), and each batch's loss is divided by the tokens of the whole step.
 #
-# We imitate one of the 1024 batches of a step 1024 times as large as ours: its loss is multiplied by $S = 2^{-10}$.
-# Before Adam uses them, the gradients of the *weights* are divided by $S$ in float32, so in exact arithmetic this run
-# equals the one with $S = 1$. What differs is what float16 lost in between. Of the float32 gradients above, times $S$,
-# it would flush six in ten; the others, subnormal, lose bits.
+# We imitate the size of gradients in a step 1024 times as large as ours, and add no batches: the loss of our batch is
+# multiplied by $S = 2^{-10}$. Before Adam uses them, the gradients of the *weights* are divided by $S$ in float32, so
+# in exact arithmetic this run equals the one with $S = 1$. What differs is what float16 lost in between. Of the float32
+# gradients above, times $S$, it would flush six in ten; the others, subnormal, lose bits.
 #
 # **Predict:** what does that cost in float16? And in bfloat16?
 
@@ -329,26 +332,26 @@ assert first.op == "cross_entropy" and report.first_overflow is None and 0.99 < 
 assert (2.0**-10 * G).max() < 2.0**-14, "all are subnormal"
 
 # %% [markdown]
-# float16 loses between 0.15 and 0.45 nats, of more than one that is learned. How much is open: three seeds differ so
-# much that the interval of their mean includes 0. That it costs is not: with all else the same, each seed loses more
-# than a hundred times what any does at $S = 1$. bfloat16 loses nothing: it ends with the *same* loss as at $S = 1$, in
-# every digit of the rows. A power of two changes only the exponent, and bfloat16's exponent has room.
-# `mp.PrecisionReport` names the operation and the module where the first gradient was flushed: here that of the logits,
-# which the six in ten, of the blocks alone, do not count. Most tokens are improbable, so most of its numbers are tiny:
-# over 99 % became zero where a token is learned from. (The report counts all positions, and most of these are not
-# learned from: their gradient was zero before.)
+# float16 loses between 0.15 and 0.45 nats, of more than one that is learned. In these three runs the scale is the
+# cause: with all else the same, each loses more than a hundred times what any does at $S = 1$. What it costs in the
+# mean is open: the three differ so much that its interval includes 0. bfloat16 loses nothing: it ends with the *same*
+# loss as at $S = 1$, in every digit of the rows. A power of two changes only the exponent, and bfloat16's has room.
+#
+# `mp.PrecisionReport` names the operation and the module where the first gradient was flushed: here `cross_entropy`,
+# whose gradient is that of the logits. (The six in ten leave it out: they are of the blocks alone.) Most tokens are
+# improbable, so most of its numbers are tiny: over 99 % became zero where a token is learned from. The report's own
+# share is of all positions. Most of these are not learned from, and their gradient was zero before.
 #
 # The remedy is *loss scaling* (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2: one of their networks diverges
-# without it, and 8 suffices as its scale). Gradients are linear in the loss, so train
-# on
+# without it). Gradients are linear in the loss, so train on
 #
 # $$S \cdot L, \qquad \frac{\partial (S L)}{\partial w} = S\, \frac{\partial L}{\partial w},$$
 #
 # and divide the weights' gradients by $S$ at the end, in float32. $S$ should be so large that hardly anything is
 # flushed, but nothing may exceed 65,504: no gradient of an activation or a weight, in any step. These limits are not
 # known beforehand, so `mp.GradScaler` searches (*dynamic* loss scaling): it starts at $2^{16}$, skips a step whose
-# gradients overflow and halves $S$; after 2,000 good steps it doubles $S$. Here a skipped step still counts for the
-# schedule of the learning rate; Hugging Face's `Trainer` holds the schedule then. We start too high on purpose:
+# gradients overflow and halves $S$; after 2,000 good steps in a row it doubles $S$. Here a skipped step still counts
+# for the schedule of the learning rate; Hugging Face's `Trainer` holds the schedule then. We start too high on purpose:
 
 # %%
 trainer, _ = trainer_of(replace(FULL, compute="float16", steps=4 if REDUCED else 8, held_out=8))
@@ -429,10 +432,10 @@ except ValueError as error:
 # %% [markdown]
 # In float32 nothing is lost. In float16 between one and two in a hundred become zero, and more than one in ten becomes
 # subnormal and loses bits. The scale still helped on the way to the weights, but for these gradients the division takes
-# back what it had saved. What that costs no run here measures. (Where one in a hundred gradients of activations was
-# flushed, at $S = 1$, it cost little.) PyTorch refuses instead. The remedy is a master copy: load the weights that are
-# trained in float32. With adapters those are few, and PEFT casts them to float32 itself (`autocast_adapter_dtype`),
-# over a base in sixteen bits.
+# back what it had saved. What that costs no run here measures. (Under Adam a tiny gradient need not be a tiny step: a
+# steady one of $2^{-27}$, flushed here, makes over four tenths of a full step, even beside `eps` $= 10^{-8}$.) PyTorch
+# refuses instead. The remedy is a master copy: load the weights that are trained in float32. With adapters those are
+# few, and PEFT casts them to float32 itself (`autocast_adapter_dtype`), over a base in sixteen bits.
 #
 # ## 6 · Adapters, and QLoRA's compute dtype
 #
@@ -476,9 +479,8 @@ figure.savefig(OUT / "17_precision_runs.png", dpi=120)
 # Still 9 %: the two errors are as good as uncorrelated, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092.
 # In training each interval of the first two columns lies within 0.002 nats of 0. So the compute dtype is chosen for the
 # GPU: bfloat16 where its tensor cores have it (NVIDIA's since the A100), float16 with a loss scale on older ones.
-# `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. The compute
-# dtype does not change what is stored. An adapter that is itself held in bfloat16 ends clearly higher, by less than
-# 0.003 nats, at its usual rate of 3e-3.
+# `BitsAndBytesConfig`'s default in transformers is float32, which does not use sixteen-bit tensor cores. An adapter
+# that is itself held in bfloat16 ends clearly higher, by less than 0.003 nats, at its usual rate of 3e-3.
 #
 # ## 7 · The ledger beside
 #
@@ -509,11 +511,11 @@ steady, v = second[:1000], np.zeros(1000, np.float32)
 for _ in range(2000):
     v = to_bfloat16(0.999 * v + 0.001 * steady)
 assert 2.9 < (steady / v).min() < (steady / v).max() < 5, "each stops rising at a fifth to a third of it"
-h, f = 4096, 11008  # LLaMA-7B's width and its MLP's; what a block keeps in PyTorch, bytes a token, by Lesson 12's table:
-narrow, wide = 16 * h + 8 * f, 8 * h + 4 * 32 + 8  # in sixteen bits, and in float32
+h, a, f = 4096, 32, 11008  # LLaMA-7B's width, heads and width of the MLP. A block keeps 24 h + 4 a + 8 f + 8 bytes (Lesson 12, k = h):
+wide, narrow = 8 * h + 4 * a + 8, 16 * h + 8 * f  # in float32: the norms' inputs and 1/rms, and the softmax's sums; in 16 bits: all else
 print(f"of its activations PyTorch keeps {(narrow + wide) / (2 * narrow + wide):.2f} times the bytes of float32")
 assert 0.54 < (narrow + wide) / (2 * narrow + wide) < 0.56
-assert rounded(np.float32([0.001 * 2.0**-16]), "float16") == 0, "nothing is added"
+assert rounded(np.float32([0.001 * 0.005**2]), "float16") == 0, "nothing is added"
 assert states["mixed"] == states["float32"] == 16 * parameters and states["bfloat16, no master"] == 12 * parameters
 assert states["QLoRA, computed in 16 bits"] < parameters and abs(kept["mixed"] / kept["float32"] - 1 / 2) < 0.01
 
@@ -536,11 +538,12 @@ figure.savefig(OUT / "17_precision_bytes.png", dpi=120)
 # come on top until the backward pass has used them.) Mixed precision buys the speed of tensor cores, and nearly half of
 # the activations: the ledger counts two bytes for each number, but PyTorch keeps inputs of norms in float32, so a block
 # of LLaMA-7B keeps 0.55 of the bytes (Lesson 12, section 4). Without a master copy a parameter takes 12; section 3's
-# run had such weights, but gradients in float32. The moments are float32 in all of them. Adam's second one, $v$, falls
-# by at most 0.1 % in a step ($\beta_2 = 0.999$), which bfloat16 cannot store (section 3): it would never fall. Nor
-# would it rise to a steady $g^2$, but stop at a fifth to a third of it: steps about twice too long. In float16 what a
-# gradient $g$ below $2^{-8}$ adds to $v$, $0.001\, g^2$, is flushed. QLoRA trains few parameters, so it has few to
-# copy.
+# run had such weights, but gradients in float32. The moments are float32 in all of them. Adam's second one, $v$, moves
+# by $0.001\, (g^2 - v)$ in a step ($\beta_2 = 0.999$). In bfloat16 it would never fall, as 0.1 % of $v$ is lost
+# (section 3). Nor would it rise to a steady $g^2$: it stops where that move is half a place, between $v/512$ and
+# $v/256$, so at a fifth to a third of $g^2$, and steps become about twice too long. (Which of the two prevails, no run
+# here shows.) In float16 what a gradient below 0.005 adds, $0.001\, g^2$, is flushed. QLoRA trains few parameters, so
+# it has few to copy.
 
 # %% [markdown]
 # ## Break it: too large for any scale

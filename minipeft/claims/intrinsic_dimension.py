@@ -290,6 +290,6 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"The update is low in {those(cases)}{'' if all(cases.values()) else f', and not in {those(cases, False)}'}: "
         f"d90 is {sized(effect)} of {D:,} from the base, "
         + (f"{sized(other)} from random weights" if other else "and from random weights nothing is gained under some seed")
-        + f"; the best part of rank {rank.value:.1f} has 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
+        + f"; in the mean the {rank.value:.1f} strongest directions of each update have 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
     )
     return judged(graded(cases), because, "d90 from the base", effect, "numbers", evidence, 512, "source")
