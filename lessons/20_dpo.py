@@ -144,7 +144,8 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 # and Terry say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to
 # one number a prompt. (Without the first it is still the best policy for the reward that fits the comparisons best
 # under Bradley and Terry's model.) Section 3 shows what can happen where none of the three holds: one answer always
-# wins there, which no finite reward says.
+# wins there, which no finite reward says; one weight cannot express every $\pi^*$; and the third answer is in no
+# comparison.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
 
@@ -226,9 +227,9 @@ assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls
 # ## 4 · In a language model
 #
 # Now the model and the rater of Lessons 9 and 10: to each of 1,000 openings the base writes four answers, and the
-# rater picks the best and the worst. DPO sees each pair once, so a step reports of its pairs before it has learned
-# from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$; ORPO's $\beta$, the weight of a term
-# (section 5), is 0.1. (The code is in `lessons/experiments/preferences.py`.)
+# rater picks the best and the worst. DPO sees each pair once, 16 a step, so a step reports of its pairs before it has
+# learned from them. All weights are trained, at a rate of 3e-4, with $\beta = 0.05$; ORPO's $\beta$, the weight of a
+# term (section 5), is 0.1. (Code: `lessons/experiments/preferences.py`.)
 #
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
 
@@ -254,8 +255,8 @@ if not REDUCED:
 # $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$, the forward KL of Lesson 10, section 4: *every* policy that has moved
 # makes its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have:
 # the best, the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the
-# same chosen answers, and ORPO (section 5), which adds that to a loss of pairs. Six seeds, 128 prompts, 95 %
-# intervals over both.
+# same chosen answers, and ORPO (section 5), whose loss is that of the fine-tuning plus one of pairs. Six seeds, 128
+# prompts, 95 % intervals over both.
 
 # %%
 if "--full" in sys.argv:
@@ -284,6 +285,7 @@ w, lost, both = (interval(x) for x in (*seen.values(), seen["chosen"] - seen["re
 print(f"DPO, pairs of its steps from the 17th on: chosen {w[0]:+.2f} ± {w[1]:.2f}, rejected {lost[0]:+.2f} ± {lost[1]:.2f},", end=" ")
 print(f"difference {both[0]:+.2f} ± {both[1]:.2f}")
 assert w[0] + w[1] < 0 < both[0] - both[1], "of pairs not seen before the chosen answer falls, and the margin is above 0"
+assert all(len(r["step_chosen"]) == 63 for r in rows if r["loss"] == "dpo"), "1,000 pairs, 16 a step: 744 from the 17th on"
 assert max(e.high for e in table.values()) < 0, "all held-out answers fall, under all three losses"
 assert all(crossed(of("dpo", "chosen") - of(loss, "chosen")).high < 0 for loss in ("chosen", "orpo"))
 assert gap["dpo"].low < 0 < both[0] < gap["dpo"].high, "whether the best falls less than the worst is not told"
@@ -299,9 +301,10 @@ assert above["dpo"].value > 0, "DPO's best answer does not fall by more than the
 # not section 3's cause at work. Where the probability goes was not measured.
 #
 # Does the best answer fall less than the worst one? In the steps' pairs, as unseen as the held-out ones, it does, by
-# 0.47 ± 0.08 nats. The 128 held-out prompts say 0.30, and can tell it neither from 0 nor from 0.47. Parting the two
-# takes no loss of pairs: fine-tuning on the chosen answers alone does so clearly, by 0.21. ORPO's best answer
-# falls as far as its four do in the mean.
+# 0.47 ± 0.08 nats: 744 pairs under each seed, and others under each. The 128 held-out prompts, the same under all
+# seeds, say 0.30 after training, and can tell it neither from 0 nor from 0.47. The best falls less without a loss of
+# pairs, too: under fine-tuning on the chosen answers alone clearly, by 0.21. ORPO's best answer falls about as far as
+# its four do in the mean.
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone, and hold
@@ -321,7 +324,7 @@ assert above["dpo"].value > 0, "DPO's best answer does not fall by more than the
 # | **IPO** (Azar et al. 2023, 2310.12036) | $(\Delta_w - \Delta_l - 1/(2\beta))^2$ | the difference has a goal, and is not to pass it |
 # | **KTO** (Ethayarajh et al. 2024, 2402.01306) | $1 - \sigma(\pm \beta [\Delta - z])$ | single answers, good (+) or bad (−), no pairs; $z$ is the point from which gains and losses count |
 # | **ORPO** (Hong et al. 2024, 2403.07691) | $-\log p_w - \beta \log \sigma(\log \text{odds } p_w - \log \text{odds } p_l)$ | no reference; the first term is to hold the chosen up |
-# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; a $\beta [\dots]$ of $\gamma$ is pushed as DPO pushes a margin of 0 |
+# | **SimPO** (Meng et al. 2024, 2405.14734) | $-\log \sigma(\beta [\log p_w - \log p_l] - \gamma)$ | no reference; means over tokens, so that length alone gives no larger margin; the chosen is to lead by $\gamma$ |
 #
 # All are in `minipeft/rlhf/preference_losses.py`, a few lines each. (TRL's IPO divides each $\Delta$ by the answer's
 # tokens, so its goal is in nats a token.) DPO's $\Delta$ is a sum over tokens, to which a longer answer can contribute
@@ -346,27 +349,29 @@ curves = {"DPO": curve(rlhf.dpo_loss), "IPO": curve(rlhf.ipo_loss)}
 at = int(np.argmin(abs(differences - 20)))
 print("\npush at a difference of 20 nats: " + ", ".join(f"{name} {push[at]:+.4f}" for name, (_, push) in curves.items()))
 print("                    at its goal, 5:  " + ", ".join(f"{name} {push[30]:+.4f}" for name, (_, push) in curves.items()))
-assert round(np.log(0.9 / 0.1) / live.beta) == 44 and round(both[0], 2) == 0.47, "section 4, were q 0.9, and as it was"
+assert round(np.log(0.9 / 0.1) / live.beta) == 44 and round(both[0], 2) == 0.47, "the best difference at q = 0.9, and section 4's: see below"
 assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] and abs(curves["IPO"][1][30]) < 1e-12
 
 # %% [markdown]
 # DPO pushes it further, ever more weakly; IPO pulls it back to $1/(2\beta) = 5$. What does DPO's $\beta$ do, then? If
 # raters prefer $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where
-# $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$,
-# the further. With $q = 1$ it is infinite, whatever $\beta$. Where each pair's $\Delta_w - \Delta_l$ can take its best
-# value, $\beta$ holds the policy near the reference only where comparisons contradict each other; otherwise the end of
-# training does, as in section 4: at $q = 0.9$ the best difference would be 44 nats, and the steps' pairs, each seen
-# once, stood at 0.47. (Rafailov et al., appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`,
-# $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the opposite:
-# $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and the best
-# difference is finite.
+# $\sigma(\beta [\Delta_w - \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller
+# $\beta$, the further. With $q = 1$ it is infinite, whatever $\beta$: the loss has no price of KL, only these best
+# differences. Where each pair can reach its own, $\beta$ holds the policy near the reference only where comparisons
+# contradict each other; otherwise the end of training does, as in section 4: at $q = 0.9$ the best difference would
+# be 44 nats, and the steps' pairs, each seen once, stood at 0.47. While $\sigma(-m)$ is about $\frac12$, as there,
+# $\beta$ is a factor of the whole gradient, which Adam all but divides out (Lesson 0, section 6): twice the $\beta$
+# should give about the same $\Delta$ and twice the margin. (Rafailov et al., appendix B, and TRL take 0.1.) *Label
+# smoothing* (TRL's `label_smoothing`, $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the
+# opposite: $-(1 - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$,
+# and the best difference is finite.
 #
-# **KTO** has no second answer to compare with, so it compares with $z$: how much more probable the policy makes
-# answers whether or not they fit the prompt. $z$ is the mean $\Delta$ of prompts with the answers of other prompts,
-# or 0 where that is negative. It is a cheap and biased stand-in for $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, for
-# which the policy would have to be sampled, and the policy is not trained through it. The farther an answer is from
-# $z$, the less a further nat counts, on both sides: so people value gains and losses, say Kahneman and Tversky, the K
-# and T of the name.
+# **KTO** has no second answer to compare with, so it compares with $z$, which should be
+# $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, the mean $\Delta$ of the policy's own answers. To spare the sampling,
+# $z$ is the mean $\Delta$ of answers in the data, each behind another's prompt, or 0 where that is negative: cheap,
+# but biased. It counts as a constant: no gradient goes through it. The farther an answer is from $z$, the less a
+# further nat counts, on both sides: so people value gains and losses, say Kahneman and Tversky, the K and T of the
+# name.
 #
 # **Predict:** a good answer stands 80 nats below $z$, and in a pair the chosen one 80 nats below the rejected one. How
 # hard do KTO and DPO push?
@@ -389,10 +394,10 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 # DPO pushes such a pair hardest. KTO hardly pushes the answer, no more than one that is long settled. That may spare
 # the policy wrong labels, and may leave out what is hard to learn (Ethayarajh et al. name both).
 #
-# **ORPO** has no reference to hold the policy. Its first term does, plain fine-tuning on the chosen answers, so it
-# needs no stage of SFT before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$ is
-# small this is near 1: $\log \text{odds}(p)$ is then about $\log p$, and the term about SimPO's loss with $\beta = 1$
-# and $\gamma = 0$, times ORPO's $\beta$.
+# **ORPO** has no reference, and its first term is plain fine-tuning on the chosen answers, so it needs no stage of
+# SFT before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$ is small this is near
+# 1: $\log \text{odds}(p)$ is then about $\log p$, and the term about SimPO's loss with $\beta = 1$ and $\gamma = 0$,
+# times ORPO's $\beta$.
 #
 # ## 6 · Beside PPO
 #
@@ -401,9 +406,9 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 # (in TRL with `precompute_ref_log_probs=True`; by default it computes them at each step). With an adapter they need no
 # second model: where no reference is given, TRL takes the policy with its adapter disabled.
 #
-# The runs of Lesson 10, section 9, had a fourth method: DPO, from the same rater's 1,000 pairs. The table is no race:
-# PPO learned from all six pairs of each ranking, through a reward model, and then from 512 answers of its own; and no
-# rate or price was tuned.
+# The rows behind Lesson 10, section 9, have a method that it does not show: DPO, from the same rater's 1,000 pairs.
+# The table is no race: PPO learned from all six pairs of each ranking, through a reward model, and from 512 answers
+# of its own; and no rate or price was tuned.
 
 # %%
 ppo_rows = read_rows(HERE / "results" / "10_ppo.jsonl")
@@ -424,9 +429,9 @@ assert sum(interval(found["DPO"]["ended"] - found["base"]["ended"])) < 0, "fewer
 assert x < -half and abs(g) < about and np.subtract(*interval(found["DPO"]["gold"] - found["base"]["gold"])) > 0
 
 # %% [markdown]
-# DPO's gold rises clearly; its KL is below PPO's, but only just clearly, in one of twelve intervals of three seeds
-# each. Whether PPO's gold is higher or lower, they do not say. Fewer of DPO's answers end within 20 tokens, so a part
-# of its gold may be length (section 5); the two were not separated.
+# DPO's gold rises clearly. Its KL is below PPO's, but only just clearly, and of the twelve intervals printed one may
+# exclude 0 by chance. Whether PPO's gold is higher or lower is not told. Fewer of DPO's answers end within 20 tokens,
+# so a part of its gold may be length (section 5); the two were not separated.
 #
 # With large models, from dialogue to code, Xu et al. (2024, arXiv:2404.10719) report PPO above DPO in all their cases.
 # The mechanisms differ in this. DPO is *offline*: once it has moved, its pairs are no longer answers of its own, so no
@@ -459,11 +464,12 @@ assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98 and other_way[1
 # It pushes more, nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a
 # hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly
 # anything is learned at first, and the loss is low. Nor does longer training mend it where raters disagree ($q < 1$):
-# the best $\Delta_w - \Delta_l$ (section 5) is counted from the reference, so a policy that reaches it has the ratio of
-# the two answers wrong by a hundred, too. In your own runs look at the first step: where policy and reference are one,
-# the loss is $\log 2$ and `rewards/chosen` is 0. (The loss alone says nothing of an error by one factor for both
-# answers.) Where the pairs are another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers,
-# and take the result as start and as reference.
+# the best $\Delta_w - \Delta_l$ (section 5) is counted from the reference, so a policy that reaches it has the ratio
+# of the two answers wrong by a hundred, too. In your own runs look at the first step: where policy and reference are
+# one, the loss is $\log 2$ and `rewards/chosen` is 0. (Where the reference is wrong by one factor for both answers,
+# neither the loss nor what DPO learns from the pair changes; only `rewards/chosen` shows it.) Where the pairs are
+# another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers, and take the result as start and
+# as reference.
 #
 # Now break it yourself: swap chosen and rejected in a random half of the pairs of section 4. Then $q = \frac12$, and
 # the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` (the share of pairs with a margin

@@ -204,7 +204,7 @@ def start_of_a_prompt(rows: Rows) -> Verdict:
     found = judged(
         finder(rows), in_cases("prompt", MIDDLE, "prompt-random"), lambda d: better(d) or worse(d)
     )
-    tried = "Each start has its own rate, epochs and batch size; its scale was not tried."
+    tried = "Each start has its own rate, epochs and batch size; its scale was not tried. One task of two counts where it is clear at 97.5 %."
     return replace(found, because=f"{found.because} {tried}")
 
 

@@ -80,8 +80,8 @@ def prefix() -> Verdict:
     layers = base()[0].config.num_hidden_layers
     return Verdict(
         graded({"": difference < 1e-4 and own == layers}),
-        f"The logits on both sides differ by at most {difference:.0e} of the largest; {own} of {layers} layers have keys and "
-        f"values of their own, and {P} tokens' are what the {P} tokens themselves would be.",
+        f"{own} of {layers} layers have keys and values of their own. Behind those that the base computes of {P} real tokens "
+        f"the logits differ by at most {difference:.0e} of the largest from those behind the tokens themselves.",
         Number("largest difference of the two sides, over the largest logit", difference, "times"),
         [Number("layers with a prefix", own), Number("layers", layers)], base=BASE, task="4 x 16 tokens",
     )  # fmt: skip
@@ -150,8 +150,8 @@ def architecture() -> Verdict:
     return Verdict(
         graded(cases),
         f"The base alone computes the same from embeddings in front of the input (to {sides[0]:.0e}) and from a cache (to "
-        f"{sides[1]:.0e}); {sum(same)} of the two leave its {len(modules(model))} modules as they are, where LoRA puts "
-        "others in the way.",
+        f"{sides[1]:.0e}); its {len(modules(model))} modules are as they were with {('neither', 'one of the two', 'both')[sum(same)]}, "
+        "where LoRA replaces some by its own.",
         Number("largest difference of the two sides, over the largest logit", max(sides), "times"),
         [
             Number("a soft prompt", sides[0], "times"),
@@ -253,9 +253,9 @@ def context_lost(rows: list[dict[str, Any]]) -> Verdict:
     cases = {f"{taken}": takes and e.low > 0 for taken, e in found.items()}
     return Verdict(
         graded(cases),
-        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions. What is lost was tried "
-        f"without a prompt: of a text of {CONTEXT} tokens, the base's loss on the last {SCORED} rises clearly where the first "
-        f"{those(cases)} are cut, and not clearly for {those(cases, False)}: by {found[max(found)].value:.3f} nats for "
+        f"With {P} vectors the model takes {limit - P if takes else limit} of its {limit} positions. What lost positions cost "
+        f"was tried without a prompt, by cutting texts of {CONTEXT} tokens: the base's loss on the last {SCORED} rises clearly "
+        f"where the first {those(cases)} are cut, and not clearly for {those(cases, False)}: by {found[max(found)].value:.3f} nats for "
         f"{max(found)}, by {found[min(found)].value:.3f} for {min(found)}.",
         evidence[-1],
         evidence,
