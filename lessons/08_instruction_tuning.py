@@ -11,7 +11,7 @@
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
 # words*, which are to teach it to follow instructions and not a single task. Three things can be new to a tuned model:
-# the input, the words that ask, and the task. The lesson adds one after the other.
+# the input, the words that ask, and the task.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
@@ -128,8 +128,8 @@ print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 # text of a user can spell them, since the texts and the template's tokens are encoded apart. (`transformers` writes the
 # whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the turn.) All of the assistant's
 # turns are learned, each with its end; the user's and the system's are not. The base has never met these tokens: their
-# embeddings mean nothing until they are trained. LoRA leaves them frozen unless `modules_to_save` names the matrix
-# (last exercise), `trainable_token_indices` the rows, or `target_modules` the embedding.
+# embeddings, in and out, mean nothing until they are trained. LoRA leaves them frozen unless `modules_to_save` trains
+# the matrix (last exercise), `trainable_token_indices` their rows, or `target_modules` adapts the matrix.
 
 # %%
 messages = [
@@ -258,8 +258,7 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records, about equally many of each of its tasks: one, three, or all seven. So a run with
-# more tasks sees less of each.
+# A run takes 60 steps of 24 records, about equally many of each of its tasks: one, three, or all seven.
 
 # %%
 MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}
@@ -380,7 +379,6 @@ def overall(row, what, new):
     return float(np.mean([np.mean(of) for of in row[what][new].values()]))
 
 
-print("answers that are checked:", ", ".join(f"new {new} {settings.tested * len(of)}" for new, of in now["right"].items()))
 for what, title in (("loss", "loss, nats a token"), ("right", "right answers")):
     for who, row in (("base", before), ("tuned", now)):
         print(f"{title:18} {who:5}", ", ".join(f"new {new} {overall(row, what, new):.3f}" for new in row[what]))
@@ -403,8 +401,8 @@ tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_an
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
 # are checked nearly all end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over
 # tasks, and the share of right answers differs by less than a tenth. On trained tasks it has learned some content. Of
-# all test records (the last two lines) it names the source far more often right than one that always gives the same
-# answer. For parts of speech that is undecided.
+# all test records it names the source of 61 %, where one that always gives the same answer has 33 %. For parts of
+# speech that is undecided.
 
 # %%
 if not REDUCED:
@@ -421,18 +419,18 @@ if not REDUCED:
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
 # *shuffled* instructions: each has that of another record. In trained words it is followed (0.60; a guess 0.40). In new
-# ones 0.42 is clearly more than the control's 0.35, but this is below a guess; for new tasks nothing is clear. (Where
-# no answer of either model is right, the interval has no width, and "equal" shows little.)
+# ones 0.42 is clearly more than the control's 0.35, but neither is told from a guess; for new tasks nothing is clear.
+# (The verdict's "equal" shows little: there neither model has a right answer.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA was tuned on 1,000 chosen records alone. A fact is what a
 # word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the
-# right one makes the meaning or the end likeliest. (A guess is right once in four; but the base "knows" half or more of
-# what it never read, so not all of it is memory.) It is *asked* by a trained instruction, or *in the base's own text*,
-# as by "stone (noun):". One model is tuned on the tested facts, and so *told* them; one on *other* facts. Of the facts
-# in the base's text, the latter knows more than the base, both asked: it may have learned to be asked. Whether more
-# than the base in its own text is open. But of facts in none of the base's texts, the model that was told them knows
-# more than the one told others: tuning taught it facts.
+# right one makes the meaning or the end likeliest. (The base so "knows" half or more of what it never read: not all of
+# it is memory.) It is *asked* by a trained instruction, or *in the base's own text*, by "stone (noun):" or the verse's
+# beginning alone. One model is tuned on the tested facts, and so *told* them; one on *other* facts. Of the facts in the
+# base's text, the model told others knows more than the base, both asked: it may have learned to be asked. Whether it
+# knows more than the base does in its own text is open. But of facts in none of the base's texts, the model told them
+# knows more than the one told others, in the base's own text, too: tuning taught it facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
@@ -454,10 +452,10 @@ if not REDUCED:
 # > - new phrasings: tuned 0.422 [0.361, 0.483], shuffled 0.353 [0.300, 0.407], base 0.409, a guess 0.400.
 # > - new tasks: tuned 0.329 [0.258, 0.400], shuffled 0.299 [0.233, 0.365], base 0.264, a guess 0.333.
 # >
-# > Questions: 344 for answers, 215, 215 and 129 for instructions. (5 seeds, 129 test items)
+# > Test items: 344 for answers, 215, 215 and 129 for instructions. (5 seeds, 129 test items)
 #
-# > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts of it
-# > are so:
+# > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts are
+# > so:
 # >
 # > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
 # > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
@@ -466,9 +464,10 @@ if not REDUCED:
 # > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > More: not so where the interval lies below 5 points. No more: so there, and not so above 0. Learned: beside the
-# > model told others. Of facts in none of its texts the base knows, in its own text, 53 % of the meanings and 73 % of
-# > the verse ends; a guess 25 %. (5 seeds, 256 test items)
+# > "Better" and "more" are so above 0, not so below 5 points, "no more" and "does not" so below 5, not so above 0, each
+# > with the whole interval. The last is asked, beside the model told others; in the base's own text it is +14.2 [+10.9,
+# > +17.5]. Of facts in none of its texts the base knows, in its own text, 53 % of the meanings and 73 % of the verse
+# > ends; a guess 25 %. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
@@ -546,11 +545,11 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 # [0.014, 0.039] at the trained ones, asked in new words. Of right answers they give not clearly more, and at the new
 # tasks none. (New phrasings halve those of `use`.) Is it their number, or their form? The first three have the input on
 # a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks number helps:
-# three beside one by 0.179 [0.086, 0.272]. The fourth adds 0.067 [0.008, 0.127], and at the trained ones it alone
-# clearly helps; perhaps by its form, but a fourth of the first form was not run.
+# three beside one by 0.179 [0.086, 0.272]. The fourth adds 0.067 [0.008, 0.127]; at the trained ones only this last
+# step clearly helps, perhaps by its form, but a fourth of the first form was not run.
 #
-# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as under a third of the tokens in that loss
-# are the answers'. At the new ones it is undecided.
+# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as over two thirds of the tokens in that
+# loss are prompts', and have their part in the gradient. At the new ones it is undecided.
 
 # %% [markdown]
 # ## 6 · Break it
@@ -582,8 +581,8 @@ for name, template in {
 # get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
 # (huggingface.co/docs/transformers/chat_templating).
 #
-# Second: forget the end-of-sequence token, as is easily done where the padding token is the same one and padding is
-# masked by its id.
+# Second: forget the end-of-sequence token. That happens where padding is the same token, and all labels with its id are
+# set to -100.
 #
 # **Predict:** what becomes of the answers' own tokens, and of what follows them?
 
@@ -605,7 +604,7 @@ if not REDUCED:
     assert stops < 0.1 and abs(own["with the end"] - own["without"]) < 0.1
 
 # %% [markdown]
-# The answers' own tokens are learned about as well, but hardly any answer stops: the one printed goes on and on.
+# The answers' own tokens are learned about as well, but hardly any answer stops.
 
 # %% [markdown]
 # ## Quiz

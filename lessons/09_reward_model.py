@@ -167,9 +167,9 @@ assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 
 
 # %% [markdown]
 # The loss adds up the pairs of a ranking as if they were independent. They are not: A before B and B before C decide A
-# and C. The products of the pairs' probabilities sum to 1 only with circles (A before B before C before A). Plackett
-# and Luce normalize over orders instead, by a softmax at each place. For $K = 2$ the two are one loss; for four texts,
-# over all 24 orders:
+# and C. So over the orders the products of the pairs' probabilities do not sum to 1: circles (A before B before C
+# before A), which no ranking has, take the rest. Plackett and Luce normalize over orders instead, by a softmax at each
+# place. For $K = 2$ the two are one loss; for four texts, over all 24 orders:
 #
 # **Predict:** six pairs of one ranking say as much as how many independent ones?
 
@@ -187,19 +187,19 @@ print(f"equal texts: wins vary {spread:.2f} times as much as of tossed pairs, {p
 assert np.isclose(spread, (K + 1) / 3)
 
 # %% [markdown]
-# The rest of the product goes to circles, which no ranking has. Both losses still aim at the same rewards: the gradient
-# of the pairs is a text's wins less the wins that the model expects, and at the rater's own rewards these agree on
-# average. But error bars that count the pairs are wrong. Of $K$ equal texts, the wins of one have the variance
-# $(K^2 - 1)/12$ over rankings and $(K - 1)/4$ with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a
-# ranking of four say as much as 3.6 independent ones.
+# Both losses still aim at the same rewards: the gradient of the pairs is a text's wins less the wins that the model
+# expects, and at the rater's own rewards these agree on average. But error bars that count the pairs are wrong. Of $K$
+# equal texts, the wins of one, and so its gradient's noise, have the variance $(K^2-1)/12$ over rankings and $(K-1)/4$
+# with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a ranking of four equal texts say as much as 3.6
+# independent ones.
 
 # %% [markdown]
 # ## 4 · Where the number is read
 #
 # The model is the base with a scalar head in place of the vocabulary's. The score is that of the **last real token**,
 # the only one that has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
-# end-of-text token, and then the real one is skipped. This is how transformers' `LlamaForSequenceClassification` looks
-# for it, so pad with a token of its own. We look at the length.
+# end-of-text token, and then the real one is skipped. transformers' `LlamaForSequenceClassification` falls into it, so
+# there pad with a token that ends no text. We look at the length.
 
 # %%
 model = rlhf.RewardModel(base, seed=0)
@@ -234,8 +234,8 @@ for decay in (0.0, 0.1):
 # Once all pairs are in order, a longer head always has a smaller loss, and none has the smallest. Its norm grows as the
 # logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin flips.
 # Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right. In a single pass (not
-# tried here) each pair is new when it comes, so on average the steps follow the loss of unseen pairs, which rises when
-# the head gets too sure.
+# tried with this head) each pair is unseen until its step, so the mean step lowers the loss of unseen pairs, which
+# rises when a head gets too sure.
 #
 # A fresh head's scores have any scale, so `calibrate` first gives them mean 0 and standard deviation 1, and at the end
 # again: then rewards of two models have one mean and one scale on these texts. After the second time
@@ -280,12 +280,12 @@ for run in live:
     assert run.rankings != 100 or abs(acc - kinds[FEWEST][0]["accuracy"]) < 0.03, "the sweep's row of this seed says the same, but for rounding"
 
 # %% [markdown]
-# Of $n$ rankings a share $f$ is turned round. A turned one pulls as hard in the wrong direction, so $1 - 2f$ of the
-# mean pull is left, and the pulls' mean square stays. Suppose that the mean is small beside the scatter over pairs;
-# then the scatter stays, too. If learning were like taking a mean, whose noise falls as $1/\sqrt n$, pull over noise
-# would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean ones. A label's probability is $f + (1 - 2f)\,\sigma$,
-# never above $1 - f$. These pairs are no longer Bradley and Terry's; who knows $f$ puts this expression into the loss
-# in place of $\sigma$.
+# Of $n$ rankings a share $f$ is turned round. At equal rewards the gradient of a turned pair is as large, with the
+# other sign. So $1 - 2f$ of the mean gradient is left, and its mean square stays. If the mean is small beside the
+# scatter over pairs, the scatter (mean square less squared mean) hardly changes. If learning were like taking a mean,
+# whose noise falls as $1/\sqrt n$, gradient over noise would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean
+# ones. A label's probability is $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley and
+# Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -313,8 +313,8 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # and 500 little more; 2,000 clean ones, in 250 steps, 0.68 [0.66, 0.70] of the pairs. (More steps alone: not tried.)
 # With a quarter turned round these lose 0.15. What is left is not clearly other than what 500 clean ones teach in 63
 # steps. But the interval of the difference, -0.01 [-0.06, +0.05], has room for all that 500 have taught, so it does not
-# test the rule: if the noise were that of given pairs' labels alone, which doubles, 2000 would be worth about 240. All
-# intervals are over seeds and prompts.
+# test the rule. Another rule, by the noise of given pairs' labels alone, whose variance doubles (printed above), gives
+# half of 500, about 240. All intervals are over seeds and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -328,10 +328,10 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # %% [markdown]
 # Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward models
 # agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler. Where
-# pairs differ, each has its $x = 2p - 1$, from 0 to 1. The agreement, $(1 + x^2)/2$ on average, fixes the mean of
-# $x^2$. The mean of $x$ is no less, as $x^2 \le x$, and no more than the square root, as a variance is not negative. So
-# the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs and toss a coin for the
-# rest, and 0.84.
+# pairs differ, each has its $x = 2p - 1$, from 0 to 1. From the agreement, $(1 + x^2)/2$ on average, the mean of $x^2$
+# is 0.46. That of $x$ is at least as large, as $x^2 \le x$, and at most $\sqrt{0.46} = 0.68$, as a variance is not
+# negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs and toss a coin
+# for the rest, and 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
 # model*), a reward model, then PPO, which trains a *policy* to please it.
@@ -395,9 +395,10 @@ assert abs((apart := crossed(by["coin"]["ppo"] - by["rater"]["ppo"])).value) < a
 # orders one is right. The mean over both is right in six of ten, with length averaged out, too. But a random choice
 # among 16 answers has the SFT model's own gold, and choosing by a reward model of 200 such labels gains nothing clear
 # over that. Nor does one of 200 of the rater's, so that the two are not clearly apart says little. PPO ends clearly
-# below the SFT model by either. By a coin's labels the best of 16 does so (why is open), and PPO not clearly. With a
-# large judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels,
-# or on people's, to the SFT model's in some 70 %.
+# below the SFT model by either. By a coin's labels the best of 16 ends clearly below it, too (why is open: a model that
+# has learned nothing would choose at random), and PPO not clearly. With a large judge Lee et al. 2023
+# (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on people's, to the SFT
+# model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -422,8 +423,8 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > `rlhf-9` Constitutional AI: preferences from a model that follows written principles instead of from people:
 # > **cannot be tested here**. Asked about two answers, the judge takes the one that is shown first in 100%; over both
 # > orders it agrees with the gold in 60% [57%, 63%], and takes the longer answer in 55% [52%, 58%], the gold in 45%;
-# > with length averaged out (where pairs whose longer answer has more gold count as much as the others) it agrees in
-# > 61% [58%, 63%]. What a reward model of 200 labels gains of the gold:
+# > with length averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it
+# > agrees in 61% [58%, 63%]. What a reward model of 200 labels gains of the gold:
 # >
 # > - the best of 16 over SFT: +0.01 [-0.04, +0.05].
 # > - the best of 16 over a coin's: +0.13 [+0.09, +0.17].
@@ -432,10 +433,11 @@ assert careless > 0.9 and biased < 0.76, "who errs alike votes alike"
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >
-# > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
-# > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
-# > -0.02] beside training on its own answers; a revision changes 73% of them. Of 4 stages, clearly less loss at another
-# > rate: SFT (0.125 times its own, gold -0.06). (5 seeds, 256 test items)
+# > Which of these two is shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain
+# > over SFT: the best of 16 +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the
+# > SFT model has -0.06 [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. Of SFT, PPO,
+# > SFT on the preferred answers and the reward model, only SFT has clearly less loss at another rate: at 0.125 times
+# > the one used, where its gold is lower, too (-0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?
@@ -491,9 +493,9 @@ judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.pn
 # %% [markdown]
 # No: where one of 100 rankings says 0.75, the rater agrees in about half of the pairs. A fresh head is surer still: its
 # rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5
-# on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But what it
-# says is no longer the head's: in our run the differences of rewards correlate with those before by 0.3. (A head that
-# starts at zero was not tried.)
+# on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But it is
+# mostly sure of other pairs, and not clearly better ones: in our run the differences of rewards correlate with those
+# before by 0.3.
 #
 # With two thousand clean rankings the difference over all pairs, 0.01 ± 0.03 over five seeds, is not clear. It is in
 # one of five bins: where it says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. The careless rater's two thousand
@@ -545,8 +547,7 @@ assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0
 judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense.png", dpi=120)
 
 # %% [markdown]
-# Of two held-out answers the gold prefers the longer in 53 %, and no liking of the judges is clear. (Judges of
-# helpfulness have one: Lesson 11, section 5.)
+# Of two held-out answers the gold prefers the longer in 53 %, and no liking of the judges is clear.
 #
 # Of the tokens 8 % ± 3 pass the bar, not clearly fewer than of real answers. Under every seed one of them, said ten
 # times, has more reward than the best of 256 real answers. But they are eight times as many: from one distribution,

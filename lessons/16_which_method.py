@@ -423,11 +423,10 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36
 #
 # Instruction tuning is for what is asked in words, and RLHF for what one can judge and not write down. Both have
 # verdicts of their own (Lessons 8 to 11). The first below compares the base tuned on instructions (*tuned*) with the
-# base, as it is or after three answered questions (*few-shot*), and with tuning on the same pairs without
-# instructions (*bare*); new tasks none of them gets right. In the second, *SFT* is imitation of answers, the *gold*
-# is the rater's score (Lesson 10, section 8), and *best of 16* takes the answer that the reward model likes best.
-# (One stage is not at its best rate: at an eighth of it SFT has clearly less loss, but 0.06 less gold.) If you have
-# answers, imitate them first: PPO starts from SFT.
+# base, as it is or after three answered questions (*few-shot*), and with tuning on the same pairs without instructions
+# (*bare*); new tasks none of them gets right. In the second, *SFT* is imitation of answers, the *gold* is the rater's
+# score (Lesson 10, section 8), and *best of 16* takes the answer that the reward model likes best. If you have answers,
+# imitate them first: PPO starts from SFT.
 #
 # That chain has no DPO. Other runs have it beside PPO (Lesson 20, section 6): another task and gold (VADER), three
 # seeds each, no rate tuned. DPO holds one frozen copy of the weights, PPO with a value head two (start and reward
@@ -445,8 +444,7 @@ low = {m: np.subtract(*interval(of[m]["gold"] - of["base"]["gold"])) for m in ("
 assert low["DPO"] > 0 > low["PPO"] and abs(between[0]) < between[1], "DPO's gain is clear, PPO's and which is more are not"
 
 # %% [markdown]
-# In these runs DPO clearly gains gold and PPO, whose seeds differ widely, does not; which gains more is open. In
-# `which-7`, the chain, PPO clearly does.
+# In these runs DPO clearly gains gold and PPO does not; which gains more is open. In `which-7` PPO does.
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. 6 of 9 comparisons are as stated:
@@ -471,8 +469,9 @@ assert low["DPO"] > 0 > low["PPO"] and abs(between[0]) < between[1], "DPO's gain
 # > - +0.05 [+0.00, +0.10] beside SFT on the preferred answers.
 # > - -0.07 [-0.12, -0.02] beside the best of 16.
 # >
-# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of 4 stages, clearly
-# > less loss at another rate: SFT (0.125 times its own, gold -0.06). (5 seeds, 256 test items)
+# > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of SFT, PPO, SFT on
+# > the preferred answers and the reward model, only SFT has clearly less loss at another rate: at 0.125 times the one
+# > used, where its gold is lower, too (-0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## Break it: decide by one column

@@ -196,9 +196,11 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
     rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
-    assert chain_tuning.told(chain.JUDGES, rows) == "Of 8 stages, clearly less loss at another rate: SFT (2 times its own, gold +0.15)."
+    own = "SFT, PPO, SFT on the preferred answers"
+    less = "only SFT has clearly less loss at another rate: at 2 times the one used, where its gold is higher (+0.15)"
+    assert chain_tuning.told(chain.JUDGES, rows) == f"Of {own} and 5 reward models, {less}."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == "Of 4 stages, clearly less loss at another rate: none."
+    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == f"Of {own} and the reward model, none has clearly less loss at another rate."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

@@ -254,7 +254,7 @@ def exploited(rows: Rows) -> Verdict:
         less, gained = less + bool((end < most.mean(axis=0)).all()), end - one.mean(axis=0)
         came = gained[1] / gained[0] / (np.divide(*(most - one).mean(axis=0)[::-1]))
         told.append(
-            f"{name}: the reward rises by {shown(rise)} from {f'update {top}' if top else 'the start'}, the gold falls by "
+            f"{size}, {n}: reward up by {shown(rise)} from {f'update {top}' if top else 'the start'}, gold down by "
             f"{shown(fall)}, from {before.mean():.2f} to {items(of).mean():.2f}"
         )
         right = np.array([row["accuracy"][0] for row in many])
@@ -268,7 +268,7 @@ def exploited(rows: Rows) -> Verdict:
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
     together = f"with {listed(surely(falls))}, where all {len(falls)} intervals are to hold together"
     because = (
-        f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold of training prompts has its peak; meanwhile "
+        f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold of training prompts has its peak; "
         f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
         f"With {less} of {len(JUDGES)} judges the best of 16 answers has more reward than this end, and more gold. {chain_tuning.told(JUDGES)}"
     )  # fmt: skip
@@ -338,10 +338,10 @@ def by_principles(rows: Rows) -> Verdict:
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}; with length "
-        f"averaged out (where pairs whose longer answer has more gold count as much as the others) it agrees in {percent(lengths)}. "
+        f"averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it agrees in {percent(lengths)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
-        f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. As many "
-        f"labels of the rater gain over SFT: {listed(people)}. "
+        f"Which of these two is shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
+        f"As many labels of the rater gain over SFT: {listed(people)}. "
         f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them. "
         f"{chain_tuning.told([(constitution.SIZE, constitution.LABELS)])}"

@@ -206,8 +206,9 @@ class Rival(NamedTuple):
 
     @property
     def words(self) -> str:
-        """ "SFT (0.125 times its own, gold -0.06)"."""
-        return f"{self.name} ({self.times:g} times its own{'' if self.gold is None else f', gold {self.gold:+.2f}'})"
+        """ "at 0.125 times the one used, where its gold is lower, too (-0.06)"."""
+        gold = "" if self.gold is None else f", where its gold is {'lower, too' if self.gold < 0 else 'higher'} ({self.gold:+.2f})"
+        return f"at {self.times:g} times the one used{gold}"
 
 
 def rivals(rows: Sequence[Mapping[str, Any]]) -> list[Rival]:
@@ -228,8 +229,14 @@ def told(judges: Sequence[tuple[str, int]] | None = None, rows: Sequence[Mapping
     shipped)."""
     judges, rows = [best()] if judges is None else judges, TUNED.rows() if rows is None else rows
     used = [row for row in rows if row["stage"] != "judge" or (row["judge"], row["comparisons"]) in judges]
-    better = [rival.words for rival in rivals(used) if rival.clear]
-    return f"Of {len(used)} stages, clearly less loss at another rate: {listed(better)}."
+    better = [rival for rival in rivals(used) if rival.clear]
+    stages = [Stage(row["stage"]).name for row in used if row["stage"] != "judge"]
+    models = len(used) - len(stages)
+    stages += [f"{models} reward models" if models > 1 else "the reward model"] * bool(models)
+    if not better:
+        return f"Of {listed(stages)}, none has clearly less loss at another rate."
+    have = f"only {listed([rival.name for rival in better])} {'has' if len(better) == 1 else 'have'}"
+    return f"Of {listed(stages)}, {have} clearly less loss at another rate: {listed([rival.words for rival in better])}."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

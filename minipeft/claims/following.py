@@ -240,7 +240,7 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> str:
         found = [f"{arm} {_share(arms[arm].mean)}" for arm in ("tuned", "shuffled", "base") if arm in arms]
         words.append(f"new {kind}: {', '.join(found)}, a guess {guess(kind):.3f}")
     right, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
-    return f"Shares of instructions followed:{itemized(words)}Questions: {right} for answers, {followed} for instructions."
+    return f"Shares of instructions followed:{itemized(words)}Test items: {right} for answers, {followed} for instructions."
 
 
 def _share(e: Estimate) -> str:

@@ -199,20 +199,21 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     verdict = HOLDS if all(x for _, x in found.values()) else IF if any(x for _, x in surely.values()) else NOT
     if verdict == NOT and any(x is not False for _, x in found.values()):
         verdict = UNTESTABLE
-    taught = found[TAUGHT][0]
+    taught, own = found[TAUGHT][0], less("these", "others", "absent", "text", "text")
     evidence = {name: e for name, (e, _) in found.items()} | {
         "asked, present facts: told these, less told others": less("these", "others", "present"),
-        "own text, absent facts: told these, less told others": less("these", "others", "absent", "text", "text"),
+        "own text, absent facts: told these, less told others": own,
         "own text, present facts: told others, less the base": less("others", "base", "present", "text", "text"),
     }
     for arm, values in of.items():
         evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
     guessed = listed([f"{100 * float(np.mean(read[f'{kind}, absent'])):.0f} % of {what}" for kind, what in FACTS.items()])
     because = (
-        f"{sum(x is True for _, x in found.values())} of {len(found)} parts of it are so: "
+        f"{sum(x is True for _, x in found.values())} of {len(found)} parts are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
-        f"More: not so where the interval lies below {100 * SMALL:g} points. No more: so there, and not so above 0. Learned: beside the "
-        f"model told others. Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
+        f'"Better" and "more" are so above 0, not so below {100 * SMALL:g} points, "no more" and "does not" so below {100 * SMALL:g}, not so above 0, '
+        f"each with the whole interval. The last is asked, beside the model told others; in the base's own text it is {points(own)}. "
+        f"Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
     return judged(verdict, because, *effect, evidence, 256, "facts")
