@@ -51,9 +51,10 @@ def test_what_is_told_of_each_statement(monkeypatch):
     assert told("lora-12", given).startswith("lora beside full, 320 examples of source: better (+0.50")
     assert told("forget-1", given).count("general text") == len(METHODS)
     assert told("best-4", given) == "The best rate of full fine-tuning is 1.0e-03; times this, the others': lora 1.0, lora-qv 1.0, qlora 1.0 and prompt 1.0."
+    law = Verdict(HOLDS, "so")
+    monkeypatch.setattr(large, "judge", lambda id: law)
     assert told("full-3", given) == "The best rate of full fine-tuning is 1.0e-03."
     law = Verdict(HOLDS, "so", evidence=[Number("at width 576", 2e-3, "rate", 1e-3, 4e-3)])
-    monkeypatch.setattr(large, "judge", lambda id: law)
     predicted = "is 1.0e-03; full-3's law predicts 2.0e-03 [1.0e-03, 4.0e-03]: 0.5 times that, within a factor of 2."
     assert told("full-3", given).endswith(predicted)
     law = replace(law, evidence=[replace(law.evidence[0], value=3e-3)])
