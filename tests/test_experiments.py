@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import forgetting, practice
+from experiments import forgetting, practice, real_llm
 
 import minipeft as mp
 from minipeft.claims import protocol
@@ -245,3 +245,23 @@ def test_a_row_of_another_base_is_not_known(tmp_path):
         add_row(tmp_path / "rows.jsonl", own | {"version": version})
     league = practice.known(practice.SEARCHES, tmp_path / "none.jsonl")
     assert practice.known(practice.SEARCHES, tmp_path / "rows.jsonl") == league
+
+
+# -------------------------------------------------------------------------------------------------------------- lesson 13
+
+
+def test_a_copied_verse_is_told_from_a_rewriting_and_the_best_rate_is_validations():
+    asked = real_llm.verses("test", 3)
+
+    def row(rate, texts, split="test", nats=30.0):
+        of = {"rate": rate, "split": split, "nats": [nats + i for i in range(3)], "tokens": [20, 25, 30]}
+        similar = {name: real_llm.similar(texts, [getattr(r, side) for r in asked]) for name, side in (("similar", "output"), ("copied", "input"))}
+        return of | similar | {"plain": real_llm.plain(texts)}
+
+    copies, references = ([getattr(r, side) for r in asked] for side in ("input", "output"))
+    start, tried = row(0.0, ["Yes."] * 3, nats=50.0), [row(rate, copies, "validation", nats) for rate, nats in ((1e-3, 32), (2e-3, 31), (4e-3, 33))]
+    assert real_llm.best_rate([start, *tried]) == 2e-3
+    copied, rewritten = (real_llm.found([start, *tried, row(2e-3, texts), row(2e-3, texts)]) for texts in (copies, references))
+    assert copied["copied"]["after"].value == 100 and copied["chrF"]["over the copy"].value == copied["plain"]["over the copy"].value == 0
+    assert rewritten["chrF"]["after"].value == 100 and rewritten["copied"]["over the copy"].high < 0 < rewritten["plain"]["over the copy"].value
+    assert rewritten["loss"]["gained"].value == pytest.approx(20 / 25)
