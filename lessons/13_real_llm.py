@@ -8,7 +8,7 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -159,7 +159,7 @@ assert mischief.count(tokenizer.eos_token_id) == 2, "the end of the system's tur
 # moments (Lesson 3). A frozen weight takes 4 bytes, and in NF4 about half a byte (Lesson 7). `memory_ledger` (Lesson
 # 12) runs one step on shapes alone, and lists what is held at the worst moment.
 #
-# **Predict:** 135 million parameters. How many GB does full fine-tuning hold, before a single token is read?
+# **Predict:** 135 million parameters. How many GB are weights, gradients and moments of full fine-tuning together?
 
 # %%
 BATCH, LENGTH = 4, 128
@@ -184,8 +184,8 @@ real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 
 # %% [markdown]
 # More than 2 GB: $16N$ is 2.15 GB. With this batch the worst moment is the start of backward, when nearly all
-# activations are still held. One gradient is there already, in the full column's working memory: that of the table of
-# embeddings, by which the logits are made. Of the others backward makes each as it frees activations, so the table has
+# activations are still held. One gradient is there already, in the full column's working memory: that of the matrix of
+# embeddings, by which the logits are made. Of the others backward makes each as it frees activations, so the bill has
 # no line for them. A block's gradients take less than its activations, so from there on the sum falls. (With one short
 # sequence it would rise, to $16N$ at the end: Lesson 3.) Full fine-tuning needs more than the 2 GB that this lesson
 # allows itself. LoRA needs about half of it: the base's moments are gone, and the gradient of its embeddings. The
@@ -223,8 +223,9 @@ assert tokenizer.decode(example.labels[example.labels >= 0]).endswith("<|im_end|
 #
 # Four numbers. **Held-out loss**: of the answers to 16 verses of chapters that are not trained on, in nats a token.
 # **chrF** (Popović 2015): the share of the reference's n-grams of characters ($n$ in a row) that the model's greedy
-# answer has, $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. In chrF, of the
-# answers to the first 12 of the verses, $R$, the recall, has four times the weight of $P$:
+# answer has, $R$, and of the answer's that the reference has, $P$, each averaged over $n = 1 \dots 6$. It is taken of
+# the answers to the first 12 verses, together (of the recorded runs below: answer by answer, and averaged). $R$, the
+# recall, has four times the weight of $P$:
 #
 # $$\mathrm{chrF} = 100 \, \frac{(1 + \beta^2) P R}{\beta^2 P + R}, \qquad \beta = 2 .$$
 #
@@ -287,7 +288,7 @@ assert chrf(reference, reference) == 100 and plain_share(reference) > 0.95 > 0.9
 # ## 6 · Train, twice
 #
 # The same adapter is trained on the float32 base, and on a base whose layers are read from the file straight into four
-# bits, one by one, so that no float32 copy of all of them ever exists.
+# bits, one by one, so that no float32 copy of all of them is needed.
 
 # %%
 def fine_tune(base):
@@ -334,7 +335,8 @@ real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefi
 # its base is rounded for the second time, from the sixteen points of Q4_1 to the sixteen of NF4, and these do not
 # coincide. QLoRA saves memory and not time: each product first dequantizes its matrix, on top of LoRA's work.
 #
-# After 16 steps chrF and plain words have risen, too. By twelve verses nobody can say how far. Read some answers:
+# After 16 steps chrF and plain words have risen, too. Of the four, the plain words tell a copy, which stays at the
+# verse's share, but any plain prose has many. By twelve verses nobody can say how far. Read some answers:
 
 # %%
 for i in range(min(3, SHOWN)):
@@ -343,16 +345,16 @@ for i in range(min(3, SHOWN)):
         print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
-# Before, the model makes up something of its own. After, it mostly keeps the verse and puts plain words for some of its
-# own.
+# Before, the model talks about the verse, or says something else. In these answers the tuned one keeps much of the
+# verse, and puts plain words for some of the verse's.
 #
 # ### Five runs, and 512 verses
 #
 # So five runs were recorded, each with 256 training verses and a start of its own. Their rate is the best of five on 96
 # verses of the validation split, 2.8e-3; half and twice of it do worse. (The run above has it, too, and its 16 verses
 # are among these 96.) They are judged on 512 verses of the test split, of 128 of which we have the answers. One number
-# is new: the answer's chrF with the *verse*, which is 100 for a copy. The brackets are 95 % intervals over seeds and
-# verses.
+# is new: the answer's chrF with the *verse*, which is 100 for a copy. The brackets are 95 % intervals, over verses and,
+# where five runs are measured, seeds; differences are taken verse by verse, so what makes a verse hard cancels.
 #
 # **Predict:** is the tuned answers' chrF with the reference above the copied verse's?
 
@@ -365,16 +367,17 @@ of = real_llm.found(rows)
 for what, values in of.items():
     print(f"{what:7s} " + ", ".join(f"{whose} {e.value:.2f} [{e.low:.2f}, {e.high:.2f}]" for whose, e in values.items()))
 assert of["loss"]["gained"].low > 0.5 and of["chrF"]["gained"].low > 0, "it has learned"
-assert of["chrF"]["over the copy"].low < 0 < of["chrF"]["over the copy"].high, "by chrF it might be a copy"
-assert of["copied"]["over the copy"].high < 0 < of["plain"]["over the copy"].low, "and it is none"
+assert of["chrF"]["over the copy"].low < 0 < of["chrF"]["over the copy"].high, "by chrF they might be copies"
+assert of["copied"]["after"].high < 70 and of["plain"]["over the copy"].low > 10, "and most are none"
 real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
-# No: 47, as the verse copied (the difference is within two points of 0). And yet the answers are no copies: their chrF
-# with the verse is 64, and 92 % of their words are plain, where the verse has 78 % and the reference all. What they
-# gain by plain words they must lose elsewhere: see below. So chrF with the reference alone would take this rewriting
-# for a copy. The loss, which asks for one certain wording, falls by 0.64 nats a token. (With one rate, one rank and 256
-# verses; more of them may teach more.) Answers of a recorded run:
+# Not as far as these runs can tell: 47.4 beside 46.9, a difference of +0.5 [-0.8, +1.7]. And yet most answers are no
+# copies: their chrF with the verse is 64 in the mean (41 before; the reference has 47), and of an answer's words 92 %
+# are plain in the mean, where the verse has 78 % and the reference nearly all. So chrF with the reference alone would
+# take these rewritings for copies, as a plain word counts there only where it is the reference's. The loss, which asks
+# for the reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on 256 verses; more may teach
+# more.) No number here asks whether the sense is kept; read these answers of a recorded run for it:
 
 # %%
 recorded = next(row for row in rows if row["rate"] and row["split"] == "test")
@@ -392,8 +395,8 @@ for record, text in list(zip(verses("test", 4), recorded["read"])):
 #
 # That is the **Kullback-Leibler divergence**, 0 only where the two agree. (PPO's penalty in Lesson 10 is the other
 # direction, $\mathrm{KL}(q \,\|\, p)$: its answers are drawn from the model that is trained.) *Any* change of the
-# distribution raises it, a harmless one too, so alone it says little. The **control** is a change of the same size that
-# learned nothing: the adapter with its $A$, and each $B$ replaced by random numbers, scaled so that in every layer
+# distribution raises it, a harmless one too, so alone it says little. The **control** is a change of the same norm: the
+# adapter with its trained $A$, and each $B$ replaced by random numbers (one draw), scaled so that in every layer
 # $\lVert BA \rVert_F$ is as large as it was.
 #
 # **Predict:** which of the two goes further from the old answers, the trained adapter or the random one?
@@ -433,13 +436,14 @@ if not REDUCED:
     assert all(results[name]["novel"] < start["novel"] + 0.05 for name, start in starts.items()), "the novel's loss does not rise"
 
 # %% [markdown]
-# The trained one: the intervals, over twelve answers, lie apart. A random change of the same size leaves the answers
-# about where they were (the estimate, from so few tokens and without the answers' ends, may even fall a little below
-# 0), and the held-out loss, too. So size alone does not explain the divergence. Whether what was learned of this task
-# does, or whether any trained change acts more on inputs that occur, this control cannot tell. The loss on the novel
-# does not rise: by that text alone nothing would seem forgotten. Compare the printed answers, too. How to measure
-# forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off, and then nothing is forgotten:
-# the base was only read.
+# The trained one: the intervals, over two answers to each of six questions and of one run, lie far apart. A random
+# change of the same size leaves the answers about where they were (the estimate, from so few tokens and without the
+# answers' ends, may even fall a little below 0), and the held-out loss, too. So size, by this norm, does not explain
+# the divergence. Whether what was learned of this task does, or whether any trained change acts more on inputs that
+# occur, this control cannot tell. The loss on four pieces of a novel did not rise (QLoRA's even fell, from a base that
+# rounding had made worse; why, is not tested): by that text alone nothing would seem forgotten. Compare the printed
+# answers, too. How to measure forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off,
+# and then nothing is forgotten: the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -529,7 +533,7 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 # <details><summary>Answer</summary>
 #
 # It trains float32 numbers: 16 bytes a parameter for weight, gradient and Adam's two moments, against 5 bits in the
-# file (8.5 in the embedding). Activations come on top.
+# file (8.5 in the embedding). Activations come on top, though not all of them while all gradients are held.
 #
 # </details>
 #
@@ -538,9 +542,9 @@ if sys.platform == "linux" and mp.backend.get_backend() is np:
 #
 # <details><summary>Answer</summary>
 #
-# chrF with the reference cannot tell, and the share of plain words alone cannot either: it was high before, in answers
-# that have little to do with the verse. chrF with the verse can, 64 for a copy's 100, and reading the answers: here it
-# keeps much of the verse, and puts plain words for many others.
+# chrF with the reference cannot tell, and the share of plain words alone cannot either: it was high before, too. chrF
+# with the verse can, 64 in the mean for a copy's 100, and reading the answers: they keep much of the verse, and put
+# plain words for some of its.
 #
 # </details>
 #
