@@ -419,8 +419,8 @@ if not REDUCED:
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
 # *shuffled* instructions: each has that of another record. In trained words it is followed (0.60; a guess 0.40). In new
-# ones 0.42 is clearly more than the control's 0.35, but neither is told from a guess; for new tasks nothing is clear.
-# (The verdict's "equal" shows little: there neither model has a right answer.)
+# ones 0.42 is clearly more than the control's 0.35, but neither differs clearly from a guess; at new tasks nothing
+# does. (The verdict's "equal" shows little: there neither model has a right answer.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA was tuned on 1,000 chosen records alone. A fact is what a
@@ -615,9 +615,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # New phrasings cost less than a tenth of a nat in the mean, and the share of right answers falls by less than a tenth;
-# but `use` halves, and whether instructions in new words are followed is not told from a guess. On new tasks the loss
-# fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:" comes something
-# short, and then the end.
+# but `use` halves, and instructions in new words are not clearly followed more often than by a guess. On new tasks the
+# loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:" comes
+# something short, and then the end.
 #
 # </details>
 #

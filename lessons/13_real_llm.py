@@ -375,11 +375,11 @@ assert 0 < copies < 0.05 and of["plain"]["over the copy"].low > 10, "and fewer t
 real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
-# Not as far as these runs can tell: 47.4 beside 46.9, a difference of +0.5 [-0.8, +1.7]. And yet few answers are copies
-# (2 %): their chrF with the verse is 64 in the mean (41 before; the reference has 47), and of an answer's words 92 %
-# are plain in the mean, where the verse has 78 % and the reference nearly all. So chrF with the reference alone would
-# take these rewritings for copies, as a plain word counts there only where it is the reference's. The loss, which asks
-# for the reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on 256 verses; more may teach
+# Not as far as these runs can tell: 47.4 beside 46.9, a difference of +0.5 [-0.8, +1.7]. And yet few answers are exact
+# copies (2 %): their chrF with the verse is 64 in the mean (41 before; the reference has 47), and of an answer's words
+# 92 % are plain in the mean, where the verse has 78 % and the reference nearly all. So chrF with the reference alone
+# would take these rewritings for copies, as a plain word counts there only where it is the reference's. The loss, which
+# asks for the reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on 256 verses; more may teach
 # more.) No number here asks whether the sense is kept; read these answers of a recorded run for it:
 
 # %%

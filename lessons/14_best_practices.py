@@ -115,7 +115,7 @@ assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 
 # 0, which chance alone brings about one time in twenty; *equal*, clear or not, where the interval lies within 0.02 of
 # 0 (set by hand, for nats and shares); if neither, **undecided**. This lesson makes dozens of comparisons, so one
 # that is clear may be chance. The verdict on a statement with $k$ comparisons is *holds* if all are as stated, *holds
-# if* where one is so even at the level $1 - 0.05/k$, *does not hold here* where each is told and none is as stated,
+# if* where one is so even at the level $1 - 0.05/k$, *does not hold here* where all are told and none is so,
 # and else *cannot be tested here*. (*Not told*: the interval contains the limit that the rule asks about.) In the
 # pictures bars are 95 % intervals; lines without bars are of choices, on validation under one seed.
 
@@ -146,7 +146,7 @@ assert price["rewrite, 50 examples"] > 0.5 and all(max(each[f"{task}, 5000 examp
 
 # %% [markdown]
 # With 50 of `rewrite`: more than half a nat in the mean of six methods. The setting with the lowest training loss
-# mostly has a much higher rate (of full fine-tuning 32 times). With 5,000 it costs next to nothing: no run sees an
+# mostly has a much higher rate. With 5,000 it costs next to nothing: no run sees an
 # example twice, so its training loss is nearly a validation loss. The six cases are so unlike that the interval of
 # their mean leaves the sign open: *cannot be tested here*. (The verdict takes the training loss's choice under the
 # search's seed, and the other under five, where it is less lucky. Both under the search's seed, 5,000 cost 0.003 on
@@ -233,9 +233,9 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # equal or undecided.
 #
 # Width is one reason for lower rates in large models: `full-3` pretrains, shortly, models of widths 32 to 256, and
-# extrapolates. For SmolLM2-135M, of width 576, it predicted 1.4e-3 [9.8e-4, 1.9e-3]. Measured was 1.2e-4: a twelfth,
-# and a 25th of the rate of its pretraining (3e-3, github.com/huggingface/smollm). So the law fails at a real model,
-# where the advice may hold.
+# extrapolates. For SmolLM2-135M (width 576, 30 layers, pretrained for long) it predicted 1.4e-3 [9.8e-4, 1.9e-3].
+# Measured was 1.2e-4: a twelfth, and a 25th of the rate of its pretraining (3e-3, github.com/huggingface/smollm). So
+# this law does not reach a real model, where the advice may hold.
 
 # %% [markdown]
 # > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **does not hold here**. At widths 32,

@@ -60,8 +60,8 @@ def by_gain(learned, task):
 
 
 def adalora(comparisons):
-    """How much better than LoRA AdaLoRA is, and DoRA, where so many intervals are to hold together; and AdaLoRA than LoRA of
-    rank 16, alone. On `rewrite` with 500 examples; printed."""
+    """AdaLoRA beside LoRA, and DoRA beside it, each at the level at which `comparisons` intervals hold together; AdaLoRA beside
+    LoRA of rank 16, at 95 %. On `rewrite` with 500 examples; printed."""
     find = finder(league(("lora", "lora-r16", "adalora", "dora"), MIDDLE).rows())
     of = {m: report(find, search("rewrite", m, 500), "nll") for m in ("lora", "lora-r16", "adalora", "dora")}
     ada, dora = (compare(of[m], of["lora"], "nll", level=1 - 0.05 / comparisons) for m in ("adalora", "dora"))
