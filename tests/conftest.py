@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """What was collected stays to the end: who looks for garbage need not look at eleven thousand tests each time."""
+    """What was collected stays to the end: who looks for garbage need not look at ten thousand tests each time."""
     gc.collect()
     gc.freeze()
 
