@@ -42,16 +42,14 @@ def sizes_picture(sizes, errors, bits, doubly):
 def losses_picture(losses, differences, steps):
     """The loss of each model {name: loss}, and differences of them {name: (mean, low, high)}."""
     figure, (a, b) = plt.subplots(1, 2, figsize=(10.4, 3.6), layout="constrained")
-    for at, color, label in ((slice(3), GREY, "before training"), (slice(3, None), BLUE, f"after {steps} steps")):
-        names = list(losses)[at]
-        a.plot([losses[name] for name in names], names, "o", color=color, label=label)
-    a.set(title="Held-out loss", xlabel="nats a token")
-    a.legend(fontsize=9, loc="upper center")
-    for name, (value, low, high) in differences.items():
-        b.errorbar([value], [name], xerr=[[value - low], [high - value]], fmt="o", color=BLUE, capsize=3, label=name)
-    b.axvline(0, color=GREY, ls=":", lw=1.2)
+    bars = a.barh(list(losses), list(losses.values()), color=[GREY] * 3 + [BLUE] * 3)
+    a.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    a.set(title=f"Held-out loss, before and after {steps} steps", xlabel="nats a token", xlim=(0, 1.18 * max(losses.values())))
+    value, low, high = np.transpose(list(differences.values()))
+    b.barh(list(differences), value, xerr=[value - low, high - value], color=BLUE, ecolor="0.2", capsize=3, alpha=0.6)
+    b.axvline(0, color=GREY, lw=1)
     b.set(title="Differences, and their 95 % intervals", xlabel="nats a token (below 0: the first is better)")
     for axis in (a, b):
         axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
