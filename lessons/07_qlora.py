@@ -13,16 +13,20 @@
 # minute, up to the quiz). Run it with `python lessons/07_qlora.py` (a minute on two cores), or open it as a notebook.
 # Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
-# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
+# Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
 import os
+import sys
 from pathlib import Path
 from statistics import NormalDist
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
-import matplotlib.pyplot as plt
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
+from experiments import four_bits
 
 import minipeft as mp
 from minipeft import diagrams
@@ -97,16 +101,17 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 #
 # $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ in 7 equal steps from } 1 - p \text{ to } \tfrac12, \text{ in 8 from } \tfrac12 \text{ to } p = 0.9677083 .$$
 #
-# If the weights over their scales were normal, and as wide as these points, each code would be used about equally often:
-# by 5.6 to 7.1 % of them (a sixteenth is 6.25 %).
+# If the weights over their scales were normal, with the deviation $1 / \Phi^{-1}(p)$ that fits these points, each code
+# would be used about equally often: by 5.6 to 7.1 % of them (a sixteenth is 6.25 %).
 #
 # Where does this $p$ come from? The quantile at probability 1 is infinite, so the outermost point has to be inside. Cut
 # the probabilities into 16 equal parts: the middle of the last is $1 - \frac1{32}$. Into 15: $1 - \frac1{30}$, and then
-# zero is the middle of a part, with seven others on each side. The code book has this zero and 16 points, so seven
-# steps below zero and eight above. Neither count fits both; QLoRA takes the mean of the two probabilities, $p$ above
-# and $1 - p$ below.
+# zero is the middle of a part, with seven others on each side. Sixteen parts give no zero, and fifteen one point too
+# few. The code book has a zero and 16 points, so seven steps below zero and eight above, and QLoRA takes the mean of
+# the two probabilities, $p$ above and $1 - p$ below.
 #
 # **Predict:** which of the four code books has the least error on this base, and are NF4's codes used equally often?
+# (The table gives the entropy of their use, Lesson 0, in bits: 4 where all sixteen are used equally often.)
 
 # %%
 p, quantile = (1 - 1 / 32 + 1 - 1 / 30) / 2, NormalDist().inv_cdf
@@ -150,8 +155,8 @@ errors, shares = dict(zip([*books, "equal use"], errors)), dict(zip([*books, "eq
 assert abs(errors["NF4"] - error(W)) < 1e-5, "the library's error"
 assert shares["NF4"].argmin() in (0, 15), "an outermost point is used least"
 for name, share in shares.items():
-    worth = -sum(s * np.log2(s) for s in share if s)  # the entropy, 4 where all sixteen are used equally often
-    print(f"{name:9s} error {errors[name]:.4f}, codes worth {worth:.2f} bits, used by {share.min():.1%} to {share.max():.1%} of the weights")
+    entropy = -sum(s * np.log2(s) for s in share if s)
+    print(f"{name:9s} error {errors[name]:.4f}, entropy of the codes {entropy:.2f} bits, used by {share.min():.1%} to {share.max():.1%} of the weights")
 assert [*sorted(errors, key=errors.get)] == ["NF4", "E2M1", "int4", "FP4", "equal use"]
 print(f"the outermost points of equal use stand at {equal[0]:.2f} and {equal[-1]:.2f}")
 assert 0.7 < min(-equal[0], equal[-1]) and max(-equal[0], equal[-1]) < 0.8
@@ -165,19 +170,23 @@ widths = [(np.abs(w).max(axis=1) / w.std(axis=1)).mean() for w in (blocks, W[: W
 print(f"a block's scale is {widths[0]:.1f} standard deviations (mean), of 4096 weights {widths[1]:.1f}; NF4's largest point stands at {quantile(p):.2f}")
 assert widths[1] > 4 > 3 > widths[0] > quantile(p)
 
+# %%
+four_bits.books_picture(scaled, books | {"equal use": equal}, errors).savefig(OUT / "07_qlora_books.png", dpi=120)
+
 # %% [markdown]
-# NF4 has the least error. It does not use its codes equally often: the largest of 64 normal numbers is further out than
-# NF4's last quantile, so the weights crowd towards zero, and the outer points are seldom used. How far out it is
-# depends on the size of the block (here 2.6 deviations of 64 weights, 4.2 of 4096), so no one code book can use its
-# codes equally at all sizes (Yoshida 2023, arXiv:2306.06965).
+# NF4 has the least error. The figure shows the weights in gray, with each block's largest in the bars at $\pm 1$: NF4
+# has many points where the weights are many, int4 as few as elsewhere. But NF4 does not use its codes equally often:
+# the largest of 64 normal numbers is further out than NF4's last quantile, so the weights crowd towards zero, and the
+# outer points are seldom used. How far out it is depends on the size of the block (here 2.6 deviations of 64 weights,
+# 4.2 of 4096), so no one code book can use its codes equally at all sizes (Yoshida 2023, arXiv:2306.06965).
 #
 # Nor does equal use make the error small. The last code book of the table has its points at quantiles of these very
 # weights over their scales. It uses its codes nearly equally often, and has the largest error of all. Its outermost
-# points stand near $\pm 0.75$, so the largest weight of each block, $\pm 1$, comes back a quarter too small. The 6 % of
-# the weights beyond these points carry more than half of the squared error, which weighs large misses most. Is it
-# enough to move the two points to $\pm 1$, where NF4 has points? No: their neighbors stand just beyond $\pm\frac12$, so
-# two gaps grow to nearly $\frac12$, and the error with them. NF4 has 0.56 and 0.72 below its 1: it gives the few large
-# weights more points than their number earns.
+# points stand near $\pm 0.75$ (the figure's last row), so the largest weight of each block, $\pm 1$, comes back a
+# quarter too small. The 6 % of the weights beyond these points carry more than half of the squared error, which weighs
+# large misses most. Is it enough to move the two points to $\pm 1$, where NF4 has points? No: their neighbors stand
+# just beyond $\pm\frac12$, so two gaps grow to nearly $\frac12$, and the error with them. NF4 has 0.56 and 0.72 below
+# its 1: it gives the few large weights more points than their number earns.
 #
 # By the error of the weights of this base, the order of the other four is NF4, E2M1, int4, FP4. The paper's Table 2
 # uses another measure, the mean perplexity of models of 125 million to 13 billion parameters: there NF4 is first, two
@@ -193,9 +202,11 @@ sizes = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 by_size = [error(W, blocksize=size) for size in sizes]
 for size, e in zip(sizes, by_size):
     print(f"blocks of {size:4d}: {4 + 32 / size:.3f} bits, error {e:.4f}")
-assert by_size == sorted(by_size)
+assert (0.94 < (halving := np.divide(by_size[:-1], by_size[1:]))).all() and (halving < 0.97).all()
 
 # %% [markdown]
+# Each halving takes 3 to 6 % off the error, and costs twice the bits of the one before. (Section 4 draws both.)
+#
 # ## 4 · Double quantization: the scales are numbers too
 #
 # The scales take half a bit of 4.5, a ninth. **Double quantization** quantizes them, too: 256 scales at a time, to
@@ -215,9 +226,12 @@ assert abs(plain_bits - nested_bits - 0.373) < 0.001
 assert abs(double - single) < 0.01 * single, "almost free"
 assert nested_bits < 32 / 128 and double < by_size[sizes.index(128)]
 
+# %%
+four_bits.sizes_picture(sizes, by_size, 4 + nested_bits, double).savefig(OUT / "07_qlora_sizes.png", dpi=120)
+
 # %% [markdown]
-# The error hardly grows. So blocks of 64 with double quantization take fewer bits than plain blocks of 128, and have a
-# smaller error.
+# The error hardly grows. The figure has section 3's sizes as a curve, and the star stands below it: blocks of 64 with
+# double quantization take fewer bits than plain blocks of 128, and have a smaller error.
 #
 # ## 5 · 65 billion parameters on one GPU
 #
@@ -282,10 +296,10 @@ assert frozen + 2 * (total - linear) + 16 * adapter > 48e9, "with what is not pa
 # float32.
 #
 # Dequantizing is work that a plain layer does not have, so a step of training takes longer: by a smaller share the more
-# tokens it has, as only the products' work grows with them. (With the number of weights both grow.) Writing one token
-# at a time is bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For
-# few rows bitsandbytes multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the
-# speed of 16 bits, for matrices at least 4096 wide.
+# tokens the step has, as only the products' work grows with them. (With the number of weights both grow.) Writing one
+# token at a time is bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read.
+# For few rows bitsandbytes multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times
+# the speed of 16 bits, for matrices at least 4096 wide.
 #
 # Why not train the four-bit weights themselves? A step of Adam changes each weight by about the learning rate (Lesson
 # 0, section 6), and then the weight must be rounded to a code again.
@@ -372,17 +386,18 @@ def beside(name, other):
 
 
 print(f"\nweights: base {megabytes(base):.1f} MB, in four bits {megabytes(quantized):.1f} MB")
-assert 2 * base.backbone.embedding.weight.numpy().nbytes / 1e6 > megabytes(quantized), "the embedding is most of it"
+assert round(megabytes(quantized), 1) == 1.7 and 2 * base.backbone.embedding.weight.numpy().nbytes / 1e6 > megabytes(quantized), "the embedding is most of it"
 singular = [np.linalg.svd(w - back(w), compute_uv=False) ** 2 for w in weights.values()]
 held = sum(s[:8].sum() for s in singular) / sum(s.sum() for s in singular)
 print(f"rank 8 holds {held:.0%} of the squared error of all {len(weights)} matrices")
 assert held < 0.25
 for name, loss in losses.items():
     print(f"  {name:20s} held-out loss {loss:.3f}")
-for name, other in (("base in NF4", "base"), ("LoftQ start", "base in NF4"), ("LoftQ start", "base"), ("QLoRA", "LoRA"), ("QLoRA, LoftQ start", "QLoRA")):
-    value, low, high = beside(name, other)
+both = (("base in NF4", "base"), ("LoftQ start", "base in NF4"), ("LoftQ start", "base"), ("QLoRA", "LoRA"), ("QLoRA, LoftQ start", "QLoRA"))
+differences = {f"{name} minus {other}": beside(name, other) for name, other in both}
+for name, (value, low, high) in differences.items():
     verdict = "worse" if low > 0 else "better" if high < 0 else "undecided"
-    print(f"  {name} minus {other}: {value:+.4f}, from {low:+.4f} to {high:+.4f}" + f": {verdict}" * (not REDUCED))
+    print(f"  {name}: {value:+.4f}, from {low:+.4f} to {high:+.4f}" + f": {verdict}" * (not REDUCED))
 assert beside("QLoRA", "base in NF4").high < 0, "it learns"
 if not REDUCED:
     cost, left = beside("base in NF4", "base"), beside("QLoRA", "LoRA")
@@ -390,18 +405,24 @@ if not REDUCED:
     print(f"of what LoRA learned, QLoRA lacks {100 * left.value / (losses['base'] - losses['LoRA']):.1f} %")
     grown = mean(found["QLoRA"][0] - found["LoRA"][0] - (found["base in NF4"][0] - found["base"][0]), found["base"][1])
     print(f"QLoRA minus LoRA is more than base in NF4 minus base by {grown.value:.4f}, from {grown.low:.4f} to {grown.high:.4f}")
+    assert losses["base"] - losses["LoRA"] > 1 and all(abs(difference.value) < 0.03 for difference in differences.values())
     assert left.low > 0 and grown.value > 0 and grown.low > -0.002 and 0.01 < left.value / (losses["base"] - losses["LoRA"]) < 0.03, "and after it a small part of what is learned"
     assert beside("LoftQ start", "base in NF4").high < 0 < beside("QLoRA, LoftQ start", "QLoRA").low
     assert beside("LoftQ start", "base").low < 0, "and so not worse than the base"
 assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantized.named_parameters()), "the base was only read"
 
+# %%
+four_bits.losses_picture(losses, differences, STEPS).savefig(OUT / "07_qlora_losses.png", dpi=120)
+
 # %% [markdown]
-# Yes: QLoRA minus LoRA, after these 20 steps, is no smaller than NF4 minus base was before. The adapter learned the
-# task: of what LoRA learned it lacks 1 to 3 %. That it made up for the error of four bits does not show. (With more
-# examples it may: `qlora-5`, below, finds smaller differences.) LoftQ starts better, no worse than the base as far as
-# these verses tell, although rank 8 holds less than a quarter of the squared error: loss does not follow from the size
-# of the error alone. And it ends worse here. (Li et al. find that it helps most where fewer bits are used: two, or two
-# and four mixed.) These differences are of one seed: their intervals speak of other verses, not of other seeds.
+# Yes: QLoRA minus LoRA, after these 20 steps, is no smaller than NF4 minus base was before. The figure shows at the
+# left that training gains over a nat, and at the right that no two of the models compared differ by 0.03. The adapter
+# learned the task: of what LoRA learned it lacks 1 to 3 %. That it made up for the error of four bits does not show.
+# (With more examples it may: `qlora-5`, below, finds smaller differences.) LoftQ starts better, no worse than the base
+# as far as these verses tell, although rank 8 holds less than a quarter of the squared error: loss does not follow from
+# the size of the error alone. And it ends worse here. (Li et al. find that it helps most where fewer bits are used:
+# two, or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not of other
+# seeds.
 #
 # **Predict:** tuned in the league (Lesson 3), under five seeds, does LoftQ still end worse than QLoRA?
 
@@ -416,8 +437,8 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 
 # %% [markdown]
 # No: on `rewrite` it ends better, by less than 0.02 nats (0.008 [0.000, 0.015], above 0 before rounding), and on
-# `source` equal. The rate does not turn the order: the league chose 0.003 for both. Its steps, batches, verses or seeds
-# may.
+# `source` equal. That is not the rate's doing: the league chose 0.003, as above, for both. Its steps, batches, verses
+# or seeds may change the order.
 #
 # `qlora-5`, below, has five seeds, and tunes both methods (the league, Lesson 3). There a difference above 0 means that
 # the first method is *better* (above, of losses, that it is worse): on `rewrite` its loss is lower, in nats, and on
@@ -427,7 +448,7 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 # benchmarks, with LoRA on all linear layers, whatever its rank (section 4, appendix A); with FP4 it lost about one
 # percentage point on MMLU, a test of knowledge. With LoRA on query and value alone it did not reach full fine-tuning.
 #
-# The embedding is not packed, and in a model this small it is most of what is left.
+# The embedding is not packed, and in a model this small it is most of the 1.7 MB that are left.
 
 # %% [markdown]
 # > `qlora-1` base in 4 bits, adapters in 16 or 32 bits, train the adapters only: **holds**. It trains with adapters in
@@ -502,35 +523,10 @@ assert damage[32] < damage[64] < 64 and damage[4096] > 2000
 # this, in a few columns. QLoRA keeps activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which
 # quantizes them to eight, multiplies those columns in 16. Now break it yourself: which matrix of the base has the
 # largest ratio of largest weight to standard deviation, and is its error under NF4 the largest, too?
-
-# %%
-figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-axes[0].hist(scaled.reshape(-1), bins=101, range=(-1, 1), density=True, color="0.8")
-for y, (name, book) in zip((0.12, 0.32, 0.52, 0.72), books.items()):
-    inside = book[np.abs(book) <= 1]
-    axes[0].plot(inside, np.full(inside.size, y), "|", markersize=13, markeredgewidth=2, label=f"{name}, error {errors[name]:.3f}")
-axes[0].set(title="Weights of the base over their block's scale", xlabel="w / max |w|", yticks=[])
-axes[0].legend(fontsize=8)
-axes[1].plot([4 + 32 / s for s in sizes], by_size, "o-")
-for s, e in zip(sizes, by_size):
-    axes[1].annotate(str(s), (4 + 32 / s, e), textcoords="offset points", xytext=(6, 4), fontsize=8)
-axes[1].plot([4.127], [double], "*", markersize=14, label="64, doubly quantized")
-axes[1].set(title="Block size", xlabel="bits a weight", ylabel="relative error")
-axes[1].legend(fontsize=8)
-shown = list(losses)[::-1]
-axes[2].plot([losses[name] for name in shown], shown, "o", color="C0")
-axes[2].set(title=f"Held-out loss, before and after {STEPS} steps", xlabel="nats a token")
-axes[2].grid(alpha=0.3)
-figure.savefig(OUT / "07_qlora.png", dpi=120)
-
-# %% [markdown]
-# The picture. Left: the weights over their block's scale, and the four code books. The spikes at $\pm 1$ are the
-# largest weight of each block. Middle: smaller blocks have smaller errors and cost more bits; double quantization
-# (star) gets the error of blocks of 64 for fewer. Right: the losses of section 6.
 #
-# In the verdict, a shortcut goes wrong if it at least doubles the error of what it stores, weights or scales, loses
-# more than a tenth of a gain, or gives no number. Scales quantized with their mean (section 4 subtracts it) go wrong by
-# this rule; the weights hardly notice.
+# In the verdict below, a shortcut goes wrong if it at least doubles the error of what it stores, weights or scales,
+# loses more than a tenth of a gain, or gives no number. Scales quantized with their mean (section 4 subtracts it) go
+# wrong by this rule; the weights hardly notice.
 
 # %% [markdown]
 # > `qlora-6` needs a careful implementation (bitsandbytes): **holds if**. 2 of 4 shortcuts go wrong (scales with their
