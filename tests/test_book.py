@@ -68,7 +68,7 @@ def test_a_figure_in_words():
     right.set(xlabel="step", ylabel="error of $h$")
     figure.suptitle("Two things")
     assert describe(figure) == (
-        'Figure "Two things" with 2 panels. Panel 1: "Memory"; MB: LoRA 1.5, full 4. '
+        'Figure "Two things" with 2 panels. Panel 1: "Memory"; MB: LoRA is 1.5, full is 4. '
         "Panel 2: error of h (logarithmic) against step; error: 0.001 at 1 to 1e-05 at 3; another line: 1 throughout."
     )
 
@@ -106,8 +106,8 @@ def test_what_has_no_label_in_words():
     shapes.hist([i / 100 + 0.005 for i in range(100)] + [0.5] * 10, bins=20, range=(0, 1))
     shapes.axvline(0.5, label="limit")
     assert describe(figure) == (
-        "Figure with 3 panels. Panel 1: points: full 0.1 [-0.1, 0.2], LoRA 0.2 [0.1, 0.5]; a line at x = 0. "
-        "Panel 2: tuned: a 1.5 [1, 2.5], c 3 [2.5, 4]; other bars: b 1,250 [1,250, 1,251]. "
+        "Figure with 3 panels. Panel 1: points: full is 0.1 [-0.1, 0.2], LoRA is 0.2 [0.1, 0.5]; a line at x = 0. "
+        "Panel 2: tuned: a is 1.5 [1, 2.5], c is 3 [2.5, 4]; other bars: b is 1,250 [1,250, 1,251]. "
         "Panel 3: limit: x = 0.5; a histogram, highest at 0.525, nine tenths of it from 0.055 to 0.945; "
         "gold: a histogram, highest at 1.5, nine tenths of it from 1.07 to 2.8."
     )

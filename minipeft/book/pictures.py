@@ -105,7 +105,7 @@ def _at_names(axes: Any, points: Any, error: Any = None) -> list[str]:
         if all(re.fullmatch(r"(mathdefault|[-−+.,^%e\d ])*", name) for name in names.values()):  # numbers, as _words has them
             continue
         places = [min(names, key=lambda at: abs(at - point[1 - value])) for point in points]
-        texts = [f"{names[at]} {_number(point[value])}".strip() for at, point in zip(places, points)]
+        texts = [f"{names[at]} is {_number(point[value])}".removeprefix(" is ") for at, point in zip(places, points)]
         if error and (error.has_yerr if value else error.has_xerr):
             ends = [sorted(end[value] for end in segment) for segment in error[2][-value].get_segments()]
             texts = [f"{text} [{', '.join(map(_number, span))}]" if len(span) == 2 else text for text, span in zip(texts, ends, strict=True)]
