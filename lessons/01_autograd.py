@@ -528,7 +528,7 @@ for fn, inputs in ((f, [rng.standard_normal((4, 16))]), (F.layer_norm, [x, weigh
 BLUE, ORANGE = "#0072B2", "#D55E00"
 fig, axis = plt.subplots(figsize=(8, 5), layout="constrained")
 for dtype, color, marker in ((np.float32, ORANGE, "o"), (np.float64, BLUE, "s")):
-    axis.loglog(steps, curves[dtype], marker, color=color, ms=4.5)
+    axis.loglog(steps, curves[dtype], marker, color=color, ms=4.5, label=dtype.__name__)
     best = curves[dtype].argmin()
     rounding = curves[dtype][best] * steps[best] / steps
     axis.loglog(steps[: best + 4], np.where(rounding < 3, rounding, np.nan)[: best + 4], "--", color=color, lw=1)

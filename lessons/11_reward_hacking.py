@@ -549,8 +549,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# No: with the two judges that agreed with it in more than 60% of held-out pairs it climbed, with the four others it
-# moved no more than its noise. That is six runs, and the limit of 60% was drawn afterwards.
+# No: with the two judges that agreed with it most, in two of six runs, it climbed; with the four others it moved no
+# more than its noise.
 #
 # </details>
 #

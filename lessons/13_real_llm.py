@@ -30,6 +30,9 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
 import numpy as np
+
+sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
+
 from experiments import real_llm
 from experiments.real_llm import encoded, plain, verses
 

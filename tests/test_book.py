@@ -20,6 +20,8 @@ from cli_helpers import output
 from minipeft.book import links
 from minipeft.book.lessons import NEEDED, PACKAGE
 from minipeft.book.pictures import describe
+from minipeft.book.site import glossary
+from minipeft.claims.register import VERDICTS
 
 needs_extra = pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra book")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -66,8 +68,8 @@ def test_a_figure_in_words():
     right.set(xlabel="step", ylabel="error of $h$")
     figure.suptitle("Two things")
     assert describe(figure) == (
-        'Figure "Two things" with 2 panels. Panel 1: "Memory"; MB: LoRA 1.5, full 4. '
-        "Panel 2: error of h (logarithmic) against step; error: 0.001 at 1 to 1e-05 at 3; 1 other line."
+        'Figure "Two things" with 2 panels. Panel 1: "Memory"; MB: LoRA is 1.5, full is 4. '
+        "Panel 2: error of h (logarithmic) against step; error: 0.001 at 1 to 1e-05 at 3; another line: 1 throughout."
     )
 
 
@@ -82,7 +84,32 @@ def test_a_line_in_words():
     axes.plot([1, 2, 3], [1, 1.01, 1], label="seed")
     axes.plot([1, 3], [1, 2], label="seed")
     assert describe(axes.figure) == (
-        "Figure: LoRA: 3 at 1 to 2 at 3, lowest 1 at 2; W_up: 3 points, from 5 to 7; base: 2 throughout; seed, one of 2: 1 at 1 to 1 at 3; 1 other line."
+        "Figure: LoRA: 3 at 1 to 2 at 3, lowest 1 at 2; W_up: 3 points, from 5 to 7; base: 2 throughout; seed, one of 2: 1 at 1 to 1 at 3; "
+        "another line: 1 at 1 to 2 at 3."
+    )
+
+
+def test_what_has_no_label_in_words():
+    """Points and bars by the names of their axis, with their error bars; bars of one color together; lines by where they cross; histograms by their shape."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    points, bars, shapes = figure.subplots(1, 3)
+    points.errorbar([0.1, 0.2], [0, 1], xerr=([0.2, 0.1], [0.1, 0.3]), fmt="o", capsize=3)
+    points.set_yticks([0, 1], ["full", "LoRA"])
+    points.axvline(0)
+    points.plot([], [])
+    for place, (height, color) in enumerate([(1.5, "C0"), (1250, "C1"), (3, "C0")]):
+        bars.bar(place, height, yerr=[[0.5], [1]], color=color, label="tuned" if place == 0 else None)
+    bars.set_xticks(range(3), ["a", "b", "c"])
+    shapes.stairs([0, 3, 1], [0, 1, 2, 3], fill=True, label="gold")
+    shapes.hist([i / 100 + 0.005 for i in range(100)] + [0.5] * 10, bins=20, range=(0, 1))
+    shapes.axvline(0.5, label="limit")
+    assert describe(figure) == (
+        "Figure with 3 panels. Panel 1: points: full is 0.1 [-0.1, 0.2], LoRA is 0.2 [0.1, 0.5]; a line at x = 0. "
+        "Panel 2: tuned: a is 1.5 [1, 2.5], c is 3 [2.5, 4]; other bars: b is 1,250 [1,250, 1,251]. "
+        "Panel 3: limit: x = 0.5; a histogram, highest at 0.525, nine tenths of it from 0.055 to 0.945; "
+        "gold: a histogram, highest at 1.5, nine tenths of it from 1.07 to 2.8."
     )
 
 
@@ -92,6 +119,11 @@ def test_a_docstring_as_restructured_text():
         "First \\ ``x``\\  and \\*y\\*.", "More.", "", "::", "", "        W = A B", "", "", "1. one", "", "2. two", "",
         "::", "", "    r      rank", "    alpha  scale", "",
     ]  # fmt: skip
+
+
+def test_every_verdict_is_in_the_glossary():
+    words = {word for entry, _ in glossary() for word in entry.split(", ")}
+    assert words >= {*VERDICTS, "as stated", "not told", "equal", "undecided"}
 
 
 def test_every_lesson_explains_modules_and_uses_what_is_there():
@@ -173,7 +205,8 @@ def broken(site: Path) -> list[str]:
 def test_the_book_holds_what_the_lesson_says_and_does(book):
     page = (book / "lessons" / "01_small.html").read_text(encoding="utf-8")
     assert "the default rank is 8 gradcheck" in page and '<math display="block">' in page and "<mfrac>" in page
-    assert re.search(r'<img[^>]* alt="Figure: &quot;It rises&quot;; nats against step; loss: 3 at 1 to 4 at 2\."', page)
+    picture = re.search(r'<a href="([^"]*)" title="full size"><img[^>]* alt="Figure: &quot;It rises&quot;; nats against step; loss: 3 at 1 to 4 at 2\."', page)
+    assert picture and (book / "lessons" / picture[1]).is_file()
     assert page.count("<details") == 2, "preamble and plotting are folded, and nothing else"
     assert "Lesson 1" in (book / "index.html").read_text(encoding="utf-8")
 

@@ -70,11 +70,11 @@ def measured_lines(make, text):
     }  # fmt: skip
 
 
-def stacked(axis, y, parts, height=0.8, alpha=1.0, labels=True):
-    """A bar of parts {label: (color, length)}, with their sum behind it."""
+def stacked(axis, y, parts, height=0.8, alpha=1.0, labels=True, more=""):
+    """A bar of parts {label: (color, length)}, with their sum behind it; more: what each label has in front."""
     left = 0.0
     for part, (color, n) in parts.items():
-        axis.barh(y, n, height, left, color=color, alpha=alpha, label=part if labels else None)
+        axis.barh(y, n, height, left, color=color, alpha=alpha, label=more + part if labels else None)
         left += n
     axis.text(left, y, f"  {left:.0f}", va="center", fontsize=9)
 
@@ -94,14 +94,14 @@ def step_picture(mine, bars):
     """What a step of `mine` takes by method, predicted and measured."""
     figure, axis = one_plot()
     for i, pair in enumerate(bars.values()):
-        for shift, lines, alpha in ((-0.2, pair[0], 0.5), (0.2, pair[1], 1.0)):
+        for shift, lines, alpha, more in ((-0.2, pair[0], 0.5, "predicted "), (0.2, pair[1], 1.0, "")):
             mb = {line: n / 1e6 for line, n in lines.items()}
             parts = {line: (color, mb[line]) for line, color in (("weights", "C0"), ("optimizer states", "C2"))}
             parts["activations, gradients, working memory"] = "C1", mb["peak"] - sum(n for _, n in parts.values())
-            stacked(axis, i + shift, parts, 0.38, alpha, i == 0 and alpha == 1)
+            stacked(axis, i + shift, parts, 0.38, alpha, i == 0, more)
     axis.set(title=f"This engine: a step of {count_parameters(mine).total / 1e6:.1f}M parameters", ylim=(3.3, -0.6))
     axis.set(yticks=range(len(bars)), yticklabels=list(bars), xlabel="MB (pale: predicted, full: measured)", xlim=(0, 230))
-    axis.legend(fontsize=9, loc="lower right")
+    axis.legend(handles=axis.containers[3:6], fontsize=9, loc="lower right")  # of the first full bar
     return figure
 
 

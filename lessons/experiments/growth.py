@@ -120,23 +120,28 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict]) -> Any:
-    """The figure: a column an axis, time above, memory below; points measured, lines theory."""
-    figure, axes = plt.subplots(2, len(AXES), sharey="row", figsize=(2.6 * len(AXES), 5.2), layout="constrained")
-    for column, axis in zip(axes.T, AXES):
+    """The figure: for three axes at a time their time, and below it their memory; points measured, lines theory."""
+    figure, axes = plt.subplots(4, 3, sharey="row", figsize=(8, 10), layout="constrained")
+    for above, below in zip(axes[:2, 0], axes[2:, 0]):
+        below.sharey(above)
+    columns = np.hstack(axes.reshape(2, 2, 3))  # [time and memory, axis]
+    for column, axis in zip(columns.T, AXES):
         found = along(axis, rows)
         xs = [row[axis] for row in found]
         for panel, (measured, theory), unit in zip(column, COSTS.values(), (1e3, 1e-6)):
             scale = found[-1][measured] / found[-1][theory] if theory == "flops" else 1.0
-            panel.loglog(xs, [unit * scale * row[theory] for row in found], "-", color="0.6", label=theory)
+            label = {"flops": "FLOPs, through the last point"}.get(theory, theory)
+            panel.loglog(xs, [unit * scale * row[theory] for row in found], "-", color="0.6", label=label)
             panel.loglog(xs, [unit * row[measured] for row in found], "o", markersize=4, label="measured")
             slopes = exponent(axis, found, measured), exponent(axis, found, theory)
-            panel.set_title("at the end $x^{{{:.2f}}}$, in theory $x^{{{:.2f}}}$".format(*slopes), fontsize=8)
-            panel.set_xticks(xs, map(str, xs), fontsize=7, rotation=45)
+            name = {"rank": "rank of LoRA"}.get(axis, axis)
+            panel.set_title("{}: $x^{{{:.2f}}}$, in theory $x^{{{:.2f}}}$".format(name, *slopes), fontsize=9)
+            panel.set_xticks(xs, map(str, xs), fontsize=8, rotation=45)
             panel.minorticks_off()
-        column[-1].set_xlabel({"rank": "rank of LoRA"}.get(axis, axis))
-    for panel, label, theory in zip(axes[:, 0], ("ms a step", "MB at the peak"), ("FLOPs, through the last point", "ledger")):
+    for panel, label in zip(axes[:, 0], ("ms a step", "MB at the peak") * 2):
         panel.set_ylabel(label)
-        panel.legend(panel.lines[::-1], ["measured", theory], fontsize=7, frameon=False)
+    for panel in axes[:2, 0]:
+        panel.legend(handles=panel.lines[::-1], fontsize=8, frameon=False)
     return figure
 
 

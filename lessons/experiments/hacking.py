@@ -46,16 +46,16 @@ def runs_picture(priced, weak):
     curves = [(columns, {"color": color, "label": f"β = {beta:g}"}) for (beta, columns), color in zip(priced.items(), ("C3", "C1", "C0"))]
     curves.append((weak, {"color": "black", "linestyle": "--", "label": "β = 0, 300 rankings"}))
     curves = [({name: smooth(values) for name, values in columns.items()}, style) for columns, style in curves]
-    figure, axes = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 7), layout="constrained")
     titles = {"proxy": "Proxy: optimized", "gold": "Gold: only watched", "distinct_2": "Distinct bigrams", "second": "Gold × distinct bigrams"}
-    for axis, (key, title) in zip(axes, titles.items()):
+    for axis, (key, title) in zip(axes.flat, titles.items()):
         for columns, style in curves:
             for d, y in zip(np.sqrt(columns["kl"]), columns[key]):
                 axis.plot(d, y, linewidth=1.4, **style)
         axis.set(title=title, xlabel="sqrt(KL)")
         axis.spines[["top", "right"]].set_visible(False)
     seeds = len(curves[0][0]["kl"])
-    axes[0].legend(handles=axes[0].lines[::seeds], frameon=False, fontsize=7)  # the colors are the same in all
+    axes[0, 0].legend(handles=axes[0, 0].lines[::seeds], frameon=False, fontsize=9)  # the colors are the same in all
     return figure
 
 
@@ -64,14 +64,16 @@ def chain_picture(judged, along):
 
     judged: {(size, comparisons): (rows of PPO, rows of the best of n)}; along: gives of a row of PPO the curve of a key.
     """
-    figure, panels = plt.subplots(1, len(judged), figsize=(22, 4.2), sharey=True, layout="constrained")
-    for axis, ((size, n), (runs, many)) in zip(panels, judged.items()):
+    figure, panels = plt.subplots((len(judged) + 2) // 2, 2, figsize=(8, 9), sharey=True, layout="constrained")
+    first, *_, empty = panels.flat  # one panel more than judges, for the legend
+    for axis, ((size, n), (runs, many)) in zip(panels.flat, judged.items()):
         for key, color in (("proxy", "C3"), ("gold", "C2")):
             for i, row in enumerate(runs):
                 axis.plot(*along(row, key), color=color, linewidth=1.2, label=None if i else key)
             best = [np.mean([[row["best_of"][m][name] for row in many] for name in ("kl", key)], axis=1) for m in many[0]["best_of"]]
-            axis.plot(*np.transpose([(math.sqrt(kl), value) for kl, value in best]), "--", color=color, linewidth=2)
+            axis.plot(*np.transpose([(math.sqrt(kl), value) for kl, value in best]), "--", color=color, linewidth=2, label=f"{key}, best of n")
         axis.set(title=f"{size}, {n} comparisons", xlabel="sqrt(KL)")
         axis.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
+    empty.axis("off")
+    empty.legend(*first.get_legend_handles_labels(), frameon=False, loc="center")
     return figure

@@ -1,5 +1,6 @@
 """What Sphinx reads: its extensions, the theme, and formulas as MathML, which browsers show without a script."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -56,8 +57,15 @@ def source_page(app, page, template, context, doctree):
             context["body"] = context["body"].replace("</h1>", f"</h1><p>{lessons}</p>", 1)
 
 
+def full_size(app, page, template, context, doctree):
+    """Make each figure a link to its full size, which a narrow screen does not have room for."""
+    figure = r'<img [^>]*src="([^"]*_images/[^"]*)"[^>]*>'
+    context["body"] = re.sub(figure, r'<a href="\1" title="full size">\g<0></a>', context.get("body", ""))
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (math, None), (lambda self, node: math(self, node, block=True), None))
     app.connect("autodoc-process-docstring", docstring)
     app.connect("html-page-context", source_page)
+    app.connect("html-page-context", full_size)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
