@@ -448,9 +448,9 @@ if not REDUCED:
 # 0), and the held-out loss, too. So size, by this norm, does not explain the divergence. Whether what was learned of
 # this task does, or whether any trained change acts more on inputs that occur, this control cannot tell. The loss on
 # four pieces of a novel did not rise (QLoRA's even fell, from a base that rounding had made worse; why, is not tested):
-# by that text alone nothing would seem forgotten. Compare the printed answers, too. How to measure forgetting, and what
-# helps against it, is Lesson 15. An adapter can also be taken off, and then nothing is forgotten: the base was only
-# read.
+# by that text alone nothing would seem forgotten. Compare the printed answers, too: one that ends at once is forgetting
+# at its plainest. How to measure forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off,
+# and then nothing is forgotten: the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
