@@ -334,8 +334,8 @@ real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefi
 # %% [markdown]
 # The held-out loss falls in both, and with LoRA on most verses. QLoRA begins behind, at about 2.66 in place of 2.42,
 # from a base that was rounded twice: to the sixteen points of Q4_1, then to the sixteen of NF4, which do not coincide.
-# (What NF4 alone would cost, nothing here measures.) QLoRA saves memory and not work: each
-# product first dequantizes its matrix, on top of what LoRA does. (Its seconds, printed, are of one run.)
+# (What NF4 alone would cost, nothing here measures.) QLoRA saves memory and not work: each product first dequantizes
+# its matrix, on top of what LoRA does. (Its seconds, printed, are of one run.)
 #
 # After 16 steps chrF and plain words have risen, too. Of the four, the plain words tell a copy, which stays at the
 # verse's share, but any plain prose has many. By twelve verses nobody can say how far. Read some answers:
