@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,7 +262,17 @@ def test_a_copied_verse_is_told_from_a_rewriting_and_the_best_rate_is_validation
     copies, references = ([getattr(r, side) for r in asked] for side in ("input", "output"))
     start, tried = row(0.0, ["Yes."] * 3, nats=50.0), [row(rate, copies, "validation", nats) for rate, nats in ((1e-3, 32), (2e-3, 31), (4e-3, 33))]
     assert real_llm.best_rate([start, *tried]) == 2e-3
+    assert {rate: e.value for rate, e in real_llm.margins([start, *tried]).items()} == pytest.approx({1e-3: 3 / 75, 4e-3: 6 / 75})
     copied, rewritten = (real_llm.found([start, *tried, row(2e-3, texts), row(2e-3, texts)]) for texts in (copies, references))
     assert copied["copied"]["after"].value == 100 and copied["chrF"]["over the copy"].value == copied["plain"]["over the copy"].value == 0
     assert rewritten["chrF"]["after"].value == 100 and rewritten["copied"]["over the copy"].high < 0 < rewritten["plain"]["over the copy"].value
     assert rewritten["loss"]["gained"].value == pytest.approx(20 / 25)
+    assert copied["copied"]["the reference"].value == pytest.approx(real_llm.similar(references, copies).mean())
+
+
+def test_a_drawn_answer_is_labeled_up_to_its_end_and_its_padding_is_not(monkeypatch):
+    tokenizer = SimpleNamespace(pad=lambda prompts, side: (np.zeros((2, 3), int), None), eos_token_id=2)
+    monkeypatch.setattr(real_llm, "generate", lambda *a, **k: np.array([[0, 0, 0, 7, 2, 2], [0, 0, 0, 5, 6, 7]]))
+    ended, cut = real_llm.drawn(None, tokenizer, [[4, 4], [3, 3, 3]], 3)
+    assert ended.input_ids.tolist() == [4, 4, 7, 2] and ended.labels.tolist() == [-100, -100, 7, 2]
+    assert cut.input_ids.tolist() == [3, 3, 3, 5, 6, 7] and cut.labels.tolist() == [-100] * 3 + [5, 6, 7]

@@ -20,10 +20,12 @@ from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import Row
 from minipeft.experiments.shipped import rounded
+from minipeft.nn.generation import generate
 from minipeft.text.corpora import bible
 from minipeft.text.datasets import Instruction
 from minipeft.text.examples import Example, encode_examples
 from minipeft.text.templates import chat
+from minipeft.train.batches import IGNORE
 from minipeft.train.evaluation import example_losses
 from minipeft.train.metrics import chrf
 
@@ -33,6 +35,16 @@ INSTRUCTION = "Rewrite this verse in plain English."
 LENGTH = 192  # tokens of an example, at most
 RATES, RATE = (3.5e-4, 7e-4, 1.4e-3, 2.8e-3, 5.6e-3), 2.8e-3  # tried, and the best by the rows
 CONFIG = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+QUESTIONS = (  # of many kinds; none has to do with the task
+    "What is the capital of France?", "Write one sentence about the sea.", "Name three colors.",
+    "Why do birds fly south in winter?", "How do I boil an egg?", "What is two plus two?",
+    "Who wrote Hamlet?", "Explain what a prime number is.", "Give me a recipe for pancakes.",
+    "Translate 'good morning' into French.", "What should I pack for a day in the mountains?", "Tell me a short joke.",
+    "How does a refrigerator work?", "Write a polite letter to a neighbor about noise.", "What is the largest planet?",
+    "Write a Python function that adds two numbers.", "How can I sleep better?", "Describe the taste of a lemon.",
+    "What is the difference between a lake and a river?", "Suggest a name for a cat.", "When did people first land on the Moon?",
+    "Write the first line of a detective story.", "How many days has a leap year?", "What does a doctor do?",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,17 @@ def encoded(records: Sequence[Instruction], tokenizer: Any) -> list[Example]:
     return encode_examples(records, tokenizer, LENGTH, chat(tokenizer)).examples
 
 
+def drawn(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], n: int) -> list[Example]:
+    """The model's own answer to each prompt, drawn, of at most n tokens: these are the labels, with the end where it was drawn."""
+    ids, mask = tokenizer.pad(prompts, side="left")
+    examples = []
+    for prompt, row in zip(prompts, generate(model, ids, mask, n, temperature=1.0, seed=0)[:, ids.shape[1] :]):
+        ends = np.flatnonzero(row == tokenizer.eos_token_id)
+        answer = row[: ends[0] + 1] if len(ends) else row  # behind its end a row is filled up
+        examples.append(Example(np.append(prompt, answer), np.append(np.full(len(prompt), IGNORE), answer)))
+    return examples
+
+
 def run(s: Run) -> Row:
     """The row of a run:
 
@@ -121,6 +144,13 @@ def best_rate(rows: Sequence[Row]) -> float:
     """The rate whose loss on validation is lowest, of those tried."""
     tried = {row["rate"]: sum(row["nats"]) / sum(row["tokens"]) for row in rows if row["split"] == "validation"}
     return min(tried, key=lambda rate: tried[rate])
+
+
+def margins(rows: Sequence[Row]) -> dict[float, Estimate]:
+    """{rate: how much its loss on validation is above that of the best, in nats a token, with an interval over the verses alone}."""
+    tried = {row["rate"]: row for row in rows if row["split"] == "validation"}
+    best = tried.pop(best_rate(rows))
+    return {rate: mean(np.array(row["nats"]) - best["nats"], best["tokens"]) for rate, row in tried.items()}
 
 
 def over(values: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
@@ -160,6 +190,7 @@ def found(rows: Sequence[Row]) -> dict[str, dict[str, Estimate]]:
             "before": over(start), "after": over(end), "the verse": over(copy[name][None]),
             "gained": over(end - start), "over the copy": over(end - copy[name]),
         }  # fmt: skip
+    result["copied"]["the reference"] = over(similar(reference, verse)[None])
     result["plain"]["the reference"] = over(share(plain(reference))[None])
     return result
 
