@@ -8,7 +8,7 @@
 # it gained and what it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -191,11 +191,11 @@ real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 # embeddings, by which the logits are made. Of the others backward makes each as it frees activations, so the bill has
 # no line for them. A block's gradients take less than its activations, so from there on the sum falls. (With one short
 # sequence it would rise, to $16N$ at the end: Lesson 3.) Full fine-tuning needs more than the 2 GB that this lesson
-# allows itself. LoRA needs about half of it: the base's moments are gone, and the gradient of its embeddings. The
-# activations are not, as every linear layer keeps its input for $A$. (With query and value alone a quarter was saved,
-# Lesson 12.) QLoRA puts the layers' weights in four bits. (The embedding, a fifth of this model, stays in float32 in
-# all three.) What would lower the activations is checkpointing: keep fewer of them, and compute forward again (Lesson
-# 12).
+# allows itself. LoRA needs about half of full fine-tuning's sum: the base's moments are gone, and the gradient of its
+# embeddings. The activations are not, as every linear layer keeps its input for $A$. (With query and value alone a
+# quarter was saved, Lesson 12.) QLoRA puts the layers' weights in four bits. (The embedding, a fifth of this model,
+# stays in float32 in all three.) What would lower the activations is checkpointing: keep fewer of them, and compute
+# forward again (Lesson 12).
 #
 # ## 4 · A task with real data
 #
@@ -340,8 +340,10 @@ real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefi
 # (What NF4 alone would cost, nothing here measures.) QLoRA saves memory and not work: each product first dequantizes
 # its matrix, on top of what LoRA does. (Its seconds, printed, are of one run.)
 #
-# After 16 steps chrF and plain words have risen, too. Of the four, the plain words tell a copy, which stays at the
-# verse's share, but any plain prose has many. By twelve verses nobody can say how far. Read some answers:
+# After 16 steps chrF and plain words have risen, too; by twelve verses nobody can say how far. Of the four, the plain
+# words tell a copy: it has no more of them than the verse. (They do not tell what is right, as any plain prose has as
+# many.) The losses do not tell: a model can give the reference more probability than before, and still think the verse
+# likeliest. Read some answers:
 
 # %%
 same = (real_llm.similar(results["LoRA"]["texts"], verse) == 100).sum()
@@ -357,12 +359,12 @@ for i in range(min(3, SHOWN)):
 #
 # ### Five runs, and 512 verses
 #
-# So five runs were recorded, each with 256 training verses and a start of its own. Their rate is the best of five on 96
-# verses of the validation split, 2.8e-3; there, under one seed, half and twice of it do worse, by 0.03 nats a token
-# each (the printed intervals are over verses alone). (The run above has it, too, and its 16 verses are among these 96.)
-# They are judged on 512 verses of the test split, of 128 of which we have the answers. One number is new: the answer's
-# chrF with the *verse*, which is 100 for a copy. The brackets are 95 % intervals, over verses and, where five runs are
-# measured, seeds; differences are taken verse by verse, so what makes a verse hard cancels.
+# So five runs were recorded, each with 256 training verses and a start of its own. Their rate is the best of five,
+# tried on 96 verses of the validation split, 2.8e-3; there, under one seed, half and twice of it do worse, by 0.03 nats
+# a token each (the printed intervals are over verses alone). (The run above has it, too, and its 16 verses are among
+# these 96.) They are judged on 512 verses of the test split, of 128 of which we have the answers. One number is new:
+# the answer's chrF with the *verse*, which is 100 for a copy. The brackets are 95 % intervals, over verses and, where
+# five runs are measured, seeds; differences are taken verse by verse, so what makes a verse hard cancels.
 #
 # **Predict:** is the tuned answers' chrF with the reference above the copied verse's?
 
@@ -388,12 +390,12 @@ real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
 # Not as far as these runs can tell: 47.4 beside 46.9, a difference of +0.5 [-0.8, +1.7]. And yet few answers are exact
-# copies (2 %): their chrF with the verse is 64 in the mean (41 before; the reference has 47), and of an answer's words
-# 92 % are plain in the mean, where the verse has 78 % and the reference nearly all. So chrF with the reference alone
-# cannot tell these rewritings from copies. Why it pays no more for them is not tested; some answers below are damaged,
-# and that costs, too. The loss, which asks for the reference's wording, falls by 0.64 nats a token. (This is LoRA of
-# one rank on 256 verses; more may teach more.) No number here asks whether the sense is kept; read these answers of a
-# recorded run for it:
+# copies (2 %): their chrF with the verse is 64 in the mean (41 before; the reference's with the verse is 47, as chrF
+# changes little where the two change places), and of an answer's words 92 % are plain in the mean, where the verse has
+# 78 % and the reference nearly all. So chrF with the reference alone cannot tell these rewritings from copies. Why chrF
+# is no higher for them is not tested; some answers below are damaged, and that lowers it. The loss, which asks for the
+# reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on 256 verses; more may teach more.) No
+# number here asks whether the sense is kept; read these answers of a recorded run for it:
 
 # %%
 for record, text in zip(verses("test", 4), runs[0]["read"]):
@@ -408,11 +410,12 @@ for record, text in zip(verses("test", 4), runs[0]["read"]):
 #
 # $$\mathbb{E}_{x \sim p}\big[\log p(x) - \log q(x)\big] = \mathrm{KL}(p \,\|\, q) \ge 0 .$$
 #
-# That is the **Kullback-Leibler divergence**, 0 only where the two agree. (PPO's penalty in Lesson 10 is the other
-# direction, $\mathrm{KL}(q \,\|\, p)$: its answers are drawn from the model that is trained.) *Any* change of the
-# distribution raises it, a harmless one too, so alone it says little. The **control** is a change of the same norm: the
-# adapter with its trained $A$, and each $B$ replaced by random numbers (one draw), scaled so that in every layer
-# $\lVert BA \rVert_F$ is as large as it was.
+# That is the **Kullback-Leibler divergence** of whole answers, 0 only where the two agree; below, the sum over all
+# answers is divided by the number of their tokens, and of a cut answer its beginning counts. (PPO's penalty in Lesson
+# 10 is the other direction, $\mathrm{KL}(q \,\|\, p)$: its answers are drawn from the model that is trained.) *Any*
+# change of the distribution raises it, a harmless one too, so alone it says little. The **control** is a change of the
+# same norm: the adapter with its trained $A$, and each $B$ replaced by random numbers (one draw), scaled so that in
+# every layer $\lVert BA \rVert_F$ is as large as it was.
 #
 # **Predict:** which of the two goes further from the old answers, the trained adapter or the random one?
 
@@ -447,13 +450,13 @@ if not REDUCED:
 # %% [markdown]
 # The trained one: the intervals, over one answer to each of 24 questions, lie far apart. (One run, one seed, one random
 # draw, and questions we made up: this says what became of this adapter, not how much LoRA forgets.) A random change of
-# the same size leaves the answers about where they were (the estimate, from so few tokens, may even fall a little below
-# 0), and the held-out loss, too. So size, by this norm, does not explain the divergence. Whether what was learned of
-# this task does, or whether any trained change acts more on inputs that occur, this control cannot tell. The loss on
-# four pieces of a novel did not rise (QLoRA's even fell, from a base that rounding had made worse; why, is not tested):
-# by that text alone nothing would seem forgotten. Compare the printed answers, too: one that ends at once is forgetting
-# at its plainest. How to measure forgetting, and what helps against it, is Lesson 15. An adapter can also be taken off,
-# and then nothing is forgotten: the base was only read.
+# the same size, which reads the same directions of the input (by $A$), leaves the answers about where they were (the
+# estimate, from so few tokens, may even fall a little below 0), and the held-out loss, too. So neither size, by this
+# norm, nor $A$ explains the divergence alone. Whether any trained $B$ would go as far, or this task's alone does, this
+# control cannot tell. The loss on four pieces of a novel did not rise (QLoRA's even fell, from a base that rounding had
+# made worse; why, is not tested): by that text alone nothing would seem forgotten. Compare the printed answers, too:
+# one that ends at once is forgetting at its plainest. How to measure forgetting, and what helps against it, is Lesson
+# 15. An adapter can also be taken off, and then nothing is forgotten: the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -477,8 +480,8 @@ with tuned["LoRA"].disable_adapter():
 # (Lesson 19, section 8, measures such an exchange.) For llama.cpp, its script `convert_lora_to_gguf.py` converts such a
 # directory. Merging into the file's weights keeps the file small only if they are rounded to four bits again, and then
 # part of the update may be lost: Lesson 19 measures it for NF4, where an update as trained kept over nine tenths of its
-# gain, and a quarter of it less than 15 %. For this file and this adapter we have not measured it. Training with QLoRA
-# and talking are also two commands:
+# gain, but an update scaled to a quarter less than 15 % of what it gains unrounded. For this file and this adapter we
+# have not measured it. Training with QLoRA and talking are also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat
