@@ -68,10 +68,16 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection(session):
+    """Nothing that collecting makes is garbage, and nobody need look for it."""
+    gc.disable()
+
+
 def pytest_collection_finish(session):
-    """What was collected stays to the end: who looks for garbage need not look at ten thousand tests each time."""
+    """What was collected stays to the end: who looks for garbage need not look at thousands of tests each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc):
