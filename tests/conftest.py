@@ -74,9 +74,10 @@ def pytest_collection(session):
 
 
 def pytest_collection_finish(session):
-    """What was collected stays to the end: who looks for garbage need not look at thousands of tests each time."""
+    """What was collected stays to the end: who looks for garbage need not look at thousands of tests each time, nor so often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()
 
 
