@@ -55,7 +55,7 @@ N = sum(p.size for p in base.parameters())
 print(f"the base: {N:,} parameters, {base.config.num_hidden_layers} layers, vocabulary {base.config.vocab_size}")
 train_examples = data.drawn("rewrite", 320, seed=0)  # of the verses that have at most 260 characters, prompt and answer together
 train_records = data.asked("rewrite", "train", 160)
-held_out_records = data.asked("rewrite", "validation", 16 if REDUCED else 64)
+held_out_records = data.asked("rewrite", "validation", 4 if REDUCED else 64)
 held_out_examples = data.encode(held_out_records)
 assert not {record.prompt for record in held_out_records} & {record.prompt for record in data.questions("rewrite", "train")}
 print(f"\n{train_records[0].prompt}{train_records[0].completion}")
@@ -97,7 +97,7 @@ assert abs(by_hand - base.loss(ids[None], labels[None]).item()) < 1e-4
 # %%
 documents = [Document(text) for text in general_text("validation")[::7]]
 blocks = encode_examples(documents, tokenizer, max_length=128).examples
-blocks = blocks[:: len(blocks) // (8 if REDUCED else 64)]
+blocks = blocks[:: len(blocks) // (2 if REDUCED else 64)]
 
 
 def losses_of(model):
@@ -109,7 +109,7 @@ def losses_of(model):
 def rewrite(model, record):
     """What the model writes for a prompt, greedily, until it stops."""
     prompt = tokenizer.encode(record.prompt)
-    written = model.generate([prompt], max_new_tokens=40)[0][len(prompt) :]
+    written = model.generate([prompt], max_new_tokens=8 if REDUCED else 40)[0][len(prompt) :]
     return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
@@ -138,7 +138,7 @@ def verses(records):
 classifier = mp.SequenceClassifier(base, num_labels=2)
 assert sum(p.size for p in classifier.parameters()) == N + 2 * base.config.hidden_size
 optimizer = mp.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.0)
-for step in range(3 if REDUCED else 20):
+for step in range(2 if REDUCED else 20):
     ids, mask, kind = verses(train_records[8 * step : 8 * step + 8])
     classifier.loss(ids, kind, attention_mask=mask).backward()
     optimizer.step()
@@ -341,7 +341,7 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 def ended(model):
     """In how many of the held-out verses the model stops by itself, greedily, within 40 tokens."""
     ids, mask = tokenizer.pad([tokenizer.encode(record.prompt) for record in held_out_records], side="left")
-    written = model.generate(ids, mask, max_new_tokens=40)[:, ids.shape[1] :]
+    written = model.generate(ids, mask, max_new_tokens=8 if REDUCED else 40)[:, ids.shape[1] :]
     return (written == tokenizer.eos_token_id).any(axis=1).mean().item()
 
 

@@ -45,7 +45,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "09_reward_model.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 16 and 32 rankings for 100 and 300, too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: judges from 8 and 16 rankings for 100 and 300, too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
@@ -126,7 +126,7 @@ def labelled(split, n, seed):
     return prompts, answers, gold
 
 
-LARGEST = 32 if REDUCED else 300
+LARGEST = 16 if REDUCED else 300
 prompts, answers, gold = labelled("train", LARGEST, 0)
 order = rlhf.rank(gold, np.random.default_rng(0), temperature=0.1)
 print(f"\n{len(prompts)} prompts; one of them, ranked by the rater:")
@@ -271,7 +271,7 @@ if "--full" in sys.argv:
     sweep(measure, judges.RUNS, executor=1, store=RESULTS)
 kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round): rows, by seed}
 
-live = [Run(16), Run(32)] if REDUCED else [Run(100), Run(300)]
+live = [Run(8), Run(16)] if REDUCED else [Run(100), Run(300)]
 print("\n rankings   pairs in which the better answer is preferred (a coin: 0.5)")
 for run in live:
     _, rewards = train(run, LARGEST)

@@ -46,7 +46,7 @@ RESULTS = HERE / "results" / "10_ppo.jsonl"
 base, tokenizer = mp.load_base()
 rng = np.random.default_rng(0)
 if REDUCED:
-    print("REDUCED SETTING: a judge from 16 rankings and 2 updates in section 7, too few to learn anything.\n")
+    print("REDUCED SETTING: a judge from 8 rankings and 1 update in section 7, too few to learn anything.\n")
 
 # %% [markdown]
 # *Reinforcement learning from human feedback* (InstructGPT, Ouyang et al. 2022, arXiv:2203.02155) has three stages:
@@ -354,7 +354,7 @@ if "--full" in sys.argv:
     sweep(policies.measure, policies.RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
-policy, history = policies.learn(Run("PPO", updates=2, rankings=16) if REDUCED else Run("PPO"))
+policy, history = policies.learn(Run("PPO", updates=1, rankings=8) if REDUCED else Run("PPO"))
 policies.show_updates(history)
 assert abs(history[0]["objective/kl"]) < 1e-3, "it starts as its own reference"
 if not REDUCED:

@@ -48,12 +48,12 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 8 rankings and 2 updates in sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: judges from 8 rankings and 2 updates of 8 short answers in sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
-LENGTH = 20
-HELD_OUT = 512 if "--full" in sys.argv else 32 if REDUCED else 128  # prompts that a judge is asked about
+LENGTH, BATCH = (6, 8) if REDUCED else (20, 32)  # of an answer, and of an update
+HELD_OUT = 512 if "--full" in sys.argv else 8 if REDUCED else 128  # prompts that a judge is asked about
 gold = rlhf.gold_reward(tokenizer)
 
 # %%
@@ -177,7 +177,7 @@ def optimize(run):
     judge, accuracy = reward_model(run.rankings, run.seed)
     policy = base.copy()
     config = rlhf.PPOConfig(
-        steps=run.updates, batch_size=32, mini_batch_size=16, num_epochs=2, response_length=LENGTH,
+        steps=run.updates, batch_size=BATCH, mini_batch_size=BATCH // 2, num_epochs=2, response_length=LENGTH,
         stop_token_ids=STOPS, missing_eos_score=run.missing_eos_score, kl_coef=run.beta, max_kl=1e6,
         learning_rate=run.learning_rate, lr_scheduler_type="constant", seed=run.seed, progress=False,
     )  # fmt: skip
@@ -508,7 +508,7 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 a
 policy = POLICIES[free]
 second, second_accuracy = reward_model(8 if REDUCED else 400, 1)
 judge, judge_accuracy = reward_model(free.rankings, free.seed)
-prompts = openings("validation")[: 16 if REDUCED else 128]
+prompts = openings("validation")[: 4 if REDUCED else 128]
 table = {}
 for name, model in (("base", base), ("policy", policy)):
     roll = rlhf.rollout(model, prompts, LENGTH, 1.0, STOPS, seed=2)

@@ -101,7 +101,7 @@ print(f"the base has {N:,} parameters")
 # fine-tuning's, to a half, or to the whole?
 
 # %%
-STEPS, SIZE, TIMED = (2, 4, {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, {})
+STEPS, SIZE, TESTED, TIMED = (2, 4, (8, 2), {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, (), {})
 IDS = np.array([tokenizer.encode("And the king said to his servants,")])
 
 
@@ -114,7 +114,7 @@ def off(model, start):
 
 def cost(method):
     """(peak bytes of a step, predicted and measured; median seconds of a step; seconds a token, unmerged and merged; `off`)."""
-    task = shipped.rewriting(SIZE * STEPS, seed=0)
+    task = shipped.rewriting(SIZE * STEPS, 0, *TESTED)
     settings = Settings(method, METHODS[method].learning_rate, STEPS, batch_size=SIZE)
     row, model = fine_tune(base, task, settings, progress=False)
     plain = merged(model)

@@ -46,7 +46,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "20_dpo.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: 32 pairs in section 4, too few to learn anything.\n")
+    print("REDUCED SETTING: 16 pairs in section 4, too few to learn anything.\n")
 
 # %% [markdown]
 # PPO and DPO both begin with comparisons, and both want what Lesson 10 wants: a high reward at a small KL.
@@ -234,7 +234,7 @@ assert (np.diff(path[:, 1]) < 0).all() and path[-1, 2] > 0.99, "the chosen falls
 # **Predict:** $\Delta$ of the chosen and of the rejected answers starts at 0. Where does each go?
 
 # %%
-live = Learning("dpo", **(dict(rankings=32) if REDUCED else {}))
+live = Learning("dpo", **(dict(rankings=16) if REDUCED else {}))
 policy, history = preferences.learn(live)
 columns = {name: np.array([h[f"rewards/{name}"] for h in history]) / live.beta for name in ("chosen", "rejected")}
 part = max(1, len(history) // 4)

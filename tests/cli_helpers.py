@@ -8,7 +8,10 @@ from unittest.mock import patch
 
 import minipeft as mp
 from minipeft.cli import main, report
+from minipeft.experiments import shipped
 from minipeft.files import read_safetensors
+
+ENCODED, TOKENIZERS = shipped.general_blocks, {}
 
 
 def tiny(path, **changes):
@@ -20,9 +23,14 @@ def tiny(path, **changes):
     return path
 
 
+def general_blocks(tokenizer, *size):
+    """`shipped.general_blocks`, which encodes much: once for all tokenizers that are the same."""
+    return ENCODED(TOKENIZERS.setdefault((tokenizer._plain.to_str(), str(tokenizer.config)), tokenizer), *size)
+
+
 def run(*argv) -> int:
     """The status of a command, in this process; the answers that it shows are short."""
-    with patch.object(report, "ANSWER", 8):
+    with patch.object(report, "ANSWER", 8), patch.object(shipped, "general_blocks", general_blocks):
         return main([str(a) for a in argv])
 
 

@@ -1,6 +1,6 @@
 """Runs lessons as scripts, each in a process of its own that begins with what they all load: `LessonRunner`.
 
-A lesson in a new process loads NumPy, Matplotlib, the corpora and the base, evaluates the base, and reads the league's
+A lesson in a new process loads NumPy, Matplotlib, the corpora and the base, encodes held-out text, and reads the league's
 rows, before it does what no other does. Here one process does that, and is forked for each lesson.
 """
 
@@ -42,7 +42,7 @@ def load() -> None:
     from minipeft.claims.league import MAIN, league
     from minipeft.experiments import shipped
 
-    shipped.before()
+    shipped.rewriting(1, seed=0)
     league(MAIN).rows()
 
 

@@ -13,12 +13,12 @@ import strict_device
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import mutually_broadcastable_shapes
+from test_ops import every_case
 
 import minipeft as mp
 from minipeft import AutogradError, Tensor, nn, no_grad
 from minipeft import functional as F
-from minipeft.autograd.cases import op_cases
-from minipeft.autograd.tensor import Node, checkpoint, gradients, is_grad_enabled, unbroadcast
+from minipeft.autograd.tensor import REGISTRY, Node, checkpoint, gradients, is_grad_enabled, unbroadcast
 from minipeft.backend import Rng, to_numpy
 from minipeft.quant import cases as quant_cases  # noqa: F401  its op and its cases enter the registry
 
@@ -641,7 +641,7 @@ def test_random_graphs_of_sums_and_products(data):
 # ------------------------------------------------------------------------------------- arrays that are changed in between
 
 
-@pytest.mark.parametrize("case", op_cases(), ids=lambda c: f"{c.op} {c.label}".replace(" ", "_"))
+@every_case(list(REGISTRY))
 def test_of_every_op_a_gradient_that_a_change_would_make_wrong_is_refused(case):
     """And no other, but where the values do not matter for these numbers."""
     for which, array in enumerate(case.inputs):

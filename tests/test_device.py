@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 from test_kernels import attention, far_apart, hidden, qkv
-from test_ops import by_definition, close, run
+from test_ops import by_definition, cases_of, close, every_case, run
 
 from minipeft import functional as F
 from minipeft.autograd import cases as C
@@ -22,38 +22,36 @@ from minipeft.backend import Rng, to_numpy
 FORMS = [name for name, fn in REGISTRY.items() if fn.__module__ == F.__name__ and "cupy" in fn.forms]
 targets = C.integers(5000, 7)
 some = np.where(targets % 3 == 0, -100, targets)
-EDGES = [  # rows longer than the threads of a block, and shorter than a warp; what only kernels take apart
-    C.Case("large values", F.swiglu, (200 * C.normal(7, 30), C.normal(7, 30, seed=1)), op="swiglu"),
-    C.Case("broadcast", F.swiglu, (C.normal(7, 1), C.normal(3, 1, 5)), op="swiglu"),
-    *[
-        C.Case(f"{d} channels", norm, (C.normal(5, d) + 50 * len(more), C.positive(d), *more), op=norm.__name__)
-        for d in (1, 31, 5000)
-        for norm, more in ((F.rms_norm, ()), (F.layer_norm, (C.normal(d),)))
+EDGES = {  # rows longer than the threads of a block, and shorter than a warp; what only kernels take apart
+    "swiglu": [
+        C.Case("large values", F.swiglu, (200 * C.normal(7, 30), C.normal(7, 30, seed=1))),
+        C.Case("broadcast", F.swiglu, (C.normal(7, 1), C.normal(3, 1, 5))),
     ],
-    C.Case("many numbers", lambda x: F.dropout(x, 0.3, Rng(3, 4, first_row=5)), (C.normal(5, 13, 97),), op="dropout"),
-    C.Case(
-        "behind padding", lambda x: F.dropout(x, 0.3, Rng(3).behind([0, 7, 2])), (C.normal(3, 7, 9),), op="dropout"
-    ),
-    C.Case("repeated ids", F.embedding, (C.integers(7, 3, 100), C.normal(9, 40)), op="embedding"),
-    C.Case("a cache longer than the queries", attention(is_causal=True), qkv(2, 4, 2, 7, 15)),
-    C.Case("more queries than keys", attention(is_causal=True), qkv(1, 4, 1, 13, 6)),
-    C.Case("long rows", attention(is_causal=True), qkv(1, 2, 1, 3, 5000)),
-    C.Case("no keys", attention(), qkv(1, 2, 1, 3, 0)),
-    C.Case("no keys, causal", attention(is_causal=True), qkv(1, 2, 1, 3, 0)),
-    C.Case("rows that see nothing", attention(is_causal=True), qkv(2, 4, 2, 3, 5), (~hidden,)),
-    C.Case("scores far apart", attention(is_causal=True), tuple(9 * a for a in qkv(1, 2, 2, 6, 6))),
-    C.Case("many classes", F.cross_entropy, (C.normal(7, 5000), some)),
-    C.Case("many classes, smoothed", partial(F.cross_entropy, label_smoothing=0.1), (C.normal(7, 5000), some)),
-    C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
-    C.Case("many classes", F.linear_cross_entropy, (C.normal(7, 4), C.normal(5000, 4), some)),
-]
-CASES = C.op_cases(FORMS)
-in_float32 = pytest.mark.parametrize(
-    "case", [*CASES, *EDGES], ids=lambda c: f"{c.op or getattr(c.fn, '__name__', '')}-{c.label}".replace(" ", "_")
-)
-few_of_each = pytest.mark.parametrize(
-    "case", [c for name in FORMS for c in [c for c in CASES if c.op == name][:2]], ids=lambda c: f"{c.op}-{c.label}".replace(" ", "_")
-)
+    "rms_norm": [C.Case(f"{d} channels", F.rms_norm, (C.normal(5, d), C.positive(d))) for d in (1, 31, 5000)],
+    "layer_norm": [
+        C.Case(f"{d} channels", F.layer_norm, (C.normal(5, d) + 50, C.positive(d), C.normal(d))) for d in (1, 31, 5000)
+    ],
+    "dropout": [
+        C.Case("many numbers", lambda x: F.dropout(x, 0.3, Rng(3, 4, first_row=5)), (C.normal(5, 13, 97),)),
+        C.Case("behind padding", lambda x: F.dropout(x, 0.3, Rng(3).behind([0, 7, 2])), (C.normal(3, 7, 9),)),
+    ],
+    "embedding": [C.Case("repeated ids", F.embedding, (C.integers(7, 3, 100), C.normal(9, 40)))],
+    "scaled_dot_product_attention": [
+        C.Case("a cache longer than the queries", attention(is_causal=True), qkv(2, 4, 2, 7, 15)),
+        C.Case("more queries than keys", attention(is_causal=True), qkv(1, 4, 1, 13, 6)),
+        C.Case("long rows", attention(is_causal=True), qkv(1, 2, 1, 3, 5000)),
+        C.Case("no keys", attention(), qkv(1, 2, 1, 3, 0)),
+        C.Case("no keys, causal", attention(is_causal=True), qkv(1, 2, 1, 3, 0)),
+        C.Case("rows that see nothing", attention(is_causal=True), qkv(2, 4, 2, 3, 5), (~hidden,)),
+        C.Case("scores far apart", attention(is_causal=True), tuple(9 * a for a in qkv(1, 2, 2, 6, 6))),
+    ],
+    "cross_entropy": [
+        C.Case("many classes", F.cross_entropy, (C.normal(7, 5000), some)),
+        C.Case("many classes, smoothed", partial(F.cross_entropy, label_smoothing=0.1), (C.normal(7, 5000), some)),
+        C.Case("far apart", F.cross_entropy, (far_apart, np.array([1, 2, 1]))),
+    ],
+    "linear_cross_entropy": [C.Case("many classes", F.linear_cross_entropy, (C.normal(7, 4), C.normal(5000, 4), some))],
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +67,14 @@ def equal(found, expected, tolerance):
         close(a, b, tolerance)
 
 
-@in_float32
+@every_case(FORMS, lambda name: [*cases_of(name), *EDGES.get(name, [])])
 def test_a_form_equals_its_definition_in_float32(case, cupy):
     with by_definition():
         expected = run(case, dtype=np.float32)
     equal(run(case, xp=cupy, dtype=np.float32), expected, 1e-3 if "far apart" in case.label else 3e-5)
 
 
-@pytest.mark.parametrize("case", EDGES, ids=lambda c: c.label.replace(" ", "_"))
+@every_case(list(EDGES), EDGES.get)
 def test_a_form_equals_its_definition_in_float64(case, cupy):
     with by_definition():
         expected = run(case)
@@ -92,7 +90,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@few_of_each
+@every_case(FORMS, lambda name: cases_of(name)[:2])
 def test_a_form_takes_arrays_of_any_layout(case, layout, cupy):
     def there(a):
         return cupy.asarray(a) if a.dtype.kind != "f" or not a.ndim else LAYOUTS[layout](cupy.asarray(a))
@@ -112,7 +110,7 @@ def test_a_form_takes_arrays_of_any_layout(case, layout, cupy):
 @pytest.mark.parametrize("name", FORMS)
 def test_other_dtypes_are_left_to_the_definition(name, cupy):
     """float16, and two dtypes that meet, give what the definition gives, in its dtype."""
-    case = C.op_cases([name])[0]
+    case = cases_of(name)[0]
     for dtypes in ((np.float16, np.float16), (np.float32, np.float64), (np.float64, np.float32)):
         inputs = [a.astype(dtypes[i % 2]) if a.dtype.kind == "f" else a for i, a in enumerate(case.inputs)]
         inputs = [Tensor(cupy.asarray(a)) if a.dtype.kind == "f" else cupy.asarray(a) for a in inputs]

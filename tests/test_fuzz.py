@@ -41,12 +41,12 @@ def test_what_is_wrong_is_found_counted_kept_and_the_same_again(tmp_path, monkey
         (folder / "valid").mkdir(parents=True)
         (folder / "valid" / "x.json").write_text(json.dumps({"a": 1, "b": [2, "text"]}))
 
-    monkeypatch.setattr(fuzz, "SECONDS", 0.1)
+    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
     reader = Reader(make, broken, (FileError, KeyError))
-    whole = fuzz.fuzz("broken", reader, 150, seed=0, failures=tmp_path)
+    whole = fuzz.fuzz("broken", reader, 90, seed=0, failures=tmp_path)
     assert {"loaded", "documented error", "wrong type", "slow or large"} == set(whole.counts)
     kinds = " ".join(whole.kinds)
-    assert "TypeError" in kinds and "no end after 0.1 s" in kinds and "more than" in kinds
+    assert "TypeError" in kinds and "no end after 0.05 s" in kinds and "more than" in kinds
     number, what = whole.first[next(kind for kind in whole.kinds if "TypeError" in kind)]
     assert (tmp_path / "broken" / str(number) / "x.json").exists()
     again = fuzz.fuzz("broken", reader, 1, seed=0, start=number)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from test_ops import by_definition, close, run
+from test_ops import by_definition, cases_of, close, every_case, run
 
 from minipeft import functional as F
 from minipeft.autograd import cases as C
@@ -93,12 +94,10 @@ EDGES = {  # beside the cases that every op has: several blocks, several tiles, 
         C.Case("blocks, ignored", F.linear_cross_entropy, (C.normal(700, 64), C.normal(300, 64), some)),
     ],
 }  # fmt: skip
-CASES = [
-    C.Case(c.label, c.fn, c.inputs, c.constants, name)
-    for name in KERNELS
-    for c in [*C.op_cases([name]), *EDGES.get(name, [])]
-]
-every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".replace(" ", "_") for c in CASES])
+
+
+def with_edges(name):
+    return [*cases_of(name), *(replace(c, op=name) for c in EDGES[name])]
 
 
 def both(case, **options):
@@ -113,7 +112,7 @@ def test_every_kernel_has_its_edges():
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@every_case
+@every_case(KERNELS, with_edges)
 def test_a_kernel_equals_its_definition_in_value_and_gradients(case, dtype):
     tolerance = 1e-13 * math.sqrt(max(1, *(i.size for i in case.inputs)))
     if dtype == np.float32:
@@ -139,9 +138,7 @@ def test_a_norm_has_its_inputs_dtype_whatever_that_of_its_weight(name, dtype, st
         close(a, b, 2e-2 if "f2" in (dtype, stored) else 1e-5)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.label.startswith(("large", "blocks", "threads"))], ids=lambda c: f"{c.op}-{c.label}"
-)
+@every_case(KERNELS, lambda name: [c for c in with_edges(name) if c.label.startswith(("large", "blocks", "threads"))])
 def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_for_bit(case, threads):
     results = {}
     for n in (1, 2, 3):
@@ -156,7 +153,7 @@ def test_the_number_of_threads_changes_nothing_but_rounding_and_runs_repeat_bit_
             close(a, b, 2e-6)
 
 
-@pytest.mark.parametrize("case", C.op_cases(KERNELS), ids=lambda c: f"{c.op}-{c.label}".replace(" ", "_"))
+@every_case(KERNELS)
 def test_definitions_compute_on_every_device(case, xp):
     expected = run(case)
     with by_definition():
@@ -167,7 +164,7 @@ def test_definitions_compute_on_every_device(case, xp):
 
 @pytest.mark.parametrize("name", ["gelu", "silu", "swiglu", "cross_entropy", "linear_cross_entropy"])
 def test_where_no_graph_is_recorded_the_value_is_the_same(name):
-    for case in [c for c in CASES if c.op == name]:
+    for case in with_edges(name):
         with no_grad():
             alone = case.fn(*map(Tensor, case.inputs), *case.constants).data
         np.testing.assert_array_equal(alone, run(case)[0], "what a checkpoint computes again is what it was")

@@ -10,7 +10,7 @@ import importlib
 import math
 import pkgutil
 import statistics
-from functools import partial
+from functools import cache, partial, wraps
 
 import numpy as np
 import pytest
@@ -24,8 +24,33 @@ from minipeft.autograd.tensor import REGISTRY, AutogradError, Tensor, evaluated_
 from minipeft.backend import BackendError, Rng, to_numpy, xp_of
 
 OPS = [name for name, fn in REGISTRY.items() if fn.__module__ == "minipeft.autograd.ops"]
-CASES = C.op_cases(OPS)
-every_case = pytest.mark.parametrize("case", CASES, ids=[f"{c.op}-{c.label}".replace(" ", "_") for c in CASES])
+
+
+@cache
+def cases_of(name):
+    return C.op_cases([name])
+
+
+def every_case(names, cases=cases_of):
+    """Makes a test of a `case` one of an op: it goes through the op's cases, and all that fail are raised, with their labels."""
+
+    def decorate(test):
+        @pytest.mark.parametrize("case", names)
+        @wraps(test)
+        def test_of_an_op(case, **fixtures):
+            name, failures = case, []
+            for case in cases(name):
+                try:
+                    test(case, **fixtures)
+                except Exception as failure:
+                    failure.add_note(f"the case: {case.label}")
+                    failures.append(failure)
+            if failures:
+                raise ExceptionGroup(f"cases of {name}", failures)
+
+        return test_of_an_op
+
+    return decorate
 
 
 def by_definition():
@@ -76,14 +101,14 @@ def test_an_op_without_a_check_is_reported_by_name():
         C.op_cases(["softmax", "brand_new"])
 
 
-@every_case
+@every_case(OPS)
 def test_pullbacks_are_derivatives_for_every_subset_of_inputs(case):
     assert case.check() < 1e-7
 
 
 def test_check_ops_yields_a_verdict_for_each_case_and_goes_on_after_a_failure():
     wrong = C.Case("off by half", lambda x: F.exp(x) + (x * 0.5).detach(), (C.normal(2),), op="exp")
-    verdicts = list(C.check_ops([CASES[0], wrong, CASES[1]]))
+    verdicts = list(C.check_ops([cases_of("add")[0], wrong, cases_of("add")[1]]))
     assert [v.error is None for v in verdicts] == [True, False, True]
     assert verdicts[1].error.name == "exp (off by half)" and math.isinf(verdicts[1].deviation)
 
@@ -320,7 +345,7 @@ def read_only(a):
     return a
 
 
-@every_case
+@every_case(OPS)
 def test_memory_layout_does_not_matter(case):
     y, gradients = run(case)
     for layout in transposed, strided, backwards, read_only:
@@ -329,7 +354,7 @@ def test_memory_layout_does_not_matter(case):
             close(a, b, 1e-12, layout.__name__)
 
 
-@every_case
+@every_case(OPS)
 def test_the_incoming_gradient_may_be_a_read_only_view_of_any_layout(case):
     y, gradients = run(case)
     g = np.asarray(np.random.default_rng(1).standard_normal(y.shape))
@@ -341,7 +366,7 @@ def test_the_incoming_gradient_may_be_a_read_only_view_of_any_layout(case):
             close(a, b, 1e-12)
 
 
-@every_case
+@every_case(OPS)
 def test_float32_stays_float32_and_agrees_with_float64_to_rounding(case):
     y, gradients = run(case)
     y32, gradients32 = run(case, dtype=np.float32)
@@ -351,7 +376,7 @@ def test_float32_stays_float32_and_agrees_with_float64_to_rounding(case):
     assert all(g.dtype == np.float32 for g in gradients32)
 
 
-@every_case
+@every_case(OPS)
 def test_the_same_numbers_on_a_device_and_from_run_to_run(case, xp):
     y, gradients = run(case)
     y2, gradients2 = run(case, xp=xp)

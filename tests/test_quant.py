@@ -98,23 +98,24 @@ SAMPLES = {
 
 @pytest.mark.parametrize("quant_type", CODES_4BIT)
 @pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("n", [1, 2, 31, 33, 64, 65, 300])
-def test_quantize_4bit_and_its_definition_equal_the_plain_loop(xp, rng, n, sample, quant_type):
+def test_quantize_4bit_and_its_definition_equal_the_plain_loop(xp, rng, sample, quant_type):
     plain = np if xp.__name__ == "cupy" and sample in ("huge", "denormal") else xp  # see `nf4._divide`, 3
-    x, zero = SAMPLES[sample](rng, n).astype(np.float32), 7 if quant_type == "nf4" else 0
-    for blocksize in (32, 64, 256):
+    zero = 7 if quant_type == "nf4" else 0
+    for n, blocksize in itertools.product((1, 2, 31, 33, 64, 65, 300), (32, 64, 256)):
+        case = f"{n} numbers in blocks of {blocksize}"
+        x = SAMPLES[sample](rng, n).astype(np.float32)
         codes, absmax = by_a_loop(x, blocksize, quant_type)
         defined, c = nf4.quantize(plain.asarray(x), blocksize, quant_type)
-        assert np.array_equal(to_numpy(defined), codes) and np.array_equal(to_numpy(c), absmax)
+        assert np.array_equal(to_numpy(defined), codes) and np.array_equal(to_numpy(c), absmax), case
         packed, state = quant.quantize_4bit(xp.asarray(x), blocksize, quant_type)
-        assert packed.shape == ((n + 1) // 2, 1) and packed.dtype == np.uint8
-        assert np.array_equal(to_numpy(state.absmax), absmax)
+        assert packed.shape == ((n + 1) // 2, 1) and packed.dtype == np.uint8, case
+        assert np.array_equal(to_numpy(state.absmax), absmax), case
         odd = [zero] * (n % 2)  # the partner of a last odd one
-        assert np.array_equal(np.stack([to_numpy(packed) >> 4, to_numpy(packed) & 15]).T.reshape(-1), [*codes, *odd])
-        assert sample != "zeros" or set(codes) == {zero}
+        assert np.array_equal(np.stack([to_numpy(packed) >> 4, to_numpy(packed) & 15]).T.reshape(-1), [*codes, *odd]), case
+        assert sample != "zeros" or set(codes) == {zero}, case
         expected = CODES_4BIT[quant_type]()[codes] * np.repeat(absmax, blocksize)[:n]
-        assert np.array_equal(to_numpy(quant.dequantize_4bit(packed, state)), expected)
-        assert np.array_equal(to_numpy(nf4.dequantize(defined, c, plain.asarray(CODES_4BIT[quant_type]()), blocksize)), expected)
+        assert np.array_equal(to_numpy(quant.dequantize_4bit(packed, state)), expected), case
+        assert np.array_equal(to_numpy(nf4.dequantize(defined, c, plain.asarray(CODES_4BIT[quant_type]()), blocksize)), expected), case
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -62,15 +62,22 @@ def count_parameters(model: Any, config: Any = None, only: str | None = None) ->
     arch = model if isinstance(model, Architecture) else architecture(model)
     if only is not None:
         check_patterns("only", only)
-    trained, stored = trained_parameters(arch, config), stored_parameters(arch, config)
+    trained = trained_parameters(arch, config)
+    stored = _stored(arch, config, trained)
     return ParameterCount(*[elements(shapes, only) for shapes in (trained, stored, {**arch.shapes, **trained})])
 
 
 def stored_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:
     """name -> shape of what a trained `config`'s file holds: see `ParameterCount`. Raises as `trained_parameters`."""
-    folded = config.replace(folded=True) if hasattr(config, "folded") else config
+    return _stored(arch, config, trained_parameters(arch, config))
+
+
+def _stored(arch: Architecture, config: Any, trained: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    """What `stored_parameters` gives, of what `trained_parameters` gives."""
+    if hasattr(config, "folded"):
+        trained = trained_parameters(arch, config.replace(folded=True))
     constants = constant_parameters(arch, config) if getattr(config, "stores_constants", False) else {}
-    return {**trained_parameters(arch, folded), **constants}
+    return {**trained, **constants}
 
 
 def trained_parameters(arch: Architecture, config: Any = None) -> Mapping[str, Shape]:

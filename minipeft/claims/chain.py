@@ -145,13 +145,19 @@ def scored(prompts: Sequence[Sequence[int]], answers: Sequence[Any]) -> np.ndarr
 
 def demonstrations(seed: int) -> list[Example]:
     """DEMONSTRATIONS of the training verses."""
-    every = demonstrated(sentences("train"))
-    return [every[i] for i in np.random.default_rng([seed, 0]).permutation(len(every))[:DEMONSTRATIONS]]
+    every = [*suited(sentences("train")).items()]
+    drawn = np.random.default_rng([seed, 0]).permutation(len(every))[:DEMONSTRATIONS]
+    return demonstrated(dict(every[i] for i in drawn))
+
+
+def suited(verses: Mapping[str, str]) -> dict[str, str]:
+    """Those of {prompt: verse} that are short and one sentence."""
+    return {prompt: v for prompt, v in verses.items() if len(v) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", v)}
 
 
 def demonstrated(verses: Mapping[str, str]) -> list[Example]:
-    """Those of {prompt: verse} that are short and one sentence, each with an end-of-text token; the answers are learned."""
-    short = {prompt: v for prompt, v in verses.items() if len(v) <= CHARACTERS and re.fullmatch(r"[^.!?]+\.", v)}
+    """Those of {prompt: verse} that are suited, each with an end-of-text token; the answers are learned."""
+    short = suited(verses)
     answers = encoded([verse.removeprefix(prompt) for prompt, verse in short.items()])
     return [example_of(p, [*a, base()[1].eos_token_id]) for p, a in zip(encoded([*short]), answers)]
 

@@ -47,10 +47,15 @@ def verses(split: str) -> list[Completion]:
 @cache
 def general_blocks(tokenizer: Any, length: int, n: int, split: str = "validation") -> list[Example]:
     """`n` blocks of a split of the base's own training text, evenly spaced through it."""
-    documents = general_text(split)
-    if split == "train":  # 14.7 million tokens: only some are encoded
-        documents = spaced(documents, 20 * n)
-    return [Example(block, block) for block in spaced(chunk_text(encode_documents(documents, tokenizer), length), n)]
+    ids = _encoded(tokenizer, split, 20 * n if split == "train" else None)  # 14.7 million tokens: only some are encoded
+    return [Example(block, block) for block in spaced(chunk_text(ids, length), n)]
+
+
+@cache
+def _encoded(tokenizer: Any, split: str, documents: int | None) -> np.ndarray:
+    """The token stream of general text, or of so many of its documents."""
+    texts = general_text(split)
+    return encode_documents(texts if documents is None else spaced(texts, documents), tokenizer)
 
 
 @cache

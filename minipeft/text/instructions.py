@@ -259,13 +259,23 @@ def is_right(name: str, split: str, record: Instruction, answer: str) -> bool:
     check = TASKS[name].check
     if check is None:
         raise ValueError(f"an answer to the task {name!r} cannot be right or wrong, only more or less probable")
-    if record not in _asked(name, split):
+    if (pair := _pair(name, split, record)) is None:
         raise ValueError(f"the record is none of the task {name!r} on the split {split!r}: {record.instruction!r}")
-    return check(*_asked(name, split)[record], answer)
+    return check(*pair, answer)
+
+
+def _pair(name: str, split: str, record: Instruction) -> Pair | None:
+    """The pair that a record of a task in a split asks for, in any phrasing."""
+    for phrasing in (*TASKS[name].phrasings, *TASKS[name].held_out_phrasings):
+        before, within, after = phrasing.partition("{input}")
+        input = record.instruction[len(before) : len(record.instruction) - len(after)] if within else record.input
+        output = _outputs(name, split).get(input)
+        if output is not None and record == phrase((input, output), phrasing):
+            return input, output
+    return None
 
 
 @cache
-def _asked(name: str, split: str) -> dict[Instruction, Pair]:
-    """{record: its pair} of a task in a split, in every phrasing."""
-    phrasings = (*TASKS[name].phrasings, *TASKS[name].held_out_phrasings)
-    return {phrase(pair, phrasing): pair for pair in pairs(name, split) for phrasing in phrasings}
+def _outputs(name: str, split: str) -> dict[str, str]:
+    """{input: output} of `pairs`."""
+    return dict(pairs(name, split))
