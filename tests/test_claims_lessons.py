@@ -75,6 +75,13 @@ def test_another_mean_is_told_beyond_the_seeds_and_the_tolerance(lesson):
     assert "loss task: None" in line
 
 
+def test_a_row_that_no_run_of_the_lesson_gives_is_told(lesson):
+    lesson.lesson.write_text(LESSON.replace("(1.0, 2.0)", "(1.0,)"))
+    (line,) = lesson.check(lesson.rows()[-1], Random(0))
+    assert "'rate': 2.0" in line and line.endswith("the lesson does not compute it")
+    assert lesson.differences(lesson.rows(), lesson.rows()[:2]) == [], "searches may go elsewhere on another processor"
+
+
 def test_a_lesson_that_fails_is_told(lesson):
     lesson.lesson.write_text(LESSON.replace("def run(s):", "def run(s) -> nothing:"))
     with pytest.raises(LessonError, match=r"07_lesson\.py --full failed"):

@@ -70,14 +70,15 @@ class OfLesson(Experiment):
             for other in self.rows():
                 if other != row:
                     add_row(self.path(store), other)
-            return self.differences([row], self.compute(store))
+            now = [one for one in self.compute(store) if parts(one)[0] == parts(row)[0]]
+            return self.differences([row], now) if now else [f"{parts(row)[0]}: the lesson does not compute it"]
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs by more between rows of the same settings."""
+        """What differs by more between rows of the same settings, as far as there are both."""
         again, spreads, found = {key(parts(row)[0]): row for row in others}, spread(self.rows()), []
-        for row in rows:
-            settings, before = parts(row)
-            now = parts(again[key(settings)])[1]
+        both = [(*parts(row), again[same]) for row in rows if (same := key(parts(row)[0])) in again]  # a search may go elsewhere
+        for settings, before, other in both:
+            now = parts(other)[1]
             for name in sorted({*before, *now}):
                 a, b = before.get(name), now.get(name)
                 if a is None or b is None or abs(a - b) > max(SPREADS * spreads.get(name, 0.0), self.tolerance * abs(a), 1e-4):

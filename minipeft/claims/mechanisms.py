@@ -48,7 +48,7 @@ class ByItem(Experiment):
             found = self.run(**one) if isinstance(one, Mapping) else self.run(one)
         finally:
             _recorded.clear()
-        return self.differences([{key: row[key] if is_curve(key) else _of_seed(row[key], seed, n) for key in found}], [found])
+        return self.differences([{key: row.get(key) if is_curve(key) else _of_seed(row.get(key), seed, n) for key in found}], [found])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
@@ -92,12 +92,15 @@ def best_rate(loss: Callable[[float], float | None], rate: float, least: float =
         return math.inf if value is None or not math.isfinite(value) else value
 
     known = _recorded.pop(0) if _recorded else {}
-    tried = len(known)
+    recorded = {*known}
     while True:
         at, unknown = climb(known.get, rate, lambda r: [[r / 2, r * 2]], least)
         if not unknown:
-            return at, dict(sorted({**known, **({at: of(at)} if tried == len(known) else {})}.items()))
+            break
         known |= {r: of(r) for r in unknown}
+    if at in recorded:
+        known[at] = of(at)
+    return at, dict(sorted(known.items()))
 
 
 _recorded: list[dict[float, float]] = []  # what `best_rate` has to try no more, the next search first: see `ByItem.check`

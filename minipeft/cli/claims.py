@@ -307,9 +307,9 @@ def beside() -> list[Experiment]:
 
 
 def of_checkout() -> list[OfLesson]:
-    """The rows of the lessons; none in an installed package."""
+    """The rows of the lessons, of SmolLM2-135M's where that is on this machine; none in an installed package."""
     try:
-        return of_lessons()
+        return [one for one in of_lessons() if find_smollm2() or all(map(one.affordable, one.rows()))]
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return []
