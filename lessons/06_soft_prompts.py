@@ -416,8 +416,8 @@ figure.savefig(OUT / "06_soft_prompts_cost.png", dpi=120)
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions. What
 # > lost positions cost was tried without a prompt, by cutting texts of 256 tokens: the base's loss on the last 32 rises
-# > clearly where the first 200 are cut, and not clearly for 20, 50 and 100: by 0.073 nats for 200, by -0.001 for 20.
-# > (64 test items)
+# > clearly where the first 50, 100 and 200 are cut, and not clearly for 20: by 0.053 nats for 200, by -0.000 for 20.
+# > (512 test items)
 
 # %% [markdown]
 # ## 6 · The league so far

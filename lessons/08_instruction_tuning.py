@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import tuning
+from experiments import sweep, tuning
 
 import minipeft as mp
 from minipeft import diagrams
@@ -40,7 +40,6 @@ from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.shipped import rounded
-from minipeft.experiments.sweep import sweep
 from minipeft.text.datasets import Conversation, Message
 from minipeft.text.examples import Example, encode_examples
 from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, instructions, is_right, pairs
@@ -342,8 +341,7 @@ def run(settings):
 SEEDS = (0, 1, 2, 3, 4)
 CONDITIONS = [Tuning(tasks=1), Tuning(tasks=3), Tuning(), Tuning(phrasings=1), Tuning(phrasings=3), Tuning(learned="everything")]
 if "--full" in sys.argv:
-    RESULTS.parent.mkdir(exist_ok=True)
-    sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], executor=1, store=RESULTS)
+    sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], RESULTS)
 
 # %% [markdown]
 # One of these runs now, on seven tasks, and what it writes about inputs that it never saw, in the words of the

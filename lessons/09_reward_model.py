@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import judges
+from experiments import judges, sweep
 from experiments.judges import CLEAN, FEW, FEWEST, NOISY, Run, accuracy, labels_of
 
 import minipeft as mp
@@ -37,7 +37,6 @@ from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, crossed, shown, tho
 from minipeft.claims.chain_tuning import TUNED, rivals
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
-from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -268,7 +267,7 @@ def measure(run):
 
 held_prompts, held_answers, held_gold = labelled("validation", 16 if REDUCED else 512, 0)  # the same for all judges
 if "--full" in sys.argv:
-    sweep(measure, judges.RUNS, executor=1, store=RESULTS)
+    sweep(measure, judges.RUNS, RESULTS)
 kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round): rows, by seed}
 
 live = [Run(8), Run(16)] if REDUCED else [Run(100), Run(300)]

@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import hacking
+from experiments import hacking, sweep
 from experiments.hacking import at_kl, ends, smooth, three_errors, verdict
 
 import minipeft as mp
@@ -40,7 +40,6 @@ from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 from minipeft.experiments.shipped import rounded
-from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -203,7 +202,7 @@ RUNS += [Run(0.05, missing_eos_score=-1.0, seed=seed) for seed in range(3)]
 WEAK = 300  # rankings: what a judge is worth that has seen less
 RUNS += [Run(0.0, seed=seed, rankings=WEAK) for seed in range(3)]
 if "--full" in sys.argv:
-    sweep(optimize, RUNS, executor=1, store=RESULTS)
+    sweep(optimize, RUNS, RESULTS)
 rows = read_rows(RESULTS)
 for r in rows:  # see section 3
     r["history"]["second"] = np.multiply(r["history"]["gold"], r["history"]["distinct_2"])

@@ -66,6 +66,8 @@ GGUF = find_smollm2()
 if GGUF is None:
     print(HOW_TO_GET)
     raise SystemExit(0)
+if "--full" in sys.argv:
+    sweep(real_llm.run, real_llm.RUNS, executor=1, store=RESULTS)
 
 # %%
 begin = time.time()
@@ -369,8 +371,6 @@ for i in range(min(3, SHOWN)):
 # **Predict:** is the tuned answers' chrF with the reference above the copied verse's?
 
 # %%
-if "--full" in sys.argv:
-    sweep(real_llm.run, real_llm.RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 assert real_llm.best_rate(rows) == real_llm.RATE
 above = real_llm.margins(rows)

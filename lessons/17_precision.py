@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import precision
+from experiments import precision, sweep
 from experiments.precision import CASES, FULL, trainer_of
 
 import minipeft as mp
@@ -40,7 +40,6 @@ from minipeft.autograd.autocast import FLOAT32, LOWER, rounded
 from minipeft.experiments import shipped
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, interval, over_seeds, spread
-from minipeft.experiments.sweep import sweep
 
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Path.cwd(), Path("lessons")) if (p / "results").exists())
@@ -52,7 +51,7 @@ if REDUCED:
     print("the recorded runs, as in the full lesson.")
 
 if "--full" in sys.argv:
-    sweep(precision.run, precision.RUNS, executor=1, store=RESULTS)
+    sweep(precision.run, precision.RUNS, RESULTS)
 rows, SEEDS = complete(read_rows(RESULTS), precision.RUNS)
 base, tokenizer = mp.load_base()
 task_before, _ = shipped.before()

@@ -24,14 +24,13 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import merging
+from experiments import merging, sweep
 from experiments.merging import DENSITIES, NEGATIVE, PARTS, RULES, SCALES, TASKS, Merge
 
 import minipeft as mp
 from minipeft import diagrams
 from minipeft.experiments.rows import complete, read_rows
 from minipeft.experiments.seeds import below, interval, spread
-from minipeft.experiments.sweep import sweep
 from minipeft.peft.combine import Combination
 from minipeft.quant import quantize_model
 
@@ -45,7 +44,7 @@ if REDUCED:
     print("of section 8 are not those of the text. The rows, and what is said of them, are those of the full lesson.\n")
 
 if "--full" in sys.argv:
-    sweep(merging.run, merging.RUNS, executor=1, store=RESULTS)
+    sweep(merging.run, merging.RUNS, RESULTS)
 rows, SEEDS = complete(read_rows(RESULTS), merging.RUNS)
 base, tokenizer = mp.load_base()
 print(f"{len(rows)} rows, seeds {SEEDS}")

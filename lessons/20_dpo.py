@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
-from experiments import preferences
+from experiments import preferences, sweep
 from experiments.preferences import Learning
 
 import minipeft as mp
@@ -34,7 +34,6 @@ from minipeft import diagrams, rlhf
 from minipeft.claims.statistics import crossed
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
-from minipeft.experiments.sweep import sweep
 
 F = mp.functional
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -47,6 +46,8 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "20_dpo.jsonl"
 if REDUCED:
     print("REDUCED SETTING: 16 pairs in section 4, too few to learn anything.\n")
+if "--full" in sys.argv:
+    sweep(preferences.measure, preferences.RUNS, RESULTS)
 
 # %% [markdown]
 # PPO and DPO both begin with comparisons, and both want what Lesson 10 wants: a high reward at a small KL.
@@ -259,8 +260,6 @@ if not REDUCED:
 # prompts, 95 % intervals over both.
 
 # %%
-if "--full" in sys.argv:
-    sweep(preferences.measure, preferences.RUNS, executor=1, store=RESULTS)
 rows = read_rows(RESULTS)
 
 

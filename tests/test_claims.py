@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import minipeft as mp
 from minipeft import claims
 from minipeft.claims import register, timing
+from minipeft.claims.protocol import version
 from minipeft.claims.quotes import quotation, quoted
 from minipeft.claims.register import (
     HOLDS,
@@ -307,10 +310,9 @@ MADE_UP = {
 }  # fmt: skip
 ROWS = {  # id -> [(changes, the verdict then)]
     "full-2": [
-        ({"after": lambda r: r["seed"] + 2 * (not r["zeroed"])}, NOT),
-        ({"after": lambda r: 1.0 + r["seed"]}, HOLDS),
-        ({"after": lambda r: r["seed"] + (not r["zeroed"] and r["rate"] > 1e-4)}, IF),
-        ({"after": lambda r: float("nan") if not r["zeroed"] else 1.0}, NOT),
+        ({"after": lambda r: [i + 2 * (not r["zeroed"]) for i in range(9)]}, NOT),
+        ({"after": lambda r: [i + r["seed"] for i in range(9)]}, HOLDS),
+        ({"after": lambda r: [i + (not r["zeroed"] and r["rate"] > 1e-4) for i in range(9)]}, IF),
     ],
     "lora-10": [
         ({"merged": lambda r: r["base"]}, HOLDS),
@@ -336,9 +338,9 @@ ROWS = {  # id -> [(changes, the verdict then)]
         ({"difference": lambda r: 1.0}, NOT),
     ],
     "soft-7": [
-        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(64)]}, HOLDS),
-        ({"losses": lambda r: [1.0] * 64}, NOT),
-        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 100) for i in range(64)]}, IF),
+        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 0) for i in range(9)]}, HOLDS),
+        ({"losses": lambda r: [1.0] * 9}, NOT),
+        ({"losses": lambda r: [i + 0.1 * (r["taken"] > 100) for i in range(9)]}, IF),
     ],
     "qlora-4": [
         ({"qlora": lambda r: 1.1 * r["lora"]}, HOLDS),
@@ -360,6 +362,19 @@ def test_every_rule_that_reads_rows_has_them_all_and_was_given_others():
     for id in ROWS:
         experiment = claims.rule_of(id).experiment
         assert len(experiment.rows()) == len(experiment.settings) and experiment.path().parent == register.ROWS
+
+
+@pytest.mark.parametrize("path", [*register.ROWS.glob("*.jsonl"), *LESSONS.glob("results/*.jsonl")], ids=lambda path: path.stem)
+def test_a_shipped_row_says_which_version_of_the_package_and_of_the_base_it_is_of(path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(row.get("minipeft") for row in rows)
+    if path.stem == "growth" or path == LESSONS / "results" / "speed.jsonl":
+        return  # random weights
+    bases = {row.get("version") or row["base"] for row in rows}
+    if path.stem in {one.name for one in EXPERIMENTS.values() if one.timed}:
+        assert all(re.fullmatch("[0-9a-f]{8}", base) for base in bases), "a base of another day is as fast"
+    else:
+        assert bases == {"SmolLM2-135M-Instruct" if path.stem in ("smollm2", "13_real_llm") else version()}
 
 
 def test_rows_that_are_not_all_there_are_no_verdict():
@@ -390,6 +405,24 @@ def test_an_experiment_keeps_its_rows_and_compares_them(tmp_path):
     assert Experiment("mine", run, [], timed=True).differences(rows, other) == []
 
 
+def test_rows_are_drawn_each_of_another_file_and_none_of_times(tmp_path, monkeypatch):
+    def experiment(name, run, **options):
+        one = Experiment(name, run, lambda: mp.grid(seed=range(3)), **options)
+        one.compute(tmp_path, 1, lambda line: None)
+        return one
+
+    a, again = experiment("a", lambda seed: {"loss": 1.0 + seed}), experiment("b", lambda seed: {"loss": 2.0 + seed})
+    times = experiment("c", lambda seed: {"seconds": 1.0}, timed=True)
+    monkeypatch.setattr(Experiment, "path", lambda self, store=None: tmp_path / f"{self.name}.jsonl")
+    assert {name for name, _ in register.recomputed([a, again, times], 2, 0)} == {"a", "b"}
+    assert [name for name, _ in register.recomputed([a], 3, 0)] == ["a"] * 3
+    drawn = [register.recomputed([a, again], 1, seed) for seed in range(8)]
+    assert {name for ((name, _),) in drawn} == {"a", "b"} and not any(lines for ((_, lines),) in drawn)
+    ((name, (line,)),) = register.recomputed([replace(a, run=lambda seed: {"loss": 9.0 - seed})], 1, 0)
+    assert name == "a" and "in the package" in line
+    assert register.recomputed([times], 3, 0) == []
+
+
 # --------------------------------------------------------------------------------------------- what computes the rows
 
 
@@ -408,9 +441,10 @@ def once(monkeypatch):
 def test_the_printed_loop_adds_gradients_up():
     from minipeft.claims.full import loop
 
-    rows = [loop(zeroed, 1e-3, seed=0, steps=3, batch_size=2) for zeroed in (True, False)]
-    assert rows[0]["before"] == rows[1]["before"] and rows[0]["after"] != rows[1]["after"]
-    assert loop(True, 1e-3, seed=0, steps=1, batch_size=2) == loop(False, 1e-3, seed=0, steps=1, batch_size=2)
+    rows = [loop(zeroed, 1e-3, seed=0, steps=3, batch_size=2, tested=4) for zeroed in (True, False)]
+    assert rows[0]["before"] == rows[1]["before"] and rows[0]["after"] != rows[1]["after"] and len(rows[0]["after"]) == 4
+    one, other = (loop(zeroed, 1e-3, seed=0, steps=1, batch_size=2, tested=4) for zeroed in (True, False))
+    assert one == other
 
 
 def test_rows_of_times_have_what_their_rules_read(once):

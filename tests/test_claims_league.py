@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -283,10 +284,13 @@ def test_a_row_is_computed_again_from_its_settings(monkeypatch):
     trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
     monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
     experiment, row = RULES["qlora-5"].experiment, described(trial) | {"loss": 3.0, "version": "x"}
-    again = experiment.again(row)
-    assert again["loss"] == 1.0 and again["version"] == "x"
-    (line,) = experiment.differences([row], [again])
+    (line,) = experiment.check(row, Random(0))
     assert "loss: 1.0, and 3.0 in the package" in line
+
+
+def test_a_trial_that_sees_many_examples_is_not_drawn():
+    experiment, few, many = RULES["qlora-5"].experiment, Trial("source", "lora", 5000, 1e-3, 1, 8), Trial("source", "lora", 5000, 1e-3, 2, 8)
+    assert [experiment.affordable(described(one)) for one in (few, many, untrained("source"))] == [True, False, True]
 
 
 def test_means_over_items_are_compared_as_well():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from minipeft.claims.intrinsic_dimension import (
     truncated,
     update_spectrum,
 )
-from minipeft.claims.mechanisms import HOLDS, IF, NOT, best_rate, curve, geometric, train
+from minipeft.claims.mechanisms import HOLDS, IF, NOT, ByItem, best_rate, curve, geometric, train
 from minipeft.claims.memorization import Memory, memorized, random_answers
 from minipeft.claims.protocol import SEEDS
 from minipeft.claims.register import UNTESTABLE, Number, Verdict
@@ -64,6 +67,36 @@ def test_a_best_rate_lies_inside_what_was_tried_and_a_divergence_is_worse_than_a
     assert tried.keys() == {0.002, 0.004, 0.008, 0.016}
     assert curve(tried)[-1] == [0.016, None]
     assert curve({1e-6: 0.1234567}) == [[1e-6, 0.12346]], "a rate may be small"
+
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+def test_a_cell_is_checked_under_one_seed_at_the_rate_that_was_tuned():
+    trained = []
+
+    def run(cell, of_one=lambda rate: abs(math.log2(rate / 4))):
+        def loss(rate):
+            trained.append(rate)
+            return of_one(rate)
+
+        row = {"rates": {task: curve(best_rate(loss, start)[1]) for task, start in (("a", 1.0), ("b", 4.0))}}
+        return row | {"losses": [[seed, seed + 1.0] for seed in cell.seeds], "of": {"x": [*cell.seeds]}, "tokens": [5, 6]}
+
+    experiment = ByItem("mine", run, [Cell("full")])
+    row = described(Cell("full")) | run(Cell("full"))
+    assert len(row["rates"]["a"]) == 5 and len(row["rates"]["b"]) == 3
+    trained.clear()
+    for seed in range(4):
+        assert experiment.check(row, Random(seed)) == [] and trained[2 * seed :] == [4.0, 4.0], "each search's best alone"
+    (line,) = replace(experiment, run=partial(run, of_one=lambda rate: 9.0)).check(row, Random(0))
+    assert line.startswith("run 0, rates: ")
+    (line,) = experiment.check(row | {"of": {"x": [11, 12, 13]}}, Random(0))
+    assert line.startswith("run 0, of: ")
+    best_rate(lambda rate: abs(rate - 4), 4.0)  # nothing is left of what was recorded
 
 
 def test_a_geometric_mean_has_an_interval_around_it():

@@ -14,7 +14,7 @@ from minipeft.claims.comparison import CASES, Searches
 from minipeft.claims.league import MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.register import rule_of, statements
-from minipeft.claims.statistics import crossed
+from minipeft.claims.statistics import crossed, spreads
 from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import described
 from minipeft.hub.base import load_base
@@ -49,6 +49,14 @@ def test_three_seeds_cover_the_truth_as_well(level):
     found = [crossed(drawn_at_random(3, 256, (3 / 256) ** 0.5, 0.3, 1.0, seed), level=level) for seed in range(1500)]
     missed, luck = np.mean([not one.low <= 0 <= one.high for one in found]), ((1 - level) * level / 1500) ** 0.5
     assert missed < 1 - level + 3 * luck
+
+
+@pytest.mark.parametrize("r", [0.0, 0.8])
+def test_the_ratio_of_two_spreads_is_covered_where_a_seeds_values_go_together(r):
+    rng = np.random.default_rng(0)
+    draws = [rng.multivariate_normal([0, 0], [[9, 3 * r], [3 * r, 1]], size=5).T for _ in range(4000)]
+    covered = np.mean([one.low <= 3 <= one.high for one in (spreads(a, b) for a, b in draws)])
+    assert abs(covered - 0.95) < 0.011  # three standard errors
 
 
 def test_without_luck_of_items_it_is_students_interval_over_the_seeds():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from cli_helpers import output, refused
 
+import minipeft as mp
 from minipeft import claims
-from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS
+from minipeft.claims import soft_prompts
+from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS, Experiment
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +59,7 @@ def test_json_is_a_list_of_objects(capsys):
     assert {"id", "verdict", "effect", "interval", "seeds", "test_size", "evidence"} <= count.keys()
     assert (count["verdict"], count["effect"], count["unit"], count["interval"]) == ("holds", 256, "times", None)
     assert {"name": "d k", "value": 16777216, "unit": "", "interval": None} in count["evidence"]
-    assert (rows["rows"], rows["number_of_rows"], rows["test_size"]) == ("lost_context.jsonl", 5, 64)
+    assert (rows["rows"], rows["number_of_rows"], rows["test_size"]) == ("lost_context.jsonl", 5, 512)
     assert rows["interval"][0] < rows["effect"] < rows["interval"][1]
     assert (untried["verdict"], untried["effect"], untried["rule"]) == ("not tried yet", None, None)
     assert any(n["value"] is None for n in traps["evidence"]), "not a number"
@@ -77,20 +80,26 @@ def test_all_rows_are_computed_again_and_compared(capsys, monkeypatch, tmp_path)
 
     some = {id: claims.statements()[id] for id in ("lora-6", "soft-7")}
     monkeypatch.setattr(command, "statements", lambda: some)
+    monkeypatch.setattr(soft_prompts, "LENGTHS", (0, 200))
+    told = Experiment("told", lambda seed: {"loss": 1.0 + seed}, lambda: mp.grid(seed=range(2)))
+    monkeypatch.setattr(command, "beside", lambda: [told])
+    monkeypatch.setattr(command, "of_checkout", lambda: [replace(told, name="lesson")])
     status, out, err = output(capsys, "claims", "--run", "all", "--store", tmp_path)
     assert status == 0 and out.startswith("soft-7: ") and "lora-6" not in out
-    assert "all 5 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
-    assert "5 of 5 runs" in err and (tmp_path / "lost_context.jsonl").exists()
+    assert "all 2 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
+    assert "2 of 2 runs" in err and (tmp_path / "lost_context.jsonl").exists()
+    for name in ("told", "lesson"):
+        assert f"{name}\nrows: {tmp_path / name}.jsonl\nthere are 0 of these 2 rows already" in out
     status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)
-    assert status == 0 and "all 5 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
-    assert "5 of 5 rows are in the store" in err
+    assert status == 0 and "all 2 rows agree with the shipped ones within 2%" in out and "the verdict is the same" in out
+    assert "2 of 2 rows are in the store" in err
     rows = [json.loads(line) for line in (tmp_path / "lost_context.jsonl").read_text().splitlines()]
     for row in rows:
         row["losses"] = [1.0] * len(row["losses"])
     (tmp_path / "lost_context.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)  # goes on from what is there
     assert status == 1 and "soft-7: does not hold here." in out and "the verdict is another" in out
-    assert "5 numbers differ by more than 2% from the shipped rows" in out and "5 of 5 rows are in the store" in err
+    assert "2 numbers differ by more than 2% from the shipped rows" in out and "2 of 2 rows are in the store" in err
 
 
 def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
@@ -166,8 +175,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(capsys, argv, message):
 @pytest.mark.parametrize(("differing", "status"), [([], 0), (["run 0, loss: 2, and 1 in the package"], 1)])
 def test_rows_drawn_at_random_are_computed_again(differing, status, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("minipeft.cli.claims.recomputed", lambda n, seed: (asked.append((n, seed)), (n, differing))[1])
+    monkeypatch.setattr("minipeft.cli.claims.recomputed", lambda among, n, seed: (asked.append((n, seed)), [("loop", []), ("08", differing)])[1])
     found, out, _ = output(capsys, "claims", "--recompute", 3, "--seed", 7)
     assert (found, asked) == (status, [(3, 7)])
-    assert f"3 rows were computed again, {len(differing) or 'none'} of their numbers differ" in out
+    assert f"2 rows were computed again (loop, 08), {len(differing) or 'none'} of their numbers differ" in out
     assert all(line in out for line in differing)

@@ -22,11 +22,10 @@ from minipeft.evaluation import evaluate
 from minipeft.evaluation.cloze import general_cloze
 from minipeft.experiments.rows import Row, read_rows
 from minipeft.experiments.shipped import base, rounded
-from minipeft.experiments.sweep import sweep
 from minipeft.peft.methods import METHODS
 from minipeft.train.evaluation import example_losses
 
-from . import practice
+from . import practice, sweep
 from .practice import CASE, near
 
 NONE = near()
@@ -101,8 +100,8 @@ def answered(fresh: Fresh) -> Row:
 def compute(store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store."""
     practice.compute(SEARCHES, store)
-    sweep(run, WAYS, 1, store, protocol.version())
-    sweep(answered, FRESH, 1, store, protocol.version())
+    sweep(run, WAYS, store)
+    sweep(answered, FRESH, store)
 
 
 def before(store: str | os.PathLike) -> dict[str, np.ndarray]:

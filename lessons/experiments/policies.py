@@ -152,4 +152,3 @@ def columns(rows: list[Row], method: str, keys: tuple[str, ...], seeds: tuple[in
 
 
 RUNS = [Run(method, seed) for seed in range(3) for method in METHODS]
-run = measure  # of `python -m minipeft.experiments.sweep`

@@ -19,7 +19,8 @@ from minipeft.claims import protocol
 from minipeft.claims.comparison import Case, Pair, Searches
 from minipeft.claims.protocol import Choice, Find, Search, Trial, search
 from minipeft.experiments.rows import Row, read_rows
-from minipeft.experiments.sweep import sweep
+
+from . import sweep
 
 
 def near(examples: int = 500, epochs: float = 2.0, **fixed: Any) -> Search:
@@ -73,7 +74,7 @@ def known(searches: Iterable[Choice], store: str | os.PathLike) -> list[Row]:
 def compute(searches: Sequence[Choice], store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store, round by round."""
     while trials := protocol.wanted(protocol.finder(known(searches, store)), searches):
-        sweep(protocol.run, trials, 1, store, protocol.version())
+        sweep(protocol.run, trials, store)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

@@ -84,4 +84,3 @@ def measure(run: Learning) -> Row:
 RUNS = [
     Learning(loss, seed, beta=beta) for seed in range(6) for loss, beta in (("dpo", 0.05), ("chosen", 0.0), ("orpo", 0.1))
 ]
-run = measure  # of `python -m minipeft.experiments.sweep`

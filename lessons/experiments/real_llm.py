@@ -58,6 +58,7 @@ class Run:
     batch_size: int = 4
     tested: int = 512  # verses
     answered: int = 128  # of them
+    base: str = "SmolLM2-135M-Instruct"
 
 
 TUNING = [Run(rate, split="validation", tested=96, answered=0) for rate in RATES]

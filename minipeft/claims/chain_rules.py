@@ -24,7 +24,7 @@ from ..evaluation.intervals import Estimate, mean
 from . import chain, chain_tuning, constitution
 from .chain import BETAS, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
 from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed
-from .statistics import crossed
+from .statistics import crossed, spreads
 
 Rows = Sequence[Mapping[str, Any]]
 SPREADS = 6  # standard deviations of five seeds; two draws of a run differ by more about once in a hundred times
@@ -190,9 +190,8 @@ def near_its_start(rows: Rows) -> Verdict:
 @claim("rlhf-7", lesson="10_ppo.py", section="10 · Break it: whiten first, then take the returns", experiment=CHAIN)
 def unstable(rows: Rows) -> Verdict:
     """Holds if each change of one thing in PPO (see `chain.BROKEN`) clearly costs gold on held-out prompts, and ten times the rate costs
-    PPO clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02. (Not tried:
-    whether seeds differ more than those of SFT.)
-    """
+    PPO clearly more than it costs SFT; holds if some of these are so; does not hold here if each costs less than 0.02. Beside it
+    stands the ratio of the gold's standard deviations over seeds, PPO's to SFT's."""
     usual = those_of(rows, "ppo")
     broken = {what: those_of(rows, "ppo", broken=what) for what in BROKEN}
     both = {what: items([*usual, *of]) for what, of in broken.items()}
@@ -217,13 +216,16 @@ def unstable(rows: Rows) -> Verdict:
         evidence += [Number(f"{what}: update of the first warning, median", float(np.median(updates)))] if updates else []
         evidence += summary(what, of)[:2]
     told.append(f"{beyond} ({shown(crossed(of_sft))}{', a gain' if of_sft.mean() < 0 else ''}): {shown(found[beyond])}")
+    apart = spreads(*(items(of).mean(axis=1) for of in (usual, sft)))
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
         f"What {len(broken)} ways to break it cost of the gold, beside the usual run (in brackets each seed's first warning, if any): {itemized(told)}Where all {len(costs)} intervals are to hold "
         f"together, these are above 0: {listed(surely(costs))}. {chain_tuning.told()} "
-        f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of."
+        f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of. "
+        f"The gold's standard deviation over their seeds is {apart.value:.1f} [{apart.low:.1f}, {apart.high:.1f}] times SFT's."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)
+    evidence.append(as_number("standard deviation of the gold over seeds, PPO's over SFT's", apart, "times"))
     evidence += [as_number(f"gold lost: {name}", e, "gold") for name, e in found.items()] + summary("unbroken", usual)
     return verdict(decision, because, as_number(f"gold lost: {worst}", found[worst], "gold"), evidence, sft)
 

@@ -41,6 +41,7 @@ from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verd
 UNDECIDED = "undecided"
 MANY = 12  # comparisons: of more, those that are as stated are counted, and stand in the evidence alone
 SPREADS = 4  # standard deviations
+AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
 NEAR = {"nll": 0.02, "right": 0.02, "cloze": 0.02, "answers": 0.02, "followed": 0.02}  # nats per token; shares
 UNITS = {"nll": "nats per token", "right": "of the sentences", "cloze": "of the passages", "answers": "of the questions",
@@ -81,9 +82,14 @@ class Searches(Experiment):
     def allowed(self) -> str:
         return f"{SPREADS} standard deviations over the seeds, or {ALONE} nats where there are none"
 
-    def again(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of the same trial, computed now."""
-        return {**row, **protocol.run(trial_of(row))}
+    def affordable(self, row: Mapping[str, Any]) -> bool:
+        """Not where more than AFFORDABLE examples are learned from."""
+        trial = trial_of(row)
+        return trial.rate is None or trial.steps * trial.batch_size <= AFFORDABLE
+
+    def settings_of(self, row: Mapping[str, Any]) -> Trial:
+        """The trial of a row."""
+        return trial_of(row)
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have: their losses, and the means over items. Another processor

@@ -42,9 +42,9 @@ from ..peft.methods import FULL
 from ..train.finite import Finite
 from ..train.optim import Adam
 from . import data
-from .mechanisms import accuracy, best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
+from .mechanisms import ByItem, accuracy, best_rate, curve, geometric, graded, judged, loss_on, steps_of, those, train
 from .protocol import LEAST, SEEDS, TUNING
-from .register import UNTESTABLE, Experiment, Verdict, claim
+from .register import UNTESTABLE, Verdict, claim
 
 SHARE = 0.9  # of a gain, of a squared norm
 GRID = tuple(2**k for k in range(4, 20, 3))
@@ -251,7 +251,7 @@ def d90(rows: Sequence[Mapping[str, Any]], start: str) -> list[float | None]:
     return found
 
 
-EXPERIMENT = Experiment("intrinsic_dimension", run, runs)
+EXPERIMENT = ByItem("intrinsic_dimension", run, runs)
 
 
 def sized(e: Estimate) -> str:

@@ -62,6 +62,7 @@ class Large:
     blocks: int = 8  # of each of the four corpora of general text
     length: int = 128
     seeds: tuple[int, ...] = SEEDS
+    base: str = "SmolLM2-135M-Instruct"
 
 
 def runs() -> list[Large]:

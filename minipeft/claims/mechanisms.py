@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -35,11 +37,29 @@ class ByItem(Experiment):
     """An experiment whose rows have values item by item, in lists and dictionaries: computed again, their means may differ
     by the tolerance, as another processor adds in another order and an answer may change."""
 
-    drawn = False  # a row is a whole cell, with its tuning
+    def check(self, row: Mapping[str, Any], rng: Random) -> list[str]:
+        """A cell under one of its seeds, and its best rate under TUNING: what the other rates gave is taken from the row."""
+        settings = self.settings_of(row)
+        n = len(getattr(settings, "seeds", ()))
+        seed = rng.randrange(max(1, n))
+        one = replace(settings, seeds=settings.seeds[seed : seed + 1]) if n else settings
+        _recorded[:] = curves(row)
+        try:
+            found = self.run(**one) if isinstance(one, Mapping) else self.run(one)
+        finally:
+            _recorded.clear()
+        return self.differences([{key: row.get(key) if is_curve(key) else _of_seed(row.get(key), seed, n) for key in found}], [found])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
         return super().differences(*means)
+
+
+def _of_seed(value: Any, seed: int, n: int) -> Any:
+    """The part of a value that is of one of n seeds: of each list of n that stands in no other list."""
+    if isinstance(value, dict):
+        return {key: _of_seed(one, seed, n) for key, one in value.items()}
+    return value[seed : seed + 1] if isinstance(value, list) and len(value) == n > 1 else value
 
 
 def _mean(value: Any) -> Any:
@@ -66,14 +86,36 @@ def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:
 def best_rate(loss: Callable[[float], float | None], rate: float, least: float = 0.0) -> tuple[float, dict[float, float]]:
     """(the best rate, {rate tried: its loss}): from `rate` by factors of 2 to the best neighbor, while it is better by more
     than `least`; so the best lies inside what was tried. None, of a run that diverged, counts as infinite."""
-    known: dict[float, float] = {}
+
+    def of(r: float) -> float:
+        value = loss(r)
+        return math.inf if value is None or not math.isfinite(value) else value
+
+    known = _recorded.pop(0) if _recorded else {}
+    recorded = {*known}
     while True:
         at, unknown = climb(known.get, rate, lambda r: [[r / 2, r * 2]], least)
         if not unknown:
-            return at, dict(sorted(known.items()))
-        for r in unknown:
-            value = loss(r)
-            known[r] = math.inf if value is None or not math.isfinite(value) else value
+            break
+        known |= {r: of(r) for r in unknown}
+    if at in recorded:
+        known[at] = of(at)
+    return at, dict(sorted(known.items()))
+
+
+_recorded: list[dict[float, float]] = []  # what `best_rate` has to try no more, the next search first: see `ByItem.check`
+
+
+def is_curve(key: str) -> bool:
+    """Whether a row has the rates of a search, or of several, under this name."""
+    return key.endswith("rates")
+
+
+def curves(row: Mapping[str, Any]) -> list[dict[float, float]]:
+    """The searches of a row in their order, {rate: loss}."""
+    found = [value for key, value in row.items() if is_curve(key)]
+    lists = [one for value in found for one in (value.values() if isinstance(value, dict) else [value])]
+    return [{rate: math.inf if loss is None else loss for rate, loss in one} for one in lists]
 
 
 def curve(tried: Mapping[float, float]) -> list[list[float | None]]:

@@ -31,9 +31,9 @@ from ..experiments.shipped import base, rounded
 from ..text.examples import IGNORE, Example
 from ..train.evaluation import example_losses
 from . import data
-from .mechanisms import best_rate, curve, graded, judged, steps_of, those, train
+from .mechanisms import ByItem, best_rate, curve, graded, judged, steps_of, those, train
 from .protocol import SEEDS, TABLE, TUNING
-from .register import UNTESTABLE, Experiment, Verdict, claim
+from .register import UNTESTABLE, Verdict, claim
 
 METHODS = ("ia3", "prompt", "bottleneck", "lora-r1", "lora", "lora-r64", "full")
 SIZES = (64, 192, 576)  # examples
@@ -126,7 +126,7 @@ def capacity(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[Mapping[st
     return max(mine, key=lambda pair: pair[1].mean())
 
 
-EXPERIMENT = Experiment("memorization", run, runs)
+EXPERIMENT = ByItem("memorization", run, runs)
 
 
 @claim("full-7", lesson="03_full_finetuning.py", section="The memory bill", experiment=EXPERIMENT)

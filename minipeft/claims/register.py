@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
     "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
@@ -129,12 +129,18 @@ class Experiment:
     runs: Sequence[Any] | Callable[[], Sequence[Any]]
     timed: bool = False
     tolerance: float = 0.02
-    drawn: ClassVar[bool] = True  # whether `recomputed` may draw its rows: not where one takes many minutes
 
     @property
     def settings(self) -> list[Any]:
         """The settings of all runs."""
         return list(self.runs() if callable(self.runs) else self.runs)
+
+    @property
+    def version(self) -> str | None:
+        """Of the base, as rows have it; None where the settings name it."""
+        from .protocol import version
+
+        return None if any(hasattr(one, "base") for one in self.settings) else version()
 
     @property
     def allowed(self) -> str:
@@ -165,15 +171,23 @@ class Experiment:
         from ..experiments.sweep import sweep
 
         shown = {} if show is None else {"show": show}
-        return sweep(self.run, self.settings, executor, self.path(store), **shown)
+        return sweep(self.run, self.settings, executor, self.path(store), self.version, **shown)
 
-    def again(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row of the same settings, computed now."""
+    def affordable(self, row: Mapping[str, Any]) -> bool:
+        """Whether `check` takes a minute of a core, or little more."""
+        return not self.timed
+
+    def settings_of(self, row: Mapping[str, Any]) -> Any:
+        """What a row is the result of."""
         from ..experiments.rows import described, finder
 
         find = finder([dict(row)])
-        settings = next(one for one in self.settings if find(described(one, self.run)))
-        return {**row, **(self.run(**settings) if isinstance(settings, Mapping) else self.run(settings))}
+        return next(one for one in self.settings if find(described(one, self.run)))
+
+    def check(self, row: Mapping[str, Any], rng: random.Random) -> list[str]:
+        """What differs where a row is computed again; of one that takes too long, a part that `rng` draws."""
+        settings = self.settings_of(row)
+        return self.differences([row], [{**row, **(self.run(**settings) if isinstance(settings, Mapping) else self.run(settings))}])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs by more than the tolerance between rows of the same runs; of times, nothing is compared."""
@@ -281,15 +295,28 @@ def judge(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> Verdict:
         return Verdict(UNTESTABLE, f"{error}.")
 
 
-def recomputed(n: int, seed: int) -> tuple[int, list[str]]:
-    """(the number of shipped rows that were computed again, what differs from them): `n` at random, none of times."""
-    for id in statements():
-        rule_of(id)
-    experiments = [RULES[id].experiment for id in sorted(RULES)]
-    rows = [(one, row) for one in experiments if one and one.drawn and not one.timed for row in one.rows()]
-    pool = {(one.name, repr(row)): (one, row) for one, row in rows}  # some experiments share rows
-    drawn = random.Random(seed).sample(list(pool.values()), min(n, len(pool)))
-    return len(drawn), [line for experiment, row in drawn for line in experiment.differences([row], [experiment.again(row)])]
+def experiments() -> list[Experiment]:
+    """Those whose rows decide statements."""
+    rules = [rule_of(id) for id in statements()]
+    return [rule.experiment for rule in rules if rule and rule.experiment]
+
+
+def recomputed(among: Sequence[Experiment], n: int, seed: int) -> list[tuple[str, list[str]]]:
+    """(the experiment, what differs) of n shipped rows that are computed again. They are drawn at random, each of another file
+    as long as there are others, from all that are affordable."""
+    files: dict[str, list[Experiment]] = {}
+    for one in among:
+        files.setdefault(one.name, []).append(one)
+    rng, found = random.Random(seed), []
+    names = rng.sample(sorted(files), len(files))
+    while names and len(found) < n:
+        name = names.pop(0)
+        pool = {id(row): (one, row) for one in files[name] for row in one.rows() if one.affordable(row)}
+        if pool:  # several rules may read one row
+            experiment, row = rng.choice([*pool.values()])
+            found.append((name, experiment.check(row, rng)))
+            names.append(name)
+    return found
 
 
 def _modules(section: str) -> tuple[str, ...]:

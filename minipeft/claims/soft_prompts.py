@@ -200,7 +200,7 @@ def mixed() -> Verdict:
 
 # --------------------------------------------------------------------------------------------------- the context it takes
 
-CONTEXT, SCORED, BLOCKS = 256, 32, 64
+CONTEXT, SCORED, BLOCKS = 256, 32, 512
 LENGTHS = (0, 20, 50, 100, 200)
 
 

@@ -59,6 +59,15 @@ def crossed(y: np.ndarray, weights: np.ndarray | None = None, level: float = 0.9
     return Estimate(mean, mean - error, mean + error)
 
 
+def spreads(a: np.ndarray, b: np.ndarray) -> Estimate:
+    """How many times the standard deviation of b that of a is, with its 95 % interval; both are [seeds], and a seed's two values
+    may depend on each other: PPO starts from the SFT model of its seed (Pitman 1939, A Note on Normal Correlation)."""
+    n, ratio, r = len(a), np.std(a, ddof=1) / np.std(b, ddof=1), np.corrcoef(a, b)[0, 1]
+    K = 1 + 2 * (1 - r**2) * student_t(0.95, n - 2) ** 2 / (n - 2)
+    low, high = (ratio * math.sqrt(K + sign * math.sqrt(K**2 - 1)) for sign in (-1, 1))
+    return Estimate(float(ratio), float(low), float(high))
+
+
 def _influence(y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
     y = np.asarray(y, np.float64)
     w = np.ones(y.shape[-1]) if weights is None else np.asarray(weights, np.float64)

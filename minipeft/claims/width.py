@@ -35,9 +35,9 @@ from ..peft.methods import METHODS, at_width
 from ..text.corpora import general_text
 from ..text.examples import Example, chunk_text, encode_documents
 from . import data
-from .mechanisms import best_rate, curve, geometric, graded, judged, loss_on, steps_of, train
+from .mechanisms import ByItem, best_rate, curve, geometric, graded, judged, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS
-from .register import Experiment, Verdict, claim, listed
+from .register import Verdict, claim, listed
 
 WIDTHS = 32, 64, 128, 256
 SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
@@ -163,7 +163,7 @@ def _overlap(a: Estimate, low: float, high: float) -> bool:
     return a.low is not None and a.low <= high and a.high >= low
 
 
-EXPERIMENT = Experiment("width", run, runs)
+EXPERIMENT = ByItem("width", run, runs, tolerance=0.1)
 
 
 @claim("full-3", lesson="14_best_practices.py", section="2 · The learning rate", experiment=EXPERIMENT)

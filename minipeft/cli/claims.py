@@ -8,15 +8,20 @@ task, the lesson's section and the rows.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared. --run all
-does so for all statements, in days on one core; --executor divides them among many. The rows in lessons/results are not
-among them: `python lessons/NN_NAME.py --full` computes those that are missing there, in five to fifteen minutes a lesson.
+does so for all rows: those of statements, those that are told beside them, and, in a checkout, those of the lessons, as each
+lesson's --full does. By estimate (rows have no seconds) that takes fifty hours of one core, of which the league takes thirty;
+--executor 16 divides them among 16 processes: some five hours, as SmolLM2-135M's rows in Lesson 13 wait for each other.
+
+--recompute does so for a few rows drawn at random, each of another file, in about a minute of a core each: where a row is a
+whole cell, with its tuning and five seeds, for one of the seeds, at the rate that was tuned. Left out are times, which no two
+machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
 
 examples:
   minipeft claims                                  the table of all
   minipeft claims lora-6 lora-9                    two of them in full
   minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
-  minipeft claims --run all --executor 16          those of all, in 16 processes
+  minipeft claims --run all --executor 16          all rows, in 16 processes
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
   minipeft claims --league source --examples 500   the table of all methods, tuned on 500 examples of a task
   minipeft claims --league source --pairs          each of them beside each other, as signs (--json: with the intervals)
@@ -31,18 +36,22 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..claims import large
+from ..book.rows import OfLesson, of_lessons
+from ..claims import chain_tuning, large
 from ..claims.register import (
     ROWS,
     VERDICTS,
+    Experiment,
     Number,
     Rule,
     Statement,
     Verdict,
+    experiments,
     figure,
     filled,
     interval,
@@ -53,6 +62,7 @@ from ..claims.register import (
 )
 from ..directory import locked
 from ..experiments.sweep import executor_of
+from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from .arguments import Arguments, Common, Parser, nearest
 from .bars import console, grid, print_json
 from .outputs import check_file
@@ -63,7 +73,7 @@ COLUMNS = 140  # of the table where standard output is no terminal
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
     parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
-    parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or of all")
+    parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or all rows")
     parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
     parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
     parser.add_argument("--pairs", action="store_true", help="of --league: which of each two methods is better, on test")
@@ -256,32 +266,53 @@ def compute_again(args: Arguments) -> int:
     rule, executor = rule_of(args.again) if args.again != "all" else None, args.executor
     if args.again == "all":
         rules = [rule for id in statements() if (rule := rule_of(id)) and rule.experiment]
-        return max([again(rule, store, executor) for rule in rules])
+        found = [*(again(rule.experiment, store, executor, rule) for rule in rules), *(again(one, store, executor) for one in beside())]
+        with ThreadPoolExecutor(executor if isinstance(executor, int) else 1) as lessons:  # each has a process of its own
+            return max([*found, *lessons.map(lambda one: again(one, store, 1), of_checkout())])
     if rule is None or rule.experiment is None:
         what = "no rule judges it" if rule is None else "its rule computes its numbers each time that it is asked"
         raise ValueError(f"{args.again} has no rows to compute again: {what}")
-    return again(rule, store, executor)
+    return again(rule.experiment, store, executor, rule)
 
 
-def again(rule: Rule, store: Path, executor: Any) -> int:
-    """The rows of one statement; 1 where they disagree with the shipped ones."""
-    shipped = rule.experiment.rows()
-    rows = rule.experiment.compute(store, executor)
-    verdict = rule.judge(rows)
-    print(f"{rule.id}: {verdict.verdict}. {verdict.because}\nrows: {rule.experiment.path(store)}")
+def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None = None) -> int:
+    """The rows of an experiment, and the verdict of a rule from them; 1 where they disagree with the shipped ones."""
+    shipped, rows = experiment.rows(), experiment.compute(store, executor)
+    verdict = rule and rule.judge(rows)
+    print(f"{rule.id}: {verdict.verdict}. {verdict.because}" if rule else experiment.name)
+    print(f"rows: {experiment.path(store)}")
     if len(shipped) < len(rows):
-        print(f"the package has {len(shipped)} of these {len(rows)} rows: there is nothing to compare with")
+        print(f"there are {len(shipped)} of these {len(rows)} rows already: there is nothing to compare with")
         return 0
-    before, differing = rule.judge(shipped), rule.experiment.differences(shipped, rows)
+    differing = experiment.differences(shipped, rows)
     for line in differing[:10]:
         print(line)
     if differing:
-        print(f"{len(differing)} numbers differ by more than {rule.experiment.allowed} from the shipped rows")
-    elif not rule.experiment.timed:
-        print(f"all {len(rows)} rows agree with the shipped ones within {rule.experiment.allowed}")
+        print(f"{len(differing)} numbers differ by more than {experiment.allowed} from the shipped rows")
+    elif not experiment.timed:
+        print(f"all {len(rows)} rows agree with the shipped ones within {experiment.allowed}")
+    if rule is None:
+        return 1 if differing else 0
+    before = rule.judge(shipped)
     same = verdict.verdict == before.verdict
     print(f"the verdict is {'the same' if same else f'another: with the shipped rows it {before.verdict}'}")
     return 0 if same and not differing else 1
+
+
+def beside() -> list[Experiment]:
+    """Those that are told beside verdicts: the rates of the chain, and SmolLM2-135M, where it is on this machine."""
+    if find_smollm2() is None:
+        print(HOW_TO_GET, file=sys.stderr)
+    return [chain_tuning.TUNED, *[large.EXPERIMENT] * (find_smollm2() is not None)]
+
+
+def of_checkout() -> list[OfLesson]:
+    """The rows of the lessons, of SmolLM2-135M's where that is on this machine; none in an installed package."""
+    try:
+        return [one for one in of_lessons() if find_smollm2() or all(map(one.affordable, one.rows()))]
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return []
 
 
 def league(args: Arguments) -> int:
@@ -319,8 +350,10 @@ def as_object(value: Any) -> Any:
 
 def recompute(args: Arguments) -> int:
     """Some of the shipped rows, computed again; 1 where one differs."""
-    number, differing = recomputed(args.recompute, args.seed or 0)
-    print("\n".join([*differing, f"{number} rows were computed again, {len(differing) or 'none'} of their numbers differ"]))
+    found = recomputed([*experiments(), *of_checkout()], args.recompute, args.seed or 0)
+    differing = [line for _, lines in found for line in lines]
+    names = ", ".join(name for name, _ in found)
+    print("\n".join([*differing, f"{len(found)} rows were computed again ({names}), {len(differing) or 'none'} of their numbers differ"]))
     return 1 if differing else 0
 
 

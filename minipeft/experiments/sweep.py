@@ -12,7 +12,6 @@ again. `rows` says what a row is, `tables` makes tables and plots of them.
 A module with RUNS, a list of settings, and `run` is a sweep for the command line; the working directory is searched for
 it:
 
-    python -m minipeft.experiments.sweep lessons.experiments.precision lessons/results/17_precision.jsonl
     python -m minipeft.experiments.sweep my_sweep rows.jsonl --executor 2
 """
 

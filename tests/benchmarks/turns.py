@@ -206,6 +206,8 @@ class Pair:
 
     def row(self, work: str, peer: str, times: list[list[float]], unit: str = "ms", amount: float = 1.0) -> dict:
         """The row of some work: in "ms" of each of the `amount` steps of a turn, or a turn's `amount` a second."""
+        from minipeft import __version__
+
         a, b = ([1e3 * t / amount if unit == "ms" else amount / t for t in turn] for turn in times)
         best = min if unit == "ms" else max
         memory = [worker.ask("memory")[1] for worker in self.workers]
@@ -215,7 +217,7 @@ class Pair:
             "ratio": best(a) / best(b), "ratio_median": ratio(a, b), "pairs": len(a),
             "our_peak_mb": memory[0][1], "their_peak_mb": memory[1][1],
             "our_growth_mb": memory[0][1] - memory[0][0], "their_growth_mb": memory[1][1] - memory[1][0],
-            "processor": processor(), "cores": cores(),
+            "processor": processor(), "cores": cores(), "minipeft": __version__,
         }  # fmt: skip
 
     def beside_products(self, row: dict, weights: list, kinds: int, flops: float | None = None) -> dict:
