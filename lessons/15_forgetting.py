@@ -347,8 +347,8 @@ for task in ("rewrite", "source"):
 # ### Without a corpus
 #
 # Losses and items are of chosen texts. Without a choice: let the base $p$ write, 32 tokens after each of 512
-# beginnings, and ask how far the tuned model $q$ is from it there, $\mathrm{KL}(p \,\|\, q)$ (Lesson 13, section 7).
-# Any change raises it, so the **control** is a random one, of the same norm in every matrix.
+# beginnings, and ask how far the tuned model $q$ is from it, $\mathrm{KL}(p \,\|\, q)$ (Lesson 13, section 7). Any
+# change raises it, so the **control** is a random one, of the same norm in every matrix.
 #
 # **Predict:** which is farther from the base, the tuned model or its control?
 
@@ -363,9 +363,9 @@ assert all(crossed(kl[name, False][0] - 4 * kl[name, True][0]).low > 0 for name 
 assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", False][1], kl["LoRA", False][1])
 
 # %% [markdown]
-# The tuned one, more than four times as far: norm alone explains little. LoRA's change is the largest by it, and yet
-# goes less far than full fine-tuning (by 0.042 [0.002, 0.083] nats), but farther than that at half the rate (by 0.135
-# [0.094, 0.175]): the order that the loss on text gives. (Why a trained change goes farther is open.)
+# The tuned one, more than four times as far: norm alone explains little. LoRA's change is the largest, yet goes less
+# far than full fine-tuning (by 0.042 [0.002, 0.083] nats), but farther than that at half the rate (by 0.135 [0.094,
+# 0.175]): the order that the loss on text gives. (Why a trained change goes farther is open.)
 
 # %% [markdown]
 # ## 4 · The remedies
