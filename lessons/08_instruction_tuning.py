@@ -553,9 +553,9 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 
 # %%
 asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 40)]
-mismatch = {}
+mismatch, losses = {}, {}
 for name, template in {
-    "the template of the training": TEMPLATE,
+    "the training's template": TEMPLATE,
     "a letter off ('answer:')": custom("{instruction}\n{input}\nanswer:"),
     "Alpaca": alpaca,
     "ChatML": chatml,
@@ -563,18 +563,20 @@ for name, template in {
     records = [record for _, record in asked]
     written = answers(tuned, records, template)
     mismatch[name] = np.array([is_right(task, "test", record, text) for (task, record), (text, _) in zip(asked, written)], float)
-    loss, stop = evaluate(tuned, encode(records, template), 32), np.mean([end for _, end in written])
-    less = mean(mismatch[name] - mismatch["the template of the training"])  # answer by answer
-    print(f"{name:30} loss {loss:.2f}, {stop:.0%} stop by themselves, {mismatch[name].mean():.0%} right", end="")
+    losses[name], stop = evaluate(tuned, encode(records, template), 32), np.mean([end for _, end in written])
+    less = mean(mismatch[name] - mismatch["the training's template"])  # answer by answer
+    print(f"{name:30} loss {losses[name]:.2f}, {stop:.0%} stop by themselves, {mismatch[name].mean():.0%} right", end="")
     print(f" ({less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}])" if len(mismatch) > 1 else "")
-    assert REDUCED or (less.high < 0) == (name in ("Alpaca", "ChatML")), name
+if not REDUCED:
+    same, near, other, unknown = losses.values()
+    assert less.high < 0 and near - same < 0.1 < other - near and unknown > other + 1
 
 # %% [markdown]
-# Of these 160 answers, in one run, fewer are right with Alpaca's template, and hardly any with ChatML, whose tokens the
-# base has never met; with a letter off no difference is clear. With `transformers` two slips change the prompt: without
-# `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
-# get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
-# (huggingface.co/docs/transformers/chat_templating).
+# A letter off costs next to nothing. With Alpaca's template the loss rises (of these 160 answers fewer are right in
+# this run, under another seed not clearly), and with ChatML, whose tokens the base has never met, hardly an answer is
+# right. With `transformers` two slips change the prompt: without `add_generation_prompt=True` it does not open the
+# assistant's turn, and a chat already written out by the template can get a second beginning-of-sequence token, unless
+# it is encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token. That happens where padding is the same token, and all labels with its id are
 # set to -100.
