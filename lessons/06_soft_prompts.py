@@ -261,9 +261,9 @@ assert size < 0.2 and longest < length / 3
 # %% [markdown]
 # So at the lowest rate an element of an embedding can move by at most about three times its usual size, and one of a
 # random vector by a third of its own. Which start is better may be a question of the rate. The task and the verses are
-# Lesson 3's; three starts, two rates, five seeds, each with verses of its own. "Words" are embeddings of 20 tokens drawn from the vocabulary
-# (`SAMPLE_VOCAB`), not of a text that makes sense. "Small" are random vectors about as long as embeddings: the control
-# that has the size of the one start and the direction of the other.
+# Lesson 3's; three starts, two rates, five seeds, each with verses of its own. "Words" are embeddings of 20 tokens
+# drawn from the vocabulary (`SAMPLE_VOCAB`), not of a text that makes sense. "Small" are random vectors about as long
+# as embeddings: the control that has the size of the one start and the direction of the other.
 #
 # **Predict:** at rate 0.03 words win. At 0.3?
 
