@@ -478,7 +478,7 @@ for deviation in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
     print(f"W_up of deviation {deviation:4}: the loss rises by {spread(rise[deviation])}")
 assert 0.049 < part.down_weight.data.std() < 0.053, "as drawn: uniform in +-1/sqrt(128)"
 assert not rise[0.0].any() and np.abs([rise[0.01], rise[0.03]]).max() < 0.05
-assert all(below(rise[less], rise[more]) for less, more in pairwise((0.03, 0.1, 0.3, 1.0)))
+assert all(below(rise[less], rise[more]) for less, more in pairwise((0.1, 0.3, 1.0)))
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
@@ -489,11 +489,11 @@ axes.legend(loc="upper left")
 figure.savefig(OUT / "05_adapters_start.png", dpi=120)
 
 # %% [markdown]
-# In five draws, on eight verses: up to 0.03 the loss changes by less than 0.05 nats; from there on it clearly rises.
-# The loss before training does not say where training ends. Houlsby et al. (section 3.6, figure 6) trained from
-# deviations up to 1: up to 0.01 the results are about the same, and with larger ones they get worse. Theirs is the
-# deviation of *both* matrices. Our $W_{down}$ has 0.051, so that their 0.01 makes the product as small as our $W_{up}$
-# at 0.002 would.
+# In five draws, on eight verses: up to 0.03 the loss changes by less than 0.05 nats; beyond 0.1 it clearly rises. The
+# loss before training does not say where training ends. Houlsby et al. (section 3.6, figure 6) trained from deviations
+# up to 1: up to 0.01 the results are about the same, and with larger ones they get worse. Theirs is the deviation of
+# *both* matrices. Our $W_{down}$ has 0.051, so that their 0.01 makes the product as small as our $W_{up}$ at 0.002
+# would.
 
 # %% [markdown]
 # ## Quiz
