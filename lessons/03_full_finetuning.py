@@ -182,13 +182,13 @@ def cosine(a, b):
 loss, of_head, of_rest = first_gradients(0, train_records[:8], scale=0)
 print(f"\nzero head: loss {loss:.4f}; norm of its gradient {np.linalg.norm(of_head):.2f}, of the pretrained weights' {np.linalg.norm(of_rest):.2f}")
 assert abs(loss - math.log(2)) < 1e-6 and of_head.any() and not of_rest.any()
-here, there = ([first_gradients(seed, records)[2] for seed in range(3)] for records in (train_records[:8], train_records[8:16]))
+here, there = ([first_gradients(seed, records)[2] for seed in range(5)] for records in (train_records[:8], train_records[8:16]))
 same_head = [cosine(a, b) for a, b in zip(here, there)]
-other_head = [cosine(here[i], here[j]) for i in range(3) for j in range(i)]
+other_head = [cosine(here[i], here[j]) for i in range(5) for j in range(i)]
 print("cosine between the pretrained weights' gradients")
 print("  same random head, other texts:", ", ".join(f"{c:.2f}" for c in same_head))
 print("  other random head, same texts:", ", ".join(f"{c:.2f}" for c in other_head))
-assert min(same_head) > 0.4 and max(map(abs, other_head)) < 0.2
+assert np.mean(same_head) > 0.2 > np.mean(np.abs(other_head)), "one cosine varies by 0.2 and by 0.1"
 
 # %% [markdown]
 # From zero the loss begins at that of guessing, $\ln 2$, and the head learns at once, since its gradient needs only
@@ -306,11 +306,11 @@ if not REDUCED:
     assert gain[at] > 0.1
     assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
     assert curve[-1, 0] > before[0], "the largest rate destroys what was there"
-    assert (gain > 0.7 * gain[at]).tolist() == [False, *[True] * 4, False, False]
+    assert (gain > 0.6 * gain[at]).tolist() == [False, *[True] * 4, False, False]
     assert curve[at, 1] > before[1] + 0.1, "at the best rate general text is worse already"
     assert (np.diff(curve[:, 1]) > 0).all() and (np.diff(ways) > 0).all(), "and the worse, the larger the rate and the way"
     assert peaks == [3e-3, 2e-3] and best_rate == 1e-3 and 6 < ways[at] / ways[1] < 8
-    assert curve[2, 0] < curve[4, 0] and curve[4, 1] - curve[2, 1] > 0.7, "3.2e-4 learns more than 3.2e-3, and forgets less"
+    assert curve[2, 0] < curve[4, 0] and curve[4, 1] - before[1] > 3 * (curve[2, 1] - before[1]), "3.2e-4 learns more, forgets a third"
 
 # %%
 rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(OUT / "03_full_finetuning.png", dpi=130)
@@ -322,7 +322,7 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # and forgets far less. Lesson 15 measures remedies, such as *replay*, general text mixed into the batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
-# from 1e-4 to 3.2e-3, bring at least 70 % of the best gain. (Each point is one run, and the best rate is chosen and
+# from 1e-4 to 3.2e-3, bring more than 60 % of the best gain. (Each point is one run, and the best rate is chosen and
 # reported on the same verses, which flatters it.)
 #
 # **Why lower than in pretraining?** The way grows with the rate, as Adam's steps do not shrink with the gradients,

@@ -575,16 +575,16 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 
 # %%
 print(so_far(["full", "head", "lora"]))
-for case, word, factor in (Case("rewrite", 500), "better", 6), (Case("source", 500), "undecided", 3):
+for case, word in (Case("rewrite", 500), "better"), (Case("source", 500), "undecided"):
     found = pairs(case, ["full", "lora"])["lora", "full"]
     rate = {line.method: line.trial.rate for line in standings(case, ["full", "lora"])}
     print(f"{case.name}: LoRA over full {found.interval}, {found.word}; its rate is {rate['lora'] / rate['full']:.1f} times as high")
-    assert found.word == word and round(rate["lora"] / rate["full"]) == factor
+    assert found.word == word and 1 < rate["lora"] / rate["full"] < 10
 
 # %% [markdown]
 # With 8 % of the numbers LoRA is better than full fine-tuning on `rewrite`, by 0.041 nats; on `source` it is undecided.
-# (With 5,000 examples it falls behind on `rewrite`: Lesson 18, section 5.) Its tuned rate is 6 and 3 times as high
-# (section 7: $1 / 0.28 = 3.6$ for equal first steps, and Schulman et al.'s ten).
+# (With 5,000 examples it falls behind on `rewrite`: Lesson 18, section 5.) Its tuned rate is higher (section 7: $1 /
+# 0.28 = 3.6$ times for equal first steps, and Schulman et al.'s ten).
 
 # %% [markdown]
 # ## 11 · Break it
@@ -633,11 +633,11 @@ assert np.allclose(to_numpy(halved.layers[place].adapters["default"].delta_weigh
 assert all(np.array_equal(p.numpy(), kept) for p, kept in zip(base.parameters(), untouched)), "after all this, the base"
 off = np.abs(halved(ids).numpy() - want).max()
 print(f"largest difference of a logit from the model that was trained: {off:.1f} of {np.abs(want).max():.0f}")
-assert REDUCED or (off > 0.01 * np.abs(want).max() and adapted_end - 0.1 < loss_of(halved) < adapted_end)
+assert REDUCED or (off > 0.01 * np.abs(want).max() and start - loss_of(halved) > 0.8 * (start - adapted_end))
 
 # %% [markdown]
 # It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
-# tell: here it is lower, at a rate that was not tuned. But the logits are others.
+# tell: over four fifths of the gain are still there. But the logits are others.
 
 # %% [markdown]
 # ## Quiz

@@ -382,14 +382,11 @@ for what, title in (("loss", "loss, nats a token"), ("right", "right answers")):
         print(f"{title:18} {who:5}", ", ".join(f"new {new} {overall(row, what, new):.3f}" for new in row[what]))
 print(f"{'stops by itself':18} base ", ", ".join(f"new {new} {share:.2f}" for new, share in before["stopped"].items()))
 print(f"{'stops by itself':18} tuned", ", ".join(f"new {new} {share:.2f}" for new, share in now["stopped"].items()))
-KNOWN = {}  # task -> (share of right answers to all test records, its 95 % interval, the share of the most frequent answer)
-for name in () if REDUCED else ("source", "part-of-speech"):
-    records = instructions([name], "test", cap=1000)
-    right = [is_right(name, "test", record, text) for record, (text, _) in zip(records, answers(tuned, records))]
-    ((most, n),) = Counter(record.output for record in records).most_common(1)
-    KNOWN[name] = mean(np.array(right, float)), n / len(records)
-    print(f"{name}: {KNOWN[name][0].value:.1%} [{KNOWN[name][0].low:.1%}, {KNOWN[name][0].high:.1%}] of {len(records)} right;", end=" ")
-    print(f"who always says {most!r} has {n / len(records):.1%}")
+rows = read_rows(RESULTS)
+for name in ("source", "part-of-speech"):
+    found = [row["right"]["inputs"][name] for row in tuning.rows_of(rows, Tuning(), SEEDS)]
+    ((most, n),) = Counter(record.output for record in tests(86)["inputs"][name]).most_common(1)
+    print(f"{name}, five seeds: {', '.join(f'{share:.0%}' for share in found)} of 86 right; who always says {most!r} has {n / 86:.0%}")
 
 # %%
 shares = ({what: {new: overall(row, what, new) for new in row["right"]} if what == "right" else row[what] for what in ("stopped", "right")} for row in (before, now))
@@ -398,9 +395,9 @@ tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_an
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
 # are checked nearly all end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over
-# tasks, and the share of right answers differs by less than a tenth. On trained tasks it has learned some content. Of
-# all test records it names the source of 61 %, where one that always gives the same answer has 33 %. For parts of
-# speech that is undecided.
+# tasks, and the share of right answers differs by less than a tenth. Has it learned content on trained tasks? How many
+# books and parts of speech it names differs much from seed to seed, and may be fewer than one answer given always would
+# (printed above); on all checked tasks it has more right answers than the control of `inst-1`.
 
 # %%
 if not REDUCED:
@@ -408,9 +405,7 @@ if not REDUCED:
     assert abs(overall(now, "right", "phrasings") - overall(now, "right", "inputs")) < 0.1 < overall(now, "right", "inputs")
     assert overall(now, "loss", "tasks") < overall(before, "loss", "tasks") - 1
     assert overall(now, "right", "tasks") == 0 and now["stopped"]["tasks"] > 0.9 > 0.1 > before["stopped"]["tasks"]
-    assert 0.85 < now["stopped"]["inputs"] < 1
-    assert KNOWN["source"][0].low > KNOWN["source"][1] + 0.1
-    assert KNOWN["part-of-speech"][0].low < KNOWN["part-of-speech"][1] < KNOWN["part-of-speech"][0].high
+    assert 0.8 < now["stopped"]["inputs"] < 1
 
 # %% [markdown]
 # Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
@@ -477,7 +472,6 @@ if not REDUCED:
 # tasks?
 
 # %%
-rows = read_rows(RESULTS)
 ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = CONDITIONS
 NAMES = dict(zip(CONDITIONS, ("one task", "three tasks", "seven tasks", "... in one phrasing", "... in three, of one form", "... prompt learned too")))
 COLUMNS = {
@@ -493,7 +487,8 @@ tuning.show_losses(table, at_start, NAMES, f"the base{', on 1 record' * REDUCED}
 if not REDUCED:
     stored = table[SEVEN]["7 tasks, new inputs"][0].mean()
     print(f"seven tasks, seed 0: {overall(now, 'loss', 'inputs'):.4f} just now, {stored:.4f} in the file")
-    assert abs(overall(now, "loss", "inputs") - stored) < 0.03, "the same settings, the same result, but for rounding"
+    luck = np.std([overall(row, "loss", "inputs") for row in runs[SEVEN]], ddof=1)
+    assert abs(overall(now, "loss", "inputs") - stored) < 2 * luck, "the same settings, the same result, but for rounding"
 
 # %%
 by_tasks = {title: {c.tasks: crossed(table[c][title]) for c in (ONE_TASK, THREE_TASKS, SEVEN)} for title in ("rewrite, new inputs", "3 new tasks")}
@@ -522,7 +517,7 @@ ends = [np.mean([row["stopped"]["tasks"] for row in runs[c]]) for c in (ONE_TASK
 use = [np.mean([row["right"][new]["use"] for row in runs[SEVEN]]) for new in ("inputs", "phrasings")]
 print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
 assert [name for name, by in falls.items() if by == sorted(by)[::-1]] == ["name", "fill"]
-assert ends[0] < 0.1 < 0.95 < ends[1] and 0.45 < use[1] / use[0] < 0.55
+assert ends[0] < 0.1 < 0.95 < ends[1] and use[1] < 0.6 * use[0]
 for new in ("inputs", "phrasings", "tasks"):
     one, four = (np.array([overall(row, "right", new) for row in runs[c]]) for c in (ONE_PHRASING, SEVEN))
     e = mean(four - one)  # over the seeds
@@ -556,9 +551,9 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 
 # %%
 asked = [(name, record) for name in TRAINED if TASKS[name].check for record in instructions([name], "test", cap=1 if REDUCED else 40)]
-mismatch = {}
+mismatch, losses = {}, {}
 for name, template in {
-    "the template of the training": TEMPLATE,
+    "the training's template": TEMPLATE,
     "a letter off ('answer:')": custom("{instruction}\n{input}\nanswer:"),
     "Alpaca": alpaca,
     "ChatML": chatml,
@@ -566,18 +561,20 @@ for name, template in {
     records = [record for _, record in asked]
     written = answers(tuned, records, template)
     mismatch[name] = np.array([is_right(task, "test", record, text) for (task, record), (text, _) in zip(asked, written)], float)
-    loss, stop = evaluate(tuned, encode(records, template), 32), np.mean([end for _, end in written])
-    less = mean(mismatch[name] - mismatch["the template of the training"])  # answer by answer
-    print(f"{name:30} loss {loss:.2f}, {stop:.0%} stop by themselves, {mismatch[name].mean():.0%} right", end="")
+    losses[name], stop = evaluate(tuned, encode(records, template), 32), np.mean([end for _, end in written])
+    less = mean(mismatch[name] - mismatch["the training's template"])  # answer by answer
+    print(f"{name:30} loss {losses[name]:.2f}, {stop:.0%} stop by themselves, {mismatch[name].mean():.0%} right", end="")
     print(f" ({less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}])" if len(mismatch) > 1 else "")
-    assert REDUCED or (less.high < 0) == (name in ("Alpaca", "ChatML")), name
+if not REDUCED:
+    same, near, other, unknown = losses.values()
+    assert less.high < 0 and near - same < 0.1 < other - near and unknown > other + 1
 
 # %% [markdown]
-# Of these 160 answers, in one run, fewer are right with Alpaca's template, and hardly any with ChatML, whose tokens the
-# base has never met; with a letter off no difference is clear. With `transformers` two slips change the prompt: without
-# `add_generation_prompt=True` it does not open the assistant's turn, and a chat already written out by the template can
-# get a second beginning-of-sequence token, unless it is encoded with `add_special_tokens=False`
-# (huggingface.co/docs/transformers/chat_templating).
+# A letter off costs next to nothing. With Alpaca's template the loss rises (of these 160 answers fewer are right in
+# this run, under another seed not clearly), and with ChatML, whose tokens the base has never met, hardly an answer is
+# right. With `transformers` two slips change the prompt: without `add_generation_prompt=True` it does not open the
+# assistant's turn, and a chat already written out by the template can get a second beginning-of-sequence token, unless
+# it is encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token. That happens where padding is the same token, and all labels with its id are
 # set to -100.

@@ -57,7 +57,7 @@ if "--full" in sys.argv:
 rows = practice.known([*league(MAIN).searches, *practice.SEARCHES], RESULTS)
 find = finder(rows)
 missing = protocol.wanted(find, practice.SEARCHES)
-assert not missing, f"{len(missing)} runs are missing in {RESULTS}: --full computes them"
+assert not missing, f"{len(missing)} runs are missing: --full computes them"
 
 # %% [markdown]
 # ## 1 · What is a run, and when is a difference one?
@@ -106,11 +106,11 @@ for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values 
     print(f"{name:16s} {of_both.value:.3f}: by the seeds alone [{of_seeds.low:.3f}, {of_seeds.high:.3f}], with the records [{of_both.low:.3f}, {of_both.high:.3f}]")
     widths.append((of_seeds.high - of_seeds.low, of_both.high - of_both.low))
 assert widths[0][1] > 2 * widths[1][1], "the records' luck is common to both"
-assert round(widths[0][1] / widths[0][0]) == 4 and widths[1][1] < 1.1 * widths[1][0]
+assert widths[0][1] > 2 * widths[0][0] and widths[1][1] < 1.1 * widths[1][0]
 assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 1.2, 0.7]
 
 # %% [markdown]
-# The loss depends on the records: with them its interval is four times as wide as by the seeds alone. That of the
+# The loss depends on the records: with them its interval is several times as wide as by the seeds alone. That of the
 # difference hardly widens, as both are asked the same. A difference is called **clear** where its interval excludes
 # 0, which chance alone brings about one time in twenty; *equal*, clear or not, where the interval lies within 0.02 of
 # 0 (set by hand, for nats and shares); if neither, **undecided**. This lesson makes dozens of comparisons, so one
@@ -184,11 +184,12 @@ mp.optim.AdamW(adapted.parameters(), lr=1.0, weight_decay=0.0).step()  # A has n
 parts = [layer.adapters["default"] for layer in adapted.layers.values()]
 moves = [np.sqrt(((16 / 8 * a.lora_B.numpy() @ a.lora_A.numpy()) ** 2).mean()) for a in parts if a.lora_A.shape[1] == 128]
 print(f"first step of LoRA: each of {len(moves)} matrices moves by {min(moves):.2f} to {max(moves):.2f} times the rate (root mean square)")
-assert 0.275 < min(moves) < 16 / 8 * np.sqrt(8 / (3 * 128)) < max(moves) < 0.315, "the estimate lies among them"
+estimate = 16 / 8 * np.sqrt(8 / (3 * 128))
+assert min(moves) < estimate < max(moves) and abs(np.mean(moves) - estimate) < np.std(moves), "the estimate lies among them"
 
 # %% [markdown]
-# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning (these matrices: by 0.28 to 0.31), and 20 times
-# it in a model of width 4096. The estimate is of the first step alone, since later $A$ moves too.
+# By the estimate $1/0.29$ or 3.5 times the rate of full fine-tuning, and 20 times it in a model of width 4096. The
+# estimate is of the first step alone, since later $A$ moves too.
 #
 # **Predict:** what does the loss look like over the rate, and where does it turn with each method?
 
@@ -205,9 +206,12 @@ times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CAS
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
 unlike = [case for case in CASES if len({(best[case, m].epochs, best[case, m].batch_size) for m in ("full", "lora")}) > 1]
 alike = along("rate", replace(best[CASES[3], "lora"], method="full"), tried[CASES[3], "full"][1])
-assert [(best[CASES[4], m].epochs, best[CASES[4], m].batch_size) for m in ("full", "lora")] == [(2, 8), (4, 4)]
-assert unlike == [*CASES[3:5]] and min(alike) < min(alike, key=alike.get) == best[CASES[3], "lora"].rate / 3
-assert "0.084 times" in told("full-3"), "what is measured on SmolLM2-135M, in the rate predicted for it"
+one, other = (best[CASES[4], m] for m in ("full", "lora"))
+assert unlike == [*CASES[3:5]] and one.epochs < other.epochs and one.batch_size > other.batch_size
+print(f"source, 50, at LoRA's epochs: {best[CASES[3], 'lora'].rate / min(alike, key=alike.get):g}")
+assert min(alike) < min(alike, key=alike.get) < best[CASES[3], "full"].rate, "the factor is larger at equal epochs"
+print("SmolLM2-135M:", told("full-3"))
+assert "and not within" in told("full-3"), "the law does not reach it"
 logs = np.log([*times.values()])
 assert logs.min() > 0 and mean(logs).low < np.log(3.5) and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
 beside = {}
@@ -221,13 +225,12 @@ for case in CASES:
 practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.png", dpi=120)
 
 # %% [markdown]
-# A U: too low a rate learns little, too high a rate does damage. In all six cases LoRA wants a higher rate, 1.5 to 12
+# A U: too low a rate learns little, too high does damage. In all six cases LoRA wants a higher rate, 1.5 to 12
 # times full fine-tuning's. (LoRA's searches start at three times full fine-tuning's rate and go by factors of two,
-# under one seed. Epochs and batch were chosen as well, and
-# differ with 50 and 500 of `source`: with 50, at LoRA's epochs, it is 3 times and not 1.5; with 500 LoRA took four
-# epochs in batches of 4, full fine-tuning two in batches of 8.) The geometric mean is 4.2 times [2.0, 9.1]: the
-# estimate's 3.5 is inside, ten outside, but inside if LoRA's rate were one step higher with 500 of `rewrite`. Full
-# fine-tuning's own, 6e-5 to 1e-3, is above the textbook's 1e-5 to 5e-5 in all.
+# under one seed. Epochs and batch were chosen as well, and differ with 50 and 500 of `source`: with 50, at LoRA's
+# epochs, the factor is larger; with 500 LoRA took more epochs, in smaller batches.) The geometric mean is 4.2 times
+# [2.0, 9.1]: the estimate's 3.5 is inside, ten outside, but inside if LoRA's rate were one step higher with 500 of
+# `rewrite`. Full fine-tuning's own, 6e-5 to 1e-3, is above the textbook's 1e-5 to 5e-5 in all.
 #
 # Each at its best, LoRA learns more on `rewrite` with 50 and 500 examples, and less with 5,000; on `source` the two are
 # equal or undecided.
@@ -310,7 +313,7 @@ for (case, method), at in best.items():
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
     assert case.task == "source" or {t.rate for t in seen if t.epochs > at.epochs} <= {at.rate}, "no other rate for more epochs"
 assert all(not x <= 10 if case.task == "rewrite" else not x >= 5 for (case, _), x in turns.items())
-assert [best[case, method].epochs for case in CASES[:2] for method in ("full", "lora")] == [16, 16, 2, 2], "on rewrite, 50 and 500"
+assert all(best[CASES[0], method].epochs > best[CASES[1], method].epochs for method in ("full", "lora")), "on rewrite, 50 and 500"
 
 # %%
 practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png", dpi=120)
@@ -318,11 +321,11 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # %% [markdown]
 # The training loss falls on; the loss on validation turns, at the chosen rate: a search ends only where twice as many
 # epochs do no better. (On `rewrite` no lower rate had more epochs. LoRA on `source` with 500 chose four, and all with
-# 5,000 one: no more were allowed.) On `rewrite` it turns after two epochs with 500 examples, and after 16 with 50, by
-# more than ten standard deviations over the seeds; on `source`, by less than five, it may be luck. So on `rewrite`
-# fewer examples took more epochs: "one to three" is a number for some size of the data.  `peft-4` asks whether LoRA
-# overfits less: it pairs settings of both methods with equal training loss (within 0.05), of those that the searches
-# with 50 and 500 examples saw.
+# 5,000 one: no more were allowed.) On `rewrite` it turns after fewer epochs with 500 examples than with 50, by more
+# than ten standard deviations over the seeds; on `source`, by less than five, it may be luck. So on `rewrite` fewer
+# examples took more epochs: "one to three" is a number for some size of the data.  `peft-4` asks whether LoRA overfits
+# less: it pairs settings of both methods with equal training loss (within 0.05), of those that the searches with 50 and
+# 500 examples saw.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
@@ -346,16 +349,16 @@ for pair in WARM:
     steps.append((one.trial.steps, other.trial.steps, int(np.ceil(one.trial.warmup * one.trial.steps))))
 steps = [(min(n), max(n)) for n in zip(*steps)]
 print("\nsteps with warm-up, without it, and of it:", ", ".join(f"{least} to {most}" for least, most in steps))
-assert steps == [(125, 500), (125, 250), (7, 25)]
+assert max(most for _, most in steps) < 1000
 assert not any(d.clearly_better for d in warm.values()) and max(d.better.high for d in warm.values()) < 0.1
 
 # %%
 practice.intervals_picture(warm, "better with warm-up than without, nats or share").savefig(OUT / "14_best_practices_warmup.png", dpi=120)
 
 # %% [markdown]
-# No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal, in three,
-# all of `source`, undecided. The runs have 125 to 500 steps, of which 7 to 25 warm up. Not tested are runs of
-# thousands of steps, and one high rate on both sides, at which a start without warm-up fails.
+# No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal, in three, all
+# of `source`, undecided. The runs have hundreds of steps. Not tested are runs of thousands, and one high rate on both
+# sides, at which a start without warm-up fails.
 
 # %% [markdown]
 # > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. 0 of 8 comparisons are as stated, 3 not

@@ -226,21 +226,17 @@ ranks.steps_picture(TRIED, steps_in_w).savefig(OUT / "18_lora_questioned_steps.p
 
 # %%
 print(so_far(RANKS.values()))
-ranked, behind = finder(league(RANKS.values(), MIDDLE).rows()), {}
-for task, key in KEYS.items():
-    of = {r: report(ranked, search(task, m, 500), key) for r, m in RANKS.items()}
-    behind[task] = {r: compare(one, of[32], key, level=1 - 0.05 / 12) for r, one in of.items() if r != 32}
-    print(f"{task}: rank 1's best rate is {of[1].trial.rate / of[64].trial.rate:g} times rank 64's; how much better than rank 32:")
-    print("  " + ", ".join(f"r = {r}: {found.interval}" for r, found in behind[task].items()))
-    assert of[1].trial.rate / of[64].trial.rate == {"rewrite": 8, "source": 16}[task]
+behind = ranks.beside(RANKS.values(), "lora-r32")
+for task, (one, *_, most) in ranks.rates(RANKS.values()).items():
+    print(f"{task}: rank 1's best rate is {one / most:g} times rank 64's")
+    assert 1 < one / most < (8 * 64) ** 0.5, "nearer to 8 than to 64"
 assert all(found.clearly_worse for found in behind["rewrite"].values())
 assert not any(found.clearly_worse or found.clearly_better for found in behind["source"].values())
 
 # %% [markdown]
 # At one rate, rank 64's first step is about $\sqrt{64} = 8$ times as long in $W$ as rank 1's (the third row), and
-# its change of the loss about 64 times as large. Tuned, its rate is an eighth on `rewrite`, as the step predicts, and a
-# sixteenth on `source`, one step of the search further (under one seed, perhaps by luck): both nearer to an equal step
-# than to an equal change of the loss.
+# its change of the loss about 64 times as large. Tuned, its rate is lower, too, by factors (printed above) that are
+# nearer to an equal step than to an equal change of the loss. (The search goes by factors of two, under one seed.)
 #
 # All twelve intervals hold together 19 times in 20. By them rank 32 is ahead of every other on `rewrite`: of 1, 2 and
 # 4 by 0.03 to 0.10 nats, of 8, 16 and 64 by 0.04 at most. On `source` no rank, not even 1, is clearly better or worse
@@ -280,23 +276,16 @@ assert 0 < on["all-linear, r = 8"] - on["q and v, r = 43"] < on["q and v, r = 8"
 # %%
 layers = [*TARGETS[:-1], "lora-qv", "lora-qv-r43"]
 print(so_far([*layers, "lora"]))
-find, BESIDE = finder(league([*layers, "lora"], MIDDLE).rows()), {}
-for task, key in KEYS.items():
-    unit = {"nll": "nats per token", "right": "share of the sentences"}[key]
-    print(f"\n{task}: how much better than all layers at rank 8, {unit} (all twelve intervals hold together 19 times in 20)")
-    for m in layers:
-        own, every = (report(find, search(task, method, 500), key) for method in (m, "lora"))
-        BESIDE[task, m] = compare(own, every, key, level=1 - 0.05 / 12)
-        print(f"  {m:12s} {BESIDE[task, m].interval}  {BESIDE[task, m].word}; at 95 %: {compare(own, every, key).word}")
+find, BESIDE = finder(league([*layers, "lora"], MIDDLE).rows()), ranks.beside(layers, "lora")
 mlp, qkvo = ([report(find, search(task, m, 500), key) for task, key in KEYS.items()] for m in ("lora-mlp", "lora-qkvo"))
 for task, key, a, b in zip(KEYS, KEYS.values(), qkvo, mlp):
     print(f"{task}: attention's four better than the MLPs by {compare(a, b, key).interval}")
 q, every = (report(find, search("source", m, 500)) for m in ("lora-q", "lora"))
 print(f"source: q alone better in the loss by {compare(q, every, 'nll').interval}")
 assert compare(qkvo[0], mlp[0], "nll").better.low > 0.14 and compare(q, every, "nll").clearly_worse
-assert all(BESIDE["rewrite", m].clearly_worse for m in ("lora-q", "lora-v", "lora-mlp", "lora-qv"))
-assert BESIDE["rewrite", "lora-qkvo"].clearly_better and not BESIDE["rewrite", "lora-qv-r43"].clearly_worse
-assert not any(BESIDE["source", m].clearly_better or BESIDE["source", m].clearly_worse for m in layers)
+assert all(BESIDE["rewrite"][m].clearly_worse for m in ("lora-q", "lora-v", "lora-mlp", "lora-qv"))
+assert BESIDE["rewrite"]["lora-qkvo"].clearly_better and not BESIDE["rewrite"]["lora-qv-r43"].clearly_worse
+assert not any(found.clearly_better or found.clearly_worse for found in BESIDE["source"].values())
 
 # %% [markdown]
 # On `rewrite`, $q$ alone, $v$ alone and the MLPs alone are behind all layers by 0.08 to 0.16 nats. The MLPs have more
@@ -387,18 +376,16 @@ assert np.array_equal(rs(ids).numpy(), plain(ids).numpy()), "bit for bit"
 
 # %%
 print(so_far(["lora", *ALPHAS]))
-found = finder(league(["lora", *ALPHAS], MIDDLE).rows())
-for task, key in KEYS.items():
-    rates = [report(found, search(task, m, 500), key).trial.rate for m in ("lora-alpha4", "lora", "lora-alpha64")]
+for task, rates in ranks.rates(["lora-alpha4", "lora", "lora-alpha64"]).items():
     print(f"{task}: at alpha 4, 16 and 64 the rates are {rates}, at 4 that of 64 times {rates[0] / rates[2]:g}")
-    assert rates == sorted(rates, reverse=True) and rates[0] / rates[2] == {"rewrite": 8, "source": 4}[task]
+    assert rates == sorted(rates, reverse=True) and 1 < rates[0] / rates[2] < 16
 
 # %% [markdown]
-# For 16 times $\alpha$ the rate is an eighth and a quarter. The sixteenth that the first step asks for is one and two
-# steps of the search away: perhaps luck, under one seed, and on `source` the epochs differ, too (4 and 2). Tuned,
-# $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, clearly; on `source` the interval has both signs. The verdict
-# compares the best with the worst of each on validation, and its limit is 0.02: "better, not told" is clearly better,
-# perhaps by less.
+# For 16 times $\alpha$ the rate is lower, but not the sixteenth that the first step asks for: perhaps luck, as the
+# search, under one seed, halves and doubles, and on `source` the epochs differ, too (4 and 2). Tuned, $\alpha = 64$
+# costs 0.022 nats beside 4 on `rewrite`, clearly; on `source` the interval has both signs. The verdict compares the
+# best with the worst of each on validation, and its limit is 0.02: "better, not told" is clearly better, perhaps by
+# less.
 
 # %% [markdown]
 # > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. 3 of 6 comparisons are as stated, 3 not told:
@@ -433,12 +420,23 @@ assert sizes["LoRA, r = 8, alpha = 16"] < 0.5 < sizes["full"]
 # %%
 for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
+AGAINST = ranks.beside(RANKS.values(), "full")
+assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] == ["lora", "lora-r16", "lora-r32", "lora-r64"]
+assert not any(found.clearly_worse for of in AGAINST.values() for found in of.values()), "at no rank, on neither task"
+assert {found.word for found in AGAINST["source"].values()} == {"undecided"}
+assert [m for m in RANKS.values() if all(of[m].better.low > -0.02 for of in AGAINST.values())] == ["lora"]
 
 # %% [markdown]
 # On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth of
 # a nat: there LoRA falls behind as the data grow. Whether the rank limits it, Schulman et al.'s reason, or the epochs
-# is open: no other rank was run, and no second epoch. On `source` no size shows LoRA clearly behind. So in five of six
-# cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5 to 12 times full fine-tuning's.
+# is open: there no other rank was run, and no second epoch. On `source` no size shows LoRA clearly behind. So in five
+# of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5 to 12 times full
+# fine-tuning's.
+#
+# With 500 there are ranks 1 to 64, and by fourteen intervals that hold together none is clearly behind full
+# fine-tuning. On `rewrite` the ranks from 8 on are ahead; of the smaller it is undecided (rank 1 may lose 0.04 nats, and
+# by its own interval of 95 % is behind). On `source` all seven are undecided. Only rank 8 is shown to lose less than
+# 0.02 on both: of right answers each of the others may lose more than 0.04.
 #
 # Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
 # LoRA's merged weights that resemble none of the base's (*intruder dimensions*; in full fine-tuning's they find
@@ -528,12 +526,7 @@ assert np.abs(2 * pissa.start_B.numpy() @ pissa.start_A.numpy() - strongest).max
 # %%
 VARIANTS = ("rslora", "dora", "pissa", "olora")
 print(so_far(["lora", *VARIANTS]))
-tried, signs = finder(league(["lora", *VARIANTS], MIDDLE).rows()), {}
-for case in MIDDLE:
-    key, plain = KEYS[case.task], report(tried, search(case.task, "lora", case.examples), KEYS[case.task])
-    beside = {name: compare(report(tried, search(case.task, name, case.examples), key), plain, key, level=1 - 0.05 / 8) for name in VARIANTS}
-    signs[case.task] = " ".join(found.sign for found in beside.values())
-    print(f"{case.name}, better than LoRA by:", "; ".join(f"{name} {found.interval}, {found.word}" for name, found in beside.items()))
+signs = {task: " ".join(found.sign for found in of.values()) for task, of in ranks.beside(VARIANTS, "lora").items()}
 assert signs == {"rewrite": "-= += - -", "source": "? - ? ?"}
 
 # %% [markdown]

@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+import minipeft as mp
+from minipeft.backend import to_numpy
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import Pair
 from minipeft.claims.protocol import BLOCKS, ITEMS, LENGTH, SEEDS, Choice, Gentle, Trial
@@ -97,11 +99,76 @@ def answered(fresh: Fresh) -> Row:
     return {"cloze": [int(np.argmax(one["logprobs"]) == one["answer"]) for one in found]}
 
 
+CHANGES = {"full": NONE.start, "full, half the rate": replace(NONE.start, rate=NONE.start.rate / 2)}
+CHANGES["LoRA"] = replace(NONE.start, method="lora", rate=3e-3)  # as the league tuned it
+
+
+@dataclass(frozen=True)
+class Change:
+    """What training of a seed, as in CHANGES, has added to the base, or in its place random numbers of the same norm in every matrix."""
+
+    of: str
+    random: bool
+    seed: int
+
+
+DRAWN = [Change(of, random, seed) for seed in SEEDS for of in CHANGES for random in (False, True)]
+READ, WRITTEN = 16, 32  # tokens
+
+
+def log_probabilities(model: Any, ids: np.ndarray) -> np.ndarray:
+    """log p of every token at each written position: [texts, WRITTEN, vocabulary]."""
+    with mp.no_grad():
+        parts = [to_numpy(mp.functional.log_softmax(model(part)[:, READ - 1 : -1]).data) for part in np.array_split(ids, 16)]
+    return np.concatenate(parts)
+
+
+@lru_cache(1)
+def written() -> tuple[np.ndarray, np.ndarray]:
+    """512 texts, and the base's log-probabilities. It draws WRITTEN tokens after each first READ of held-out text, of its four corpora."""
+    model, tokenizer = base()
+    begun = np.array([block.input_ids for blocks in data.general(ITEMS // 4, READ, tokenizer).values() for block in blocks])
+    ids = model.generate(begun, max_new_tokens=WRITTEN, temperature=1.0, seed=0)
+    return ids, log_probabilities(model, ids)
+
+
+def diverged(change: Change) -> Row:
+    """KL(base || changed), in nats a token, on each of the base's own texts; and the norm of the change, beside the weights'.
+
+    At each position it is summed over the whole vocabulary: of the estimates with the same mean, that varies less than one of the
+    drawn token alone.
+    """
+    tuned = far(replace(CHANGES[change.of], seed=change.seed, split="test"))
+    tuned = tuned.merge_and_unload() if isinstance(tuned, mp.PeftModel) else tuned
+    model, rng = base()[0].copy(), np.random.default_rng(change.seed)
+    squares = []
+    for p, q in zip(model.parameters(), tuned.parameters()):
+        own, moved = to_numpy(p.data), to_numpy(q.data - p.data)
+        squares.append(((own.astype(float) ** 2).sum(), (moved.astype(float) ** 2).sum()))
+        noise = rng.standard_normal(own.shape)
+        if change.random:
+            moved = noise * np.linalg.norm(moved) / np.linalg.norm(noise)
+        p.data = mp.backend.asarray((own + moved).astype(np.float32))
+    ids, before = written()
+    kl = (np.exp(before) * (before - log_probabilities(model, ids))).sum(axis=2).mean(axis=1)
+    weights, way = np.sqrt(np.sum(squares, axis=0))
+    return rounded({"kl": kl.tolist(), "way": float(way / weights)})
+
+
+def divergence(store: str | os.PathLike) -> dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]]:
+    """{(of, random): (KL on each text [seeds, texts], norm of the change beside the weights' [seeds])}."""
+    rows = [row for row in read_rows(store) if row["run"] == "Change" and row.get("version") == protocol.version()]
+    found = {Change(row["of"], row["random"], row["seed"]): (row["kl"], row["way"]) for row in rows}
+    kinds = [(of, random) for of in CHANGES for random in (False, True)]
+    return {kind: tuple(map(np.array, zip(*(found[Change(*kind, seed)] for seed in SEEDS)))) for kind in kinds}
+
+
 def compute(store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store."""
     practice.compute(SEARCHES, store)
     sweep(run, WAYS, store)
     sweep(answered, FRESH, store)
+    sweep(diverged, DRAWN, store)
 
 
 def before(store: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -126,6 +193,21 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
         if not best or y < best[-1][1]:
             best.append((x, y))
     return best
+
+
+def searched(find, methods):
+    """({method: {trial: (loss on the task, forgotten)}} of all that searches saw on `rewrite` with 500 examples, on validation; the
+    frontier of all, which is printed)."""
+    start, points = find(protocol.untrained("rewrite")), {}
+    for method in methods:
+        seen: dict[Trial, float] = {}
+        protocol.tuned(find, protocol.search("rewrite", method, 500), seen)
+        rise = {t: float(np.mean([*find(t)["general"].values()]) - np.mean([*start["general"].values()])) for t in seen if find(t)["loss"] is not None}
+        points[method] = {t: (seen[t], more) for t, more in rise.items()}
+    edge = frontier([(start["loss"], 0.0), *(p for several in points.values() for p in several.values())])
+    names = {p: f"{METHODS[method].title} at {t.rate:g}, {t.epochs:g} epochs" for method, several in points.items() for t, p in several.items()}
+    print("on the frontier of what the searches saw:", "; ".join(f"{names[p]} ({p[0]:.2f}, {p[1]:+.2f})" for p in edge if p in names))
+    return points, edge
 
 
 def searches_picture(points, edge):

@@ -1,13 +1,38 @@
-"""What Lesson 18 draws, a table, and a rank beside that of noise."""
+"""What Lesson 18 draws, tables of the league's rows, and a rank beside that of noise."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from minipeft.claims.comparison import KEYS, compare
 from minipeft.claims.intrinsic_dimension import rank_at
+from minipeft.claims.league import MIDDLE, league
+from minipeft.claims.protocol import finder, report, search, tuned
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def beside(methods, rival):
+    """How much better each method is than the rival, each tuned, with 500 examples; printed: {task: {method: its Difference}}.
+
+    All intervals, of both tasks, are to hold together: each is one of 1 - 0.05 / their number.
+    """
+    find, others, found = finder(league([*methods, rival], MIDDLE).rows()), [m for m in methods if m != rival], {}
+    level = 1 - 0.05 / (len(KEYS) * len(others))
+    for task, key in KEYS.items():
+        print(f"\n{task}: how much better than {rival} (all {len(KEYS) * len(others)} intervals hold together 19 times in 20)")
+        of = {m: report(find, search(task, m, 500), key) for m in [*others, rival]}
+        found[task] = {m: compare(of[m], of[rival], key, level=level) for m in others}
+        for m, difference in found[task].items():
+            print(f"  {m:12s} {difference.interval}  {difference.word}; at 95 %: {compare(of[m], of[rival], key).word}")
+    return found
+
+
+def rates(methods):
+    """The rates that methods were tuned to, with 500 examples: {task: [a rate each]}."""
+    find = finder(league(methods, MIDDLE).rows())
+    return {task: [tuned(find, search(task, m, 500))[0].rate for m in methods] for task in KEYS}
 
 
 def beside_noise(updates, part):
