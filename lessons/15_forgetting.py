@@ -305,11 +305,11 @@ assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", 
 #
 # Biderman et al. tuned Llama-2-7B on code and mathematics; forgotten was the loss of accuracy in three general tests
 # (HellaSwag, ARC-Challenge, WinoGrande). LoRA of the ranks 16, 64 and 256 forgot less than full fine-tuning, and less
-# than weight decay and dropout. But a lower rate forgets less, too, and their first version says (section 4.3) that
+# than weight decay and dropout. But a lower rate forgets less, and their first version says (section 4.3) that
 # both "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So take both methods
 # twice, *tuned* for the task, and at their *gentlest*. For this take each method's lowest loss on validation, and the
 # higher of the two: of a method's settings that lie at most 0.02 above it, the one whose loss on general text is
-# lowest. And look at both differences.
+# lowest. 
 #
 # **Predict:** each tuned for the task, does LoRA forget less than full fine-tuning?
 
