@@ -236,7 +236,7 @@ def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, st
         print(f"{one} less {other}:".ljust(28), said(found))
     for row in rows:
         if row["seed"] == seed_of_samples and row["learning_rate"] == CHOSEN[row["method"]]:
-            print(row["method"], *row["samples"], sep="\n    ")
+            print(f"{row['method']}, seed {seed_of_samples}, gold {np.mean(row['gold']):.2f}", *row["samples"], sep="\n    ")
     return beside
 
 
