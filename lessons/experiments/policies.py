@@ -3,7 +3,11 @@
     rater    follows VADER, with noise, and orders four answers of the base to each of a number of openings of sentences
     judge    a reward model that learned from these orders; PPO, RLOO and GRPO optimize it
     pairs    the best and the worst of each four: what DPO learns from
-    gold     VADER itself, which is only watched
+    gold     VADER itself, which trains nothing
+
+A method's learning rate is the one at which the gold of answers to prompts that are kept for this is highest, under the seed
+TUNING. (`claims.chain_tuning` says why the gold: the judge's word, alone or less the price of KL, cannot tell whether the judge
+is exploited.) What is reported is the rest: SEEDS, and other prompts. `Run`'s default rate is where each search begins.
 """
 
 from __future__ import annotations
@@ -18,6 +22,11 @@ import numpy as np
 import minipeft as mp
 from minipeft import rlhf
 from minipeft.autograd.tensor import no_grad
+from minipeft.claims.chain_rules import shown
+from minipeft.claims.mechanisms import best_rate
+from minipeft.claims.protocol import SEEDS, TUNING
+from minipeft.claims.statistics import crossed
+from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import Row
 from minipeft.experiments.shipped import base
 
@@ -26,7 +35,10 @@ SAMPLING = {
     "PPO": (rlhf.PPOTrainer, rlhf.PPOConfig), "RLOO": (rlhf.RLOOTrainer, rlhf.GroupConfig),
     "GRPO": (rlhf.GRPOTrainer, rlhf.GroupConfig),
 }  # fmt: skip
-METHODS = ("base", *SAMPLING, "DPO")
+METHODS = (*SAMPLING, "DPO")
+HELD_OUT, SHOWN = 512, 4  # prompts of a report, and as many that select; answers that a row keeps
+MEASURED = ("reward", "gold", "kl")  # of every answer
+LEAST = 0.02  # of the gold: a setting that is better by less is not better. Two such means differ by it by luck alone
 
 
 @cache
@@ -39,6 +51,15 @@ def stops() -> tuple[int, ...]:
 def openings(split: str) -> list[list[int]]:
     """Prompts: the first four words of sentences of Jane Austen's, as token ids."""
     return [ids for ids in map(base()[1].encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
+
+
+@cache
+def unseen() -> list[list[int]]:
+    """Prompts of held-out chapters with which no training sentence begins, in an order that is drawn once: the first HELD_OUT are
+    asked in reports, the next HELD_OUT select."""
+    every = dict.fromkeys(map(tuple, openings("validation") + openings("test")))
+    own = [list(prompt) for prompt in every if prompt not in set(map(tuple, openings("train")))]
+    return [own[i] for i in np.random.default_rng(0).permutation(len(own))]
 
 
 def show(ids: Any) -> str:
@@ -74,7 +95,7 @@ def judge(rankings: int, seed: int) -> rlhf.RewardModel:
 
 @dataclass(frozen=True)
 class Run:
-    """One way to make the base happier, from a number of the rater's rankings: one of METHODS."""
+    """One way to make the base happier, from a number of the rater's rankings: one of METHODS, or "base", as it is."""
 
     method: str
     seed: int = 0
@@ -107,19 +128,32 @@ def learn(run: Run) -> tuple[Any, list[dict[str, Any]]]:
     return policy, trainer(policy, judge(run.rankings, run.seed), openings("train"), config, watch=watch).train()
 
 
-def judged(policy: Any, reward: rlhf.RewardModel | None, seed: int = 0, prompts: int = 128) -> tuple[Row, rlhf.Rollout]:
-    """(what a policy has become on held-out prompts, its answers to them): the judge's reward, the gold, KL from the base in
-    nats an answer, the share of distinct bigrams, and of answers that end."""
-    roll = rlhf.rollout(policy, openings("validation")[:prompts], LENGTH, 1.0, stops(), seed=10_000 + seed)
-    given = roll.input_ids, roll.attention_mask
+def judged(policy: Any, reward: rlhf.RewardModel | None, prompts: list[list[int]], seed: int = 0) -> tuple[Row, list[rlhf.Rollout]]:
+    """(what a policy has become, its answers to n prompts): [n] of each, the gold, the judge's reward, and
+    log π(y) - log π_ref(y), nats an answer; and the shares of distinct bigrams, and of answers that end."""
+    parts, rolls = [], []
     with no_grad():
-        logp, ref = (rlhf.response_logprobs(m, *given, LENGTH).numpy() for m in (policy, base()[0]))
-        proxy = None if reward is None else round(float(reward.rewards(*given).numpy().mean()), 4)
-    kl = ((logp - ref) * mp.backend.to_numpy(roll.mask)).sum(axis=1).mean()
+        for i in range(0, len(prompts), 128):
+            stream = rlhf.rollouts.Rng(10_000 + seed, first_row=i)
+            roll = rlhf.rollout(policy, prompts[i : i + 128], LENGTH, 1.0, stops(), stream)
+            given = roll.input_ids, roll.attention_mask
+            ratio = np.subtract(*(rlhf.response_logprobs(m, *given, LENGTH).numpy() for m in (policy, base()[0])))
+            kl = (ratio * mp.backend.to_numpy(roll.mask)).sum(axis=1)
+            proxy = np.zeros(len(kl)) if reward is None else reward.rewards(*given).numpy()
+            parts.append([rlhf.gold_reward(base()[1])(roll), proxy, kl])
+            rolls.append(roll)
+    gold, proxy, kl = np.concatenate(parts, axis=1, dtype=float).round(3).tolist()
     return {
-        "reward": proxy, "gold": round(float(rlhf.gold_reward(base()[1])(roll).mean()), 4), "kl": round(float(kl), 4),
-        "distinct_2": round(rlhf.distinct_n(roll.responses()), 4), "ended": round(roll.ended.mean().item(), 4),
-    }, roll  # fmt: skip
+        "gold": gold, "reward": proxy, "kl": kl,
+        "distinct_2": round(rlhf.distinct_n([answer for roll in rolls for answer in roll.responses()]), 4),
+        "ended": round(float(np.mean([share for roll in rolls for share in roll.ended])), 4),
+    }, rolls  # fmt: skip
+
+
+def samples(rolls: list[rlhf.Rollout]) -> list[str]:
+    """The first SHOWN prompts and their answers, as text."""
+    both = [(p, a) for roll in rolls for p, a in zip(roll.prompts(), roll.responses())]
+    return [f"{show(prompt)} |{' '.join(show(answer).split())}" for prompt, answer in both[:SHOWN]]
 
 
 def show_updates(history: list[dict[str, Any]]) -> None:
@@ -133,22 +167,89 @@ def show_updates(history: list[dict[str, Any]]) -> None:
 
 
 def measure(run: Run) -> Row:
-    """What the sweep writes down."""
+    """What the sweep writes down: what it has become, answer by answer, the first answers, and what learning has cost: answers that
+    were drawn, and seconds of this machine, without what the methods share or the judge. Under the seed TUNING the means, of the
+    prompts that select, and the reward of the first update."""
     reward = judge(run.rankings, run.seed)
     ordered(run.rankings, run.seed)
     began = time.process_time()
     policy, history = learn(run)
     seconds = time.process_time() - began
-    names = {"reward": "objective/scores", "kl": "objective/kl", "gold": "watch/gold"}
-    curves = {name: [round(r[key], 4) for r in history] for name, key in names.items()} if run.method in SAMPLING else None
-    return {**judged(policy, reward, run.seed)[0], "history": curves, "cpu_seconds": round(seconds, 1)}
+    if run.seed == TUNING:
+        row = judged(policy, reward, unseen()[HELD_OUT : 2 * HELD_OUT], run.seed)[0]
+        first = {"first": round(history[0]["objective/scores"], 4)} if run.method in SAMPLING else {}
+        return {name: round(float(np.mean(row[name])), 4) for name in (*MEASURED, "ended")} | first
+    row, rolls = judged(policy, reward, unseen()[:HELD_OUT], run.seed)
+    drawn = 32 * run.updates if run.method in SAMPLING else 0
+    return {**row, "samples": samples(rolls), "drawn": drawn, "cpu_seconds": round(seconds, 1)}
 
 
-def columns(rows: list[Row], method: str, keys: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """{key: [seeds]} of a method's rows, which must be one for each seed."""
-    of = sorted((row for row in rows if row["method"] == method), key=lambda row: row["seed"])
-    assert [row["seed"] for row in of] == [*seeds], f"{method}: a row of each seed, see --full"
-    return {key: np.array([row[key] for row in of]) for key in keys}
+TRIED = {  # learning rates, until both neighbors of the best are there
+    method: [Run.learning_rate * 2.0**k for k in range(-1, most + 1)]
+    for method, most in {"PPO": 2, "RLOO": 2, "GRPO": 1, "DPO": 4}.items()
+}  # fmt: skip
+CHOSEN = {"base": Run.learning_rate, "PPO": 6e-4, "RLOO": 6e-4, "GRPO": 3e-4, "DPO": 2.4e-3}
+OTHER = [Run("GRPO", seed, learning_rate=CHOSEN["PPO"]) for seed in SEEDS]  # the methods without DPO at one rate
+RUNS = [
+    *(Run(method, TUNING, learning_rate=rate) for method in METHODS for rate in TRIED[method]),
+    *(Run(method, seed, learning_rate=rate) for seed in SEEDS for method, rate in CHOSEN.items()), *OTHER,
+]  # fmt: skip
 
 
-RUNS = [Run(method, seed) for seed in range(3) for method in METHODS]
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def show_searches(rows: list[Row]) -> None:
+    """Print the gold of each rate that was tried. Raises AssertionError where a search does not end at the rate of the reports, or
+    half or twice of that was not tried."""
+    print(f"\ngold on {HELD_OUT} prompts that select, seed {TUNING}, by rate (* taken)")
+    for method in METHODS:
+        golds = {row["learning_rate"]: row["gold"] for row in rows if (row["method"], row["seed"]) == (method, TUNING)}
+        best, tried = best_rate(lambda rate, golds=golds: -golds[rate], Run.learning_rate, LEAST)
+        assert {best / 2, 2 * best} <= tried.keys() == golds.keys(), f"{method}: its best rate is inside what was tried"
+        assert best == CHOSEN[method] == max(golds, key=golds.get), f"{method}: the rate of the reports is the best"
+        print(f"{method:5s}", ", ".join(f"{rate:g}{'*' * (rate == best)} {gold:+.2f}" for rate, gold in sorted(golds.items())))
+
+
+def reports(rows: list[Row], method: str, rate: float | None = None) -> dict[str, np.ndarray]:
+    """{"gold", "reward", "kl": [seeds, prompts]; "distinct_2", "ended", "drawn", "cpu_seconds": [seeds]} of a method under SEEDS, at
+    the rate chosen for it or another."""
+    those = [row for row in rows if row["method"] == method and row["learning_rate"] == (rate or CHOSEN[method]) and row["seed"] != TUNING]
+    those.sort(key=lambda row: row["seed"])
+    assert [row["seed"] for row in those] == [*SEEDS], f"{method}: a row of each seed, see --full"
+    return {key: np.array([row[key] for row in those], float) for key in (*MEASURED, "distinct_2", "ended", "drawn", "cpu_seconds")}
+
+
+def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, str], dict[str, Estimate]]:
+    """Print the searches, the reports, and what each method answers under a seed. Returns {(method, other): `less` of the two}, of each
+    method beside the base, and of each other one beside PPO."""
+    show_searches(rows)
+    of = {method: reports(rows, method) for method in CHOSEN} | {"GRPO at PPO's rate": reports(rows, "GRPO", CHOSEN["PPO"])}
+    print(f"\n{len(SEEDS)} seeds, {HELD_OUT} prompts   gold    distinct-2  ended  answers drawn  seconds of CPU, without the judge's")
+    for name, found in of.items():
+        gold, *shares, drawn, seconds = (found[key].mean() for key in ("gold", "distinct_2", "ended", "drawn", "cpu_seconds"))
+        print(f"{name:20s}   {gold:+.2f}   {shares[0]:10.2f}  {shares[1]:5.2f}  {drawn:13.0f}  {seconds:7.0f}")
+    print("\n* where an interval excludes 0")
+    pairs = [*((name, "base") for name in METHODS), *((name, "PPO") for name in [*of][2:])]
+    beside = {(one, other): less(of[one], of[other]) for one, other in pairs}
+    for (one, other), found in beside.items():
+        print(f"{one} less {other}:".ljust(28), said(found))
+    for row in rows:
+        if row["seed"] == seed_of_samples and row["learning_rate"] == CHOSEN[row["method"]]:
+            print(f"{row['method']}, seed {seed_of_samples}, gold {np.mean(row['gold']):.2f}", *row["samples"], sep="\n    ")
+    return beside
+
+
+def less(one: dict[str, np.ndarray], other: dict[str, np.ndarray], level: float = 0.95) -> dict[str, Estimate]:
+    """By how much more a method has than another, of what is MEASURED."""
+    return {key: crossed(one[key] - other[key], level=level) for key in MEASURED}
+
+
+def clear(found: dict[str, Estimate]) -> set[str]:
+    """What has an interval that excludes 0."""
+    return {key for key, e in found.items() if e.low > 0 or e.high < 0}
+
+
+def said(found: dict[str, Estimate]) -> str:
+    """ "reward +0.12 [+0.03, +0.21]*  gold ...": the star where an interval excludes 0."""
+    return "  ".join(f"{key} {shown(e)}{'*' * (key in clear(found))}".ljust(29) for key, e in found.items()).rstrip()
