@@ -146,7 +146,7 @@ def judged(policy: Any, reward: rlhf.RewardModel | None, prompts: list[list[int]
     return {
         "gold": gold, "reward": proxy, "kl": kl,
         "distinct_2": round(rlhf.distinct_n([answer for roll in rolls for answer in roll.responses()]), 4),
-        "ended": round(float(np.mean([share for roll in rolls for share in roll.ended])), 4),
+        "ended": round(float(np.mean([share for roll in rolls for share in mp.backend.to_numpy(roll.ended)])), 4),
     }, rolls  # fmt: skip
 
 
