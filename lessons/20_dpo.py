@@ -260,7 +260,7 @@ if not REDUCED:
 # makes its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have:
 # the best, the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the
 # same chosen answers, and ORPO (section 5), whose loss is that of the fine-tuning plus one of pairs. Six seeds, 512
-# prompts, 95 % intervals over both. (The prompts are of the validation split, as the test split has only 396; no
+# prompts, 95 % intervals over both. (They are openings of held-out chapters with which no training sentence begins; no
 # setting was chosen on them.)
 
 # %%
@@ -292,7 +292,7 @@ assert all(len(r["step_chosen"]) == 63 for r in rows if r["loss"] == "dpo"), "1,
 assert max(e.high for e in table.values()) < 0, "all held-out answers fall, under all three losses"
 assert all(crossed(of("dpo", "chosen") - of(loss, "chosen")).high < 0 for loss in ("chosen", "orpo"))
 assert min(e.low for e in gap.values()) > 0 and gap["dpo"].low < both[0] < gap["dpo"].high, "the best falls less than the worst, as in the steps' pairs"
-assert above["dpo"].low > 0 and above["chosen"].low > 0, "and less than the four do in the mean"
+assert min(e.low for e in above.values()) > 0, "and less than the four do in the mean"
 
 # %%
 preferences.steps_picture(rows).savefig(OUT / "20_dpo_steps.png", dpi=120)
@@ -305,15 +305,15 @@ preferences.held_out_picture(table).savefig(OUT / "20_dpo_held_out.png", dpi=120
 # all that the loss asks for. In the first picture look at the bundles: both leave 0, and the rejected answers' goes
 # further down. On the held-out prompts the answers fall under all three losses, as they must in the mean for any policy
 # that has moved: in the second picture no interval reaches 0. The best answer falls clearly more under DPO than under
-# the other two. (They move less altogether, so this is no ranking of methods.) But that mean, 2.52 nats for DPO's four
-# answers, is the yardstick, and the best falls by less, clearly, by 0.24. So moving alone suffices for its fall: these
+# the other two. (They move less altogether, so this is no ranking of methods.) But that mean, 2.47 nats for DPO's four
+# answers, is the yardstick, and the best falls by less, clearly, by 0.33. So moving alone suffices for its fall: these
 # runs show *that* it falls, and not section 3's cause at work. Where the probability goes was not measured.
 #
 # Does the best answer fall less than the worst one? Clearly: in the steps' pairs, as unseen as the held-out ones, by
 # 0.47 ± 0.08 nats (744 pairs under each seed, and others under each), and on the held-out prompts, the same under all
-# seeds, after training by 0.49. In the second picture DPO's dots stand in the raters' order, from the best on the right
+# seeds, after training by 0.60. In the second picture DPO's dots stand in the raters' order, from the best on the right
 # to the worst on the left. They do so without a loss of pairs, too: under fine-tuning on the chosen answers alone the
-# best falls clearly less than the worst, by 0.25, and under ORPO by 0.19.
+# best falls clearly less than the worst, by 0.33. (Under ORPO it is 0.32.)
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone, and hold
