@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments import forgetting, practice, real_llm
+from experiments import forgetting, items, practice, real_llm
 
 import minipeft as mp
-from minipeft.claims import protocol
+from minipeft.claims import data, protocol
+from minipeft.claims.statistics import crossed
 from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import latency, memory, merged
 from minipeft.experiments.rows import add_row, read_rows
@@ -276,3 +277,35 @@ def test_a_drawn_answer_is_labeled_up_to_its_end_and_its_padding_is_not(monkeypa
     ended, cut = real_llm.drawn(None, tokenizer, [[4, 4], [3, 3, 3]], 3)
     assert ended.input_ids.tolist() == [4, 4, 7, 2] and ended.labels.tolist() == [-100, -100, 7, 2]
     assert cut.input_ids.tolist() == [3, 3, 3, 5, 6, 7] and cut.labels.tolist() == [-100] * 3 + [5, 6, 7]
+
+
+# --------------------------------------------------------------------------------------------- lessons 17 and 19, by record
+
+
+def test_losses_by_record_have_the_interval_of_the_ratio_and_add_up():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 40, 60)
+    a, b = (tokens * 3 + rng.normal(size=(5, 60)) * 10 + shift for shift in (0, 4))
+    assert np.allclose(crossed(items.per_token(a, tokens)), crossed(a, tokens))
+    assert np.allclose(crossed(items.per_token(b, tokens) - items.per_token(a, tokens)), crossed(b - a, tokens))
+    assert np.allclose(items.per_token(a, tokens).mean(axis=1), a.sum(axis=1) / tokens.sum())
+    x, y = items.per_token(a, tokens), items.per_token(b, tokens) + 1
+    assert items.below(x, y) is True and items.below(y, x) is False and items.below(x, x[::-1]) is None
+    mean = crossed(items.both(x, y))
+    assert np.isclose(mean.value, (x.mean() + y.mean()) / 2)
+    assert mean.high - mean.low < max(e.high - e.low for e in (crossed(x), crossed(y))), "of two sets, not of one whose means differ"
+
+
+def test_a_ratio_has_the_interval_of_the_linear_one():
+    rng = np.random.default_rng(1)
+    b = 5 + rng.normal(size=(5, 400))
+    a = 0.25 * b + 0.01 * rng.normal(size=b.shape)
+    found = items.ratio(a, b)
+    assert found.low < 0.25 < found.high and found.high - found.low < 0.002, "what both share does not count"
+    assert items.within(a - 0.25 * b, 0.01) and not items.within(a, 0.01)
+
+
+def test_the_test_records_are_those_of_the_protocol_and_of_the_test_split():
+    asked = data.asked("rewrite", "test", 12)
+    assert [len(e.input_ids) for e in items.test("rewrite", 12)] == [len(e.input_ids) for e in data.encode(asked)]
+    assert items.tokens(items.test("define", 3)).min() > 0 and len(items.test("define")) == 512

@@ -18,6 +18,8 @@ from minipeft.quant import dequantize_model, quantize_model
 from minipeft.text.examples import Example, encode_examples
 from minipeft.train import evaluate
 
+from . import items
+
 TASKS = ("rewrite", "define")
 EVERYTHING = (*TASKS, "general")
 CONFIG = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
@@ -26,6 +28,8 @@ SCALES = (0.25, 0.5, 0.75, 1.0)  # of an adapter alone, and of both in a sum
 NEGATIVE = (0.1, 0.25, 0.5)  # how much of an adapter is subtracted
 PARTS = (1.0, 0.5, 0.25)  # of an update that is merged into four-bit weights
 DENSITIES = (0.5, 0.2, 0.1)
+MASKS = 1000  # this plus a run's seed draws what DARE drops
+BLOCK = 32  # tokens of a block of general text
 RULES = {  # name -> (which adapter "define", options of add_weighted_adapter)
     "cat": ("define", {"combination_type": "cat"}),
     "svd": ("define", {"combination_type": "svd"}),
@@ -44,16 +48,18 @@ Deltas = Mapping[str, np.ndarray]  # path of a layer -> what is added to its wei
 
 @dataclass(frozen=True)
 class Merge:
-    """What is trained, and how much it is tested on; the seed chooses training and test records, and where A starts.
+    """What is trained, and how much it is tested on; the seed chooses training and validation records, where A starts,
+    and what DARE drops.
 
     what   "tasks": the adapters of two tasks, merged with each other; "bases": one adapter, merged into either base
+    test   records of each task, and blocks of general text; the same under all seeds
     """
 
     what: str = "tasks"
     steps: int = 40
     batch_size: int = 8
     validation: int = 64  # records of each task
-    test: int = 150
+    test: int = items.TEST
     seed: int = 0
 
 
@@ -89,15 +95,21 @@ def adapters(s: Merge) -> Any:
     return model
 
 
-def losses(model: Any, s: Merge, tasks: Iterable[str] = TASKS, split: str = "test") -> dict[str, float]:
-    """The held-out loss of tasks, or of "general" text of the base's own domain, in nats per token."""
-    n, tokenizer = s.test if split == "test" else s.validation, shipped.base()[1]
-    found = {}
-    for name in tasks:
-        of_task = () if name == "general" else records(name, split, n, s.seed)
-        examples = of_task or shipped.general_blocks(tokenizer, shipped.LENGTH, shipped.BLOCKS)
-        found[name] = evaluate(model, sorted(examples, key=lambda e: len(e.input_ids)), 32, tokenizer.pad_token_id)
-    return found
+def tested_on(task: str, n: int) -> list[Example]:
+    """The test records of a task, or of "general" text of the base's own domain."""
+    return shipped.general_blocks(shipped.base()[1], BLOCK, n, "test") if task == "general" else items.test(task, n)
+
+
+def losses(model: Any, s: Merge, tasks: Iterable[str] = TASKS) -> dict[str, list[float]]:
+    """The nats of each test record of tasks."""
+    return {name: items.nats(model, tested_on(name, s.test), 2 if name == "general" else 1) for name in tasks}
+
+
+def validated(model: Any, s: Merge) -> float:
+    """The sum of the tasks' losses on validation records, in nats per token."""
+    lists = (records(name, "validation", s.validation, s.seed) for name in TASKS)
+    pad = shipped.base()[1].pad_token_id
+    return sum(evaluate(model, sorted(examples, key=lambda e: len(e.input_ids)), 32, pad) for examples in lists)
 
 
 def merged(model: Any, names: list[str], weights: list[float], **how: Any) -> Any:
@@ -108,12 +120,12 @@ def merged(model: Any, names: list[str], weights: list[float], **how: Any) -> An
     return plain
 
 
-def thinned(model: Any, name: str, rule: str, density: float) -> Deltas:
+def thinned(model: Any, name: str, rule: str, density: float, seed: int) -> Deltas:
     """What an adapter adds, of which a rule of `Combination` keeps a density, on the factors or, for _svd, on whole matrices.
 
     Not by `add_weighted_adapter`: as in PEFT, of one adapter alone it takes nothing away.
     """
-    how, made = Combination(rule, 128 if rule.endswith("svd") else None, density), {}
+    how, made = Combination(rule, 128 if rule.endswith("svd") else None, density, seed=MASKS + seed), {}
     for path, part in model.parts(name):
         A, B = (to_numpy(factor.data) for factor in part.factors())
         A, B = how.factors(path, (A,), (B,), (part.scaling,), (1.0,))
@@ -148,31 +160,32 @@ def four_bits(model: Any) -> Any:
 
 
 def with_each_other(s: Merge) -> dict[str, Any]:
-    """Test losses of the two adapters, merged by every rule; the weight of both is chosen on validation records."""
+    """Nats of the two adapters, merged by every rule; the weight of both is chosen on validation records."""
     base, model = shipped.base()[0], adapters(s)
     joint = train(mp.get_peft_model(base, CONFIG, seed=s.seed), s, *TASKS)
     found: dict[str, Any] = {"base": losses(base, s, EVERYTHING), "joint": losses(joint.merge_and_unload(), s)}
     sums = {t: merged(model, list(TASKS), [t, t], combination_type="cat") for t in SCALES}
     found |= {f"sum {t}": losses(m, s) for t, m in sums.items()}
-    found |= {f"{name} {t}": losses(plus(base, deltas(model, name), t), s) for name in TASKS for t in SCALES}
+    for name in TASKS:  # on the other task only where the lesson asks it
+        found |= {f"{name} {t}": losses(plus(base, deltas(model, name), t), s, TASKS if t in (0.25, 1) else (name,)) for t in SCALES}
     rewriting = deltas(model, "rewrite")
     for t in NEGATIVE:
         found[f"minus rewrite {t}"] = losses(plus(base, rewriting, -t), s, EVERYTHING)
         found[f"random {t}"] = losses(plus(base, at_random(rewriting, s.seed), t), s, EVERYTHING)
     for density in DENSITIES:
         for rule in ("dare_linear", "dare_linear_svd", "magnitude_prune_svd"):
-            found[f"{rule} {density}"] = losses(plus(base, thinned(model, "rewrite", rule, density)), s, ["rewrite"])
+            found[f"{rule} {density}"] = losses(plus(base, thinned(model, "rewrite", rule, density, s.seed)), s, ["rewrite"])
     chosen = {}
     for name, (other, how) in RULES.items():
-        tried = {w: merged(model, ["rewrite", other], [w, w], **how) for w in WEIGHTS}
-        scores = {w: sum(losses(m, s, split="validation").values()) for w, m in tried.items()}
+        tried = {w: merged(model, ["rewrite", other], [w, w], **how, seed=MASKS + s.seed) for w in WEIGHTS}
+        scores = {w: validated(m, s) for w, m in tried.items()}
         chosen[name] = min(scores, key=scores.get)
         found[name] = losses(tried[chosen[name]], s)
     return {"losses": found, "weights": chosen}
 
 
 def into_a_base(s: Merge) -> dict[str, Any]:
-    """Test losses of adapters of "rewrite" that were trained beside W, beside NF4(W) and from LoftQ's start, on each base."""
+    """Nats of adapters of "rewrite" that were trained beside W, beside NF4(W) and from LoftQ's start, on each base."""
     W = shipped.base()[0]
     Q = four_bits(W)
     beside = {
@@ -193,7 +206,7 @@ def into_a_base(s: Merge) -> dict[str, Any]:
 
 
 def run(s: Merge) -> dict[str, Any]:
-    """The row of a run: test losses in nats per token, by the name of the model and the task."""
+    """The row of a run: the nats of each test record, by the name of the model and the task."""
     return shipped.rounded(with_each_other(s) if s.what == "tasks" else into_a_base(s))
 
 
