@@ -309,7 +309,7 @@ assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", 
 # both "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So take both methods
 # twice, *tuned* for the task, and at their *gentlest*. For this take each method's lowest loss on validation, and the
 # higher of the two: of a method's settings that lie at most 0.02 above it, the one whose loss on general text is
-# lowest. 
+# lowest.
 #
 # **Predict:** each tuned for the task, does LoRA forget less than full fine-tuning?
 
