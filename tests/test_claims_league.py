@@ -280,11 +280,10 @@ def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
     assert len(experiment.differences([tried], [tried | {"loss": tried["loss"] * 1.1 + 0.1}])) == 1
 
 
-def test_a_row_is_computed_again_from_its_settings(monkeypatch):
+def test_a_row_is_computed_again_from_its_settings():
     trial = Trial("source", "lora", 8, 1e-3, 1, 4, 3)
-    monkeypatch.setattr(protocol, "run", lambda given: {"loss": 1.0 if given == trial else 2.0})
-    experiment, row = RULES["qlora-5"].experiment, described(trial) | {"loss": 3.0, "version": "x"}
-    (line,) = experiment.check(row, Random(0))
+    experiment = replace(RULES["qlora-5"].experiment, run=lambda given: {"loss": 1.0 if given == trial else 2.0})
+    (line,) = experiment.check(described(trial) | {"loss": 3.0, "version": "x"}, Random(0))
     assert "loss: 1.0, and 3.0 in the package" in line
 
 
