@@ -329,7 +329,7 @@ figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 
 # %% [markdown]
 # An element in fact moved less at 0.03: one of words by about its usual size, 0.11, one of a random vector by a fifth
-# of its own. And words win no longer: at 0.3 a random start ends 0.067 ± 0.057 below them. Cut to the length of
+# of its own. And words win no longer: at 0.3 the difference is -0.067 ± 0.057, barely clear. Cut to the length of
 # embeddings, random vectors at 0.03 close most of the gap: it was one of size. What the direction adds, +0.010 ± 0.085,
 # is not told. If size is all, what counts is the rate *over the size of the start's elements*: 0.3 for random is then
 # 0.033 for small (small ends 0.075 ± 0.073 above it at 0.03), and a random start needs nine times the rate of words.

@@ -323,7 +323,7 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # epochs do no better. (On `rewrite` no lower rate had more epochs. LoRA on `source` with 500 chose four, and all with
 # 5,000 one: no more were allowed.) On `rewrite` it turns after fewer epochs with 500 examples than with 50, by more
 # than ten standard deviations over the seeds; on `source`, by less than five, it may be luck. So on `rewrite` fewer
-# examples took more epochs: "one to three" is a number for some size of the data.  `peft-4` asks whether LoRA overfits
+# examples took more epochs: "one to three" is a number for some size of the data. `peft-4` asks whether LoRA overfits
 # less: it pairs settings of both methods with equal training loss (within 0.05), of those that the searches with 50 and
 # 500 examples saw.
 

@@ -425,6 +425,7 @@ assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] ==
 assert not any(found.clearly_worse for of in AGAINST.values() for found in of.values()), "at no rank, on neither task"
 assert {found.word for found in AGAINST["source"].values()} == {"undecided"}
 assert [m for m in RANKS.values() if all(of[m].better.low > -0.02 for of in AGAINST.values())] == ["lora"]
+assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if m != "lora")
 
 # %% [markdown]
 # On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth of

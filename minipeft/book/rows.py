@@ -2,7 +2,7 @@
 
     python 17_precision.py --full    in a directory of its own, in the place of lessons/
 
-So what readers are told to run is what is run. Rows that are in results/ there are not computed again.
+So this runs the command that lessons tell their readers to run. Rows that are in that directory's results/ are kept.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ task, the lesson's section and the rows.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status is 1
 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared. --run all
-does so for all rows: those of statements, those that are told beside them, and, in a checkout, those of the lessons, as each
-lesson's --full does. By estimate (rows have no seconds) that takes fifty hours of one core, of which the league takes thirty;
+does so for all rows: those that decide statements, those that are quoted beside them, and, in a checkout, the lessons', as
+each lesson's --full does. By estimate (rows have no seconds) that takes fifty hours of one core, of which the league takes thirty;
 --executor 16 divides them among 16 processes: some five hours, as SmolLM2-135M's rows in Lesson 13 wait for each other.
 
 --recompute does so for a few rows drawn at random, each of another file, in about a minute of a core each: where a row is a
@@ -300,7 +300,7 @@ def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None 
 
 
 def beside() -> list[Experiment]:
-    """Those that are told beside verdicts: the rates of the chain, and SmolLM2-135M, where it is on this machine."""
+    """Those quoted beside verdicts: the rates of the chain, and SmolLM2-135M, where it is on this machine."""
     if find_smollm2() is None:
         print(HOW_TO_GET, file=sys.stderr)
     return [chain_tuning.TUNED, *[large.EXPERIMENT] * (find_smollm2() is not None)]
