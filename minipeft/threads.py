@@ -93,6 +93,18 @@ class one_blas_thread:
                 _set_blas_threads(_blas_threads)
 
 
+class one_thread(one_blas_thread):
+    """Inside, the calling thread computes alone: for work so small that others would only wait for the interpreter lock."""
+
+    def __enter__(self) -> None:
+        self.before, _inside.pool = getattr(_inside, "pool", False), True
+        super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _inside.pool = self.before
+
+
 def _set_blas_threads(threads: list[int]) -> None:
     """So many for each BLAS, which has one thread or `_blas_threads`."""
     for blas, n, before in zip(_blas_controllers(), threads, _blas_threads):

@@ -102,6 +102,26 @@ def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_wor
     assert not calls
 
 
+def test_a_step_with_little_work_wakes_no_thread_and_one_with_more_does(rng, monkeypatch, threads):
+    threads(2)
+    seen, loss = set(), mp.Transformer.loss
+
+    def split(rows):
+        seen.add(threading.get_ident())
+
+    def spread(self, *args, **options):
+        mp.backend.split_rows(split, 2, 1 << 20)
+        return loss(self, *args, **options)
+
+    monkeypatch.setattr(mp.Transformer, "loss", spread)
+    trained(tiny_model(), counting(24, rng))
+    assert seen == {threading.get_ident()}
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
+    monkeypatch.setattr("minipeft.train.parallel.GRADIENTS", 1000)  # so that rows are not cut
+    trained(tiny_model(), counting(24, rng))
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (3, 0, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_parts_hold_each_row_once_and_labels_that_count(counts, n):

@@ -30,7 +30,7 @@ from ..autograd.tensor import gradients
 from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
 from ..nn.watch import is_watched
-from ..threads import get_num_threads, one_blas_thread, run_tasks, set_num_threads
+from ..threads import get_num_threads, one_blas_thread, one_thread, run_tasks, set_num_threads
 from .batches import Batch
 from .evaluation import Loss, Statistics, on_device, with_statistics
 
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 
 # Rows of a batch are spread over threads where each has this many multiplications, tokens times parameters, or more:
-# with fewer, threads spend their time on waiting for Python's lock. And where their gradients take no more bytes than this.
+# with fewer, threads spend their time on waiting for Python's lock, and a batch with fewer has one thread alone. And where their gradients take no more bytes than this.
 WORK, GRADIENTS = 1 << 27, 1 << 26
 
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
@@ -65,10 +65,15 @@ def parts_on_threads(model: Module, batch: Batch, trainable: Sequence[Parameter]
     One, too, where somebody looks on (`Module.watch`, `PrecisionReport`), who should see whole batches, one after the other.
     """
     n = min(get_num_threads(), batch.arguments["labels"].shape[0])
-    little = batch.tokens * sum(p.size for p in model.parameters()) < n * WORK
+    little = work_of(model, batch) < n * WORK
     much = n * sum(p.data.nbytes for p in trainable) > GRADIENTS
     alone = little or much or precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np
     return 1 if alone else n
+
+
+def work_of(model: Module, batch: Batch) -> int:
+    """Tokens times parameters: the multiplications of a forward pass, but for attention's."""
+    return batch.tokens * sum(p.size for p in model.parameters())
 
 
 def add_gradients(model: Module, loss: Loss, parts: Sequence[Part], trainable: Sequence[Parameter]) -> list[Result]:
@@ -88,7 +93,8 @@ def add_gradients(model: Module, loss: Loss, parts: Sequence[Part], trainable: S
             L_b.backward(factor)
         found[i] = (L_b.data, statistics), [] if len(parts) == 1 else gradients(L_b, factor, trainable)
 
-    with one_blas_thread() if len(parts) > 1 else nullcontext():
+    little = len(parts) == 1 and work_of(model, parts[0].batch) < WORK
+    with one_blas_thread() if len(parts) > 1 else one_thread() if little else nullcontext():
         run_tasks([partial(run, i) for i in range(len(parts))])
     return _added_up(found, trainable)
 
