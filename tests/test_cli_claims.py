@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from cli_helpers import output, refused
+from cli_helpers import general_blocks, output, refused
 
 import minipeft as mp
 from minipeft import claims
@@ -81,6 +81,10 @@ def test_all_rows_are_computed_again_and_compared(capsys, monkeypatch, tmp_path)
     some = {id: claims.statements()[id] for id in ("lora-6", "soft-7")}
     monkeypatch.setattr(command, "statements", lambda: some)
     monkeypatch.setattr(soft_prompts, "LENGTHS", (0, 200))
+    monkeypatch.setattr(soft_prompts, "BLOCKS", 32)
+    monkeypatch.setattr("minipeft.experiments.shipped.general_blocks", general_blocks)
+    soft_prompts.LOST.compute(tmp_path / "shipped")
+    monkeypatch.setattr(Experiment.rows, "__defaults__", (tmp_path / "shipped",))
     told = Experiment("told", lambda seed: {"loss": 1.0 + seed}, lambda: mp.grid(seed=range(2)))
     monkeypatch.setattr(command, "beside", lambda: [told])
     monkeypatch.setattr(command, "of_checkout", lambda: [replace(told, name="lesson")])

@@ -15,6 +15,7 @@ import dataclasses
 import errno
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -113,7 +114,8 @@ def key(value: Any) -> Any:
     if isinstance(value, dict):
         return dict, *sorted((name, key(v)) for name, v in value.items())
     if isinstance(value, list):
-        return tuple(map(key, value))
+        numbers = {*map(type, value)} <= {int, float} and all(map(operator.eq, value, value))  # fast, for one an item
+        return tuple(value) if numbers else tuple(map(key, value))
     return "NaN" if value != value else (bool, value) if isinstance(value, bool) else value
 
 
