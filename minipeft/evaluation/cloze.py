@@ -13,6 +13,7 @@ where guessing is right in 25 %. The text of the items is the same for every mod
 from __future__ import annotations
 
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -42,11 +43,13 @@ def general_cloze() -> list[MultipleChoice]:
 
 def _passages(documents: list[str], tokenizer: Tokenizer) -> list[Passage]:
     """All passages at equal distances, which do not overlap, that go on with whole words of TOKENS tokens in sum."""
+    texts = [document.split() for document in documents]
+    known = sorted({word for words in texts for word in words})
+    length = dict(zip(known, map(len, tokenizer.encode_batch([f" {word}" for word in known]))))
     found = []
-    for words in map(str.split, documents):
-        lengths = [len(ids) for ids in tokenizer.encode_batch([f" {word}" for word in words])]
+    for words in texts:
         for at in range(LEAST, len(words), CONTEXT + TOKENS):
-            ends = np.cumsum(lengths[at : at + TOKENS]).tolist()
+            ends = list(accumulate(length[word] for word in words[at : at + TOKENS]))
             if TOKENS in ends:
                 right = words[at : at + ends.index(TOKENS) + 1]
                 found.append((" ".join(words[max(0, at - CONTEXT) : at]), " ".join(right)))
