@@ -4,8 +4,10 @@ A corpus is loaded at its first use and kept; an unknown split raises ValueError
 from and how the splits are kept apart.
 """
 
+import gc
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
@@ -108,10 +110,22 @@ def general_corpora(split: str) -> dict[str, list[str]]:
     }
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """For the making of many objects that stay: each look for garbage would go through all of them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def _rows(name: str, split: str, make: Callable[..., T]) -> list[T]:
     """What `make` makes of the columns of each line of a split. Raises FileError for a damaged file."""
     check_split(split)
     place, prefix = files("minipeft.text").joinpath("data", f"{name}.tsv.xz"), split + "\t"
-    with expecting("the corpus, compressed text", place):
+    with expecting("the corpus, compressed text", place), _without_collector():
         lines = lzma.decompress(place.read_bytes()).decode("utf-8").split("\n")[:-1]
         return [make(*line[len(prefix) :].split("\t")) for line in lines if line.startswith(prefix)]
