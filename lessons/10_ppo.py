@@ -76,7 +76,7 @@ diagrams.rlhf_stages(base.config).savefig(OUT / "10_ppo_stages.png")
 # This is the **policy gradient** (REINFORCE, Williams 1992): draw answers, and push the log-probability of each in
 # proportion to its reward.
 #
-# By hand: an answer is one of three tokens, with the logits $z = \log(0.5, 0.3, 0.2)$. So $\pi = (0.5, 0.3, 0.2)$, and
+# By hand: an answer is one of three tokens, of logits $z = \log(0.5, 0.3, 0.2)$. So $\pi = (0.5, 0.3, 0.2)$, and
 # with $R = (1, 2, 4)$ we have $J = 1.9$. With $\partial \log \pi_y / \partial z_k = [y = k] - \pi_k$ (Lesson 1, section
 # 3) the sum over $y$ becomes $\partial J / \partial z_k = \pi_k (R_k - J)$.
 #
@@ -196,7 +196,7 @@ assert found["near", "k2"][1] < found["near", "k3"][1] < found["near", "k1"][1] 
 # $k_2$ is. Near the reference, where a policy begins, its bias is tiny, and its noise the least; $k_3$ has less than a
 # hundredth of $k_1$'s. Far away $e^d$ of a rare answer is huge, and $k_3$ is the noisiest.
 #
-# PPO puts $k_1$ into the reward. (InstructGPT's *PPO-ptx* also mixes in gradients of pretraining text; not done here.)
+# PPO puts $k_1$ into the reward. (InstructGPT's *PPO-ptx* also learns from pretraining text; not here.)
 # The reward model scores the whole answer once; every token $y_t$ pays its part of the KL at the price $\beta$:
 #
 # $$r_t = -\beta \left(\log \pi(y_t) - \log \pi_{\text{ref}}(y_t)\right) + [t \text{ is last}] \cdot \text{score}.$$
@@ -209,8 +209,8 @@ assert found["near", "k2"][1] < found["near", "k3"][1] < found["near", "k1"][1] 
 # %% [markdown]
 # > `rlhf-4` maximise E[r] - beta KL(pi || pi_SFT): the reference is the SFT model: **holds**. Over all 16 answers of
 # > two tokens the expected rewards are E[r] - beta KL to 2e-16 for three betas, no policy near ref exp(r / beta) is
-# > better, and PPO's reference is the model that it starts from: so for the objective, its maximum and the reference.
-# > (16 test items)
+# > better, and PPO's reference is the model that it starts from: this is so of the objective, its maximum and the
+# > reference. (16 test items)
 
 # %% [markdown]
 # ## 5 · Advantages: was that token better than expected?
@@ -314,7 +314,7 @@ assert pushed(1.0, 0.7) > 0 > pushed(-1.0, 1.3) and pushed(-1.0, 1.0) == -1, "go
 # has gone the wrong way. Nor does it bound the ratio: other tokens move the shared weights.
 #
 # The value head is clipped in the same way, lest a batch move the baseline far; that is in OpenAI's code, as is the
-# weight 0.1, and not in the paper (Huang et al. 2024, arXiv:2403.17031). The whole loss is the mean of the policy
+# weight 0.1 (Huang et al. 2024, arXiv:2403.17031), and not in PPO's paper. The whole loss is the mean of the policy
 # loss over all tokens, with $A$ whitened, plus
 #
 # $$0.1 \cdot \tfrac12\, \text{mean} \max\left((V - R)^2, (\mathrm{clip}(V, V_{\text{old}} \pm \varepsilon) - R)^2\right).$$
@@ -331,9 +331,9 @@ assert abs(pg.item() - 0.0144655480) < 1e-9 and abs(new.grad[0, 0] + 0.173946943
 assert new.grad[0, 2] == 0, "the third token's ratio is 1.28, its advantage positive: clipped"
 
 # %% [markdown]
-# > `rlhf-1` optimise for preference, not likelihood: **holds**. One step moves log p(a) - log p(b) by +10.03 nats where
-# > a is preferred and by -10.12 where b is, on the same texts; a step on the likelihood of both texts, which ignores
-# > the preference, moves it by -0.48; as stated where a is preferred and b is preferred. (4 test items)
+# > `rlhf-1` optimise for preference, not likelihood: **holds**. One step, with A = 1 for the preferred text and -1 for
+# > the other, moves log p(a) - log p(b) by +10.03 nats where a is preferred and by -10.12 where b is; a step on the
+# > likelihood of both moves it by -0.48. (4 test items)
 
 # %% [markdown]
 # ## 7 · Run it
@@ -366,19 +366,20 @@ for name, model in (("before", base), ("after", policy)):
     print(name, *policies.samples(policies.judged(model, None, openings("validation")[:4])[1]), sep="\n  ")
 
 # %% [markdown]
-# Word salad before and after, at a higher score, and fewer answers end (why was not examined). The
-# first update clips a fifth to two fifths of its tokens.
+# Word salad as before, at a higher score; fewer answers end (why was not examined). Of the first update's tokens a
+# fifth to two fifths are clipped.
 
 # %% [markdown]
 # ## 8 · One chain on one model
 #
 # Here is the chain as it is meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in
-# Basic English. The gold, from 0 to 1, asks for what a person would: *the answer ends its sentence, in English, without
-# repeating itself, kindly*. The base is fine-tuned on 1,000 verses (SFT). A rater compares two answers of *this* model
-# to each of 2,000 prompts, with noise. A reward model that starts from the SFT model learns from it. PPO, 32 updates of
-# 32 answers, starts from the SFT model, its reference; an answer without an end loses 1 of its score. Two things need
-# no PPO: SFT on the answers that the rater preferred, and the best of 16 answers by the same judge, whose KL is at most
-# $\log n - (n-1)/n$ (Lesson 11, section 1). Five seeds, 256 held-out prompts, temperature 0.7.
+# Basic English. The gold, from 0 to 1, is a rule for what a person would ask: *the answer ends its sentence, in
+# English, without repeating itself, kindly* (`claims/kindness.py`). The base is fine-tuned on 1,000 verses (SFT). A
+# rater compares two answers of *this* model to each of 2,000 prompts, with noise. A reward model that starts from the
+# SFT model learns from it. PPO, 32 updates of 32 answers, starts from the SFT model, its reference; an answer without
+# an end loses 1 of its score. Two things need no PPO: SFT on the answers that the rater preferred, and the best of 16
+# answers by the same judge, whose KL is at most $\log n - (n-1)/n$ (Lesson 11). Five seeds, 256 held-out
+# prompts, temperature 0.7 (in log-probabilities, too).
 #
 # **Predict:** which has the most gold: PPO, or the best of 16?
 
@@ -407,7 +408,7 @@ assert (zero := crossed(golds["PPO, beta = 0"] - golds["SFT"])).low < 0 < zero.h
 gains = {key: interval(parts["PPO, beta = 0.05"][key] - parts["SFT"][key]) for key in ("ended", "form", "kind")}
 print("PPO, beta = 0.05 less SFT: " + ", ".join("{} {:+.2f} ± {:.2f}".format(key, *x) for key, x in gains.items()))
 clear = [{key for key, (x, half) in gains.items() if x > wide * half} for wide in (1, student_t(1 - 0.05 / 3, 4) / student_t(0.95, 4))]
-assert clear == [{"ended", "kind"}, {"ended"}] and parts["base"]["ended"].max() < 0.05, "each alone; all three together"
+assert clear == [{"ended", "kind"}, {"ended"}] and [round(100 * parts[name]["ended"].mean()) for name in ("SFT", "PPO, beta = 0.05", "base")] == [92, 99, 4]
 rates = {rival.name: rival for rival in rivals(TUNED.rows())}
 assert rates["SFT"].clear and rates["SFT"].times == 1 / 8 and round(rates["SFT"].gold, 2) == -0.06 and not rates["PPO"].clear
 for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
@@ -415,20 +416,20 @@ for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
     print(name, *(of["checks"]["32"] if "checks" in of else of)["samples"], sep="\n    ")
 
 # %% [markdown]
-# The best of 16 has, at a smaller KL. It costs 16 answers for each that is given; PPO pays once, with 1,024 answers
-# here. At $\beta = 0.05$ PPO earns clearly more gold, 0.08, than the SFT model it starts from (alone; not where
-# five comparisons are to hold together, Lesson 16), hardly more than SFT on the preferred answers, and not clearly more
-# than SFT at ten times its rate. Of rates tried afterwards none gives PPO clearly more gold (`claims/chain_tuning.py`).
+# The best of 16, at a smaller KL. It costs 16 answers for each that is given; PPO pays once, with 1,024 answers here.
+# At $\beta = 0.05$ PPO earns clearly more gold, 0.08, than the SFT model it starts from (alone; not where five
+# comparisons are to hold together, Lesson 16), 0.05 [0.00, 0.10] more than SFT on the preferred answers, and 0.04
+# [-0.01, 0.10] more than SFT at ten times its rate.
 #
 # Would a person see the 0.08? Not here: three of its four answers stumble (one says "the same" three times); the last
-# is a sentence, as SFT's is. The best of 16 reads no better. All answers end, as 4 % of the base's do; few make much
-# sense. Of the gold's three parts PPO clearly gains the last missing ends; kinder words (VADER's *kind*, from -1 to 1)
-# only if looked at alone; in *form*, English without repetition, nothing.
+# is a sentence, as SFT's is. The best of 16 reads no better. All these end (of the 256, 92 % of SFT's, 99 % of PPO's, 4
+# % of the base's); few make much sense. Of the gold's three parts PPO clearly gains ends; kinder words (VADER, from -1
+# to 1) only if looked at alone; in *form*, English without repetition, nothing.
 
 # %% [markdown]
-# > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there:
-# > SFT's loss falls by 2.78 nats, the reward model's by 0.99, and an update of PPO, of 8 answers scored -2.42 on
-# > average, moves the policy away from its reference, the SFT model.
+# > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there. In
+# > a chain of 8 sentences and 3 steps a stage SFT's loss on them falls by 2.78 nats, the reward model's by 0.99, and an
+# > update of PPO moves the policy away from its reference, the SFT model.
 #
 # > `rlhf-5` the KL term keeps the policy near its start: **holds**. After 32 updates the KL from the SFT model is 25.0,
 # > 5.8 and 3.0 nats an answer at beta 0, 0.05 and 0.2: beta 0.05 in place of 0 saves +19.2 [+14.0, +24.3] nats; beta
@@ -439,7 +440,7 @@ for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
 # ## 9 · Without a value function: RLOO and GRPO
 #
 # Two methods take the baseline from other answers to the same prompt, a **group** of $k$ (below, 4). With the scores
-# $r$ of a group, their mean $\bar r$ and standard deviation $s$ (over $k - 1$):
+# $r$ of a group (in RLOO less $\beta k_1$), their mean $\bar r$ and standard deviation $s$ (over $k - 1$):
 #
 # | | advantage of an answer | ratio | KL |
 # |---|---|---|---|
@@ -493,7 +494,7 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 # after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
 # How do they compare, and with DPO (Lesson 20), which has no judge? A search under seed 0 chose each one's learning
-# rate: of factors of 2, the one with the most gold in answers to 512 prompts (why the gold: `claims/chain_tuning.py`).
+# rate: of factors of 2, the one with the most gold in answers to 512 prompts .
 # Then: five other seeds, each with its own judge, and 512 other prompts.
 
 # %%
@@ -503,22 +504,22 @@ clear = {m: policies.clear(found) for (m, other), found in beside.items() if oth
 assert clear == {"RLOO": set(), "GRPO": {"reward", "gold", "kl"}, "DPO": {"reward", "kl"}, "GRPO at PPO's rate": set()}
 
 # %% [markdown]
-# All four clearly gain reward and gold. Of RLOO and PPO neither has clearly more. GRPO has less, nearer to the base, at
-# half the rate; at PPO's rate, tried afterwards, it is not told from PPO. DPO has less of the judge's reward, which it
-# never met, at a larger KL; whose gold is higher is not told.
+# All four clearly gain reward and gold (VADER's, as in section 7). Of RLOO and PPO neither has clearly more. GRPO has
+# less, nearer to the base, at half the rate; at PPO's rate, tried afterwards, it is not told from PPO. DPO has less of
+# the judge's reward, which it never met, at a larger KL; whose gold is higher is not told.
 #
-# The rates are rough: one seed chose them, whose judge taught PPO a gold of 0.16, where the five had 0.64. $\beta =
-# 0.05$ was not tuned; in GRPO it prices a $k_3$ per token beside standardized advantages. An update's 32 answers are to
-# 32 prompts in PPO, to 8 in RLOO and GRPO. DPO draws none, but learns from the ranked ones.
+# The rates are rough: under the seed that chose them PPO's gold was 0.16, under the five others 0.64. $\beta = 0.05$
+# was not tuned. An update's 32 answers are to 32 prompts in PPO, to 8 in RLOO and GRPO. DPO draws none, but learns from
+# the ranked ones.
 #
 # Would you like these answers? The seed shown is that of RLOO's most gold, 0.89: *good enough to do good enough*. The
-# others put *good* or *great* into sentences that mean no more than the base's. Kind words satisfy this gold (unlike
-# section 8's), so it rises where a reader sees no improvement.
+# others put *good* or *great* into sentences that mean no more than the base's. Kind words satisfy this gold, so it
+# rises where a reader sees no improvement.
 #
 # ## 10 · Break it: whiten first, then take the returns
 #
 # Give the value head perfect foresight, up to a thousandth, so that there is nothing to learn. Returns from *whitened*
-# advantages, $R = A_{\text{white}} + V$, tell it that it is wrong.
+# advantages, $R = A_{\text{white}} + V$, say that it is wrong.
 #
 # **Predict:** its loss is half a mean square. How large is it?
 
@@ -531,23 +532,23 @@ print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening be
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 ways = (those_of(chain, "ppo", broken=broken) for broken in ("returns from whitened advantages", ""))
 spoiled, usual = (np.array([r["history"]["value_loss"] for r in of]) for of in ways)
-print(f"value loss in the chain, broken so: {spoiled[:, 8:].min():.2f} to {spoiled[:, 8:].max():.2f} from update 9 on; unbroken: {usual.min():.3f} to {usual.max():.2f}")
-assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6 and ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual.max() > 100 * usual.min()
+print(f"value loss in the chain, broken so: {spoiled[:, 8:].min():.2f} to {spoiled[:, 8:].max():.2f} from update 9 on; unbroken: {usual[:, 8:].min():.3f} to {usual[:, 8:].max():.2f}")
+assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6 and ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual[:, 8:].max() > 50 * usual.min()
 
 # %% [markdown]
 # One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In section 8's chain,
-# broken so, it stays there. Unbroken, it is as high once in 120 updates from the ninth on, but spans 0.006 to 0.92, too
-# wide for the warnings below.
+# broken so, it stays there. Unbroken, from the ninth update on, it is as high once in 120 updates, but goes from 0.006
+# to 0.58, too wide for the rule below.
 #
-# A warning is given where a logged number is more than 4 standard deviations from the unbroken runs' mean at that
-# update, twice running (of `kl` the root, of `approxkl`, `value_loss`, `ratio_max` and `grad_norm` the logarithm):
-# `clipfrac` is section 7's *clipped*, `entropy` that of the distribution of the next token, in nats (mean over the
-# answers' tokens), `approxkl` $k_2$ between $\pi_{\text{old}}$ and $\pi$, `ratio_max` the largest $\rho$, `grad_norm`
-# the unclipped gradient's norm.
+# A warning is given where a logged number is, at two updates in a row (or the last), more than 4 standard deviations
+# (pooled over updates) from the unbroken runs' mean at that update (of `kl` the root, of `approxkl`, `value_loss`,
+# `ratio_max` and `grad_norm` the logarithm). `clipfrac` is section 7's
+# *clipped*, `entropy` that of the distribution of the next token, in nats, `approxkl`
+# $k_2$ between $\pi_{\text{old}}$ and $\pi$, `ratio_max` the largest $\rho$, `grad_norm` the unclipped gradient's norm.
 
 # %% [markdown]
-# > `rlhf-7` unstable: **holds if**. What 6 ways to break it cost of the gold, beside the usual run (in brackets each
-# > seed's first warning, if any):
+# > `rlhf-7` unstable: **holds if**. What 6 ways to break it cost of the gold, beside the usual run (and each seed's
+# > first warning, if any):
 # >
 # > - ten times the rate: +0.30 [+0.21, +0.39] (update 1: clipfrac, approxkl and ratio_max).
 # > - no clipping of ratios and values: +0.03 [+0.00, +0.06] (update 13, 22 and 28: grad_norm; 32: approxkl; clipfrac is
@@ -560,9 +561,9 @@ assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6 and ((usual[:, 8:] > 
 # >
 # > Where all 7 intervals are to hold together, these are above 0: ten times the rate and ten times the rate, less what
 # > it costs SFT. Of SFT, PPO, SFT on the preferred answers and the reward model, only SFT has clearly less loss at
-# > another rate: at 0.125 times the one used, where its gold is lower, too (-0.06). Of 5 unbroken runs 0 would have
-# > been warned of. The gold's standard deviation over their seeds is 3.7 [1.3, 10.3] times SFT's. (5 seeds, 256 test
-# > items)
+# > another rate: at 0.125 times the one used, where its gold is lower, too (-0.06). Of 5 unbroken runs, each held
+# > against the others, 0 would have been warned of. PPO's gold has a standard deviation over seeds that is 3.7 [1.3,
+# > 10.3] times SFT's. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## Quiz

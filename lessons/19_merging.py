@@ -105,7 +105,7 @@ assert np.array_equal(total - tau[1], theta_0 + tau[0]), "what was added can be 
 # 1. **Trim**: of each task vector keep the largest numbers by magnitude, a share called the *density* (20 % in the
 #    paper); the others become 0. The paper trims a whole task vector; PEFT, and so this lesson, trims each matrix.
 # 2. **Elect a sign** for each weight: that of the sum of what is left. (PEFT's `majority_sign_method="frequency"`
-#    counts signs instead. A sum of 0 elects plus.)
+#    counts signs instead. A sum of 0 elects plus, and where nothing is left $\tau$ is 0.)
 # 3. **Disjoint mean**: average those numbers that have the elected sign, and leave out the others, zeros included.
 #
 # $$\tilde\tau_t = \text{trim}(\tau_t), \qquad \gamma = \text{sign}\Big(\sum_t \tilde\tau_t\Big), \qquad
@@ -164,12 +164,12 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # | `svd` | the best approximation of the sum that has rank $r$ | no: its smaller singular values are left out |
 # | `linear` | $A = \sum \sqrt{w_i s_i} A_i$, $B = \sum \sqrt{w_i s_i} B_i$, rank $r$ | no: cross terms |
 # | `ties`, `dare_linear`, `dare_ties`, `magnitude_prune` | the rule on each *factor*, weighted as in `linear` | no |
-# | `ties_svd` and so on | the rule on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
+# | `ties_svd` and so on | the rule, weighted, on the products $s_i B_i A_i$, then the nearest matrix of rank `svd_rank` | no |
 #
 # (`magnitude_prune` is TIES' trimming alone, `dare_ties` TIES with DARE's dropping in place of the trimming. Of a
 # negative $w_i$ `linear` takes the root of its size, and gives the minus to $A_i$ alone, as on both factors it would
 # cancel.) A trimmed product is not of low rank, so the last row loses what a rank of `svd_rank` cannot hold; its
-# default is the adapters' $r$. **Whole matrices** below is that type with `svd_rank=128`, the width of this model:
+# default is the adapters' $r$. **Whole matrices** below is the last row with `svd_rank=128`, the width of this model:
 # nothing is cut off, and the rule acts on $\tau$ itself. The **cross terms** of `linear`, for $w_i s_i = 1$:
 #
 # $$(B_1 + B_2)(A_1 + A_2) = B_1 A_1 + B_2 A_2 + \underbrace{B_1 A_2 + B_2 A_1}_{\text{nobody trained these}} .$$
@@ -178,8 +178,8 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # start with the *same* $A$, and it changes little: then $A_1 \approx A_2$.
 #
 # **Predict:** what is the product then? Three adapters are trained now: `rewrite` (King James to plain English),
-# `define` (a word to its meaning), and `same`, `define` again from the start of `rewrite`. Each is LoRA with $r = 8$ on
-# all linear layers, 40 steps of 8 records.
+# `define` (a word to its meaning), and `same`, `define` again with `rewrite`'s initial $A$. Each is LoRA with $r = 8$
+# on all linear layers, 40 steps of 8 records.
 
 # %%
 settings = Merge(steps=2, validation=4, test=8) if REDUCED else Merge()
@@ -291,26 +291,25 @@ curves = {(task, kind): [loss("base", task).mean(), *(loss(f"{name} {t}", task).
 merging.sum_picture(curves, {task: loss("joint", task).mean() for task in TASKS}).savefig(OUT / "19_merging_sum.png", dpi=130)
 
 # %% [markdown]
-# - **The sum works.** At 0.75 it keeps about nine tenths of what each adapter gains on its own task, without any
-#   training.
+# - **The sum works.** At 0.75, chosen on validation, it keeps about nine tenths of what the adapters gain on their own
+#   tasks, in the mean of both.
 # - **Full scale is worse than half**, on either task. The larger the scale, the larger the interference: about 0.12
 #   nats at 1 on either task, less than half of that at 0.5. Alone, 0.75 of an adapter is about as good as all of it. So
 #   0.75 loses little of each update and avoids over a quarter of the interference.
-# - **Joint training is better**, by about 0.05 nats a token. But it needs the data of both tasks at once, and a merge
-#   does not. Where one model need not have both tasks, keep the adapters and choose one a request (Lesson 4, section
-#   9).
-# - **No rule is clearly better than the sum** at the weight that validation chose. TIES on products is undecided;
-#   `svd`, which halves the rank, costs less than 0.01, though in section 4 it is a third of the sum's length away from
-#   it; DARE on whole matrices is worse, and so are the rules on factors, TIES and DARE most; but `linear, same start`,
-#   which merges another adapter, at the lowest weight tried, is undecided. (If all ten intervals are to hold together
-#   19 times in 20, each has the level 99.5 %. Then `magnitude_prune` is undecided, too.) Compare rules at their own
-#   best weights: TIES at 1 (whole matrices) beats the sum at 1, and not the sum at 0.75.
+# - **Joint training is better**, by about 0.05 nats a token. But it needs the training data of both tasks at once; a
+#   merge only validation records, for its weight. Where one model need not have both tasks, keep the adapters and
+#   choose one a request (Lesson 4, section 9).
+# - **No rule is clearly better than the sum**, each at its chosen weight. TIES on products is undecided. `svd`, which
+#   halves the rank, is clearly worse, but by less than 0.01, though in section 4 it is a third of the sum's length away
+#   from it. DARE on whole matrices is worse, and so are the rules on factors but one: `linear, same start` is
+#   undecided. It merges another adapter, and its weight is the lowest tried, so a lower one may be better. (If the
+#   intervals of all ten rules beside the sum are to hold together 19 times in 20, each has the level 99.5 %. Then
+#   `magnitude_prune` is undecided, too.) Compare rules at their own best weights: TIES at 1 (whole matrices) beats the
+#   sum at 1, and not the sum at 0.75.
 #
 # The two updates are nearly orthogonal, and yet each does something to the other's task. A quarter of either adapter
-# alone lowers the loss on the other's task by over a tenth of a nat. If effects added up, it would lower it as much
-# beside a quarter of that task's own adapter; there it does by about a tenth of this or less. Perhaps both have learned
-# to give a short answer after a prompt, and what is learned already cannot be gained again. The angle between two
-# updates does not say what they do to the outputs.
+# alone lowers the loss on the other's task by over a tenth of a nat. If effects added up, it would do so beside a
+# quarter of that task's own adapter, too; there it changes the loss by less than 0.02.  Their angle does not tell that.
 #
 # TIES' paper merges seven tasks and more, where more signs conflict; this experiment does not test that.
 #
@@ -347,15 +346,14 @@ merging.density_picture(kept, loss("base").mean()).savefig(OUT / "19_merging_den
 # More than eight tenths. This may be why (no run here tests it): an update of rank 8 has its length in a few
 # directions; independent noise has it spread over all. Each measured in its own strongest direction (its largest
 # singular value), the noise is not three times as strong as the update, but about as strong. On the *factors* it is
-# over five times as strong. A term $b\,a$ of $BA$ passes two masks, so the noise is about $\sqrt{1/d^2 - 1}$, nearly
-# ten, times as long (measured: nine); and it is less spread, as the noise of one number of $A$ is in a whole column.
-# There the model is worse than the base.
+# over five times as strong. A product of one number of $B$ and one of $A$ passes two masks, so its noise is
+# $\sqrt{1/d^2 - 1}$, nearly ten, times as large (measured for $BA$: nine); and it is less spread, as the noise of one
+# number of $A$ is in a whole column. There the model is worse than the base.
 #
 # The control: at each density the largest numbers, as they are, are better than as many random ones, divided by $d$.
 # (They also hold more of the update's length.) DARE's paper drops 90 % or even 99 % of the updates of large models with
 # hardly a loss (its abstract). It names as the reason that fine-tuning had changed each weight by little, mostly within
-# 0.002; after continued pretraining, with larger changes, it fails. On this small model it costs. DARE is meant to
-# reduce interference, not to improve one vector.
+# 0.002; after continued pretraining, with larger changes, it fails.  On this small model it costs.
 #
 # ## 7 · Subtracting
 #
@@ -380,8 +378,9 @@ for t in NEGATIVE:
 # %% [markdown]
 # Neither. The loss on general text rises less than an eighth as much as on `define`. But `define` gets worse, too, by
 # between a third and four fifths as much as `rewrite`. A task vector holds all that was learned; both tasks expect a
-# short answer after a prompt, which may be why (no control tests it). The random update, of equal length and rank, does
-# far less: what harms is what was learned, not the size. Whoever subtracts a task has to test what should stay.
+# short answer after a prompt, which may be why (no control tests it). On `rewrite` the random update does clearly less:
+# so length and rank alone do not do this harm. (The control does not match the strength of the update's strongest
+# direction.) Test what should stay.
 #
 # ## 8 · Into which base?
 #
@@ -410,17 +409,17 @@ print("W + U rounded:", np.round(w + u), " the sum changes by", np.round(w + u).
 assert np.round(q + u).sum() == q.sum() and np.round(w + u).sum() - q.sum() == 4 * u
 
 # %% [markdown]
-# By 0 and by 1. $Q$ lies *on* the points of the code book, so whatever is smaller than half a gap is rounded back:
-# the update is lost as a whole. $W$ lies between the points. A quarter of a gap carries one weight in four over the
-# middle, and this one moves by a whole gap: each weight is wrong, and the mean is right. (Noise that is added before
-# rounding for this purpose is called *dither*; here the error $W - Q$ is the dither.) With gap $g$, $|u| \le g$, and
-# $w$ anywhere in the gap with equal probability, a share $|u| / g$ moves by one gap:
+# By 0 and by 1. $Q$ lies *on* the points of the code book, so whatever is smaller than half a gap is rounded back: the
+# update is lost as a whole. $W$ lies between the points. One weight in four is within a quarter of a gap below a gap's
+# middle, and moves by a whole gap: each weight is wrong, and the mean is right. (Noise that is added before rounding
+# for this purpose is called *dither*; here the error $W - Q$ is the dither.) With gap $g$, $|u| \le g$, and $w$
+# anywhere in the gap with equal probability, a share $|u| / g$ moves by one gap:
 #
 # $$\mathbb{E}\,[\,\text{round}(w + u) - \text{round}(w)\,] = \frac{u}{g} \cdot g = u .$$
 #
 # NF4's gaps are not equal, and $U$, trained beside $Q$, need not be independent of $W - Q$. So an adapter is
 # trained beside NF4 now, its update scaled down, and the share measured that arrives in the rounded weights,
-# $\langle \text{NF4}(X + U) - \text{NF4}(X),\, U \rangle / \langle U, U \rangle$.
+# $\langle \text{NF4}(X + U) - \text{NF4}(X),\, U \rangle / \langle U, U \rangle$, for $X = Q$ and $X = W$.
 
 # %%
 quantized = merging.train(mp.get_peft_model(quantize_model(base), merging.CONFIG, seed=settings.seed), settings, "rewrite")
@@ -491,12 +490,12 @@ assert gain[1.0].low > 0.9 and 0.35 < gain[0.5].low and gain[0.5].high < 0.6 and
 # %% [markdown]
 # - **Best of the four is the wrong base in floats**, $W + U$: $W$ is the better base, even though the adapter learned
 #   to correct some of the error of $Q$. (LoRA's adapter, trained beside $W$, loses about 0.03 nats if it is put on $Q$;
-#   training beside $Q$ took away a quarter to a half of that.)
+#   QLoRA's, put on $Q$, loses a quarter to a half less.)
 # - **In four bits, merge into $W$ and round once**: $\text{NF4}(W + U)$ costs less than 0.015 nats beside
 #   what was trained, at every size.
 # - **Do not merge into $Q$ and round**: $\text{NF4}(Q + U)$ keeps over nine tenths of the gain of $U$, about half of
 #   that of $\frac12 U$ and less than 15 % of that of $\frac14 U$. What is lost depends on the size of the update
-#   relative to the gaps, and no error is raised.
+#   relative to the gaps, and a warning is all that is said.
 #
 # How can $U$ keep nine tenths of its gain when only about half of it arrives? The gain is not proportional to the
 # scale: half of an adapter already brings nine tenths of what all of it brings. And rounding lets those elements pass
@@ -546,9 +545,9 @@ print(f"\nof ten updates arrive: rounded each time {arrived[0]:.0%}, rounded onc
 assert arrived[0] < 0.1 < 0.9 < arrived[1]
 
 # %% [markdown]
-# Nearly nothing, and nearly all. It is the step that bfloat16 loses in Lesson 17, with wider gaps. Keep the unquantized
-# weights, as the master copy of everything that is merged. Now break it yourself: at which size of one step does
-# `stepwise` arrive?
+# Nearly nothing, and nearly all. So bfloat16 loses small steps (Lesson 17, section 3); here the gaps are wider. Keep
+# the unquantized weights, as the master copy of everything that is merged. Now break it yourself: at which size of one
+# step does `stepwise` arrive?
 
 # %% [markdown]
 # ## Quiz
@@ -672,7 +671,7 @@ assert arrived[0] < 0.1 < 0.9 < arrived[1]
 #
 # <details><summary>Solution of 19.4</summary>
 #
-# One in ten lies in the tenth of a gap below the middle; on the codes nobody does.
+# One in ten lies in the tenth of a gap below the middle; on the codes none does.
 #
 # ```python
 # check("19.4", [0.1, 0])

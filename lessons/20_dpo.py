@@ -118,7 +118,7 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 # answers of the reference, but a sample of them estimates it badly: at $\beta = 0.05$ an answer that is drawn once in a
 # million makes up 485 times as much of $Z$ as all others together, if its reward is 1 and theirs is 0. Sampling by
 # rejection does without $Z$, but it needs a reward model, a bound on the reward, and all the draws that it throws away.
-# PPO does without it, too, since $\log Z$ does not depend on $\pi$, but it needs a reward model and samples.
+# PPO does without it, too, since $\log Z$ is a constant of what it maximizes, but it needs a reward model and samples.
 #
 # ## 2 · Z cancels
 #
@@ -140,11 +140,11 @@ assert round(1e-6 * np.exp(1 / 0.05) / (1 - 1e-6)) == 485, "one in a million, of
 # $$\mathcal L = -\log \sigma\big(\beta\, [\Delta(y_w) - \Delta(y_l)]\big).$$
 #
 # $\beta \Delta$ is called the *implicit reward*, and $\beta [\Delta(y_w) - \Delta(y_l)]$ the **margin**. With enough
-# comparisons the result is the best policy for the raters' own reward, if three things hold: raters choose as Bradley
-# and Terry say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers, up to
-# one number a prompt. (Without the first it is still the best policy for the reward that fits the comparisons best
-# under Bradley and Terry's model.) Section 3 shows what can happen where none of the three holds: one answer always
-# wins there, which no finite reward says; one weight cannot express every $\pi^*$; and the third answer is in no
+# comparisons the minimum is at the best policy for the raters' own reward, if three things hold: raters choose as
+# Bradley and Terry say, the model can express $\pi^*$, and the comparisons determine the rewards of a prompt's answers,
+# up to one number a prompt. (Without the first it is the best policy for the reward, if any, that fits the comparisons
+# best under Bradley and Terry's model.) Section 3 shows what can happen where none of the three holds: one answer
+# always wins there, which no finite reward says; one weight cannot express every $\pi^*$; and the third answer is in no
 # comparison.
 #
 # **Predict:** what comes out if the two answers of a pair belong to *different* prompts?
@@ -162,7 +162,7 @@ assert np.isclose(implicit[2] - implicit[0], r[2] - r[0]) and across[0] < 0 < ac
 
 # %% [markdown]
 # Then $Z$ does not cancel, and even the order may be wrong: a policy only says which answer it wants *to this prompt*.
-# Within a prompt nothing is lost: a number added to the rewards of all its answers changes neither a comparison nor
+# Within a prompt $Z$ does no harm: a number added to the rewards of all its answers changes neither a comparison nor
 # $\pi^*$. So comparisons tell a reward only up to a function of the prompt. A ranking of several answers by Plackett
 # and Luce's model, a softmax of rewards for the best, then for the best of the rest, gives a loss in which $Z$ cancels,
 # too (Rafailov et al., appendix A.3).
@@ -255,7 +255,7 @@ if not REDUCED:
 
 # %% [markdown]
 # Both fall, the rejected one further. Is that DPO's doing? One part of it is not. The chosen and the rejected answer
-# are two of four that were drawn from the reference, and the mean of $\Delta$ over many such draws is
+# are picked from four draws of the reference, and the mean of $\Delta$ over all such draws is
 # $-\mathrm{KL}(\pi_{\text{ref}} \,\|\, \pi)$, the forward KL of Lesson 10, section 4: *every* policy that has moved
 # makes its old answers less probable in the mean. So we ask what $\Delta$ the four answers to a held-out prompt have:
 # the best, the two in the middle, which no pair would show, and the worst. Beside DPO stand plain fine-tuning on the
@@ -305,22 +305,23 @@ preferences.held_out_picture(table).savefig(OUT / "20_dpo_held_out.png", dpi=120
 # all that the loss asks for. In the first picture look at the bundles: both leave 0, and the rejected answers' goes
 # further down. On the held-out prompts the answers fall under all three losses, as they must in the mean for any policy
 # that has moved: in the second picture no interval reaches 0. The best answer falls clearly more under DPO than under
-# the other two. (They move less altogether, so this is no ranking of methods.) But that mean, 2.47 nats for DPO's four
-# answers, is the yardstick, and the best falls by less, clearly, by 0.33. So moving alone suffices for its fall: these
+# the other two. (They move less altogether, so this is no ranking of methods.) But the yardstick is the mean fall of
+# DPO's four answers, 2.47 nats, and the best falls clearly less, 2.14. So moving alone suffices for its fall: these
 # runs show *that* it falls, and not section 3's cause at work. Where the probability goes was not measured.
 #
-# Does the best answer fall less than the worst one? Clearly: in the steps' pairs, as unseen as the held-out ones, by
-# 0.47 ± 0.08 nats (744 pairs under each seed, and others under each), and on the held-out prompts, the same under all
-# seeds, after training by 0.60. In the second picture DPO's dots stand in the raters' order, from the best on the right
-# to the worst on the left. They do so without a loss of pairs, too: under fine-tuning on the chosen answers alone the
-# best falls clearly less than the worst, by 0.33. (Under ORPO it is 0.32.)
+# Does the best answer fall less than the worst one? Clearly: by 0.47 ± 0.08 nats in the steps' pairs, each before it
+# was learned from (744 a seed, other ones for each), and by 0.60 on the held-out prompts after training (the same for
+# all seeds). In the second picture DPO's dots stand in the raters' order, from the best on the right to the worst on
+# the left. The best falls clearly less than the worst without a loss of pairs, too: by 0.33 under fine-tuning on the
+# chosen answers alone. (Under ORPO by 0.32.)
 #
 # Where the chosen answer is a good one, the fall matters: its probability may go to answers that nobody has compared
 # (section 3). So look at `rewards/chosen`, which is $\beta \Delta$, while you train, not at the margin alone, and hold
-# it beside the mean of $\beta \Delta$ over the reference's other answers to the same prompts: moving alone lowers both.
-# (A step's `logps/chosen` changes more with its pairs than by what was learned.) To hold it up, one can add the chosen
-# answer's log-likelihood to what is maximized, as ORPO does (Pang et al. 2024, arXiv:2404.19733). Whether that holds it
-# up on the pairs' own prompts was not measured here; on others it fell.
+# it beside the mean of $\beta \Delta$ over all of the reference's answers to the same prompts: moving alone lowers both
+# (pairs of another model need its answers). (A step's `logps/chosen` changes more with its pairs than by what was
+# learned.) To hold it up, one can add the chosen answer's log-likelihood to what is maximized, as ORPO does (Pang et
+# al. 2024, arXiv:2404.19733). Whether that holds it up on the pairs' own prompts was not measured here; on others it
+# fell.
 #
 # ## 5 · The family
 #
@@ -370,22 +371,22 @@ preferences.push_picture(differences, curves).savefig(OUT / "20_dpo_push.png", d
 # $y_w$ in a share $q$ of the comparisons of the same two answers, the loss is smallest where $\sigma(\beta [\Delta_w -
 # \Delta_l]) = q$, so the best difference is $\log\frac{q}{1-q} / \beta$: the smaller $\beta$, the further. With $q = 1$
 # it is infinite, whatever $\beta$: the loss has no price of KL, only these best differences. Where each pair can reach
-# its own, $\beta$ holds the policy near the reference only where comparisons contradict each other; otherwise the end
-# of training does, as in section 4: at $q = 0.9$ the best difference would be 44 nats, and the steps' pairs, each seen
-# once, stood at 0.47. While $\sigma(-m)$ is about $\frac12$, as there, $\beta$ is a factor of the whole gradient, which
-# Adam all but divides out (Lesson 0, section 6): twice the $\beta$ should give about the same $\Delta$ and twice the
-# margin. (Rafailov et al., appendix B, and TRL take 0.1.) *Label smoothing* (TRL's `label_smoothing`, $\varepsilon$)
-# trains as if a share $\varepsilon$ of the raters had said the opposite: $-(1 - \varepsilon) \log \sigma(m) -
-# \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and the best difference is finite.
+# its own, $\beta$ holds the policy near the reference only where comparisons contradict each other and training lasts
+# long enough; else the end of training does. So in section 4: even at $q = 0.9$ the best difference would be 44 nats,
+# and the steps' pairs, each seen once, stood at 0.47. While $\sigma(-m)$ is about $\frac12$, as there, $\beta$ is a
+# factor of the whole gradient, which Adam all but divides out (Lesson 0, section 6): twice the $\beta$ should give
+# about the same $\Delta$ and twice the margin. (Rafailov et al., appendix B, and TRL take 0.1.) *Label smoothing*
+# (TRL's `label_smoothing`, $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the opposite: $-(1
+# - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and the best
+# difference is finite.
 #
-# **KTO** has no second answer to compare with, so it compares with $z$, which should be
-# $\mathrm{KL}(\pi \,\|\, \pi_{\text{ref}})$, the mean $\Delta$ of the policy's own answers. To spare the sampling,
-# $z$ is the mean $\Delta$ of answers in the data, each behind another's prompt, or 0 where that is negative: cheap,
-# but biased. It counts as a constant: no gradient goes through it. The farther an answer is from $z$, the less a
-# further nat counts, on both sides: so people value gains and losses, say Kahneman and Tversky, the K and T of the
-# name.
+# **KTO** has no second answer to compare with, so it compares with $z$, which should be $\mathrm{KL}(\pi \,\|\,
+# \pi_{\text{ref}})$, the mean $\Delta$ of the policy's own answers. To spare the sampling, $z$ is the mean $\Delta$ of
+# answers in the data, each behind another's prompt, or 0 where that is negative: cheap, but biased. It counts as a
+# constant: no gradient goes through it. The farther an answer is from $z$, the less a further nat counts, on both
+# sides: in this way people value gains and losses, say Kahneman and Tversky, the K and T of the name.
 #
-# **Predict:** a good answer stands 80 nats below $z$, and in a pair the chosen one 80 nats below the rejected one. How
+# **Predict:** a good answer's $\Delta$ is 80 nats below $z$, and in a pair $\Delta_w - \Delta_l = -80$. How
 # hard do KTO and DPO push?
 
 # %%
@@ -406,10 +407,10 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 # DPO pushes such a pair hardest. KTO hardly pushes the answer, no more than one that is long settled. That may spare
 # the policy wrong labels, and may leave out what is hard to learn (Ethayarajh et al. name both).
 #
-# **ORPO** has no reference, and its first term is plain fine-tuning on the chosen answers, so it needs no stage of
-# SFT before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$ is small this is near
-# 1: $\log \text{odds}(p)$ is then about $\log p$, and the term about SimPO's loss with $\beta = 1$ and $\gamma = 0$,
-# times ORPO's $\beta$.
+# **ORPO** has no reference, and its first term is plain fine-tuning on the chosen answers, so it needs no stage of SFT
+# before it. In its second term, $d \log \text{odds}(p) / d \log p = 1 / (1 - p)$. Where $p$, a mean over tokens, is
+# small, this is near 1 (1.16 at 2 nats a token): $\log \text{odds}(p)$ is then about $\log p$, and the term about
+# SimPO's loss with $\beta = 1$ and $\gamma = 0$, times ORPO's $\beta$.
 #
 # ## 6 · Beside PPO
 #
@@ -435,15 +436,15 @@ assert beside["DPO", "PPO"]["gold"].high > 0 > beside["DPO", "PPO"]["reward"].hi
 assert on["DPO"]["ended"].max() < 0.03 < 0.3 < on["base"]["ended"].min(), "fewer of DPO's answers end"
 
 # %% [markdown]
-# Both gain gold, clearly; which gains more is not told. DPO has clearly less of the reward of PPO's judge, which it has
-# not met, at a larger KL. (Of the nine intervals printed, one may exclude 0 by chance.) Hardly any of its answers end
-# within 20 tokens, so a part of its gold may be length (section 5); the two were not separated.
+# Both gain gold, clearly; which gains more is not told. PPO's judge, which DPO never met, gives it clearly less reward,
+# at a larger KL. (Of the nine intervals printed, one may exclude 0 by chance.) Hardly any of its answers end within 20
+# tokens, so a part of its gold may be length: kind words need room. This was not separated.
 #
 # With large models, from dialogue to code, Xu et al. (2024, arXiv:2404.10719) report PPO above DPO in all their cases.
-# The mechanisms differ in this. DPO is *offline*: once it has moved, its pairs are no longer answers of its own, so no
-# comparison corrects what section 3 shows. PPO is *online*: it samples what it would now say, and a judge scores it;
-# but it can exploit the judge (Lesson 11). Online DPO has pairs of fresh answers labeled at each step (Guo et al. 2024,
-# arXiv:2402.04792).
+# One difference may be a cause, untested here. DPO is *offline*: once it has moved, its pairs are no longer answers of
+# its own, so no comparison corrects what section 3 shows. PPO is *online*: it samples what it would now say, and a
+# judge scores it; but it can exploit the judge (Lesson 11). Online DPO has pairs of fresh answers labeled at each step
+# (Guo et al. 2024, arXiv:2402.04792).
 #
 # ## 7 · Break it: a reference that is not the start
 #
@@ -468,14 +469,14 @@ assert np.allclose(right, [-0.5, 0.5, 0]) and mistaken[1] > 0.98 and other_way[1
 
 # %% [markdown]
 # It pushes more, nearly twice as hard: beside that reference the policy seems to prefer the rejected answer a
-# hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly
-# anything is learned at first, and the loss is low. Nor does longer training mend it where raters disagree ($q < 1$):
-# the best $\Delta_w - \Delta_l$ (section 5) is counted from the reference, so a policy that reaches it has the ratio
-# of the two answers wrong by a hundred, too. In your own runs look at the first step: where policy and reference are
-# one, the loss is $\log 2$ and `rewards/chosen` is 0. (Where the reference is wrong by one factor for both answers,
-# neither the loss nor what DPO learns from the pair changes; only `rewards/chosen` shows it.) Where the pairs are
-# another model's, Rafailov et al. (section 4) first fine-tune on the chosen answers, and take the result as start and
-# as reference.
+# hundredfold, and $\sigma(-m)$ is near its largest value, 1. With the error the other way it is near 0: hardly anything
+# is learned at first, and the loss is low. Nor does longer training mend it where raters disagree ($q < 1$): the best
+# $\Delta_w - \Delta_l$ (section 5) is counted from the reference, so a policy that reaches it has the ratio of the two
+# answers wrong by a hundred, too. In your own runs look at the first step: where policy and reference are one, the loss
+# is $\log 2$ and `rewards/chosen` is 0. (Where the reference is wrong by one factor for both answers, neither the loss
+# nor what DPO learns from the pair changes; only the two rewards themselves show it.) Where the pairs are another
+# model's, Rafailov et al. (section 4) first fine-tune on the chosen answers, and take the result as start and as
+# reference.
 #
 # Now break it yourself: swap chosen and rejected in a random half of the pairs of section 4. Then $q = \frac12$, and
 # the best difference is 0 (section 5). What do loss, margin and `rewards/accuracies` (the share of pairs with a margin

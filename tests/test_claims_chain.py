@@ -349,4 +349,4 @@ def test_a_verdict_says_what_warned_and_how_often_in_vain():
     found = RULES["rlhf-7"].judge(rows(made))
     assert "(update 2: grad_norm; 6: value_loss)" in found.because
     assert re.search(r"What 6 ways .*- ten times the rate, less what it costs SFT \([+-]0\.00 .*\): \+0\.30 .*all 7 intervals", found.because, re.S)
-    assert "Of 5 unbroken runs 0 would have been warned of." in found.because
+    assert "Of 5 unbroken runs, each held against the others, 0 would have been warned of." in found.because

@@ -219,10 +219,10 @@ def unstable(rows: Rows) -> Verdict:
     apart = spreads(*(items(of).mean(axis=1) for of in (usual, sft)))
     false = [first_warning(one, [*histories[:i], *histories[i + 1 :]])[0] for i, one in enumerate(histories)]
     because = (
-        f"What {len(broken)} ways to break it cost of the gold, beside the usual run (in brackets each seed's first warning, if any): {itemized(told)}Where all {len(costs)} intervals are to hold "
+        f"What {len(broken)} ways to break it cost of the gold, beside the usual run (and each seed's first warning, if any): {itemized(told)}Where all {len(costs)} intervals are to hold "
         f"together, these are above 0: {listed(surely(costs))}. {chain_tuning.told()} "
-        f"Of {len(false)} unbroken runs {sum(update is not None for update in false)} would have been warned of. "
-        f"The gold's standard deviation over their seeds is {apart.value:.1f} [{apart.low:.1f}, {apart.high:.1f}] times SFT's."
+        f"Of {len(false)} unbroken runs, each held against the others, {sum(update is not None for update in false)} would have been warned of. "
+        f"PPO's gold has a standard deviation over seeds that is {apart.value:.1f} [{apart.low:.1f}, {apart.high:.1f}] times SFT's."
     )  # fmt: skip
     worst = max(BROKEN, key=lambda what: found[what].value)
     evidence.append(as_number("standard deviation of the gold over seeds, PPO's over SFT's", apart, "times"))

@@ -65,9 +65,8 @@ def preference() -> Verdict:
     cases = {"a is preferred": up.low > 0, "b is preferred": down.high < 0}
     return Verdict(
         graded(cases),
-        f"One step moves log p(a) - log p(b) by {up.value:+.2f} nats where a is preferred and by {down.value:+.2f} where b "
-        f"is, on the same texts; a step on the likelihood of both texts, which ignores the preference, moves it by {neither.value:+.2f}; "
-        f"as stated where {those(cases)}.",
+        f"One step, with A = 1 for the preferred text and -1 for the other, moves log p(a) - log p(b) by {up.value:+.2f} nats where a "
+        f"is preferred and by {down.value:+.2f} where b is; a step on the likelihood of both moves it by {neither.value:+.2f}.",
         up, [up, down, neither], items=len(ups), base=BASE, task="pairs of sentences, one step at rate 1e-4",
     )  # fmt: skip
 
@@ -108,9 +107,9 @@ def chain() -> Verdict:
     missing = f"; missing: {those(links, False)}" if not whole else ""
     return Verdict(
         graded({"": whole}),
-        f"{sum(links.values())} of {len(links)} links are there{missing}: SFT's loss falls by {losses[0] - losses[-1]:.2f} "
-        f"nats, the reward model's by {ranked[0] - ranked[-1]:.2f}, and an update of PPO, of {config.batch_size} answers "
-        f"scored {record['objective/scores']:.2f} on average, moves the policy away from its reference, the SFT model.",
+        f"{sum(links.values())} of {len(links)} links are there{missing}. In a chain of {len(found)} sentences and 3 steps a stage SFT's loss "
+        f"on them falls by {losses[0] - losses[-1]:.2f} nats, the reward model's by {ranked[0] - ranked[-1]:.2f}, and an update of PPO "
+        "moves the policy away from its reference, the SFT model.",
         Number("links of the chain that are there", sum(links.values()), f"of {len(links)}"),
         [
             Number("fall of SFT's loss in 3 steps", losses[0] - losses[-1], "nats"),
@@ -187,8 +186,8 @@ def objective() -> Verdict:
     return Verdict(
         graded(cases),
         f"Over all {V * V} answers of two tokens the expected rewards are E[r] - beta KL to {max(gaps):.0e} for three betas, "
-        "no policy near ref exp(r / beta) is better, and PPO's reference is the model that it starts from: so for "
-        f"{those(cases)}.",
+        "no policy near ref exp(r / beta) is better, and PPO's reference is the model that it starts from: this is so "
+        f"of {those(cases)}.",
         Number("largest difference of the two sides", max(gaps)),
         items=V * V,
         base=BASE,
