@@ -4,14 +4,14 @@
 # A language model continues a text. Ask the shipped base "Define the word." and it goes on as a novel might: it never
 # learned that a question wants an answer, and an end. Teaching it that is the first of the three stages that made GPT-3
 # into InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): *supervised fine-tuning*, SFT, on pairs of an instruction and
-# a good answer. Which of two answers is better the later stages learn, a reward model and reinforcement
-# learning from human feedback, RLHF (Lessons 9 and 10). InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
-# validation loss rose after the first, but more epochs gave answers that people preferred (their sections 3.2 and
-# 3.5): the loss is not the aim.
+# a good answer. The later stages, a reward model and reinforcement learning from human feedback (RLHF, Lessons 9 and
+# 10), learn from which of two answers people prefer. InstructGPT's SFT took about 13,000 prompts and 16 epochs. Its
+# validation loss rose after the first, but more epochs gave answers that people preferred (their sections 3.2 and 3.5):
+# the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
-# words*, which are to teach it to follow instructions and not a single task. Three things can be new to a tuned model:
-# the input, the words that ask, and the task.
+# words*, which are to teach following instructions in general, not a single task. Three things can be new to a tuned
+# model: the input, the words that ask, and the task.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
@@ -61,15 +61,15 @@ base, tokenizer = mp.load_base()
 #
 # Every record is an instruction, an input that may be empty, and an output. Inputs and outputs are real, from two Bible
 # translations, six novels and a dictionary; the instructions are ours. Seven tasks are trained, each in four phrasings.
-# Two phrasings of each are kept back, and so are three whole tasks: `archaize`, which is `rewrite` reversed, `name`,
-# which is `define` reversed, and `fill`, which asks for the word that a gap stands for.
+# Two phrasings of each are kept back, and so are three whole tasks: `archaize` (`rewrite` reversed), `name` (`define`
+# reversed) and `fill` (which word a gap stands for).
 #
 # This scheme is FLAN's (Wei et al. 2022, arXiv:2109.01652): many tasks, each asked in several phrasings, and tests on
 # tasks that were not trained. FLAN tunes 137 billion parameters on over 60 data sets in 12 *clusters* of like tasks,
-# and holds out whole clusters, since a task is hardly new if its like was trained. Stanford Alpaca (Taori et al. 2023)
-# had a larger model, the *teacher*, write its 52,000 instructions and answers, by a shorter *Self-Instruct* (Wang et
-# al. 2023, arXiv:2212.10560): from 175 tasks that people wrote the teacher makes up others; those too similar are
-# thrown away.
+# and holds out whole clusters, since a task is hardly new if its like was trained. (So our `archaize` and `name` are
+# hardly new.) Stanford Alpaca (Taori et al. 2023) had a larger model, the *teacher*, write its 52,000 instructions and
+# answers, by a simpler *Self-Instruct* (Wang et al. 2023, arXiv:2212.10560): from 175 tasks that people wrote the
+# teacher makes up others; those too similar are thrown away.
 
 # %%
 for name, task in TASKS.items():
@@ -123,12 +123,13 @@ assert tokenizer.decode(ids[answer]) == record.output + "<|endoftext|>"
 print(f"{len(ids)} tokens, {answer.sum()} of them learned")
 
 # %% [markdown]
-# A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`, single tokens. Here no
-# text of a user can spell them, since the texts and the template's tokens are encoded apart. (`transformers` writes the
-# whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the turn.) All of the assistant's
-# turns are learned, each with its end; the user's and the system's are not. The base has never met these tokens: their
-# embeddings, in and out, mean nothing until they are trained. LoRA leaves them frozen unless `modules_to_save` trains
-# the matrix (last exercise), `trainable_token_indices` their rows, or `target_modules` adapts the matrix.
+# A chat has several turns. ChatML puts each message between `<|im_start|>role` and `<|im_end|>`; both marks are single
+# tokens. Here no text of a user can spell them, since the texts and the template's tokens are encoded apart.
+# (`transformers` writes the whole chat as one string and encodes that, so a user who types `<|im_end|>` closes the
+# turn.) All of the assistant's turns are learned, each with its end; the user's and the system's are not. The base has
+# never met these tokens: their embeddings, in and out, mean nothing until they are trained. LoRA leaves them frozen
+# unless `modules_to_save` trains the matrix (last project), `trainable_token_indices` their rows, or `target_modules`
+# adapts the matrix.
 
 # %%
 messages = [
@@ -146,8 +147,8 @@ typed = tokenizer.encode("<|im_end|>")
 assert len(typed) > 1 and tokenizer.token_to_id("<|im_end|>") not in typed, "typed by a user, it is only text"
 
 # %% [markdown]
-# Where exactly does the answer begin? Not where its characters do: a token can reach across. So prompt and prompt +
-# answer are both encoded, and the answer begins where the two *diverge*.
+# Where exactly does the answer begin? Not where its characters do: a token can hold characters of both. So prompt and
+# prompt + answer are both encoded, and the answer begins where the two *diverge*.
 #
 # **Predict:** a prompt ends with a space. Where does its answer begin?
 
@@ -164,7 +165,7 @@ assert begins == len(alone) - 1
 # One token before the prompt's end. In training the space belonged to the answer's first token; a user's prompt ends
 # with the space alone, where the model has never had to go on. So let a template end without it.
 #
-# Alpaca's template would more than double a record. So ours is short.
+# Alpaca's template would more than double a record's tokens, so ours is short.
 
 # %%
 TEMPLATE = custom("{instruction}\n{input}\nAnswer:")
@@ -191,9 +192,10 @@ assert np.mean(lengths["Alpaca"]) > 2 * np.mean(lengths["ours"])
 #
 # Records differ in length, and a batch is a rectangle, filled up with padding, which is computed like everything else.
 # Packing lets several records share a row. Positions begin anew with each. A mask (boolean, [rows, 1, T, T]) lets a
-# token see only its own record, besides being causal: the last panel. And the first token of each gets the label -100,
-# so that no record predicts the next (where prompts are not learned, it has that label anyway). Then every record is
-# computed as if it were alone, and the loss, the mean over all label tokens of the batch, is the same number.
+# token see only its own record, besides being causal (the last panel; $T$: tokens of a row). And the first
+# token of each gets the label -100, so that no record predicts the next (where prompts are not learned, it has that
+# label anyway). Then every record is computed as if it were alone, and the loss, the mean over all label tokens of the
+# batch, is the same number.
 
 # %%
 diagrams.attention_mask().savefig(OUT / "08_instruction_tuning_masks.png")
@@ -234,9 +236,9 @@ assert padding["padded"] > 0.5 > 0.1 > padding["packed"]
 tuning.packed_picture(packed).savefig(OUT / "08_instruction_tuning_packed.png", dpi=120)
 
 # %% [markdown]
-# More than half is padding; in the packed rows it is less than a tenth. Which records share a row is best-fit
-# decreasing: each, the longest first, goes where it fits and the least room is left. Where a batch is a number of
-# *rows*, as in TRL, packing puts more records into a step.
+# More than half is padding; in the packed rows it is less than a tenth. Rows are filled by best-fit decreasing: each
+# record, the longest first, goes where it fits and the least room is left. Where a batch is a number of *rows*, as in
+# TRL, packing puts more records into a step.
 #
 # **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
 
@@ -344,8 +346,7 @@ if "--full" in sys.argv:
     sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], RESULTS)
 
 # %% [markdown]
-# One of these runs now, on seven tasks, and what it writes about inputs that it never saw, in the words of the
-# training.
+# Now one of these runs, on seven tasks, and what the model writes before and after about new inputs, in trained words.
 #
 # **Predict:** what will carry over to the three tasks that nobody trained: a lower loss, short answers that end, right
 # answers?
@@ -364,11 +365,12 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# How often does it stop within 14 tokens, and how often is it right? A loss is the mean over tasks, of each 86 test
-# records, in nats per token of the answer. It is computed with the wanted answer's beginning given, as in training
-# (*teacher forcing*); what the model writes goes on from its own tokens, so that one wrong token can spoil the rest. A
-# program can check the answers to four of the seven trained tasks and to two of the three new ones: the whole answer
-# must be the wanted one, or another that the dictionary allows (for `use`, any that has the word in it).
+# How often does it stop within 14 tokens, and how often is it right? A loss is in nats per token: the mean over an
+# answer's tokens, then over a task's 86 records, then over tasks. It is computed with the wanted answer's beginning
+# given, as in training (*teacher forcing*); what the model writes goes on from its own tokens, so one wrong token can
+# spoil the rest. A program can check the answers to four of the seven trained tasks and to two of the three new ones:
+# the whole answer must be the wanted one, or another that the dictionary allows (for `use`, any that has the word in
+# it).
 
 
 # %%
@@ -393,11 +395,12 @@ shares = ({what: {new: overall(row, what, new) for new in row["right"]} if what 
 tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_answers.png", dpi=120)
 
 # %% [markdown]
-# To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and of the answers that
-# are checked nearly all end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over
-# tasks, and the share of right answers differs by less than a tenth. Has it learned content on trained tasks? How many
-# books and parts of speech it names differs much from seed to seed, and may be fewer than one answer given always would
-# (printed above); on all checked tasks it has more right answers than the control of `inst-1`.
+# To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all checked
+# answers end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over tasks, and the
+# share of right answers differs by less than a tenth. Has it learned content on trained tasks? How many books and parts
+# of speech it names rightly differs much from seed to seed, and can be fewer than one constant answer would have
+# (printed above). In `inst-1`, over the four checked tasks together, the tuned model's share of right answers is 0.024
+# above its control's in trained words, and not clearly above it in new ones.
 
 # %%
 if not REDUCED:
@@ -408,22 +411,22 @@ if not REDUCED:
     assert 0.8 < now["stopped"]["inputs"] < 1
 
 # %% [markdown]
-# Does a tuned model follow the *instruction*, or does it do what was done to inputs of this form? Of "stone (noun)" the
+# Does a tuned model follow the *instruction*, or do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
 # *shuffled* instructions: each has that of another record. In trained words it is followed (0.60; a guess 0.40). In new
-# ones 0.42 is clearly more than the control's 0.35, but neither differs clearly from a guess; at new tasks nothing
-# does. (The verdict's "equal" shows little: there neither model has a right answer.)
+# ones 0.42 is clearly more than the control's 0.35, but neither differs clearly from a guess; nor does either at new
+# tasks. (The verdict's two "equal" show little: no model has a right answer there.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
-# hypothesis* (Zhou et al. 2023, arXiv:2305.11206), whose LIMA was tuned on 1,000 chosen records alone. A fact is what a
+# hypothesis* (Zhou et al. 2023, arXiv:2305.11206; their LIMA was tuned on 1,000 chosen records alone). A fact is what a
 # word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the
 # right one makes the meaning or the end likeliest. (The base so "knows" half or more of what it never read: not all of
-# it is memory.) It is *asked* by a trained instruction, or *in the base's own text*, by "stone (noun):" or the verse's
-# beginning alone. One model is tuned on the tested facts, and so *told* them; one on *other* facts. Of the facts in the
-# base's text, the model told others knows more than the base, both asked: it may have learned to be asked. Whether it
-# knows more than the base does in its own text is open. But of facts in none of the base's texts, the model told them
-# knows more than the one told others, in the base's own text, too: tuning taught it facts.
+# it is memory.) A fact is *asked* by a trained instruction, or tested *in the base's own text*: after "stone (noun):"
+# or the verse's beginning alone. One model is tuned on the tested facts, and so *told* them; one on *other* facts.
+# First, facts that the base was trained on. Both asked, the model told others knows more than the base: it may have
+# learned to be asked. Whether it, asked, knows more than the base in the base's own text is open. Then, facts that the
+# base never read. The model told them knows more than the one told others, asked or not: tuning taught it facts.
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
@@ -465,8 +468,9 @@ if not REDUCED:
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?
 #
-# Now all conditions, with five seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in none.
-# Intervals are of 95 %, over seeds and test records; a difference is *clear* where its own excludes 0 (Lesson 0).
+# Now all conditions, five seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in none.
+# Intervals are of 95 %, over seeds and test records; a difference is *clear* where its own interval excludes 0 (Lesson
+# 0).
 #
 # **Predict:** more tasks for the same number of records: is the loss of `rewrite` higher or lower, and that of the new
 # tasks?
@@ -530,19 +534,19 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the new ones, from
-# one to three to seven. Of these only `name` and `fill` fall at each step, whose answers are one word; after one task
-# hardly any answer stops, after three nearly all. Which tasks are trained changes with their number: the short answers
-# among them may be what helps.
+# one to three to seven. Of these only `name` and `fill`, whose answers are one word, fall at each step. Hardly any of
+# these answers stops after one trained task, nearly all after three. Which tasks are trained changes with their number:
+# the short answers among them may be what helps.
 #
 # **More phrasings** lower the loss clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026
-# [0.014, 0.039] at the trained ones, asked in new words. Of right answers they give not clearly more, and at the new
-# tasks none. (New phrasings halve those of `use`.) Is it their number, or their form? The first three have the input on
-# a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks number helps:
-# three beside one by 0.179 [0.086, 0.272]. The fourth adds 0.067 [0.008, 0.127]; at the trained ones only this last
-# step clearly helps, perhaps by its form, but a fourth of the first form was not run.
+# [0.014, 0.039] at the trained ones, asked in new words. They give not clearly more right answers, and at the new tasks
+# none. (New words halve those of `use`.) Is it their number, or their form? The first three have the input on a line of
+# its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks three of the first form
+# beside one lower it by 0.179 [0.086, 0.272]. The fourth takes off another 0.067 [0.008, 0.127]; at the trained ones
+# only this last step clearly helps, perhaps by its form, but a fourth of the first form was not run.
 #
-# **Learning the prompt too** is clearly worse on the trained tasks, perhaps as over two thirds of the tokens in that
-# loss are prompts', and have their part in the gradient. At the new ones it is undecided.
+# **Learning the prompt too** is clearly worse on the trained tasks, perhaps because over two thirds of the tokens in
+# that loss are prompts'. At the new ones it is undecided.
 
 # %% [markdown]
 # ## 6 · Break it
@@ -570,11 +574,11 @@ if not REDUCED:
     assert less.high < 0 and near - same < 0.1 < other - near and unknown > other + 1
 
 # %% [markdown]
-# A letter off costs next to nothing. With Alpaca's template the loss rises (of these 160 answers fewer are right in
-# this run, under another seed not clearly), and with ChatML, whose tokens the base has never met, hardly an answer is
-# right. With `transformers` two slips change the prompt: without `add_generation_prompt=True` it does not open the
-# assistant's turn, and a chat already written out by the template can get a second beginning-of-sequence token, unless
-# it is encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
+# A letter off costs less than 0.1 nats, Alpaca's template over 0.1 more. With ChatML, whose tokens the base has never
+# met, the loss is over a nat higher, and of these 160 answers clearly fewer are right. With `transformers` two slips
+# change the prompt: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat already
+# written out by the template can get a second beginning-of-sequence token, unless it is encoded with
+# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token. That happens where padding is the same token, and all labels with its id are
 # set to -100.
@@ -599,7 +603,7 @@ if not REDUCED:
     assert stops < 0.1 and abs(own["with the end"] - own["without"]) < 0.1
 
 # %% [markdown]
-# The answers' own tokens are learned about as well, but hardly any answer stops.
+# The answers' own tokens are learned about as well (within 0.1 nats), but hardly any answer stops.
 
 # %% [markdown]
 # ## Quiz
@@ -609,10 +613,10 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# New phrasings cost less than a tenth of a nat in the mean, and the share of right answers falls by less than a tenth;
-# but `use` halves, and instructions in new words are not clearly followed more often than by a guess. On new tasks the
-# loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:" comes
-# something short, and then the end.
+# New phrasings cost less than a tenth of a nat in the mean, and the share of right answers differs by less than a
+# tenth; but that of `use` halves, and instructions in new words are not clearly followed more often than by a guess. On
+# new tasks the loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:"
+# comes something short, and then the end.
 #
 # </details>
 #
@@ -640,8 +644,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The one that trained `rewrite` alone has the lower loss on it; all records were its own. The one that trained
-# seven has the lower mean loss on the tasks that nobody trained.
+# The one trained on `rewrite` alone has the lower loss on it: all its records are of that task. The one trained on
+# seven has the lower mean loss on the tasks that neither was trained on.
 #
 # </details>
 #
@@ -674,9 +678,9 @@ if not REDUCED:
 #
 # - **A mean of means.** Average the loss of each *record* instead of each token (a `loss` and a `collate` of your own
 #   for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
-# - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps: more than eight answers in ten
-#   are right. What did the other six tasks take from it, records or room? Keep its 206 records and leave the others
-#   out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
+# - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps. How many of its answers are
+#   right, beside the 28 to 55 % of section 4? What do the other six tasks take from it, records or room? Keep its 206
+#   records and leave the others out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
 # - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24 --output full`, and again with `--method lora
 #   --output lora`. How many answers of each end (`mp.ask`, with `template="chatml"`)? Look at the embedding of
 #   `<|im_end|>`, which the base has never met in a text (its length, beside that of a word), and at what LoRA leaves
