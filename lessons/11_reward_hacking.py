@@ -4,9 +4,9 @@
 # A reward model is a guess at what people want, made from a few of their choices. Optimize the guess hard enough, and
 # you get what the guess likes, which may be something else: *when a measure becomes a target, it ceases to be a good
 # measure* (Goodhart's law). In this lesson we own what nobody owns in practice, the true reward: a rater follows the
-# rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes the model, and VADER
-# itself, the **gold**, only watches. After it you can say why and when the two part, warn of it without any gold, and
-# say what each remedy brings and costs.
+# rules of VADER, a reward model (the **proxy**, or judge) learns from the rater, PPO optimizes a policy against the
+# proxy, and VADER itself, the **gold**, only watches. After this lesson you can say when and why proxy and gold part,
+# warn without any gold, and say what each remedy brings and costs.
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
@@ -62,8 +62,9 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # ## 1 · A guess: a reward model from a few rankings
 #
 # The base continues each opening four times; the rater orders the four, with noise; the reward model learns all six
-# pairs of a ranking at once (Lesson 9). How good is it? It is asked about the pairs of 512 prompts that it has not
-# seen (one that is trained now: 128). The six pairs of a prompt depend on each other, so its interval is over prompts.
+# pairs of a ranking at once (Lesson 9). How often does it agree with the gold? We ask about the pairs of 512 prompts
+# that it has not seen (128 if it is trained now). The six pairs of a prompt depend on each other, so the interval is
+# over prompts.
 
 # %%
 def openings(split):
@@ -89,9 +90,7 @@ def reward_model(rankings, seed):
     texts = [text for ranking in ranked for text in ranking.texts]
     model = rlhf.RewardModel(base, seed=seed)
     model.calibrate(texts[:512])
-    args = mp.TrainingArguments(
-        learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False
-    )
+    args = mp.TrainingArguments(learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False)
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
     prompts, answers, scores = continued("validation", HELD_OUT, rng, seed)
@@ -106,16 +105,16 @@ def reward_model(rankings, seed):
 #
 # - *Regressional*: the guess is gold plus error, and whoever chooses the highest guess also chooses the errors that
 #   raise it, however honest the judge.
-# - *Extremal*: the policy comes to write what the judge never saw compared, where its errors may have any size.
-# - *Causal*: a mark goes with what is good, and does not bring it. Kind sentences have happy words, but happy words
+# - *Extremal*: the policy comes to write what the judge never saw, where the judge's errors may have any size.
+# - *Causal*: a feature goes with what is good, but does not cause it. Kind sentences have happy words, but happy words
 #   alone make no kind sentence.
 # - *Adversarial*: another agent games the measure for a goal of its own.
 #
 # A proxy is *hackable* if some change of the policy raises it and lowers the gold. Among all policies every proxy is
 # hackable, unless it or the gold is constant, or both order the policies alike (Skalse et al. 2022, arXiv:2209.13085).
-# How much optimizing it bears depends on the *tail* of its errors. Take the best of $n$ by a guess that is gold plus
-# independent error of variance 1: once a normal one, once one by Student's t with three degrees of freedom, which is
-# rarely huge.
+# How much optimizing a proxy bears also depends on the *tail* of its errors. Take the best of $n$ by a guess that is
+# gold, normal with variance 1, plus independent error of the same variance: once normal, once by Student's t with three
+# degrees of freedom, where a few errors are huge.
 #
 # How far is the best of $n$ from the base? The rank of an answer among the base's is uniform between 0 and 1. The rank
 # $u$ of the best of $n$ has the density $n u^{n-1}$, and so the KL $E[\log n u^{n-1}] = \log n - (n-1)/n$. Given the
@@ -136,27 +135,29 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 
 # %% [markdown]
 # With normal errors the gold keeps rising, by the share $\sigma_g^2 / (\sigma_g^2 + \sigma_e^2)$ of the guess, here a
-# half. With the heavy tail it turns: the highest guesses are huge errors on answers like any other.
+# half ($\sigma_g^2$ and $\sigma_e^2$ are the variances of gold and error). With the heavy tail it turns: more and more
+# of the highest guesses are huge errors on ordinary answers.
 #
-# A price of KL does not save it. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs $p \log
-# (p/q)$ nats, of which the other answers give back less than $p$, as $(1 - p) \log (1 - p) > -p$; it pays more than $(p
-# - q)\,t$, if the mean guess is 0. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only $3 \log t$. With $p =
-# t^{-1/2}$ the pay, about $\sqrt t$, grows without bound, while the cost goes to 0, and so does the gold gained: it is
-# error that put these answers above $t$. With a normal tail $\log (1/q)$ grows like $t^2$, faster than the pay. Kwa,
-# Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both: heavy-tailed errors allow any reward at hardly any KL, and
-# if the gold's own tail is light, no more gold than the base's; under light-tailed, independent ones a lower price
-# brings ever more gold.
+# A price of KL does not save the gold. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs $p
+# \log (p/q)$ nats, of which the other answers give back less than $p$, as $(1 - p) \log (1 - p) > -p$. It pays more
+# than $(p - q)\,t$, if the mean guess was 0. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only about $3 \log
+# t$. With $p = t^{-1/2}$ the pay, about $\sqrt t$, grows without bound, while the cost goes to 0. So does the gold
+# gained: error put these answers above $t$. With a normal tail $\log (1/q)$ grows like $t^2$, so the cost outgrows the
+# pay. Kwa, Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both. Heavy-tailed errors allow any reward at hardly
+# any KL, with hardly more gold than the base's if the gold's own tail is light. Under light-tailed, independent errors
+# a lower price brings ever more gold.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
 #
-# PPO maximizes, over policies $\pi$, the guess $\hat r$ minus the price of leaving the reference:
+# PPO maximizes, over policies $\pi$ that answer $y$ to a prompt $x$, the guess $\hat r$ minus a price of leaving the
+# reference $\pi_{\text{ref}}$:
 #
 # $$\max_\pi \; E_{y \sim \pi}\left[\hat r(x, y)\right] - \beta \, \mathrm{KL}(\pi \,\|\, \pi_{\text{ref}}) .$$
 #
 # $\beta = 0$ lets it go wherever the guess points; 0.05 is a small price, 0.2 a high one. A fourth setting has the
-# small price and gives every answer without an end the score -1, instead of the judge's; a fifth has no price and a
-# judge that saw 300 rankings.
+# small price and gives every answer without an end the score -1, instead of the judge's; a fifth has no price and
+# judges from 300 rankings instead of 1,000.
 
 # %%
 @dataclass(frozen=True)
@@ -189,10 +190,7 @@ def optimize(run):
     columns["ended"] = [n / config.batch_size for n in columns["ended"]]
     POLICIES[run] = policy
     roll = rlhf.rollout(policy, openings("validation")[:4], LENGTH, 1.0, STOPS, seed=1)
-    samples = [
-        tokenizer.decode(p) + " |" + tokenizer.decode(a, skip_special_tokens=True)
-        for p, a in zip(roll.prompts(), roll.responses())
-    ]
+    samples = [tokenizer.decode(p) + " |" + tokenizer.decode(a, skip_special_tokens=True) for p, a in zip(roll.prompts(), roll.responses())]
     return {"accuracy": rounded(accuracy), "history": columns, "samples": samples}
 
 
@@ -224,13 +222,13 @@ assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and all(a.low > 0.5 f
 assert [more.low > less.high for less, more in zip(*accuracies.values())] == [False, True, True], "more rankings help two of three"
 
 # %% [markdown]
-# No judge of 300 rankings is clearly better than a coin, each of 1,000 is, two of them clearly better than those of
-# 300. One run, live, with nothing to hold it, under seed 2, whose judge is one of these two. Proxy and gold rise
-# together. *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log
-# \pi_{\text{ref}}$ over the policy's tokens.
+# No judge from 300 rankings is clearly better than a coin. Each from 1,000 is, and those of seeds 1 and 2 are clearly
+# better than all from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together. *Distinct-2*
+# is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log \pi_{\text{ref}}$ over the
+# policy's tokens.
 #
-# **Predict:** what does the policy write at the end? (Another machine draws other words; what we claim, we read off
-# three seeds.)
+# **Predict:** what does the policy write at the end? (Another machine draws other words; our claims are of recorded
+# runs.)
 
 # %%
 free = Run(0.0, updates=2, rankings=8) if REDUCED else Run(0.0, seed=2, updates=24)  # of the 30 of the sweep
@@ -246,8 +244,7 @@ if not REDUCED:
 
 # %% [markdown]
 # ## 3 · The price of going far
-#
-# The policy repeats the words that the judge likes.
+# The policy repeats itself, in words that VADER finds happy.
 #
 # How far has it gone? Gao, Schulman & Hilton 2022 (arXiv:2210.10760), whose gold is a large reward model, measure it by
 # $d = \sqrt{\mathrm{KL}}$ and find that the gold follows, along reinforcement learning (RL) and along the best of $n$,
@@ -256,21 +253,23 @@ if not REDUCED:
 #
 # $R_0$ is what the base has; $a$ and $b$ are fitted. The gold turns where the slope is 0: the second at $d = a / 2b$,
 # the first, whose slope is $a - b - b \log d$, at $d = e^{a/b - 1}$. Why $d$, not the KL? Let gold and error be normal,
-# and $v = \sigma_g^2 + \sigma_e^2$. The optimum at a price $\beta$, which is $\pi_{\text{ref}}\, e^{\hat r / \beta}$ up
-# to a factor (Lesson 10, section 4), shifts the guess by $v/\beta$ (where $-\hat r^2/2v + \hat r/\beta$ is largest), at
-# a KL of $(v/\beta)^2/2v = v/2\beta^2$, and so the gold by its share $\sigma_g^2/v$ of that: linearly in $d$.
+# independent, with mean 0, and $v = \sigma_g^2 + \sigma_e^2$. The optimum at a price $\beta$ is $\pi_{\text{ref}}\,
+# e^{\hat r / \beta}$ up to a factor (Lesson 10, section 4). It shifts the guess by $v/\beta$ (where $-\hat r^2/2v +
+# \hat r/\beta$ is largest), at a KL of $(v/\beta)^2/2v = v/2\beta^2$. The gold has its share $\sigma_g^2/v$ of that
+# shift, which is linear in $d$.
 #
-# What changes the curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a better
-# judge; their judges of fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
-# of $n$ for the same gold and the same harm. Its objective does not ask for that: the optimum has the most proxy
-# of all policies at its KL. But PPO falls short of it (below, too: at the KL of the best of 16 it has less proxy), and
-# KL counts every change, also one that no score sees. So KL does not compare methods; plotted against the *proxy*,
-# their gold is more alike.
+# What changes the paper's curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a
+# better judge; those from fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
+# of $n$ for the same gold and the same harm. An objective with a price does not ask for that: its optimum has the most
+# proxy of all policies at its KL. But PPO may fall short of it (section 5; below, without a price, it has less proxy at
+# the KL of the best of 16), and KL counts every change, also one that no score sees. So KL does not compare methods;
+# plotted against the *proxy*, their gold is more alike.
 #
-# Single updates are noisy. So we ask the gold as the mean of five: it *turns* where its best lies more than three
-# standard errors (by the batches' noise, from second differences; another training may differ more) above its start and
-# its end, and *climbs* where it ends higher than it began by as much. And we ask a second gold, which is harder to
-# please: the gold of a batch times its distinct-2. It does not pay for one happy word said again and again.
+# Single updates are noisy, so we read means over five. Two differ *clearly* if by more than three standard errors
+# (by the batches' noise, from second differences; another training may differ more). The gold *turns* where its best is
+# clearly above start and end, else *climbs* or *falls* where it ends clearly above or below its start, or *stays*. A
+# second gold is harder to please: the gold of a batch times its distinct-2. It pays little for one happy word said
+# again and again.
 #
 # **Predict:** with which of the six judges, three each of 300 and 1,000 rankings, does the gold rise?
 
@@ -307,20 +306,19 @@ assert all(did[*run, "second"] == "turns" for run in good), "but the second one 
 hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / "11_reward_hacking.png", dpi=120)
 
 # %% [markdown]
-# **The proxy climbs with every judge, the gold with the two that agree most.** It climbs to 0.99 and 0.94. With the
-# others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers, and says little
-# about answers that the base would never give.
+# **The proxy climbs with every judge, the gold with the two that agree most.** With these two it climbs to 0.99 and
+# 0.94, with the others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers, and
+# need not hold for answers that the base would hardly give.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
 # from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
 # judges. But we chose it after we had read the answers.
 #
-# **And with a gold that asks for what one sees?** That is the one chain of Lesson 10, section 8: a fine-tuned model
-# that ends its sentences, and a gold that was laid down before any run: whole, in English, without repetition, kind.
-# PPO without a price against five judges, named by what of them is trained (the *head* alone, *lora*, the *full* model)
-# and on how many comparisons, each under five seeds. The dashed line is the best of 1 to 16 answers by the same judge:
-# 1.8 nats at most for 16.
+# **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, in
+# English, without repetition, kind. PPO runs there without a price against five judges, each under five seeds. A judge
+# is named by what of it is trained (the *head* alone, *lora*, the *full* model) and on how many comparisons. In the
+# picture the dashed line is the best of 1 to 16 answers by the same judge: 1.8 nats at most for 16.
 #
 # **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
 # better?
@@ -347,7 +345,7 @@ for (size, n), (runs, many) in judged.items():
     )
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
-assert all(moves[judge].low < 0 for judge in poor), "no judge from few comparisons clearly brings gold"
+assert all(moves[judge].low < 0 for judge in JUDGES) and {j for j in JUDGES if moves[j].high < 0} == {("head", 600), ("full", 100)}, "no judge clearly brings gold; with two it falls"
 assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
 print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:", "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
@@ -359,12 +357,12 @@ for row in judged["full", 100][0]:
 hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
-# Every proxy rises clearly. The gold rises clearly with no judge; it ends clearly below the SFT model's with full, 100
-# comparisons, and with head, 600, if one asks this judge alone. The best of 16 has more gold than the end of PPO,
-# clearly so with three of the four judges from 100 or 600 comparisons (not with LoRA's), and with these four more
-# proxy. So a high proxy alone does not take the gold. Whether these judges misled, PPO against a judge of coin flips
-# would tell; it was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the rater's
-# labels. In the printed answers a person hardly sees this gold fall.
+# Every proxy rises clearly, the gold with no judge. With two the gold ends clearly below the SFT model's: full, 100
+# comparisons, and head, 600 (the latter not where all five intervals are to hold together). The best of 16 has more
+# gold than PPO's end, clearly so with three of the four judges from 100 or 600 comparisons (not with lora), and with
+# these four more proxy. So more proxy need not mean less gold. Whether these judges misled, PPO by a coin's labels
+# would help to tell; it was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the
+# rater's. From the answers printed here a person could not tell that the gold fell.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -385,10 +383,10 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold
 #
-# In practice nobody watches the gold. Two numbers cost nothing. **Distinct-2** falls where a policy says again and
+# In practice nobody watches the gold. Two numbers do without. **Distinct-2** falls where a policy says again and
 # again what the judge likes. The **reference loss** rises where the language gets strange to the base.
 #
-# **Predict:** does each of them move in all six free runs?
+# **Predict:** does each of them move in all six runs without a price?
 
 # %%
 witnesses = (("distinct_2", "distinct bigrams"), ("ref_loss", "reference loss, nats a token"))
@@ -409,21 +407,21 @@ assert turned == ["turns", "turns", "turns", "climbs"], "one of four warnings is
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
 rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(np.concatenate([weak["ref_loss"], columns["ref_loss"]]))]
-assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref_loss"], "but not in every run, and in one for a time"
+assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref_loss"] and all(text.endswith('"Oh!') for r in rows if (r["rankings"], r["seed"]) == (WEAK, 2) for text in r["samples"]), "but not in every run, and in one for a time"
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
-# with the two good judges. In two other runs it never rises clearly. In two it does on the way, and in one of these
-# ends lower than it began, as the policy says again and again what the base finds likely: `"Oh!` (printed in section
-# 3). So watch its course: a low end is no proof of innocence. With the good judges both warn before the second gold is
-# best, the distinct bigrams partly by its definition. At a price of 0.05 both warn, too, and one of the two runs does
-# not turn: a warning says it is time to look. Let people compare some answers with the base's.
+# with the two good judges. In two other runs it never rises clearly. In two it does on the way. One of these ends
+# clearly lower than it began: the base finds likely what the policy then writes (all four recorded answers end in
+# `"Oh!`). So watch its course: a low end is no proof of innocence. With the good judges both warn before the second
+# gold is best, the distinct bigrams in part because they are in it. At a price of 0.05 both warn, too, and one of the
+# two runs does not turn: a warning is a reason to let people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
 #
-# A **price of KL** makes going far cost what it may bring. A **penalty** for answers without an end repairs another
-# hole: nothing in the judge asks for an end. We ask the second gold, and for the price the gold of the chain, too.
+# A **price of KL** charges for going far. A **penalty** for answers without an end is to close another hole: VADER,
+# which the judge learns, does not ask for an end. We measure by the second gold, the price by the chain's gold, too.
 #
 # **Predict:** which price has the most of the second gold at the end: 0, 0.05 or 0.2?
 
@@ -459,47 +457,48 @@ for name in ("proxy", "kl", "distinct_2"):
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
 assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
-assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends clearly higher"
-assert (high["second"] < cheap["second"]).all(), "and a high one below it"
+assert (cheap["second"] > free_end["second"]).all() and (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
+assert (high["second"] < cheap["second"]).all() and sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high one below it, clearly in one seed"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
-assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]), "and holds it back"
+assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]) and [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_none.low), "only the small price"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# Mostly the small one, seed by seed. One of the three judges is poor: no mean difference of the second gold is clear,
-# and we read the single seeds.
+# The small one, in each seed. Over three seeds, one with a poor judge, no mean difference of the second gold is clear;
+# so we read single seeds.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
-#   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But it acts
-#   like an early stop: where a run without a price has first gone as far, that run has 0.49 and 0.46, the small price
-#   0.47 and 0.50. And under one of the two judges its second gold turns, too. The high price ends below the small one
-#   in every seed, clearly in one. But there the objective itself, proxy less $\beta$ KL, ends below its start in two
-#   seeds of three (on the chain, whose score charges for no end, in all five): PPO did not maximize it. On the chain
-#   only the small price ends clearly above the SFT model; that it is better than none is not clear.
+#   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But an early
+#   stop does about as well: where the run without a price first has as much KL, its second gold is 0.49 and 0.46, that
+#   of the small price 0.47 and 0.50. And under one of these judges the small price's second gold turns, too. The high
+#   price ends below the small one in every seed, clearly in one. But at the high price the objective itself, proxy less
+#   $\beta$ KL, ends below its start in two seeds of three (on the chain, which also charges for a missing end, in all
+#   five): PPO did not maximize it. On the chain only the small price ends clearly above the SFT model; it is not
+#   clearly better than none.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
-#   of 12 to 37 (over three seeds neither is clear). That it goes less far is not all: where the small price alone has
-#   first gone as far, it has 0.33 and 0.31, the penalty 0.20 and 0.15.
-# - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price has no
-#   more gold than none, though more proxy.
+#   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as
+#   much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15.
+# - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price brings
+#   no more gold, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
-#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often, or
-#   charge for length. Or the judge gets a second head that takes up the length and is thrown away (Chen et al. 2024,
+#   reward rose in large part by longer answers. One may balance the pairs, so that the shorter answer wins as often,
+#   charge for length, or give the judge a second head that takes up the length and is thrown away (Chen et al. 2024,
 #   arXiv:2402.07319).
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
-# comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again every
-# week, on new labels that people must give. Where a rule can check the answer, it may replace the judge:
+# comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again about
+# every week, on new labels that people must give. Where a rule can check the answer, it may replace the judge:
 # DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open.
 
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
 # If one judge can be fooled, why not two? Train a second one, on 400 other rankings, and show it what the policy wrote
-# for the first. First ask what the second is worth: from one that guesses, no gain is no sign of honesty. (One run, one
-# pair of judges: an example.)
+# for the first. First ask what the second is worth: if it guesses, that it sees no gain says nothing about the first.
+# (One run, one pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
@@ -520,16 +519,16 @@ for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")
 if not REDUCED:
     share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
-    print(f"of what the first judge thinks it gained, the second sees {share:.0%}")
+    print(f"of what the first judge thinks it gained, the second sees {share:.0%} (each in standard deviations of its own rewards)")
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
-# Little seen by the second does not prove that the first was fooled: if the gold sees the gain, the second is no wiser,
-# only another judge. An **ensemble** uses the difference, in the hope that judges part where they guess. Coste et al.
-# 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of
-# their *variance*. Either practically ends overoptimization by the best of $n$, and by PPO together with a small price
-# of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, their mean has
-# $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
+# If the second sees little, the first need not have been fooled: if the gold sees the gain, the second missed it. An
+# **ensemble** uses the difference, in the hope that judges differ where they guess. Coste et al. 2023
+# (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of their
+# *variance*. They report that either practically ends overoptimization by the best of $n$, and by PPO together with a
+# small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, that of
+# their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
@@ -544,12 +543,12 @@ if not REDUCED:
 #
 # </details>
 #
-# **2.** Every proxy rose in the free runs. Did the gold always rise with it?
+# **2.** In the six runs without a price every proxy rose. Did the gold always rise with it?
 #
 # <details><summary>Answer</summary>
 #
-# No: with the two judges that agreed with it most, in two of six runs, it climbed; with the four others it moved no
-# more than its noise.
+# No: with the two judges that agreed with the gold most it climbed; with the four others it moved no more than its
+# noise.
 #
 # </details>
 #
@@ -567,8 +566,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The share of distinct bigrams, which falls, and the reference loss, which may rise. In two of six runs it never did
-# clearly, and in one it rose, but ended lower, as the policy repeated what the base finds likely.
+# The share of distinct bigrams, which falls, and the reference loss, which may rise. In two of six runs it never rose
+# clearly. In one it rose, but ended lower than it began: the policy had come to repeat what the base finds likely.
 #
 # </details>
 #
@@ -577,9 +576,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
-# second gold, the one that repetition does not please, the small price ends above none with both good judges. But it
-# acts like an early stop: where a run without a price has the same KL, it has about as much. A price does not make the
-# judge any wiser.
+# second gold, which repetition does not please, the small price ends above none with both good judges. But an early
+# stop does about as well: where the run without a price has the same KL, its second gold is about the same. A price
+# does not make the judge any wiser.
 #
 # </details>
 

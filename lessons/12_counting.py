@@ -113,9 +113,9 @@ for size, width in {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl":
 assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's table, without the prompt
 
 # %% [markdown]
-# With $r = 1$ on query and value it trains 4.7 million. Below, textbooks' statements are judged by published counts
-# ("test items"): each *holds*, or *holds if* what follows is given (Lesson 3). `rq=rv=2` is rank 2 on query and value;
-# VeRA, in brackets, is the source of a count, and trains vectors alone.
+# LoRA trains 4.7 million. Below, textbooks' statements are judged by published counts ("test items"): each *holds*, or
+# *holds if* what follows is given (Lesson 3). `rq=rv=2` is rank 2 on query and value; in brackets is the paper that
+# states a count (VeRA's own method trains vectors alone).
 
 # %% [markdown]
 # > `lora-5` d k against r (d + k) parameters; the reduction is d k / (r (d + k)): **holds**. The sum of r (d + k) is
@@ -136,7 +136,8 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 #
 # The package ships published figures with what is known of their options, and computes them again. They are no sample
 # of the field: nearly half are from two sources, and 16 are NF4's code values. A few prove little: an option that
-# nobody printed was solved for from the figure. For three that do not follow, a second figure agrees with a correction.
+# nobody printed was solved for from the figure. For three of those that do not follow, a second figure, shown below,
+# agrees with a correction.
 #
 # **Predict:** of some 300 figures, how many do not follow from what their source says?
 
@@ -154,16 +155,17 @@ assert {found[row].verdict for row in (*others, *(f"qlora-mem-llama-{n}b" for n 
 assert counting.witness(found, "\nslip 1", "lester-small-20-train", "lester-small-20-pct") == ["differs", "reproduces"]
 assert counting.witness(found, "slip 2", "lora-debxxl-r8", "lora-debxxl-r16", "lora-file-debxxl") == ["differs", "reproduces", "reproduces"]
 assert counting.witness(found, "slip 3", "lora-gpt2m", "lora-file-gpt2m") == ["differs", "reproduces"]
-assert 2 * 2 * 24 * 1024 * 4 == 393_216 and [round(architecture(f"gpt2-{size}").size / 1e9, 2) for size in "ml"] == [0.35, 0.77]
+assert (2 * 2 * 24 * 1024 * 4, 2 * 2 * 36 * 1280 * 4) == (393_216, 737_280) and [round(architecture(f"gpt2-{size}").size / 1e9, 2) for size in "ml"] == [0.35, 0.77]
 
 # %% [markdown]
-# About one in ten does not follow, which is no rate of errors: QLoRA's memory was measured, the audit computes the
-# weights alone; others take a model's nominal size (33B), perhaps units of $2^{20}$, or repeat the first slip; and one
-# model's size the package only recalls. In the first slip two digits changed places: $20 \cdot 512$ is 10,240, and the
-# share beside it was computed from that. In the second a rank is wrong, not its count: with $r = 16$ of the released
-# script, count and checkpoint agree. In the third the released checkpoint holds 0.39M numbers; 0.35M is 0.1 % of GPT-2
-# medium, as the same table gives for prefix tuning (PreLayer), perhaps copied from there: GPT-2 large's 0.77M, for
-# 0.74M, is 0.1 % too (but its checkpoint fits neither: a second figure may be of something else).
+# About one in ten does not follow, which is no rate of errors. QLoRA's memory was measured; the audit computes the
+# weights alone. Some others take a model's nominal size (33B), perhaps units of $2^{20}$, or repeat the first slip; one
+# is a share of a size that the package has from memory only. In the first slip two digits changed places: $20 \cdot
+# 512$ is 10,240, and the share printed beside it agrees. In the second the rank is wrong, not the count: with $r = 16$,
+# as in the released script, count and checkpoint agree. In the third the released checkpoint holds 0.39M numbers. The
+# printed 0.35M is 0.1 % of GPT-2 medium, as the same table gives for prefix tuning (PreLayer), perhaps copied from
+# there. GPT-2 large's 0.77M, for 0.74M, is 0.1 %, too. (But its checkpoint fits neither: a second figure may be of
+# something else.)
 #
 # ## 3 · Bytes of a parameter
 #
@@ -181,8 +183,8 @@ assert 2 * 2 * 24 * 1024 * 4 == 393_216 and [round(architecture(f"gpt2-{size}").
 # 1: $4 + 12/n$ bytes a parameter on each), then the gradients (stage 2: $2 + 14/n$), then the weights (stage 3:
 # $16/n$). What a batch needs (section 4) is not split.
 #
-# A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte,
-# for a block of 64 weights shares a scale, and scales are packed too (Lesson 7): $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
+# A frozen parameter costs its storage alone: 2 bytes, or in QLoRA's four bits (*NF4*) a little more than half a byte:
+# 64 weights share a scale of 8 bits, and 256 scales one of 32 (Lesson 7), so $4 + 8/64 + 32/(64 \cdot 256) = 4.127$
 # bits.
 #
 # **Predict:** LLaMA has 65 billion parameters. With LoRA of rank 64, in 16 bits or in NF4: which fits on a GPU of 48
@@ -211,8 +213,8 @@ assert round(memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8
 counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 
 # %% [markdown]
-# QLoRA alone fits, before there is a batch: in 16 bits the frozen weights alone need 130 GB. (Below,
-# "the base" is the package's small model, in which 256 bytes of description beside each packed matrix count.)
+# Only QLoRA fits, before there is a batch: in 16 bits the frozen weights alone need more than 130 GB. (Below, "the
+# base" is the package's model, so small that 256 bytes of description a packed matrix matter.)
 
 # %% [markdown]
 # > `full-9` high memory: gradients and optimizer states for all layers: **holds if**. The optimizer is one of adamw,
@@ -230,9 +232,9 @@ counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 # Backward, the pass that computes gradients, needs values that forward computed: the *activations*. For $y = xW^\top$,
 # the gradient of $W$ needs $x$; for a softmax or a norm, the gradient of the input needs the result. How many bytes
 # does a block (attention, then an MLP) keep for each token? Let $h$ be the width, $a$ the heads, $s$ the tokens of a
-# sequence. Left a GPT in 16 bits, with dropout (which zeroes values at random, and keeps a mask of a byte a value) and
-# an MLP of width $4h$ with a curve, GELU, between its two layers (Korthikanti et al. 2022, eq. 1); right the same block
-# in this engine, without dropout, in numbers of 4 bytes:
+# sequence. On the left is a GPT in 16 bits, with dropout (which zeroes values at random, and keeps a mask of a byte a
+# value) and an MLP of width $4h$ with a curve, GELU, between its two layers (Korthikanti et al. 2022, eq. 1); on the
+# right, the same block in this engine, without dropout, in numbers of 4 bytes:
 #
 # | kept | GPT, 2022: bytes | this engine: numbers |
 # |---|---|---|
@@ -245,9 +247,9 @@ counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 # | masks of two dropouts | $2h$ | none |
 # | **sum** | $34h + 5as$ | $16h + 2 + a(s' + 1)$ |
 #
-# Times $b$ sequences of $s$ tokens, the left is the paper's $34\,sbh + 5\,as^2b$. The engine takes 64 queries together
-# and leaves out keys in the future of all of them: the $j$-th 64 keep $64j$ weights each, on average $s'=(s+64)/2$ ($s$
-# a multiple of 64).
+# Times the $sb$ tokens of $b$ sequences, the left sum is the paper's $34\,sbh + 5\,as^2b$. The engine takes 64 queries
+# together and leaves out keys in the future of all of them: the $j$-th 64 keep $64j$ weights each, on average
+# $s'=(s+64)/2$ ($s$ a multiple of 64).
 
 # %%
 BATCH, LENGTH, width = 2, 128, 128 if REDUCED else 512
@@ -273,12 +275,12 @@ assert walked(gpt) == 16 * h + 2 + a * (seen + 1)
 print(f"\na GPT block, bytes a token: {34 * h + 5 * a * s:,} in 2022; {4 * walked(gpt):,.0f} here")
 
 # %% [markdown]
-# From $34h = 5as$, that is $s = 6.8\,h/a$, on, the softmax is most of it: for heads of 128 from 870 tokens on. *Flash
-# attention* (Dao et al. 2022; this form: Dao 2023, arXiv:2307.08691) stores one number for each head and token, the
-# logarithm of the softmax's denominator, and computes the rest again in backward. *Eager* attention keeps it all. A
-# block of Llama today has $k$ numbers of keys and of values (fewer than $h$, as heads share them) and an MLP of three
-# matrices between $h$ and $f$ numbers, $\text{down}(\text{silu}(\text{gate}(x)) \cdot \text{up}(x))$, where silu is a
-# curve like GELU:
+# On the left the softmax's row is more than half where $5as > 34h$, that is $s > 6.8\,h/a$: for heads of 128 numbers
+# from 870 tokens on. *Flash attention* (Dao et al. 2022; this form: Dao 2023, arXiv:2307.08691) stores one number for
+# each head and token, the logarithm of the softmax's denominator, and computes the rest again in backward. *Eager*
+# attention keeps it all. A block of Llama today has $k$ numbers of keys and $k$ of values (fewer than $h$, as heads
+# share them) and an MLP of three matrices between $h$ and $f$ numbers, $\text{down}(\text{silu}(\text{gate}(x)) \cdot
+# \text{up}(x))$, where silu is a curve like GELU:
 #
 # | kept | PyTorch, 16 bits, flash: bytes | this engine: numbers |
 # |---|---|---|
@@ -292,7 +294,7 @@ print(f"\na GPT block, bytes a token: {34 * h + 5 * a * s:,} in 2022; {4 * walke
 #
 # **LoRA.** A frozen layer's weight has no gradient, so its input need not be kept, unless another gradient needs it.
 # **Predict:** LoRA of rank 8 on query and value trains one number in 222 of this model. How much less does a block
-# keep: a 222nd, a tenth, a half?
+# keep: a 222nd, a quarter, a half?
 
 # %%
 qv, linear_all = (mp.LoraConfig(r=8, target_modules=names) for names in (["q_proj", "v_proj"], "all-linear"))
@@ -318,18 +320,18 @@ assert rows["full"][2] - 4 * h + 2 * 7 * 8 == in_pytorch(mine, linear_all) and i
 assert walked(mine, linear_all) == rows["full"][1] + 7 * 8
 
 # %% [markdown]
-# A quarter less. Gone are the MLP's inputs, $h + f$ numbers, in PyTorch $2h + 2f$ bytes, and there the norms' $4h$,
-# too: $20h + 8f$ become $14h + 6f$. The inputs of query and value stay, for $A$; each adapter adds $r$ inner values
-# $Ax$ ($2r$ bytes). What softmax, norms and gates keep for their inputs' gradients, and attention's own output, does
-# not depend on which weights are trained. LoRA on all linear layers keeps all their inputs: in PyTorch it saves the
-# $4h$ alone, in this engine nothing. With dropout before $A$ each adapted layer keeps a copy of its input and a mask,
-# and LoRA keeps more than full fine-tuning. *Checkpointing* (Chen et al. 2016, arXiv:1604.06174) saves far more: each
-# block keeps its input alone, $h$ numbers, and backward computes one block at a time once more, which costs a second
-# forward pass (section 7).
+# About a quarter less: 22 % here, 26 % in PyTorch. Gone are the inputs of the MLP's layers, $h + f$ numbers, in PyTorch
+# $2h + 2f$ bytes. There the norms' $4h$ go, too: $20h + 8f$ become $14h + 6f$. The inputs of query and value stay, for
+# $A$; each adapter adds $r$ inner values $Ax$ ($2r$ bytes). What softmax, norms and gates keep for their inputs'
+# gradients, and attention's own output, does not depend on which weights are trained. LoRA on all linear layers keeps
+# all their inputs: in PyTorch it saves the $4h$ alone, in this engine nothing. With dropout before $A$, in PyTorch,
+# each adapted layer keeps a copy of its input and a mask: here more than full fine-tuning keeps. *Checkpointing* (Chen
+# et al. 2016, arXiv:1604.06174) saves far more: each block keeps its input alone, $h$ numbers, and backward computes
+# one block at a time again: a second forward pass (section 7).
 #
 # ## 5 · Two ledgers
 #
-# A *ledger* sums it all, at the moment of a step at which the sum is largest. `memory_ledger` is of **this engine**: it
+# A *ledger* sums all that a step holds, at the moment when it is most. `memory_ledger` is of **this engine**: it
 # runs the model's own code on arrays without content and notes which are alive when. Here it agrees within 2 % with
 # Python's `tracemalloc`, which counts the bytes of a small model's real arrays.
 
@@ -381,9 +383,7 @@ counting.step_picture(mine, bars).savefig(OUT / "12_counting_step.png", dpi=120)
 
 # %%
 big = {}
-for title, attention, logits in (
-    ("flash", "flash", "float32"), ("eager", "eager", "float32"), ("flash, logits never whole", "flash", "fused")
-):  # fmt: skip
+for title, attention, logits in (("flash", "flash", "float32"), ("eager", "eager", "float32"), ("flash, logits never whole", "flash", "fused")):
     big[title] = ledger = pytorch_ledger("llama3-70b", lora, 4, 4096, Loop(quantization="nf4", attention=attention, logits=logits))
     order = sorted(ledger.lines.items(), key=lambda line: -line[1])
     print(f"\n{title}: {ledger.total / 1e9:.0f} GB at the peak, which is {ledger.peak}")
@@ -410,23 +410,23 @@ assert 18 < pytorch_ledger("llama2-70b", None, 1, 512, Loop(precision="mixed")).
 counting.loops_picture(big).savefig(OUT / "12_counting_loops.png", dpi=120)
 
 # %% [markdown]
-# The logits are the largest of the rest. None of the three fits on 80 GB. Eager attention moves the peak to backward,
-# where one block, computed again, keeps its softmax. Logits that are "never whole" but made piece by piece move it
-# there, too: they save 16 GB, not the logits' 25, as backward holds a block and working memory of its own.
+# The logits are the largest of the rest. None of the three runs fits on 80 GB. Eager attention moves the peak to
+# backward, where one block, computed again, keeps its softmax. Logits "never whole", made piece by piece, move the peak
+# there, too: this saves 16 GB, not the logits' 25, as backward holds a block and working memory of its own.
 #
-# Of LLaMA-65B in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too, and its default Adam a temporary as large
-# as all that is trained; 5 % (*headroom*) are added for gaps between an allocator's pieces. So "full" takes $1.05 \cdot
-# (2 + 2 + 4 + 2)$ bytes a parameter and little more: 686 GB, under the paper's 780. PEFT widens adapters to float32,
-# and CUDA, which runs the GPU, takes 0.4 GB more. With 512 tokens QLoRA's "65B on 48 GB" fails for the defaults and
-# holds for states that are *paged*, as in the paper (they move to the host when memory is short), or for adapters in 16
-# bits.
+# For LLaMA-65B in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too. Its default Adam makes a temporary as
+# large as all that is trained, and the ledger adds 5 % (*headroom*) for gaps between an allocator's pieces. So "full"
+# takes $1.05 \cdot (2 + 2 + 4 + 2)$ bytes a parameter and little more: 686 GB, under QLoRA's 780. PEFT widens adapters
+# to float32, and CUDA, which runs the GPU, takes 0.4 GB more. By this ledger, with 512 tokens, QLoRA's "65B on 48 GB"
+# fails for the defaults. It holds for states that are *paged*, as in the paper (they move to the host when memory is
+# short), or for adapters in 16 bits.
 #
 # ## 6 · Held against what others measured
 #
 # The package ships memory that others published for runs of PyTorch on GPUs. Some rows were *looked at* while the
-# ledger was written; of those *held out*, only the settings were. "At first" counts what was predicted of these before
-# their values were seen; later corrections, each from what a run's code allocates, were made because of misses: today's
-# figures are no test.
+# ledger was written; of those *held out*, only the settings were. "At first" counts predictions for the latter, made
+# before their values were seen. Later corrections, each from what a run's code allocates, were made because of misses,
+# so today's figures are no test.
 #
 # **Predict:** which share of the published runs does it predict within 15 %? Are misses too high or too low?
 
@@ -451,10 +451,10 @@ assert [first[key] for key in ((True, True), (True, False), (False, True), (Fals
 counting.published_picture(covered).savefig(OUT / "12_counting_published.png", dpi=120)
 
 # %% [markdown]
-# More than four of five; of memory that was *allocated*, which is what a ledger counts, 50 of 56. But 31 of the 56 were
-# looked at; held out, 17 of 25 allocated and 12 of 18 others were within 15 % at first. (lit-gpt has 38 of the
-# 91 runs.) Each miss left is too low. Memory that is *reserved* includes the gaps in an allocator's pieces, and what
-# the driver reports as *used* is more still. One miss has no known cause; some reasons are guesses: `minipeft audit
+# More than four of five; of *allocated* memory, which is what a ledger counts, 50 of 56. But 31 of the 56 were looked
+# at. Of those held out, 17 of 25 allocated and 12 of 18 others were within 15 % at first. (lit-gpt has 38 of the 91
+# runs.) Each miss left is too low. Memory that is *reserved* includes the gaps in an allocator's pieces, and what the
+# driver reports as *used* is more still. One miss has no known cause; some reasons are guesses: `minipeft audit
 # --footprints` prints all.
 #
 # ## 7 · Time
@@ -465,7 +465,7 @@ counting.published_picture(covered).savefig(OUT / "12_counting_published.png", d
 # (*hardware FLOPs utilization*, Chowdhery et al. 2022, arXiv:2204.02311). The tokens a second below assume 40 % of an
 # A100's 312 TFLOPs a second.
 #
-# **Predict:** LoRA of rank 64 trains 1 in 43 of LLaMA-7B's parameters. How many of full fine-tuning's operations does
+# **Predict:** LoRA of rank 64 trains 1 in 43 of LLaMA-7B's parameters. What share of full fine-tuning's operations does
 # its step take?
 
 # %%
@@ -475,19 +475,16 @@ for method, each in ((None, 6), (linear_all, 4)):
         formula = step_flops(mine, method, BATCH, LENGTH, again, causal=False).total
         assert formula - unlabeled == counted_flops(mine, method, BATCH, LENGTH, again), "the engine's own products"
 N = architecture("llama-7b").size
-flops = {
-    (name, again): step_flops("llama-7b", method, 1, 2048, again).total / 2048
-    for name, method in (("full", None), ("LoRA", lora)) for again in (False, True)
-}  # fmt: skip
+flops = {(name, again): step_flops("llama-7b", method, 1, 2048, again).total / 2048 for name, method in (("full", None), ("LoRA", lora)) for again in (False, True)}
 for (name, again), n in flops.items():
     print(f"LLaMA-7B, 2,048 tokens, {name}{', checkpointed' * again}: {n / 1e9:.1f} GFLOPs a token, {n / N:.2f} N; {0.4 * 312e12 / n:,.0f} tokens a second")
 ratios = [flops["LoRA", again] / flops["full", again] for again in (False, True)]
 print(f"LoRA / full: {ratios[0]:.2f}, checkpointed {ratios[1]:.2f}; by the rule 4/6 = 0.67, 6/8 = 0.75")
 assert round(ratios[0], 2) == 0.70 and all(0 < ratio - rule < 0.05 for ratio, rule in zip(ratios, (4 / 6, 6 / 8)))
-assert round(1 / count_parameters("llama-7b", lora).share) == 43
+assert round(1 / count_parameters("llama-7b", lora).share) == 43 and [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0, 5.3, 3.0, 3.3]
 
 # %% [markdown]
-# Not 43 times faster: it takes 0.70 of the operations. Backward has two products for each of forward's, for the
+# Not a 43rd: 0.70 of them. Backward has two products for each of forward's, for the
 # gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through it
 # to what is trained before it. A token and $N$ parameters take:
 #
@@ -496,12 +493,12 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 # | full | $2N$ | $2N$ | $2N$ | $6N$ | $8N$ |
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
-# The ratios are above the rule's: adapters have products of their own, and attention, without weights, costs both the
-# same.
+# The ratios are above the table's 4/6 and 6/8: adapters have products of their own, and attention, without weights,
+# costs both the same.
 #
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width
-# 512. Where cost grows as $x^n$, $n$ is the slope of the last two points:
+# 512. Where cost grows as $x^n$, $n$ is the slope between the last two points on logarithmic axes:
 
 # %%
 grown = read_rows(HERE / "results" / "growth.jsonl")
@@ -514,16 +511,16 @@ assert growth.exponent("vocabulary", growth.along("vocabulary", grown)[:2], "sec
 growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 
 # %% [markdown]
-# Memory is as predicted, within two percent. Two axes have squares in them: tokens, by attention's weights, and width,
-# by the model's. Time follows the FLOPs roughly: slopes of two points have no interval, and on each axis some
+# Memory is as predicted, within two percent. It has squares in two axes: in tokens, by attention's weights, and in
+# width, by the model's. Time follows the FLOPs roughly: slopes of two points have no interval, and on each axis some
 # slope between neighbors is over 0.15 from the FLOPs'. The small shape looks timed too slow: with twice its words a
 # step took less.
 #
 # Below, a card is a GPU, and SFT is supervised fine-tuning, checkpointed: $8N$ a token, $6N$ with LoRA. PPO has four
 # forward passes (sampling, policy, reference, reward model) and, say, four epochs, $4 \cdot 2N + 4 \cdot 8N$: five
 # times SFT's, with LoRA $(8+24)/6 = 5.3$ (with Lesson 10's two epochs, 3 and 3.3). These are operations: sampling,
-# token by token, need not reach 40 % of the peak. At 70B section 5's loop with master copies takes 19 cards, `full-11`
-# 14.
+# token by token, need not reach 40 % of the peak. For 70B `full-11` counts 14 cards, for states alone; section 5's loop
+# with master copies takes 19.
 
 # %% [markdown]
 # > `full-11` expensive for models of billions of parameters: **holds if**. Expensive is memory at 7B and memory at 70B,
@@ -539,8 +536,8 @@ growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 # %% [markdown]
 # ## 8 · Break it
 #
-# **Forget a term.** The ledger predicts the published runs again, without the logits, and without all that the batch
-# needs. **Predict:** how many are still within 15 %?
+# **Forget a term.** The ledger predicts the published runs again, once without the logits, once without all that the
+# batch needs. **Predict:** how many are still within 15 %?
 
 # %%
 some = covered[:: 4 if REDUCED else 1]
@@ -596,7 +593,7 @@ assert REDUCED or within["the batch"] < len(some) / 5
 #
 # </details>
 #
-# **5.** LoRA trains 1 in 43 of the parameters. Why is a step not 43 times faster?
+# **5.** LoRA trains 1 in 43 of the parameters. Why does a step take far more than a 43rd of the operations?
 #
 # <details><summary>Answer</summary>
 #
