@@ -432,12 +432,7 @@ if not REDUCED:
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
 # > not told:
 # >
-# > - right answers, tuned beside base, new inputs: better (+0.345 [+0.300, +0.390]).
-# > - right answers, tuned beside shuffled, new inputs: better (+0.024 [+0.004, +0.045]).
-# > - instructions followed, tuned beside shuffled, new inputs: better (+0.230 [+0.186, +0.273]).
-# > - right answers, tuned beside base, new phrasings: better (+0.309 [+0.258, +0.361]).
 # > - right answers, tuned beside shuffled, new phrasings: undecided (-0.005 [-0.025, +0.015]), not told.
-# > - instructions followed, tuned beside shuffled, new phrasings: better (+0.069 [+0.023, +0.115]).
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - instructions followed, tuned beside shuffled, new tasks: undecided (+0.029 [-0.006, +0.065]), not told.

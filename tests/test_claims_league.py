@@ -249,16 +249,19 @@ def test_two_parts_of_a_statement():
     assert joined[HOLDS, UNTESTABLE] == joined[HOLDS, NOT] == joined[IF, NOT] == IF
 
 
-def test_of_many_comparisons_those_that_are_not_as_stated_are_listed_and_a_second_part_stands_behind_the_list():
+def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_part_stands_behind_the_list():
     def beside(i: int, better: float) -> comparison.Beside:
         reports = [protocol.Report(None, np.random.default_rng(i).normal(size=(5, 40)) + shift, None) for shift in (better, 0.0)]
         return comparison.Beside(f"case {i}", "a", reports[0], "b", reports[1], "right")
 
     found = [beside(i, 1.0 if i > 2 else -1.0) for i in range(16)]
-    few, many = (comparison.told(some, comparison.better, "source") for some in (found[:12], found))
-    assert few.because.count("better") == 9 and few.because.count("worse") == 3
-    assert many.because.startswith("13 of 16 comparisons are as stated.")
+    few, many, bad = (comparison.told(some, comparison.better, "source") for some in (found[:8], found, [*found[:3] * 3, found[3]]))
+    assert few.because.count("better") == 5 and few.because.count("worse") == 3
+    assert many.because.startswith("13 of 16 comparisons are as stated:")
     assert (many.because.count("better"), many.because.count("worse"), len(many.evidence)) == (0, 3, 15)
+    assert bad.because.startswith("1 of 10 comparisons are as stated (the others: 9 worse). A beside b, case 3: better")
+    limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
+    assert limited.because == "13 of 13 comparisons are as stated (13 where the worse, or both, took the most epochs)."
     joined = comparison.both(few, many).because
     assert "\n\n13 of 16" in joined and ") 13 of 16" not in joined, "behind a list a paragraph of its own"
 

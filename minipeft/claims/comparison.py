@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -39,7 +40,7 @@ from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "undecided"
-MANY = 12  # comparisons: of more, those that are as stated are counted, and stand in the evidence alone
+MANY = 8  # comparisons: of more, those that come out as most do are counted, and stand in the evidence alone
 SPREADS = 4  # standard deviations
 AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
@@ -366,9 +367,17 @@ def told(
     verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
     items = min(each.one.values.shape[1] for each in found)
     counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
-    shown = [word for word, one in zip(words, so) if not one or len(so) <= MANY]
-    because = f"{counts}{': ' if len(so) <= MANY else '. '}{itemized(shown) if shown else ''}"
+    usual = Counter(so).most_common(1)[0][0] if len(so) > MANY else "all are shown"
+    shown, rest = [word for word, one in zip(words, so) if one is not usual], [each for each, one in zip(found, so) if one is usual]
+    if usual is False:
+        alike = Counter(each.difference().word for each in rest)
+        counts += f" (the others: {listed([f'{n} {word}' for word, n in alike.items()])})"
+    if ended := sum(bool(each.limit) for each in rest):
+        counts += f" ({ended} where the worse, or both, took the most epochs)"
+    because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
+    learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]
+    numbers += [number(f"{each.a} over {each.b}, {each.where}, the task", task, "nll") for each, task in learned]
     return Verdict(
         verdict, because if len(so) > 2 else itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
