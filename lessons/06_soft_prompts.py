@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Lesson 6 · Soft prompts: training the input instead of the model
 #
-# A prompt changes what a language model does without changing the model. But a prompt of words is chosen from a finite
-# vocabulary, and the model computes with the words' *embeddings*. So train those. Prompt tuning (Lester et al. 2021,
-# arXiv:2104.08691) puts a few free vectors in front of the input and trains them by gradient; prefix tuning (Li & Liang
-# 2021, arXiv:2101.00190) does it for the keys and values of every layer. The model stays frozen.
+# A prompt changes what a language model does without changing the model. But a prompt's words come from a finite
+# vocabulary, and the model computes with their *embeddings*, which are vectors. So train vectors. Prompt tuning (Lester
+# et al. 2021, arXiv:2104.08691) puts a few in front of the input and trains them by gradient; prefix tuning (Li & Liang
+# 2021, arXiv:2101.00190) puts trained keys and values in front of every layer's own. The model stays frozen.
 #
 # After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
 # learning rate depends on the start, and name what they cost that other methods do not: room in the context.
@@ -54,13 +54,14 @@ for name, method in (("prompt", mp.PromptTuningConfig), ("prefix", mp.PrefixTuni
 # %% [markdown]
 # ## 1 · Vectors in front of the input
 #
-# Let $E(x)$, of shape $[T, d]$, be the embeddings of the input's tokens. Prompt tuning computes
+# Let $E(x)$, of shape $[T, d]$, be the embeddings of the input's $T$ tokens, $d$ the model's width. Prompt tuning
+# computes
 #
 # $$\mathrm{model}\big([P;\, E(x)]\big), \qquad P\ [p, d]\ \text{trained}.$$
 #
-# (In the verdicts quoted below, P is the *number* of virtual tokens, $p$ here.) The model's argument `inputs_embeds`
-# takes embeddings in place of ids. By hand, and by the library, which returns the logits at the input's positions
-# alone:
+# The rows of $P$ are the **virtual tokens**. (In the verdicts quoted below, P is their *number*.) The model's argument
+# `inputs_embeds` takes embeddings in place of ids. By hand, and by the library, which returns the logits at the input's
+# positions alone:
 
 # %%
 soft = mp.get_peft_model(model, mp.PromptTuningConfig(num_virtual_tokens=20))
@@ -75,16 +76,16 @@ assert np.isclose(soft.loss(ids, ids).item(), F.cross_entropy(full[:, 19:-1], mp
 
 # %% [markdown]
 # The virtual tokens are no targets of the loss: their labels are $-100$ (Lesson 3), here as in PEFT. But the last of
-# them predicts the input's first token, as the last line checks, and in the base nothing predicts that token. So over
-# a whole text the two losses are means over different tokens: leave out the first before comparing. Where its label
-# is $-100$ anyway, as in Lesson 3, which learns answers alone, they are means over the same. (With section 2's
-# prefix, too: it predicts nothing.)
+# them predicts the input's first token, as the last line checks; in the base nothing does. So over a whole text this
+# loss and the base's are means over different tokens: leave out the first before comparing. Where its label is $-100$
+# anyway, as in Lesson 3, which learns answers alone, both are over the same. (With section 2's prefix, too: it predicts
+# nothing.)
 #
-# Is a soft prompt more than a prompt of words? Every prompt of words is one: if the vectors are the embeddings of real
-# tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts there, and
-# training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be readable: a
-# prompt can be trained so that its nearest words are any text one likes, and still come within 2 % of the accuracy of
-# the best prompt of its length (Khashabi et al. 2021, arXiv:2112.08348).
+# Is a soft prompt more than a prompt of words? Every prompt of words is a soft one: if the vectors are the embeddings
+# of real tokens, the model computes exactly what it computes behind that text. `prompt_tuning_init="TEXT"` starts
+# there, and training leaves the finite set of texts for all of $\mathbb R^{p \times d}$. What it finds need not be
+# readable: a prompt can be trained so that its nearest words are any text one likes, and still come within 2 % of the
+# accuracy of the best prompt of its length (Khashabi et al. 2021, arXiv:2112.08348).
 
 # %%
 words = tokenizer.encode("Say it in plain English: ")
@@ -103,19 +104,20 @@ assert difference < 1e-3
 # %% [markdown]
 # ## 2 · Keys and values in front of every layer's own
 #
-# A soft token in the input is processed by every layer like a real one. Prefix tuning is more direct: a token acts on
-# *others* only through its keys and values, so train these, per layer, and let nothing be computed at the virtual
+# A virtual token in the input is processed by every layer like a real one. Prefix tuning is more direct: a token acts
+# on *others* only through its keys and values, so train these, per layer, and let nothing be computed at the virtual
 # positions:
 #
 # $$\mathrm{attention}\big(q,\ [P_k; k],\ [P_v; v]\big) .$$
 #
-# Who sees whom: in the second panel, every token sees the prefix, and the prefix sees nobody.
+# ($P_k$, $P_v$ are trained; $q$, $k$, $v$ are the input's.) Who sees whom: in the second panel, every token sees the
+# prefix, which has no rows: it looks at nothing.
 
 # %%
 diagrams.attention_mask().savefig(OUT / "06_soft_prompts_masks.png")
 
 # %% [markdown]
-# That is a cache of positions where no token ever stood, and `past_key_values` is where the model takes one.
+# So a prefix is a cache of positions where no token ever stood. The model takes it as `past_key_values`.
 #
 # **Predict:** take the cache that a text leaves, and use it as the prefix. How far are the logits from those behind the
 # text itself?
@@ -136,15 +138,15 @@ assert (continued == prefixed.generate(ids, max_new_tokens=8)).all()
 print("the base, given the prefix as a plain cache, continues as the adapted model does")
 
 # %% [markdown]
-# Only rounding lies between them. So each prompt is also a prefix of as many positions: under the causal mask its
-# vectors see only each other, so the keys and values that they leave are the same before any text. The reverse is not
-# true, as the keys and values of a layer are free here, and with a prompt follow from the layer below. The model does
-# not turn trained keys by a position, since those in a cache have been turned already (Lesson 2, section 6). The text
-# begins at position $p$, behind a prefix as behind a prompt. And code that knows only caches can serve a prefix.
-# Neither method has anything to merge: the vectors stay in the sequence, so rows of one batch may carry those of
-# different tasks (Lesson 4, section 9).
+# By rounding alone. So each prompt is also a prefix of as many positions: under the causal mask its vectors see only
+# each other, and leave the same keys and values before any text. But not each prefix is a prompt: a prefix's keys and
+# values are free in every layer, a prompt's follow from the layer below. The model does not turn trained keys by a
+# position, since those in a cache have been turned already (Lesson 2, section 6). The text begins at position $p$,
+# behind a prefix as behind a prompt. Code that knows only caches can serve a prefix. Neither method has anything to
+# merge: the vectors stay in the sequence, so rows of one batch may carry those of different tasks (Lesson 4, section
+# 9).
 #
-# **Predict:** can a prefix make a token attend more to one word of the text, and less to another?
+# **Predict:** can a prefix, within a layer, make a token attend more to one word of the text, and less to another?
 
 # %%
 rng = np.random.default_rng(0)
@@ -158,11 +160,11 @@ assert np.allclose(mixed @ np.concatenate([P_v, values]), (1 - share) * alone @ 
 assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 
 # %% [markdown]
-# No: all words lose the same factor. With $\lambda$, the share of a query's attention that goes to the prefix, its
-# output is $(1 - \lambda)$ times what it was, plus $\lambda$ times a mean of $P_v$ (He et al. 2021, arXiv:2110.04366,
-# section 3.1). Within a layer a prefix cannot change the relative attention among the text's words, as LoRA on queries
-# and keys can. The next layer reads changed outputs, so its pattern may change. Even so, Petrov et al. (2023,
-# arXiv:2310.19698) argue that tasks which need new patterns of attention may be out of a prefix's reach.
+# No. Let $\lambda$ be the share of a query's attention that goes to the prefix. Attention to each word is multiplied by
+# $1-\lambda$. So is the output; $\lambda$ times a weighted mean of $P_v$ is added (He et al. 2021, arXiv:2110.04366,
+# section 3.1). LoRA on queries and keys can change the relative attention among the text's words. The next layer reads
+# changed outputs, so there a prefix may change it. Even so, Petrov et al. (2023, arXiv:2310.19698) argue that tasks
+# which need new patterns of attention may be out of a prefix's reach.
 
 # %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. 6 of 6 layers have keys and values of
@@ -180,7 +182,7 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 # and values in each of $L$ layers, $2\,L\,p\,d$. Where several query heads share a key head (Lesson 2), the keys and
 # values are narrower than $d$, and so is the prefix.
 #
-# **Predict:** GPT-2 medium has 24 layers. How many megabytes is a prefix of 100 tokens in float32?
+# **Predict:** GPT-2 medium has this width and 24 layers. How many megabytes is a prefix of 100 tokens in float32?
 
 # %%
 prompt, prefix = (c(num_virtual_tokens=100) for c in (mp.PromptTuningConfig, mp.PrefixTuningConfig))
@@ -201,13 +203,13 @@ for config in (mp.PromptTuningConfig(num_virtual_tokens=20), mp.PrefixTuningConf
 # %% [markdown]
 # About 20 MB: the prefix has 48 times the numbers of the prompt, keys and values in 24 layers.
 #
-# Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while
-# training they compute it from a smaller matrix by an MLP (`prefix_projection=True`; the default, here as in PEFT, is
-# `False`), and throw the MLP away afterwards: more is trained than is stored. It reaches no prefix that direct
-# training could not; only the steps to it are others. **P-tuning** (Liu et al. 2021, arXiv:2103.10385;
-# `PromptEncoderConfig`) computes the soft tokens at the input by a network, too: here, as by default in PEFT, an MLP
-# of three layers, from as many vectors that are trained with it (the paper of 2021 has an LSTM before it). **P-tuning
-# v2** (Liu et al. 2021, arXiv:2110.07602) is prefix tuning for classification and tagging.
+# Li & Liang (section 4.3) found that training a prefix directly is unstable and ends slightly worse. So while training
+# they compute it from a smaller matrix by an MLP (`prefix_projection=True`; the default, here as in PEFT, is `False`),
+# and throw the MLP away afterwards: more is trained than is stored. No prefix is out of direct training's reach; only
+# the steps differ. **P-tuning** (Liu et al. 2021, arXiv:2103.10385; `PromptEncoderConfig`) computes the virtual tokens
+# at the input by a network, too: here, as by default in PEFT, an MLP of three layers, from as many trained vectors (the
+# paper has an LSTM before the MLP). **P-tuning v2** (Liu et al. 2021, arXiv:2110.07602) is prefix tuning for
+# classification and tagging.
 
 # %%
 through_mlp = mp.PrefixTuningConfig(num_virtual_tokens=20, prefix_projection=True)
@@ -224,11 +226,11 @@ for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("l
 # %% [markdown]
 # How many virtual tokens? Lester et al. (section 3.2) find only small gains beyond 20; Li & Liang's prefixes (section
 # 7.1) were best at 10 for tables and at 200 for summaries. Is a prompt the least one can train? **LN tuning** trains
-# the weights of the norms and nothing else: two vectors a layer, and one at the end. In our base of 6 layers these
-# are 13 vectors, in Llama 7B (32 layers) 65, in 70B (80 layers) 161: a prompt of fewer tokens trains less. (With
-# options of their own others get as low: LoRA of rank 1 on the queries alone has one vector fewer than LN tuning. LN
-# tuning is the smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the
-# output head, too, by their figure 1.)
+# the weights of the norms and nothing else: two vectors a layer, and one at the end. In our base of 6 layers these are
+# 13 vectors, in Llama 7B (32 layers) 65, in 70B (80 layers) 161: a prompt of fewer tokens trains less. (Other methods
+# get as low with other options: LoRA of rank 1 on the queries alone has one vector fewer than LN tuning. LN tuning is
+# the smallest variant of Zhao et al. 2023, arXiv:2312.11420; their others train the embedding and the output head, too,
+# by their figure 1.)
 
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
@@ -241,11 +243,10 @@ for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("l
 # ## 4 · The start, and the rate
 #
 # Lester et al. (section 3.2) found that starting from embeddings of real words beats random vectors, most of all for
-# small models. Their random numbers were at most 0.5 in size, and they trained with another optimizer, Adafactor, at
-# a constant rate of 0.3. What follows, with another size and optimizer, is no test of their finding. Here `RANDOM`
-# draws standard normal numbers, as PEFT does (the start of a torch embedding). Such a vector is far longer than any
-# token's embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0,
-# section 6).
+# small models. Their random numbers were at most 0.5 in size, and they trained with Adafactor at a constant rate of
+# 0.3. What follows, with larger numbers and another optimizer, is no test of their finding. Here `RANDOM` draws
+# standard normal numbers, as PEFT does (the start of a torch embedding). Such a vector is far longer than any token's
+# embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0, section 6).
 
 # %%
 STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 5)
@@ -259,11 +260,11 @@ print(f"{STEPS} steps at rate 0.03 move an element by at most about {whole * 0.0
 assert size < 0.2 and longest < length / 3
 
 # %% [markdown]
-# So at the lowest rate an element of an embedding can move by at most about three times its usual size, and one of a
-# random vector by a third of its own. Which start is better may be a question of the rate. The task and the verses are
-# Lesson 3's; three starts, two rates, five seeds, each with verses of its own. "Words" are embeddings of 20 tokens
-# drawn from the vocabulary (`SAMPLE_VOCAB`), not of a text that makes sense. "Small" are random vectors about as long
-# as embeddings: the control that has the size of the one start and the direction of the other.
+# So at the lower rate an element of an embedding can move by at most about three times its usual size, and one of a
+# random vector by a third of its own. Which start is better may be a question of the rate. The task is Lesson 3's, with
+# three starts, two rates and five seeds, each with verses of its own. "Words" are embeddings of 20 tokens drawn from
+# the vocabulary (`SAMPLE_VOCAB`), not of a text that makes sense. "Small" are random vectors about as long as
+# embeddings: the control, with the size of words and random directions.
 #
 # **Predict:** at rate 0.03 words win. At 0.3?
 
@@ -328,14 +329,14 @@ axes.legend(fontsize=9)
 figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 
 # %% [markdown]
-# An element in fact moved less at 0.03: one of words by about its usual size, 0.11, one of a random vector by a fifth
-# of its own. And words win no longer: at 0.3 the difference is -0.067 ± 0.057, barely clear. Cut to the length of
-# embeddings, random vectors at 0.03 close most of the gap: it was one of size. What the direction adds, +0.010 ± 0.085,
-# is not told. If size is all, what counts is the rate *over the size of the start's elements*: 0.3 for random is then
-# 0.033 for small (small ends 0.075 ± 0.073 above it at 0.03), and a random start needs nine times the rate of words.
-# Section 6 has the tuned rates. The verdict below asks another question: do words and `RANDOM` differ, each with its
-# own rate? On `rewrite` words are behind by 0.012 nats, clearly were it the only comparison, but one of two may come
-# out so by chance.
+# At 0.03 elements moved less: one of words by 0.13, about its usual size, one of a random vector by 0.20, a
+# fifth of its own. And words win no longer: they lead by 0.449 ± 0.093 at 0.03, but at 0.3 the difference, -0.074 ±
+# 0.102, is undecided. Cut to the length of embeddings, random vectors at 0.03 close most of the gap: most of it was one
+# of size. What the direction adds, 0.022 ± 0.071, is undecided. If size is all, what counts is the rate *over the size
+# of the start's elements*. Then 0.3 for random is as 0.033 for small (small at 0.03 ends above it by 0.075 ± 0.080:
+# undecided), and a random start needs nine times the rate of words. Section 6 has the tuned rates. The verdict below
+# asks another question: do words and `RANDOM` differ, each with its own rate? On `rewrite` words are behind by 0.012
+# nats. Alone that is clear, but one of two may come out so by chance.
 #
 # LoRA and an adapter start as the base: what they add is zero at first.
 #
@@ -354,10 +355,10 @@ print("loss of 8 verses before the first step:", ", ".join(f"{name} {loss:.3f}" 
 assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if name != "the base")
 
 # %% [markdown]
-# No, and neither do the other two. Values of zero add nothing, but a key of zero has the score 0, and $e^0 = 1$: so the
-# prefix gets its share $\lambda$ of the attention (section 2), which the text loses. LLaMA-Adapter (Zhang et al. 2023,
-# arXiv:2303.16199) starts a prefix as nothing by a *gate*: attention to the prefix has a softmax of its own, and is
-# multiplied by a trained number that starts at zero.
+# No, nor do words or a random prefix. Values of zero add nothing, but a key of zero has the score 0, and $e^0 = 1$: so
+# the prefix gets its share $\lambda$ of the attention (section 2), which the text loses. LLaMA-Adapter (Zhang et al.
+# 2023, arXiv:2303.16199) starts a prefix as nothing by a *gate*: attention to the prefix has a softmax of its own, and
+# is multiplied by a trained number that starts at zero.
 
 # %% [markdown]
 # > `soft-9` sensitive to initialization: **cannot be tested here**. Prompt beside prompt-random, rewrite, 500 examples:
@@ -368,9 +369,9 @@ assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if 
 # %% [markdown]
 # ## 5 · The lost context
 #
-# What is trained sits *in* the sequence. Every virtual token takes a position from the input, and in generation keys
-# and values of each layer's cache, which every new token reads. In training, prompt tuning also computes at each
-# virtual position, in every layer, for every example.
+# What is trained sits *in* the sequence. Every virtual token takes a position from the input. In generation it stands
+# in each layer's cache, which every new token reads. In training, prompt tuning also computes at each virtual position,
+# in every layer, for every example.
 #
 # **Predict:** a prompt of 200 tokens, or a prefix of 200: which keeps more activations in a training step?
 
@@ -410,13 +411,13 @@ figure.savefig(OUT / "06_soft_prompts_cost.png", dpi=120)
 # %% [markdown]
 # The prompt, about twice as much, by Lesson 3's ledger: it computes at $p + T$ positions, with $(p + T)^2$ scores of
 # attention a head; a prefix adds only keys and values, for $T (p + T)$ scores. A prompt of 100 tokens keeps more than
-# full fine-tuning without virtual tokens does, even with that one's gradients and AdamW's moments (12 bytes a weight,
-# 17 MB) added. A text pays for the lost positions only if it would have filled them: beside a prompt of 200 tokens
-# 312 of 512 positions are left, so one of 256 is still whole. What lost positions cost a text that needs them, the
-# verdict below estimates without a prompt, by cutting texts of 256. A prompt of one token trains $d$ = 128 numbers,
-# and still keeps three quarters of the activations of full fine-tuning: the gradient must travel back through every
-# layer to reach the input. Only the inputs of frozen matrices need not be kept (Lesson 4, section 6). Few trained
-# parameters need not mean little memory.
+# full fine-tuning does, even with full fine-tuning's gradients and AdamW's moments (12 bytes a weight, 17 MB) added. A
+# text pays for the lost positions only if it would have filled them: beside a prompt of 200 tokens 312 of 512 positions
+# are left, so a text of 256 is still whole. What lost positions cost a text that needs them, the verdict below
+# estimates without a prompt, by cutting texts of 256. A prompt of one token trains $d$ = 128 numbers, and still keeps
+# three quarters of the activations of full fine-tuning: the gradient must travel back through every layer to reach the
+# input. Only the inputs of frozen matrices need not be kept (Lesson 4, section 6). Few trained parameters need not mean
+# little memory.
 
 # %% [markdown]
 # > `soft-7` takes length from the context: **holds if**. With 10 vectors the model takes 502 of its 512 positions. What
@@ -455,27 +456,27 @@ for more, less in pairwise(most_lost):
 assert all(line.cloze.high < 0 for line in standings(MIDDLE[0], names)), "all lose some after rewrite, too"
 
 # %% [markdown]
-# The tuned rate of a random start is several times that of words, where section 4 expects 9 (the search doubles and
-# halves). The prefix trained directly is as good on `rewrite` as the one by an MLP, at a much higher rate; on `source`
-# the interval, ± 0.16, tells nothing. So on `rewrite`, with a rate of its own and within the 4 epochs at which both
-# searches had to stop, it does not end worse. Whether its training is less stable was not asked. P-tuning beside a
-# prompt, whose start differs, too, is undecided on both tasks.
+# The tuned rate of a random start is 8 times that of words on `rewrite`, and 4 times on `source`; section 4 expects 9
+# (the search doubles and halves). On `rewrite` the direct prefix equals the one by an MLP, at 32 times its rate: within
+# the 4 epochs at which both searches had to stop, direct training does not end worse. On `source` the interval, ± 0.16,
+# is too wide to tell. Whether direct training is less stable was not asked. P-tuning and a prompt differ in their
+# start, too; which is better is undecided on both tasks.
 #
-# `cloze` says what is lost with the trained vectors in place: how many fewer of 100 general passages are continued
+# `cloze` says what is lost with the trained numbers in place: how many fewer of 100 general passages are continued
 # rightly than by the base. After `source` prefixes and the head lose most, then prompts and P-tuning, then adapters,
-# full fine-tuning, and LoRA, each clearly more than the next. (They did not learn equally well: of 100 sentences
-# prefixes name the right book for about 80, full fine-tuning for 94.) After `rewrite` all lose some. Without its prefix
-# the base is whole.
+# full fine-tuning, and LoRA, each clearly more than the next (each interval alone). (They did not learn equally well:
+# of 100 sentences prefixes name the right book for about 80, full fine-tuning for 94.) After `rewrite` all lose some.
+# Without its prefix the base is whole.
 
 # %% [markdown]
 # ## 7 · Break it
 #
-# Pad a batch on the left, as generation does, and count the padding as if it were text: the 20 virtual tokens have the
+# Pad a batch on the left, as generation does, and count the padding as text: the 20 virtual tokens have the
 # positions 0 to 19, six tokens of padding 20 to 25, and the text begins at 26 in place of 20. That happens where
 # positions are not derived from the mask. (For a soft prompt PEFT's `forward` drops the `position_ids` that it is
 # given, and Llama in `transformers` then counts all columns.) With rotary positions only distances count (Lesson 2,
-# section 3), but that from the text to the virtual tokens has grown by six. The row's logits now depend on how long the
-# other rows are.
+# section 3), but the one from the text to the virtual tokens has grown by six. The row's logits now depend on how long
+# the other rows are.
 
 # %%
 padded = np.concatenate([np.zeros((1, 6), int), ids], axis=1)

@@ -4,14 +4,13 @@
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
 # reward model, or *judge*, turns such choices into a number. After this lesson you can derive its loss from a model of
 # how people choose, name choices that no such number explains, use rankings of more than two, and read the number at
-# the right place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy is
-# possible where raters disagree. You can put a model in the rater's place, test whether a judge knows how sure it can
-# be, and repair it where it does not.
+# the right place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy
+# raters who disagree allow. You can put a model in the rater's place, and test and repair how sure a judge is.
 #
 # You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
 # 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
-# cores), or open it as a notebook. `python lessons/09_reward_model.py --full` computes those of the curves' runs that
-# are missing in `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
+# cores), or open it as a notebook. With `--full` it computes those of the curves' runs that are missing in
+# `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -60,7 +59,7 @@ LENGTH, K = 20, 4
 diagrams.rlhf_stages(base.config).savefig(OUT / "09_reward_model_stages.png")
 
 # %% [markdown]
-# Bradley and Terry's model: every text has a quality $r$, and the better one wins with a probability that depends on
+# Bradley and Terry's model: every text has a quality $r$, and of two texts one wins with a probability that depends on
 # the difference alone,
 #
 # $$P(y_w \succ y_l) = \sigma(r(y_w) - r(y_l)), \qquad \mathcal L = -\log \sigma\left(r(y_w) - r(y_l)\right),$$
@@ -83,20 +82,20 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: of one pair's loss the gradient's size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to
+# The second: for one pair's loss, its size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to
 # the wrong order. It moves the two rewards apart and says nothing of their sum. Both texts answer one prompt, so each
-# prompt has a zero of its own: no loss compares the rewards of answers to two prompts. For the best policy this does
-# not matter: a constant added to all answers of a prompt leaves the best one best.
+# prompt has a zero of its own: the loss never compares the rewards of answers to two prompts. For the choice of answers
+# this does not matter: a constant added to all answers of a prompt leaves the best one best.
 #
 # **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
-# the gradient is zero, and as the loss is convex in the rewards, this is its minimum: the model says 0.5 where two of
+# the gradient is zero, and as the loss is convex, this is its minimum: the model says 0.5 where two of
 # three agree. A model that reads both texts at once can say 2/3 each time. But then no text is best (Munos et al.
 # 2023, arXiv:2312.00886, look for a policy that no other beats).
 #
-# Two refinements: a **margin** $m$, where the rater was sure, asks for more than winning, $-\log\sigma(r_w -
-# r_l - m)$ (Llama 2, Touvron et al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the zero
-# down.
+# Two refinements: a **margin** $m$, for pairs of which the rater was sure, asks for more than winning, $-\log\sigma(r_w
+# - r_l - m)$ (Llama 2, Touvron et al. 2023, arXiv:2307.09288); **centering** adds $c\,(r_w + r_l)^2$, which pins the
+# zero down.
 
 # %%
 full = rlhf.reward_loss(mp.Tensor(chosen), mp.Tensor(rejected), margin=np.array([0.5, 0]), center=0.01)
@@ -108,12 +107,12 @@ assert abs(full.item() - by_hand) < 1e-12
 # ## 2 · A rater
 #
 # Our rater follows **VADER** (Hutto & Gilbert 2014), rules over words that people rated for sentiment: the happier text
-# is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we can compare the
-# reward model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times
-# each. The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$, every
-# pair is Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises, over $T$, has the distribution
-# function $\sigma$). The whole order is then Plackett and Luce's: the first is drawn by the softmax of $r$ over all
-# answers and so on over the rest. With probability `flip` the rater holds the scale upside down.
+# is preferred. VADER's number, from -1 to 1, is the **gold**: what the rater goes by, and what we compare the reward
+# model with. The texts are the base model's own: it continues openings of sentences by Jane Austen, four times each.
+# The rater adds noise to each score and sorts. With Gumbel's noise, $-T \log(-\log u)$ for a uniform $u$ and a scale
+# $T$, every pair is Bradley-Terry with $r = \text{score} / T$ (the difference of two such noises, over $T$, has the
+# distribution function $\sigma$). The whole order is then Plackett and Luce's: the first is drawn by the softmax of $r$
+# over all answers, the next over the rest, and so on. With probability `flip` the rater turns the order round.
 
 # %%
 @cache
@@ -153,7 +152,7 @@ assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), 
 #
 # A ranking of $K$ answers holds $K(K-1)/2$ comparisons. InstructGPT puts them all into **one batch element**: the $K$
 # texts are computed once, and their scores are compared in every pair. It is cheaper. And as shuffled pairs, each text
-# would come back in $K - 1$ updates of one pass, which overfits (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+# would come back in $K - 1$ updates of one pass, which overfitted (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
 
 # %%
 diagrams.ranking(K).savefig(OUT / "09_reward_model_ranking.png")
@@ -166,7 +165,7 @@ print(f"\n8 rankings of {K}: {pairs} pairs from {len(batch.arguments['input_ids'
 assert pairs == 8 * K * (K - 1) // 2 and len(batch.arguments["input_ids"]) == 8 * K
 
 # %% [markdown]
-# The loss adds up the pairs of a ranking as if they were independent. They are not: A before B and B before C decide A
+# The loss takes the pairs of a ranking as independent. They are not: A before B and B before C decide A
 # and C. So over the orders the products of the pairs' probabilities do not sum to 1: circles (A before B before C
 # before A), which no ranking has, take the rest. Plackett and Luce normalize over orders instead, by a softmax at each
 # place. For $K = 2$ the two are one loss; for four texts, over all 24 orders:
@@ -187,10 +186,10 @@ print(f"equal texts: wins vary {spread:.2f} times as much as of tossed pairs, {p
 assert np.isclose(spread, (K + 1) / 3)
 
 # %% [markdown]
-# Both losses still aim at the same rewards: the gradient of the pairs is a text's wins less the wins that the model
-# expects, and at the rater's own rewards these agree on average. But error bars that count the pairs are wrong. Of $K$
-# equal texts, the wins of one, and so its gradient's noise, have the variance $(K^2-1)/12$ over rankings and $(K-1)/4$
-# with independent pairs. The ratio is $(K + 1)/3$, so six pairs of a ranking of four equal texts say as much as 3.6
+# Both losses still aim at the same rewards: the pairs' gradient at a text is, up to sign, its wins less those expected,
+# and at the rater's own rewards these agree on average. But error bars that count the pairs are wrong. Of $K$ equal
+# texts, the wins of one, and so its gradient's noise, have the variance $(K^2-1)/12$ over rankings and $(K-1)/4$ with
+# independent pairs. The ratio is $(K + 1)/3$, so six pairs of a ranking of four equal texts say as much as 3.6
 # independent ones.
 
 # %% [markdown]
@@ -198,12 +197,11 @@ assert np.isclose(spread, (K + 1) / 3)
 #
 # The model is the base with a scalar head in place of the vocabulary's. The score is that of the **last real token**,
 # the only one that has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
-# end-of-text token, and then the real one is skipped. transformers' `LlamaForSequenceClassification` falls into it, so
+# end-of-text token, and then a text's own is skipped. transformers' `LlamaForSequenceClassification` falls into it, so
 # there pad with a token that ends no text. We look at the length.
 
 # %%
-model = rlhf.RewardModel(base, seed=0)
-end = tokenizer.eos_token_id
+model, end = rlhf.RewardModel(base, seed=0), tokenizer.eos_token_id
 text = [*prompts[0], *answers[0][0][:5], end]
 padded, mask = np.array([text + [end] * 4]), np.array([[1] * len(text) + [0] * 4])
 alone, right = model.rewards(np.array([text])).item(), model.rewards(padded, mask).item()
@@ -231,16 +229,16 @@ for decay in (0.0, 0.1):
     assert np.ptp(np.diff(norms)) < 0.25 * np.mean(np.diff(norms)) and sure > 0.9 if decay == 0 else abs(norms[-1] - norms[-2]) < 1e-3 and 0.7 < sure < 0.8
 
 # %% [markdown]
-# Once all pairs are in order, a longer head always has a smaller loss, and none has the smallest. Its norm grows as the
-# logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin flips.
-# Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right. In a single pass (not
-# tried with this head) each pair is unseen until its step, so the mean step lowers the loss of unseen pairs, which
-# rises when a head gets too sure.
+# Once all pairs are in order, to lengthen the head always lowers the loss, and no head has the lowest. Its norm grows
+# as the logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin
+# flips. Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right. In a single
+# pass (not tried with this head) each pair is new at its step. So a step lowers, on average, the loss of new pairs, and
+# that rises when a head gets too sure.
 #
-# A fresh head's scores have any scale, so `calibrate` first gives them mean 0 and standard deviation 1, and at the end
-# again: then rewards of two models have one mean and one scale on these texts. After the second time
-# $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so section 7, about another kind of
-# calibration, takes the rewards from before.
+# Below, all weights are trained. A fresh head's scores have any scale, so `calibrate` gives them mean 0 and standard
+# deviation 1 before training, and again at the end: then rewards of two models have one mean and one scale on the
+# training texts. After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so
+# section 7, about another kind of calibration, takes the rewards from before.
 
 # %%
 @cache
@@ -282,11 +280,11 @@ for run in live:
 
 # %% [markdown]
 # Of $n$ rankings a share $f$ is turned round. At equal rewards the gradient of a turned pair is as large, with the
-# other sign. So $1 - 2f$ of the mean gradient is left, and its mean square stays. If the mean is small beside the
+# other sign. So $1 - 2f$ of the mean gradient is left, and the mean square stays. If the mean is small beside the
 # scatter over pairs, the scatter (mean square less squared mean) hardly changes. If learning were like taking a mean,
 # whose noise falls as $1/\sqrt n$, gradient over noise would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean
-# ones. A label's probability is $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley and
-# Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
+# ones. A text now wins with probability $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley
+# and Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
 #
 # **Predict:** with a quarter turned round, how many clean rankings would 2000 be worth by that rule?
 
@@ -310,12 +308,11 @@ assert REDUCED or abs(varies[1] / varies[0] - 2) < 0.1
 judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
-# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that differs clearly from a coin toss,
-# and 500 little more; 2,000 clean ones, in 250 steps, 0.68 [0.66, 0.70] of the pairs. (More steps alone: not tried.)
-# With a quarter turned round these lose 0.15. What is left is not clearly other than what 500 clean ones teach in 63
-# steps. But the interval of the difference, -0.01 [-0.06, +0.05], has room for all that 500 have taught, so it does not
-# test the rule. Another rule, by the noise of given pairs' labels alone, whose variance doubles (printed above), gives
-# half of 500, about 240. All intervals are over seeds and prompts.
+# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing clearly other than a coin toss. 500, in
+# 63 steps, order 0.54 [0.51, 0.56] of the pairs rightly, not clearly more; 2,000 clean ones, in 250 steps, 0.68 [0.66,
+# 0.70]. (More steps alone: not tried.) With a quarter turned round 2,000 lose 0.15, and end -0.01 [-0.06, +0.05] above
+# 500 clean ones: the interval has room for all that 500 teach, so it does not test the rule. Another rule, by the noise
+# of given pairs' labels alone, whose variance doubles, gives about 240. All intervals are over seeds and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
 # be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
@@ -328,14 +325,14 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 
 # %% [markdown]
 # Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward models
-# agreed with 72 % of their own labelers' and 70 % of others' (section 4.1), about as often as another labeler. Where
-# pairs differ, each has its $x = 2p - 1$, from 0 to 1. From the agreement, $(1 + x^2)/2$ on average, the mean of $x^2$
-# is 0.46. That of $x$ is at least as large, as $x^2 \le x$, and at most $\sqrt{0.46} = 0.68$, as a variance is not
-# negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs and toss a coin
-# for the rest, and 0.84.
+# agreed with 72 % of their own labelers' choices and 70 % of others' (section 4.1), about as often as another
+# labeler. Where pairs differ, each has its $x = 2p - 1$, from 0 to 1. From the agreement, $(1 + x^2)/2$ on average, the
+# mean of $x^2$ is 0.46. The mean of $x$ is at least as large, as $x^2 \le x$, and at most $\sqrt{0.46} = 0.68$, as a
+# variance is not negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs
+# and toss a coin for the rest, and 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
-# model*), a reward model, then PPO, which trains a *policy* to please it.
+# model*), a reward model, then PPO, which trains a *policy* to please the reward model.
 
 # %%
 chain = CHAIN.rows()
@@ -346,20 +343,21 @@ for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("fu
     ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
     print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
 print("all weights less LoRA: {:.3f} ± {:.3f}".format(*interval(ordered["full", 600] - ordered["lora", 600])))
-for more, less in ((("full", 2000), ("full", 600)), (("full", 600), ("full", 100)), (("lora", 600), ("head", 600))):
-    assert np.subtract(*interval(ordered[more] - ordered[less])) > 0, "clearly better"
+for more, less, clear in (("full", 2000), ("full", 600), True), (("full", 600), ("full", 100), True), (("lora", 600), ("head", 600), True), (("full", 600), ("lora", 600), False):
+    assert (np.subtract(*interval(ordered[more] - ordered[less])) > 0) == clear, "clearly better"
 assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is None), "of no judge is another rate clearly better"
 
 # %% [markdown]
-# More comparisons help clearly, and LoRA beats the head. All weights are ahead of LoRA by a hair at most. Each judge
-# has a rate of its own; no other that was tried, on other prompts, is clearly better (`claims/chain_tuning.py`).
+# Over the seeds, more comparisons help clearly, LoRA clearly beats the head, and all weights are not clearly ahead of
+# LoRA. Each judge has a rate of its own; no other that was tried, on other prompts, is clearly better
+# (`claims/chain_tuning.py`).
 #
 # ## 6 · Labels from a model that follows principles
 #
 # Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in people's place: it reads
 # written **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is;
 # with such labels it is called RLAIF, for AI feedback. In this section *judge* means the labeler,
-# SmolLM2-135M-Instruct. The gold is not VADER's but that chain's, which the principles put in words:
+# SmolLM2-135M-Instruct. The gold is not VADER's but that of Lesson 10's chain, which the principles put in words:
 
 # %%
 print(constitution.PRINCIPLES)
@@ -395,11 +393,11 @@ assert abs((apart := crossed(by["coin"]["ppo"] - by["rater"]["ppo"])).value) < a
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
 # orders one is right. The mean over both is right in six of ten, with length averaged out, too. But a random choice
 # among 16 answers has the SFT model's own gold, and choosing by a reward model of 200 such labels gains nothing clear
-# over that. Nor does one of 200 of the rater's, so that the two are not clearly apart says little. PPO ends clearly
-# below the SFT model by either. By a coin's labels the best of 16 ends clearly below it, too (why is open: a model that
-# has learned nothing would choose at random), and PPO not clearly. With a large judge Lee et al. 2023
-# (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on people's, to the SFT
-# model's in some 70 %.
+# over that. Nor does one of 200 of the rater's, so it says little that the two are not clearly apart. PPO by either
+# ends clearly below the SFT model (each interval alone). By a coin's labels the best of 16 ends clearly below it, too
+# (why is open: a model that has learned nothing would choose at random), and PPO not clearly. With a large judge Lee et
+# al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on people's, to
+# the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -449,8 +447,7 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # **Predict:** back to our reward models, does one that has learned next to nothing say 0.5 everywhere?
 
 # %%
-run = live[1]
-model, rewards = train(run, LARGEST)
+model, rewards = train(run := live[1], LARGEST)
 curve = rlhf.calibration_curve(*labels_of(rewards, held_gold, run))
 print("\npredicted  observed  pairs, each from both sides")
 for p, share, n in zip(*curve):
@@ -476,7 +473,7 @@ for kind in (FEWEST, CLEAN):
     overall = interval([np.average(half[:, 1] - half[:, 0], weights=half[:, 2]) for half in halves])
     print(f"{kind[0]} clean rankings: it says {said:.2f}, the rater agrees in {was:.2f}; the difference from 0.5 on, by tenths:", *("{:+.2f} ± {:.2f},".format(*x) for x in off.values()), "all {:+.3f} ± {:.3f}".format(*overall))
     clear = [k for k, (mean, half_width) in off.items() if abs(mean) > half_width]
-    assert sum(off[7]) < 0 if kind == FEWEST else clear == [7] and off[7][0] > 0 and abs(overall[0]) < overall[1]
+    assert sum(off[7]) < 0 if kind == FEWEST else clear == [7] and off[7][0] > 1.66 * off[7][1] and abs(overall[0]) < overall[1]  # 1.66: t of 99 % over t of 95 %
 fresh = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean()
 far = {kind: np.array([np.average(abs(p - 0.5), weights=n) for p, _, n in (np.array(row["calibration"]).T for row in of)]) for kind, of in kinds.items()}
 print(f"mean distance of what it says from 0.5: in theory {fresh:.2f}; untrained {far[judges.UNTRAINED].mean():.2f}, after 100 rankings {far[FEWEST].mean():.2f}, after 500 {far[FEW].mean():.2f}")
@@ -494,12 +491,13 @@ judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.pn
 # %% [markdown]
 # No: where one of 100 rankings says 0.75, the rater agrees in about half of the pairs. A fresh head is surer still: its
 # rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5
-# on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But it is
-# mostly sure of other pairs, and not clearly better ones.
+# on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But the judge
+# of 100 is mostly sure of other pairs than its fresh head (correlation 0.29, one seed), and not clearly better than a
+# coin.
 #
-# With two thousand clean rankings the difference over all pairs, 0.01 ± 0.03 over five seeds, is not clear. It is in
-# one of five bins: where it says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. The careless rater's two thousand
-# taught little, but honestly: that judge is never sure.
+# With two thousand clean rankings the rater agrees more often than the judge says, by 0.01 ± 0.03 over all pairs: not
+# clear. In one of five bins it is, even at the level for five: where the judge says 0.75 the rater agrees in 0.81, more
+# by 0.06 ± 0.03. The careless rater's two thousand taught little, but honestly: that judge never says more than 0.6.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
 # held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
@@ -521,10 +519,9 @@ assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
 #
-# The judges are the five of 2,000 clean rankings, and beside them the untrained heads that they began with. First,
-# length, among texts like those they were taught on. Then texts unlike these: the same token ten times after a held-out
-# prompt, another for each seed, for every token there is. The judge chooses the best. Beside them stand 256 answers of
-# the base.
+# The judges are the five of 2,000 clean rankings, and the untrained heads that they began with. First, length, among
+# texts like those in training. Then texts unlike these: the same token ten times after a held-out prompt (another for
+# each seed), for every token there is. The judge chooses the best. Beside them stand 256 answers of the base.
 #
 # **Predict:** how many of the 2,046 beat nine in ten of the real answers? And the best of 256?
 
@@ -554,8 +551,8 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 # too, the highest of all 2,302 would be a token in 0.89 of the draws. What tells is which token. The untrained heads'
 # are any ones: *all*, *till*. After 2,000 rankings they are *love*, *strong*, and three times *great*. The judge has
 # learned the rater's words, and the rater's own rule, VADER, gives these texts more than any held-out answer. So at the
-# top newness did not mislead these judges: VADER agrees. But VADER is not what a reader wants, and here, on texts that
-# nobody ever compared, that shows. Whoever looks for the highest reward finds them, and a policy that is trained on a
+# top new texts did not mislead these judges: VADER agrees. But VADER is not what a reader wants, and on texts that
+# nobody ever compared that shows. Whoever looks for the highest reward finds such texts, and a policy trained on a
 # judge searches so: Lesson 11.
 
 # %% [markdown]
@@ -565,8 +562,8 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 #
 # <details><summary>Answer</summary>
 #
-# In Bradley and Terry's model the better one wins with a probability that depends on the difference of the rewards
-# alone. Centering adds $c\,(r_w + r_l)^2$, which pins the zero down.
+# In Bradley and Terry's model a text wins with a probability that depends on the difference of the rewards alone.
+# Centering adds $c\,(r_w + r_l)^2$, which pins the zero down.
 #
 # </details>
 #
@@ -593,7 +590,8 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 # <details><summary>Answer</summary>
 #
 # With few rankings a coin does as well where it says 0.75: it does not know that it does not know. With two thousand
-# clean ones the rater agrees in 0.81 there, so there it could be surer; over all of its pairs no error is clear.
+# clean ones the rater agrees in 0.81 there, so there it could be surer; over all of its pairs the two do not clearly
+# differ on average.
 #
 # </details>
 #
@@ -619,8 +617,9 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 # **09.2 The loss of pairs.** Write `reward_loss(chosen, rejected)`: the mean loss of pairs, from two vectors of
 # rewards. It should not overflow where rewards are far apart.
 #
-# **09.3 A careless rater.** The rater of section 2, with $T = 0.1$, holds the scale upside down with probability 0.25.
-# In which share of its choices does it prefer 0.3 to 0.2? To three digits.
+# **09.3 A careless rater.** The rater of section 2, with $T = 0.1$, holds the scale upside down, and so turns the order
+# round, with probability 0.25. In which share of its choices does it prefer a text of score 0.3 to one of 0.2? To three
+# digits.
 #
 # **09.4 How honest?** Write `calibration_error(predicted, observed, count)`, the expected calibration error of section
 # 7, from three vectors.
