@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Lesson 4 · LoRA: a small detour around a frozen matrix
 #
-# Full fine-tuning (Lesson 3) ends with a whole model per task, and needs at least four times its weights in memory to
-# get there. LoRA (Hu et al. 2021, arXiv:2106.09685) leaves every weight of the base as it is and learns a *correction*
-# beside it, a product of two thin matrices. After this lesson you can write the layer from its equation, say where its
-# memory saving comes from, merge it into the base, and serve many tasks from one base. Which rank, layers and $\alpha$,
-# and how LoRA compares with full fine-tuning, is Lesson 18.
+# Full fine-tuning (Lesson 3) ends with a whole model per task, and takes, with Adam, at least four times the memory of
+# its weights. LoRA (Hu et al. 2021, arXiv:2106.09685) leaves every weight of the base as it is. Beside a matrix it
+# learns a *correction*, a product of two thin matrices. After this lesson you can write the layer from its equation,
+# say where its memory saving comes from, merge it into the base, and serve many tasks from one base. Lesson 18 asks
+# which rank, layers and $\alpha$, and whether full fine-tuning learns more.
 #
 # You need Lesson 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. At **Predict**, write down an answer.
@@ -42,21 +42,21 @@ if REDUCED:
 # %% [markdown]
 # ## 1 · One equation
 #
-# A linear layer multiplies by a matrix $W$ of $d \times k$ numbers. Beside it LoRA puts two strips: $B$, as high as $W$
-# and $r$ wide, and $A$, $r$ high and as wide as $W$. Blue is frozen, stored once for all tasks. Orange is trained, and
-# stored for each task.
+# A linear layer multiplies its input $x$ by a matrix $W$ of $d$ rows and $k$ columns. Beside $W$ LoRA puts two strips:
+# $B$, as high as $W$ and $r$ wide, and $A$, $r$ high and as wide as $W$. In the picture blue is frozen, stored once for
+# all tasks; orange is trained, stored for each task.
 
 # %%
 diagrams.low_rank(4096, 4096, r=8).savefig(OUT / "04_lora_strips.png")
 
 # %% [markdown]
-# Fine-tuning changes $W$ to $W + \Delta W$. LoRA's hypothesis: $\Delta W$ need not be any matrix, it may be such a
-# product, of **rank** $r$ at most:
+# Fine-tuning changes $W$ to $W + \Delta W$. LoRA's hypothesis: for $\Delta W$ the strips' product is enough. Its
+# **rank** is at most $r$, as its rows are combinations of the $r$ rows of $A$:
 #
 # $$y = Wx + \frac{\alpha}{r} B A x, \qquad A\ [r, k], \quad B\ [d, r], \quad r \ll \min(d, k) .$$
 #
-# $r$ and the number $\alpha$ (section 3) are chosen. Take $d = 2$, $k = 3$, $r = 1$, and read from the right: $A$ makes
-# one number of the three in $x$, and $B$ two of that one. The matrix $BA$ is never formed.
+# We choose $r$ and $\alpha$ (section 3). Take $d = 2$, $k = 3$, $r = 1$, and read from the right: $A$ makes one number
+# of the three in $x$, and $B$ two of that one. In this order the matrix $BA$ is never formed.
 #
 # **Predict:** for the numbers below, what are $Wx$, $Ax$, and $y$ with $\alpha / r = 2$?
 
@@ -70,21 +70,19 @@ assert np.linalg.matrix_rank(B @ A) == 1, "the second row of BA is twice the fir
 assert np.array_equal((2 * B) @ (A / 2), B @ A)
 
 # %% [markdown]
-# Only the product counts: $2B$ and $A / 2$ make the same change.
+# For the output only the product counts: $2B$ and $A / 2$ make the same change.
 #
-# The strips have $r\,(d + k)$ numbers in place of $d \cdot k$. For $d = k = 4096$, the width of a 7B model, and
-# $r = 8$, by formula, and by building the layer:
+# The strips have $r\,(d + k)$ numbers in place of $d \cdot k$. For $d = k = 4096$, the width of LLaMA-7B, and $r = 8$,
+# by formula, and by building the layer:
 
 # %%
-d = k = 4096
-r = 8
+d, k, r = 4096, 4096, 8
 layer = mp.nn.Sequential(mp.nn.Linear(k, d, bias=False))
 adapted = mp.get_peft_model(layer, mp.LoraConfig(r=r, target_modules=["0"]))
 trainable, total = adapted.get_nb_trainable_parameters()
 print(f"              formula       built\nW         {d * k:11,} {total - trainable:11,}")
 print(f"A and B   {r * (d + k):11,} {trainable:11,}     {d * k / trainable:g} times fewer")
-assert d * k == total - trainable == 16_777_216  # "16.7M"
-assert r * (d + k) == trainable == 65_536  # "65K"
+assert (d * k, r * (d + k)) == (total - trainable, trainable) == (16_777_216, 65_536)  # "16.7M", "65K"
 
 # %% [markdown]
 # > `lora-1` W' = W + BA with B [d,r], A [r,k], r much smaller than d and k: **holds if**. It is so for alpha = r; the
@@ -102,7 +100,7 @@ everywhere = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 diagrams.block(base.config, everywhere).savefig(OUT / "04_lora_block.png")
 
 # %% [markdown]
-# Layers are replaced by name. The new model shares the base's arrays, and changes none.
+# `get_peft_model` replaces layers by name. Its model shares the base's arrays, and changes none.
 
 # %%
 untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the end
@@ -142,31 +140,32 @@ for step in (1, 2):
     assert len(unmoved) == (42 if step == 1 else 0) and all("lora_A" in name for name in unmoved)
 
 # %% [markdown]
-# Only the 42 $B$ move at first, as $A$'s gradient contains $B = 0$. From the second step on all do. $A = 0$ and a
-# random $B$ start at the base, too; Hayou et al. (2024, arXiv:2406.08447) find that this start allows only lower rates
-# and ends worse on average. Weight decay shrinks $A$ and $B$, and so pulls the model toward the base, not toward zero.
+# First only the 42 $B$ move, as $A$'s gradient has the factor $B = 0$. In the second step all do. $A = 0$ and a random
+# $B$ start at the base, too. Hayou et al. (2024, arXiv:2406.08447) find that this start ends worse on average; by their
+# theory it allows only lower rates. Weight decay shrinks $A$ and $B$, and so pulls the model toward the base, not
+# toward zero.
 #
 # ## 3 · What α / r does
 #
-# Why divide by $r$? Look at the first step. $B = 0$, and Adam moves each element of $B$ by the learning rate $\eta$
-# against the sign of its gradient (Lesson 0, section 6). To first order the loss then changes by
+# Why divide by $r$? In the first step $B = 0$, and Adam moves each element of $B$ by the learning rate $\eta$ against
+# the sign of its gradient (Lesson 0, section 6). To first order the loss then changes by
 #
 # $$\Delta L = -\eta \sum_{i,j} \left| \frac{\partial L}{\partial B_{ij}} \right|
 #            = -\eta\, \frac{\alpha}{r} \sum_{i=1}^{d} \sum_{j=1}^{r} \left| (G A^\top)_{ij} \right| .$$
 #
 # The double sum has $r$ columns of about the same size, and $1/r$ cancels their number. *With $\alpha$ fixed, the first
-# step changes the loss about equally at every rank.* Here is the double sum, with its factor, on a batch of Lesson 3's
-# task, and beside it another rule, $\alpha = 2r$.
+# step changes the loss about equally at every rank.* Here is $|\Delta L|$ over all layers, on a batch of Lesson 3's
+# task, for $\alpha = 16$ and for another rule, $\alpha = 2r$.
 #
-# **Predict:** under that rule, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
+# **Predict:** with $\alpha = 2r$, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
 # %%
 STEPS, SIZE = (3, 4) if REDUCED else (20, 12)
 first_batch = mp.train.collate(data.drawn("rewrite", SIZE, seed=0), tokenizer.pad_token_id).arguments
 
 
-def lora(r=8, alpha=16, targets="all-linear", name="default"):
-    return mp.get_peft_model(base, mp.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets), adapter_name=name)
+def lora(r=8, alpha=16, targets="all-linear", name="default", seed=0):
+    return mp.get_peft_model(base, mp.LoraConfig(r=r, lora_alpha=alpha, target_modules=targets), name, seed=seed)
 
 
 def first_step(r, alpha):
@@ -184,9 +183,9 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
     assert (0.5 < one < 2 and 0.5 < most < 2) if label == "alpha = 16" else (0.06 < one < 0.25 and 5 < most < 12)
 
 # %% [markdown]
-# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank, a
-# larger $\alpha$ is under Adam a higher rate of $B$: what acts is $\alpha B$, which starts at zero whatever $\alpha$
-# is, and moves by $\alpha \eta$. The paper keeps $\alpha$ fixed (section 4.1).
+# About eight times: a rate that was good at $r = 8$ may then be too high at 64 (section 11 tries it). At one rank,
+# under Adam, a larger $\alpha$ acts as a higher rate of $B$: what counts is $\alpha B$, which starts at zero whatever
+# $\alpha$ is, and moves by $\alpha \eta$ a step. Hu et al. keep $\alpha$ fixed (their section 4.1).
 #
 # ## 4 · The layer as textbooks print it
 #
@@ -196,12 +195,12 @@ for label, alphas in (("alpha = 16", (16, 16)), ("alpha = 2 r", (2, 128))):
 print(LAYER)
 
 # %% [markdown]
-# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module`
-# lets it pass, so the verdict's layer, 256 by 256, stops only at the second.) Second, `alpha` is defined nowhere.
-# Third, the comment says "frozen", and nothing freezes `W`. The start: `randn` has deviation 1, where the library and
-# PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. The gradient of $B$ and each move of $W$, $\Delta B\, A$, contain $A$.
-# Adam cancels the size of the gradient, but not that of the move: at one rate $W$ moves farther from the larger
-# start. (Not trained here. And `W` is new: the pretrained matrix belongs there.) All repaired:
+# First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module` does
+# not: the verdict's layer, 256 by 256, stops at the second mistake.) Second, `alpha` is defined nowhere. Third, the
+# comment says "frozen", and nothing freezes `W`, a new matrix where the pretrained one belongs. The start: `randn` has
+# deviation 1, where the library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. $A$ is a factor of $B$'s gradient, and
+# of $\Delta B\, A$, which a step adds to the product. Adam cancels the size of the first, not of the second, which is
+# larger with this $A$. (Not trained here.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -235,8 +234,8 @@ assert trained == ["A", "B"] and difference < 1e-5
 # %% [markdown]
 # ## 5 · Which layers
 #
-# `target_modules` says where the strips go: names, a regular expression, or "all-linear", which is every linear layer
-# but the head. The paper adapts attention alone, and mostly $q$ and $v$. What the choice costs follows from shapes:
+# `target_modules` says where the strips go: names, a regular expression, or "all-linear", every linear layer but the
+# head. The paper adapts attention alone, and mostly $q$ and $v$. The parameters that this costs follow from shapes:
 
 # %%
 print("adapters on, r = 8    layers   trained parameters")
@@ -266,15 +265,16 @@ for r, published in ((1, "4.7M"), (2, "9.4M"), (4, "18.8M")):  # 18.87, cut
 # %% [markdown]
 # ## 6 · Where the saved memory comes from
 #
-# For $y = Wx$ there are two pullbacks, and each keeps what it needs until backward (Lesson 1, section 4). $\bar W$
-# stands for $\partial L / \partial W$:
+# For $y = Wx$ there are two pullbacks, and each keeps what it needs until backward (Lesson 1, section 4). A bar marks a
+# gradient, $\bar W = \partial L / \partial W$:
 #
 # - towards the weight, $\bar W = \bar y\, x^\top$ needs the **input** $x$, and leaves a gradient of $W$'s size;
 # - towards the input, $\bar x = W^\top \bar y$ needs $W$, which is there anyway.
 #
-# Freeze $W$ and the first is never asked for: no gradient, no optimizer state, no $x$ kept, and one of three products
-# (forward and these two) less. The second stays, as adapters below need it. So LoRA's step has about 2/3 of the work.
-# For GPT-3 the paper measures 43.1 tokens a second in place of 32.5 (section 4.2), so 3/4 of the time.
+# Freeze $W$ and the first is never computed: no gradient, no optimizer state, no $x$ kept, and one of three products
+# (forward and these two) less. The second stays, as adapters in lower layers need it. So LoRA's step has about 2/3 of
+# the work (`peft-2`, below). For GPT-3 the paper measures 43.1 tokens a second in place of 32.5 (section 4.2), 3/4 of
+# the time.
 #
 # **Predict:** put LoRA beside it. Is $x$ kept?
 
@@ -313,9 +313,9 @@ for name, (layer, predicted) in layers.items():
     assert abs(kept[name] - predicted) < 20_000
 
 # %% [markdown]
-# It is, as $\bar A$ needs it ($\bar B$ needs the $r$ numbers per position of $Ax$). "LoRA needs no activations of the
-# frozen weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is the gradient and
-# the optimizer's two moments. Now a whole step, each line asserted to be as `memory_ledger` predicts.
+# It is, as $\bar A$ needs it ($\bar B$ needs $Ax$, $r$ numbers a position). "LoRA needs no activations of the frozen
+# weights" is true only of layers *without* an adapter. Beside an adapter, what is saved is $W$'s gradient and two
+# moments. Now a whole step, each number asserted to be near `memory_ledger`'s prediction.
 #
 # **Predict:** with LoRA on all layers, do the activations take less memory than in full fine-tuning, or more?
 
@@ -360,34 +360,35 @@ for name, lines in memory.items():
 full, all_layers, q_and_v = memory.values()
 assert all_layers["gradients"] + all_layers["optimizer"] < 0.1 * (full["gradients"] + full["optimizer"])
 assert all_layers["activations"] > full["activations"] > q_and_v["activations"]
+assert abs((all_layers["activations"] - full["activations"]) / 2**20 - (1.31 - 0.5) * BATCH / 16) < 0.25, "Ax, less the head's input"
 assert REDUCED or 0.82 < sum(all_layers.values()) / sum(full.values()) < 0.86, "the sum of the four lines"
 
 # %%
 drawing.stacked(memory, f"One step of {BATCH} x {LENGTH} tokens, measured").savefig(OUT / "04_lora.png", dpi=130)
 
 # %% [markdown]
-# A little more: by the ledger $42 \cdot 8$ numbers of $Ax$ per position, 1.31 MiB, less the input of the now frozen
-# head, 0.5 MiB. With $q$ and $v$ alone, the inputs of the MLP's projections go. (That of $o$ stays: attention's
-# pullback keeps its output.) Gradients and moments, 12 bytes per trained parameter, nearly vanish in both.
+# A little more: $42 \cdot 8$ numbers of $Ax$ a position, 1.31 MiB, less the input of the now frozen head, 0.5 MiB. With
+# $q$ and $v$ alone, the inputs of the MLP's matrices go. (That of $o$ stays: attention's pullback keeps it.) Gradients
+# and moments, 12 bytes per trained parameter, nearly vanish in both.
 #
-# Here activations dominate: a tiny model and many tokens. In a large model with few tokens the states do. In mixed
-# precision with Adam, a trained parameter takes 16 bytes (Lesson 3; Rajbhandari et al. 2020, arXiv:1910.02054, section
-# 3.1), and a frozen one the 2 of its weight.
+# Here activations dominate: a tiny model and many tokens. In a large model with few tokens the *states* do: weights,
+# gradients and moments. In mixed precision with Adam, a trained parameter takes 16 bytes (Lesson 3; Rajbhandari et al.
+# 2020, arXiv:1910.02054), and a frozen one the 2 of its weight.
 #
 # **Predict:** how many GB of states has GPT-3, 174.6 billion parameters, with LoRA?
 
 # %%
-print("GPT-3, model states in mixed precision")
 for name, config in (("full fine-tuning", None), ("LoRA, q and v, r = 4", gpt3_lora(4))):
     states = memory_ledger("gpt3", config, precision="mixed").model_states
-    print(f"  {name:22s} {states / 1e9:9,.1f} GB")
+    print(f"GPT-3, states in mixed precision, {name:22s} {states / 1e9:9,.1f} GB")
 assert abs(states / 350e9 - 1) < 0.01
 
 # %% [markdown]
-# About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how
-# its 1.2 TB are composed; 16 bytes a parameter are more. In the verdict, 7B is a step of 512 tokens in bfloat16 by
-# the ledger (gradient 2 bytes, moments 8, no float32 copy), the shares of gradients and states are with $q$ and $v$,
-# and "a step on the base" has 8 sentences. The table's step has more, so its ratio is about 0.84.
+# About 350 GB, the frozen weights at 2 bytes each. The paper says "from 1.2TB to 350GB" (section 4.2), and not how its
+# 1.2 TB are composed; 16 bytes a parameter are 2.8 TB. In the verdict, 7B is a step of 512 tokens in bfloat16 by the
+# ledger (gradient 2 bytes, moments 8, no float32 copy). Its shares of gradients and states are with $q$ and $v$. "A
+# step on the base" has 8 sentences. The table's has more tokens, so activations weigh more: its rows' sums have the
+# ratio 0.84.
 
 # %% [markdown]
 # > `peft-2` memory: fewer gradients to compute and store: **holds if**. More than half of what is saved are gradients
@@ -430,12 +431,12 @@ mp.assert_learning(adapted)  # every matrix has moved
 assert REDUCED or adapted_end < start - 0.2
 
 # %% [markdown]
-# The learning rate is $10^{-2}$, where Lesson 3's best was lower. Does LoRA need another rate? In the first step full
-# fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$: in element $(i, l)$ the
-# sum of $r$ terms $\pm \eta A_{jl}$, with $A$ uniform in $\pm 1/\sqrt{k}$, of variance $1/(3k)$. If the signs are
-# independent, the root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$, with $\alpha$ fixed the smaller, the
-# wider the layer and the larger $r$: the $r$ terms partly cancel. (In section 3 none do: there each part of the step
-# lowers the loss.)
+# The learning rate is $10^{-2}$; Lesson 3's best was $10^{-3}$. Does LoRA need another rate? In the first step full
+# fine-tuning moves each weight by $\eta$. LoRA moves $W$ by $\frac{\alpha}{r} \Delta B\, A$. Element $(i, l)$ of
+# $\Delta B\, A$ is a sum of $r$ terms $\pm \eta A_{jl}$, where $A$, uniform in $\pm 1/\sqrt{k}$, has the variance
+# $1/(3k)$. If the signs are independent, the move's root mean square is $\frac{\alpha}{r} \sqrt{r / (3k)}\, \eta$. With
+# $\alpha$ fixed it falls with the width, and with $r$, as the terms partly cancel. (In $\Delta L$, section 3, none do:
+# each part of the step lowers the loss.)
 
 # %%
 stepped = lora()
@@ -453,8 +454,8 @@ assert abs(size / formula - 1) < 0.1 and size < 0.5
 #
 # ## 8 · Merge: the detour disappears
 #
-# $W + \frac{\alpha}{r} BA$ is a matrix of $W$'s shape. Add it in, and what remains is a plain model with no extra
-# layer. `merge_and_unload` makes it, as a *new* model. (PEFT's writes into the base's own weights.)
+# $W + \frac{\alpha}{r} BA$ is a matrix of $W$'s shape. Where it replaces $W$, a plain model with no extra layer
+# remains. `merge_and_unload` makes it as a *new* model. (PEFT's writes into the base's own weights.)
 
 # %%
 merged = adapted.merge_and_unload()
@@ -465,9 +466,9 @@ assert type(merged) is type(base)
 assert [(n, p.shape) for n, p in merged.named_parameters()] == [(n, p.shape) for n, p in base.named_parameters()]
 
 # %% [markdown]
-# The paper (section 4.1) and PEFT's `unmerge_adapter` subtract $BA$ again.
+# To undo it, the paper (section 4.1) and PEFT's `unmerge_adapter` subtract again.
 #
-# **Predict:** in float32, how many weights are then what they were: all, most, or few?
+# **Predict:** in float32, how many weights of a matrix are then what they were: all, most, or few?
 
 # %%
 D = to_numpy(adapted.layers[place].adapters["rewrite"].delta_weight())
@@ -476,15 +477,14 @@ adapted.merge_adapter()
 assert np.array_equal(adapted(ids).numpy(), got)
 adapted.unmerge_adapter()
 assert np.array_equal(adapted(ids).numpy(), want)
-print(f"merged and subtracted again: {np.mean(subtracted != W):.0%} of the weights differ,", end=" ")
-print(f"by up to {np.abs(subtracted - W).max():.0e}; unmerged from kept weights: none, bit for bit")
+print(f"merged and subtracted again: {np.mean(subtracted != W):.0%} of the weights differ, by up to {np.abs(subtracted - W).max():.0e}")
 assert 0 < np.mean(subtracted != W) < 0.5 and np.abs(subtracted - W).max() < 1e-6
 
 # %% [markdown]
-# Most are, but not all: rounding the sum can lose so much that the difference ends at a neighbor of $W$. The library
-# keeps $W$ instead: `merge_adapter` computes with merged weights, and `unmerge_adapter` drops them. Two cases speak
-# against merging: rows of one batch that need different adapters (section 9), and a $W$ in few bits, which rounds the
-# sum (Lesson 7, section 7; in bfloat16 a change of less than 1/512 of a weight is lost, Lesson 17, section 3).
+# Most, not all: the sum is rounded, so the difference can miss $W$. The library keeps $W$ instead: `merge_adapter`
+# computes with merged weights, and `unmerge_adapter` drops them. Two cases speak against merging: rows of one batch
+# that need different adapters (section 9), and a $W$ in few bits, to which the sum is rounded (Lesson 7, section 7). In
+# bfloat16 a change of less than 1/512 of a weight is lost (Lesson 17, section 3).
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
@@ -513,8 +513,8 @@ assert REDUCED or all(table[name][i] == min(row[i] for row in table.values()) fo
 assert REDUCED or all(table[name][1 - i] > table["none"][1 - i] for i, name in enumerate(TASKS))
 
 # %% [markdown]
-# Each is best at its own task, and worse than the base at the other. They need not take turns: one batch, a name for
-# each row, the base's product computed once for all, and each row's own detour beside it.
+# Each adapter is best at its own task, and worse than the base at the other. They need not take turns: in one batch
+# each row names its adapter, the base's product is computed once for all rows, and each row has its own detour.
 
 # %%
 names = ["rewrite", "__base__", "source", "rewrite"]
@@ -525,12 +525,11 @@ for name in TASKS:
     alone[name] = adapted(ids).numpy()
 difference = max(np.abs(mixed[i] - alone[name][i]).max() for i, name in enumerate(names))
 print("a batch of", ", ".join(names), f"against one for all rows, each in turn: largest difference {difference:.1e}")
-assert difference < 1e-4 * np.abs(mixed).max()
-assert REDUCED or np.abs(mixed[0] - alone["__base__"][0]).max() > 0.1
+assert difference < 1e-4 * np.abs(mixed).max() and (REDUCED or np.abs(mixed[0] - alone["__base__"][0]).max() > 0.1)
 
 # %% [markdown]
 # On the disk a task is its adapter, in the format of Hugging Face PEFT: two matrices per layer, and a small JSON file
-# that says which layers, which $r$, and which $\alpha$.
+# with the layers, $r$ and $\alpha$.
 
 # %%
 folder = OUT / "04_adapters"
@@ -539,16 +538,15 @@ size = (folder / "source" / "adapter_model.safetensors").stat().st_size
 print(f"{'source/adapter_model.safetensors':34s} {size:12,} bytes; {trainable:,} parameters x 4 = {4 * trainable:,}")
 print(f"{'a full fine-tune, float32':34s} {4 * N:12,} bytes: {4 * N / size:.0f} times as much")
 assert 0 <= size - 4 * trainable < 20_000, "the file is the matrices and a small header"
-again = mp.PeftModel.from_pretrained(base, folder / "rewrite")
-assert np.array_equal(again(ids).numpy(), want)
+assert np.array_equal(mp.PeftModel.from_pretrained(base, folder / "rewrite")(ids).numpy(), want)
 adapter, whole = 2 * count_parameters("gpt3", gpt3_lora(4)).stored, 2 * count_parameters("gpt3").stored
 print(f"GPT-3, r = 4, float16: {adapter / 1e6:.1f} MB a task; whole {whole / 1e9:.0f} GB: {whole / adapter:,.0f} times")
 assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35MB"
 
 # %% [markdown]
 # In the verdicts, `adapter-5` swaps adapters of Lesson 5. Those and Lesson 6's prompts are among the methods of
-# `soft-6`. In `lora-11` a mixed batch beats turns, but not one adapter for all rows: the detours of each adapter are
-# operations of their own.
+# `soft-6`. In `lora-11` a mixed batch is faster than turns, and slower than one adapter for all rows; the detours of
+# each adapter are separate operations.
 
 # %% [markdown]
 # > `peft-1` storage: one base and a small file per task: **holds if**. There are 2 tasks or more: the base itself is
@@ -575,16 +573,16 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 
 # %%
 print(so_far(["full", "head", "lora"]))
-for case, word in (Case("rewrite", 500), "better"), (Case("source", 500), "undecided"):
+for case, word, times in (Case("rewrite", 500), "better", 6), (Case("source", 500), "undecided", 3):
     found = pairs(case, ["full", "lora"])["lora", "full"]
     rate = {line.method: line.trial.rate for line in standings(case, ["full", "lora"])}
     print(f"{case.name}: LoRA over full {found.interval}, {found.word}; its rate is {rate['lora'] / rate['full']:.1f} times as high")
-    assert found.word == word and 1 < rate["lora"] / rate["full"] < 10
+    assert found.word == word and round(rate["lora"] / rate["full"], 6) == times
 
 # %% [markdown]
-# With 8 % of the numbers LoRA is better than full fine-tuning on `rewrite`, by 0.041 nats; on `source` it is undecided.
-# (With 5,000 examples it falls behind on `rewrite`: Lesson 18, section 5.) Its tuned rate is higher (section 7: $1 /
-# 0.28 = 3.6$ times for equal first steps, and Schulman et al.'s ten).
+# With 500 examples and 8 % of the numbers LoRA is better than full fine-tuning on `rewrite`, by 0.041 nats; on
+# `source` it is undecided. (With 5,000 examples it falls behind on `rewrite`: Lesson 18, section 5.) Its tuned rate is
+# 6 and 3 times as high (equal first steps, section 7: $1 / 0.28 = 3.6$; Schulman et al.: ten).
 
 # %% [markdown]
 # ## 11 · Break it
@@ -602,24 +600,23 @@ print(f"both zero: held-out loss {start:.4f} -> {loss_of(dead):.4f}; matrices th
 assert np.array_equal(dead(ids).numpy(), base(ids).numpy()) and len(dead.unmoved()) == 84
 
 # %% [markdown]
-# **$\alpha$ raised with $r$, and the rate left as it was.** By section 3, $\Delta L$ is then about eight times as large
-# at $r = 64$. The rate of section 7, on the same batches, with two seeds for $A$:
+# **$\alpha$ raised with $r$, and the rate left as it was.** At $\alpha = 2r$, $\Delta L$ is about eight times as large
+# at $r = 64$ as at 8 (section 3). Section 7's rate and batches, two seeds for $A$:
 
 # %%
 ends = {}
 print(f"r = 64, rate 1e-2: held-out loss of two seeds (base {start:.3f}; r = 8, alpha = 16: {adapted_end:.3f})")
 for alpha in (16, 128):
-    config = mp.LoraConfig(r=64, lora_alpha=alpha, target_modules="all-linear")
-    ends[alpha] = [loss_of(train(mp.get_peft_model(base, config, seed=seed))) for seed in ((0,) if REDUCED else (0, 1))]
+    ends[alpha] = [loss_of(train(lora(64, alpha, seed=seed))) for seed in ((0,) if REDUCED else (0, 1))]
     print(f"  alpha = {alpha:3d}: " + ", ".join(f"{end:.3f}" for end in ends[alpha]))
 assert REDUCED or (max(ends[16]) < adapted_end + 0.1 and max(ends[16]) + 0.3 < min(ends[128]))
 
 # %% [markdown]
-# With $\alpha = 16$ the rate still fits; with $\alpha = 2r$ it ends clearly worse. (A lower rate may mend that, and
-# $\alpha = 128$ may do the same harm at $r = 8$: neither is tried.)
+# With $\alpha = 16$ neither seed ends as much as 0.1 nats above $r = 8$; with $\alpha = 128$ both end over 0.3 nats
+# above those two. (A lower rate may mend that, and $\alpha = 128$ may do the same harm at $r = 8$: neither is tried.)
 #
-# **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`. A
-# script that copies adapters writes the configuration anew, with the default $\alpha = 8$ instead of 16.
+# **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`.
+# Suppose a script copies the adapter and writes a new configuration, with the default $\alpha = 8$ instead of 16.
 #
 # **Predict:** does it load? And what does the loaded model compute?
 
@@ -637,7 +634,7 @@ assert REDUCED or (off > 0.01 * np.abs(want).max() and start - loss_of(halved) >
 
 # %% [markdown]
 # It loads, as every shape fits, and the model is the base plus *half* of the learned $\Delta W$. The loss need not
-# tell: over four fifths of the gain are still there. But the logits are others.
+# tell: over four fifths of the gain are still there. But a logit differs by more than a hundredth of the largest.
 
 # %% [markdown]
 # ## Quiz
@@ -674,8 +671,8 @@ assert REDUCED or (off > 0.01 * np.abs(want).max() and start - loss_of(halved) >
 #
 # <details><summary>Answer</summary>
 #
-# Nearly: both sums are rounded, and some weights differ in their last digits. The library keeps $W$ and drops the
-# merged weights instead.
+# Nearly: the sum and the difference are rounded, and some weights end as another number. The library keeps $W$ and
+# drops the merged weights instead.
 #
 # </details>
 #
@@ -692,8 +689,8 @@ assert REDUCED or (off > 0.01 * np.abs(want).max() and start - loss_of(halved) >
 # ## Exercises
 #
 # Check an answer with `from minipeft.exercises import check` and `check("04.1", value)`, or at the terminal with
-# `minipeft exercise 04.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file,
-# `minipeft exercise 04.2 FILE.py`.
+# `minipeft exercise 04.1 VALUE`. A function is an answer, too; at the terminal it is taken from a file, `minipeft
+# exercise 04.2 FILE.py`.
 #
 # **04.1 Count it.** LoRA with $r = 16$ on the query and value matrices of LLaMA-7B: 32 layers, both matrices 4096 by
 # 4096. How many parameters are trained?
