@@ -7,7 +7,7 @@
 # which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in Ovadia et al. 2023
 # (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once; what is
 # learned and forgotten it reads from the league of Lesson 3, whose rows ship.
@@ -141,7 +141,9 @@ which.to_nine_tenths(judge("peft-3").evidence)
 # gradients, Adam's moments, and the inputs of frozen layers. But backward runs through the whole model to reach the
 # prompt, so the activations of attention, norms and nonlinearities stay. For the same reason the five with a frozen
 # base save at most a third of a step's operations, $4N$ a token for $6N$ (Lesson 12). (Each sequence is 20 positions
-# longer, too: for 16 by 64 tokens the ledger predicts 85 % of full fine-tuning's memory, with one vector 69 %.)
+# longer, too: for 16 by 64 tokens the ledger predicts 85 % of full fine-tuning's memory, with one vector 69 %.) The
+# last column is the largest difference of the logits, with the adapter switched off, from the base's: 0, or QLoRA's
+# error of four bits.
 #
 # LoRA and QLoRA can be merged, and then an answer takes the base's products and no more. Unmerged, QLoRA has to turn
 # its four-bit weights back into numbers for every product (Lesson 7), in training and in each token of an answer.
@@ -155,9 +157,9 @@ which.to_nine_tenths(judge("peft-3").evidence)
 # `rewrite`, each method at its own best rate. Only two of the seven methods come to nine tenths under every seed: LoRA
 # on query and value (`lora-qv`), in clearly more steps, and LoRA on all layers. The latter needs 0.71 of full's FLOPs
 # (0.65 to 0.76), and 1.04 of its seconds (0.86 to 1.27), in part Python's: earlier or later is open. (The same 96
-# validation records chose the rates, under another seed. The verdict's seconds are another machine's: your order may
-# differ. `head` trains the last layer alone, and `ia3`, (IA)$^3$ of Liu et al. 2022, arXiv:2205.05638, three vectors a
-# layer.)
+# validation records chose the rates, under another seed. The verdict's seconds are another machine's, in batches of 8:
+# your order may differ. `head` trains the last layer alone, and `ia3`, (IA)$^3$ of Liu et al. 2022, arXiv:2205.05638,
+# three vectors a layer.)
 
 # %% [markdown]
 # > `peft-3` faster training with fewer parameters: **holds if**. Clearly faster than full fine-tuning are, of 7
@@ -170,9 +172,9 @@ which.to_nine_tenths(judge("peft-3").evidence)
 # The league of Lesson 3 has six of the eight ways, on two tasks: `rewrite`, judged by the loss in nats a token, and
 # `source`, judged by the share of sentences whose book is found. Each method has its own rate, epochs and batch size,
 # chosen by one search on validation. What is printed comes from 512 test items and five other seeds, and ± is half of a
-# 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text rose;
-# "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the chosen
-# run computes.
+# 95 % interval over both (of "forgets" over seeds alone; the rows keep no seconds). "Forgets" is by how much the loss
+# on general text rose; "cloze" by how many points more of 640 general items are answered right than by the base;
+# "TFLOPs" is what the chosen run computes.
 #
 # **Predict:** with 50 examples, and with 5,000: for which does the choice of the method matter more?
 
