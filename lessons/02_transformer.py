@@ -31,8 +31,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 16 training steps for 300, too few to learn the task. What the text says of trained models")
-    print("holds for the full lesson alone; here it is neither printed nor checked.\n")
+    print("REDUCED SETTING: 16 training steps for 300, too few to learn the task: what the text says of trained models is not checked.\n")
 
 # %% [markdown]
 # ## 1 · The stream, a norm, an MLP
@@ -53,15 +52,16 @@ diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 # product with a $[V, d]$ table make of each position a logit for each of the $V$ possible next tokens.
 #
 # A **norm** keeps the numbers of a position at one size. *RMS norm* (Zhang & Sennrich 2019, arXiv:1910.07467) divides
-# by the root of the mean square and multiplies by $d$ trained weights $w$. Layer norm (Lesson 1) also subtracts the
-# mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the small $\epsilon$. So
-# $10\,\mathrm{norm}'(10x) = \mathrm{norm}'(x)$: at $10x$ the derivative is a tenth.
+# by the root of the mean square and multiplies by $d$ trained weights $w$:
 #
 # $$\mathrm{norm}(x) = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot w .$$
 #
-# The **MLP** maps $d$ numbers to $m$, applies a nonlinearity, and maps back. This one (Shazeer 2020, arXiv:2002.05202)
-# makes two wide arrays. The first is a *gate*: through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of
-# the second.
+# Layer norm (Lesson 1) also subtracts the mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the
+# small $\epsilon$. So $10\,\mathrm{norm}'(10x) = \mathrm{norm}'(x)$: at $10x$ the derivative is a tenth.
+#
+# The **MLP** (multilayer perceptron) maps the $d$ numbers of a normed position, $h$, to $m$, applies a nonlinearity,
+# and maps back. This one (**SwiGLU**; Shazeer 2020, arXiv:2002.05202) makes two wide arrays. The first is a *gate*:
+# through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of the second.
 #
 # $$\mathrm{MLP}(h) = W_\text{down}\,\big(\mathrm{silu}(W_\text{gate}\, h) \cdot W_\text{up}\, h\big) .$$
 
@@ -89,8 +89,8 @@ assert np.allclose(wide, ours, atol=1e-5)
 # %% [markdown]
 # ## 2 · Attention by hand
 #
-# In the figure a filled square says that the token of its row sees that of its column. (The prefix belongs to Lesson 6,
-# packing to Lesson 8.)
+# In the figure a filled square says that the token of its row sees that of its column. (Padding: section 7; the prefix:
+# Lesson 6; packing: Lesson 8.)
 
 # %%
 diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
@@ -107,13 +107,13 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 #   a_{t\cdot} = \mathrm{softmax}\Big(\frac{q_t \cdot k_s}{\sqrt D}\Big)_{s \le t} .$$
 #
 # $s \le t$ is the **causal mask**: a model that is to predict the next token must not look at it. With the mask, one
-# forward pass makes an honest prediction at each of the $T$ positions, and training learns from all of them at once.
-# (In batched code, forbidden scores become $-\infty$ *before* the softmax. If weights were set to 0 after it, later
-# tokens would stay in its denominator.)
+# forward pass makes an honest prediction at each of the $T$ positions, and training learns from all that have a next
+# token. (In batched code, forbidden scores become $-\infty$ *before* the softmax. If weights were set to 0 after it,
+# later tokens would stay in its denominator.)
 #
 # All this is a **head**. It makes one average for each position, so a block has $H$ of them, each with its own $W_q$,
-# to read several places apart. Their outputs are concatenated to $[T, HD]$, and $W_o$ maps them back to $[T, d]$.
-# Keys and values may have fewer heads, $K$: query head $h$ reads key head $\lfloor h / (H/K) \rfloor$. This
+# to read several places separately. Their outputs are concatenated to $[T, HD]$, and $W_o$ maps them back to $[T, d]$.
+# Keys and values may have fewer heads, $K$: query head $h$ reads key and value head $\lfloor h / (H/K) \rfloor$. This
 # *grouped-query attention* is close to $K = H$ in quality and to $K = 1$ (*multi-query*) in speed, report Ainslie et
 # al. (2023, arXiv:2305.13245).
 #
@@ -146,27 +146,28 @@ print(f"standard deviation of q·k: {scores.std():.2f}; largest of 16 weights: {
 assert abs(scores.std() - 8) < 0.2 and largest[0] > 0.8 and largest[1] < 0.4
 
 # %% [markdown]
-# $q \cdot k$ is a sum of $D$ products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided, such scores
-# put most of the weight on one of 16 keys. The derivative of weight $a_i$ by score $j$ is $a_i (\delta_{ij} - a_j)$,
-# with $\delta_{ii} = 1$ and else 0. Where one weight is near 1, all of these are near 0, and little gradient reaches
-# $W_q$ and $W_k$: the harm that Vaswani et al. (section 3.2.1) suspect.
+# $q \cdot k$ is a sum of $D$ independent products of variance 1, so its standard deviation is $\sqrt D = 8$. Undivided,
+# such scores put most of the weight on one of 16 keys. The derivative of weight $a_i$ by score $j$ is
+# $a_i (\delta_{ij} - a_j)$, with $\delta_{ii} = 1$ and else 0. Where one weight is near 1, all of these are near 0, and
+# little gradient reaches $W_q$ and $W_k$: the harm that Vaswani et al. (section 3.2.1) suspect.
 #
 # ## 3 · Rotary positions: only distances matter
 #
 # In $q_t \cdot k_s$ no position stands: swap two earlier tokens, and a single attention layer hands the last position
 # the same sum. GPT-2 adds a trained vector for each position to the embedding. Llama rotates (Su et al. 2021,
-# arXiv:2104.09864): it reads two numbers of $q$, and the same two of $k$, as real and imaginary part of one complex
-# number, and turns it by an angle proportional to the position,
+# arXiv:2104.09864): it reads two numbers of $q$ as real and imaginary part of a complex number $q_m$, and the same two
+# of $k$ as $k_n$. They add $\mathrm{Re}(q_m \overline{k_n})$ to the dot product, with the conjugate $\overline{k_n}$.
+# Each is turned by an angle proportional to its position, $m$ or $n$,
 #
 # $$q_m \to q_m e^{i m \theta}, \quad k_n \to k_n e^{i n \theta}
 #   \quad\Rightarrow\quad \mathrm{Re}\big(q_m e^{im\theta}\,\overline{k_n e^{in\theta}}\big)
 #   = \mathrm{Re}\big(q_m \overline{k_n}\, e^{i(m-n)\theta}\big),$$
 #
 # so that of the positions only the distance $m - n$ enters the score. Values are not turned: they are summed, not
-# multiplied by something turned by $m\theta$, so $v_n e^{in\theta}$ would carry the absolute $n$ into the stream.
-# Pair $j$, the numbers $j$ and $j + D/2$ (in Meta's code $2j$ and $2j + 1$; Lesson 13), has its own speed,
+# multiplied by something turned by $m\theta$, so $v_n e^{in\theta}$ would carry the absolute $n$ into the stream. Pair
+# $j$, the numbers $j$ and $j + D/2$ (in Meta's code $2j$ and $2j + 1$; Lesson 13), has its own speed,
 # $\theta_j = 10000^{-2j/D}$. The fastest turns one radian a position, which tells neighbors apart, but comes full
-# circle after 6; the slowest, almost 1/10,000, takes tens of thousands, so its angle tells far from near.
+# circle after 6 positions. The slowest (at $D = 64$) takes tens of thousands, so its angle tells far from near.
 #
 # **Predict:** with the query at 17 and the key at 10 the score is $s$. Move both 5,000 positions on. What is it now?
 
@@ -186,6 +187,7 @@ assert np.allclose(F.rope(mp.Tensor(q[None, None, None]), cos[None, None], sin[N
 scores, farther = [rope(q, m) @ rope(k, m - 7) for m in (17, 117, 5017)], rope(q, 17) @ rope(k, 9)
 print("\nscores at distance 7:", "  ".join(f"{s:.10f}" for s in scores), f"  at distance 8: {farther:.10f}")
 assert np.allclose(scores, scores[0], atol=1e-9) and abs(farther - scores[0]) > 1e-3
+assert theta[0] == 1 and 4e4 < 2 * math.pi / theta[-1] < 5e4, "positions of a full circle of the slowest pair"
 
 # %% [markdown]
 # Still $s$. That does not make a model good at distances longer than any in its training. There the slowest pairs,
@@ -227,10 +229,8 @@ def llama_by_hand(model, ids):
 
 
 VOCAB, PERIOD = 32, 16
-config = mp.TransformerConfig.llama(
-    vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128,
-)  # fmt: skip
+config = mp.TransformerConfig.llama(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                    num_key_value_heads=2, max_position_embeddings=128)  # fmt: skip
 model = mp.Transformer(config, seed=0)
 ids = rng.integers(0, VOCAB, 2 * PERIOD)
 (by_hand, _), logits = llama_by_hand(model, ids), model(ids[None]).numpy()[0]
@@ -238,10 +238,11 @@ print("\nLlama in NumPy against mp.Transformer, largest difference of a logit:",
 assert np.allclose(by_hand, logits, atol=1e-5)
 
 # %% [markdown]
-# The norm stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what
-# each branch wrote. The derivative of $x + f(x)$ is $1 + f'(x)$: along the additions, part of the gradient reaches every
+# The norm stands on the branch and not on the stream (*pre-norm*). So the final stream is the embedding plus what each
+# branch wrote. The derivative of $x + f(x)$ is $1 + f'(x)$: along the additions, part of the gradient reaches every
 # block without passing through the branch of another. The first transformers had the norm on the stream,
-# $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at initialization?
+# $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at initialization, in blocks of
+# MLPs alone?
 
 # %%
 def at_the_start(L, post, d=64):
@@ -264,15 +265,16 @@ assert abs(starts[2][4] - starts[0][4]) < 0.1 and starts[2][4] > 4 * starts[2][2
 
 # %% [markdown]
 # In pre-norm the variances of the branches add up, so the stream grows like $\sqrt L$, and the last norm divides the
-# gradient by its size (section 1). In post-norm each norm sets the stream back to 1, and near the output the gradient
-# is about as large after 64 blocks as after 4: there over four times that of pre-norm. Xiong et al. (2020,
-# arXiv:2002.04745) prove such bounds, falling like $1/\sqrt L$ and constant. So large a gradient, they argue, is why
-# post-norm needs a warm-up (Lesson 0); their pre-norm models train comparably well without.
+# gradient by its size (section 1). In post-norm each norm sets the stream back to size 1, and near the output the
+# gradient is about as large after 64 blocks as after 4. After 64 it is over four times that of pre-norm. Xiong et al.
+# (2020, arXiv:2002.04745) prove such bounds: falling like $1/\sqrt L$ in pre-norm, constant in post-norm. So large a
+# gradient, they argue, is why post-norm needs a warm-up (Lesson 0); their pre-norm models train comparably well
+# without.
 #
 # ### Its parameters, counted twice
 #
 # GPT-2 differs from Llama: layer norm, a trained table of positions, an MLP $W_2\,\mathrm{gelu}(W_1 h)$ with $m = 4d$
-# (GELU: Lesson 1), biases, and $K = H$. With a vocabulary of $V$ and at most $P$ positions it has
+# (GELU: Lesson 1), biases, $K = H$ and $HD = d$. With a vocabulary of $V$ and at most $P$ positions it has
 #
 # $$\underbrace{Vd}_{\text{tokens}} + \underbrace{Pd}_{\text{positions}} + L\,(\underbrace{4d^2 + 4d}_{\text{attention}}
 #   + \underbrace{8d^2 + 5d}_{\text{MLP}} + \underbrace{4d}_{\text{two norms}}) + \underbrace{2d}_{\text{last norm}}$$
@@ -305,14 +307,10 @@ def llama_formula(c):
 
 gpt2, llama = mp.TransformerConfig.gpt2, mp.TransformerConfig.llama
 gpt2_small = gpt2(vocab_size=50257, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=1024)
-smollm2 = llama(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, max_position_embeddings=8192,
-)  # fmt: skip
-llama2_7b = llama(
-    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    max_position_embeddings=4096, tie_word_embeddings=False,
-)  # fmt: skip
+smollm2 = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192)  # fmt: skip
+llama2_7b = llama(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                  num_attention_heads=32, max_position_embeddings=4096, tie_word_embeddings=False)  # fmt: skip
 print("\nmodel           by formula    by counting    its checkpoint")
 for name, c, formula, published in (
     ("GPT-2 small", gpt2_small, gpt2_formula, 124_439_808),
@@ -377,13 +375,13 @@ test = sequences(np.random.default_rng(99), 256)
 losses = train(model, 16 if REDUCED else 300)
 final = loss_by_position(model)
 first, second = final[:15].mean(), final[15:].mean()
-print(f"\ntransformer: {final.mean():.3f} (floor {FLOOR:.3f}); first half {first:.3f}, second half {second:.4f}")
+print(f"\ntransformer: {final.mean():.3f} (floor {FLOOR:.3f}); first half {first:.3f} (chance {BASELINE:.3f}), second half {second:.4f}")
 if not REDUCED:
     assert FLOOR - 0.05 < final.mean() < FLOOR + 0.1, "it reaches the floor, and does not cross it"
     assert second < 0.05 and first > BASELINE - 0.1
 
 # %% [markdown]
-# The first half stays at chance, and the second is learned. Which heads do it?
+# The first half stays at chance, and the second is learned.
 #
 # **Predict:** there are two layers of four heads. How many of the eight learn to look 15 positions back?
 
@@ -420,9 +418,10 @@ fig.alt = "the attention of each head; to the position 15 back it is " + "; ".jo
 fig.savefig(OUT / "02_transformer_heads.png", dpi=130)
 
 # %% [markdown]
-# All four of the last layer (layer 1; the bright stripes), and none of the first. Silence the last layer's attention
-# and the loss is back at chance; but silencing the first's costs, too. Where a head looks does not tell all that it
-# does, and silencing tells what this model needs, not what the task needs: a model of one layer learns it, too.
+# In this run all four of the last layer (layer 1; the bright stripes), and none of the first. Silence the last layer's
+# attention and the second half's loss is back at chance; silencing the first layer's costs, too. Where a head looks
+# does not tell all that it does, and silencing tells what this model needs, not what the task needs: a model of one
+# layer learns it, too.
 #
 # Here the distance is fixed, so positions say where to look. If it varies, a head must *find* the place: just after an
 # earlier occurrence of the present letter. An **induction head** does so with two layers (Elhage et al. 2021,
@@ -430,9 +429,10 @@ fig.savefig(OUT / "02_transformer_heads.png", dpi=130)
 #
 # 1. In the first layer, a head looks one position back and writes the letter that it finds into the stream. Now each
 #    position holds its own letter and the one before.
-# 2. In the second layer, the query comes from a position's own letter and the key from the letter before. They fit
-#    where the letter before is the present one.
-# 3. The value is the letter that stands there, the one that followed. $W_o$ writes it to the logits.
+# 2. In the second layer, the query comes from the present letter, and each position's key from the letter before it.
+#    They fit where the letter before is the present one.
+# 3. The value is the letter that stands there, the one that followed. Through $W_o$ and the stream it reaches the
+#    logits.
 #
 # Without step 1, a key knows no letter but its own; Elhage et al. find no induction heads in one-layer models. By hand,
 # each letter a vector of 32 numbers, 1 at its own place and 0 elsewhere:
@@ -462,8 +462,8 @@ for period in (8, 16):
 # To write, the model predicts a token, appends it, and predicts again. That costs a forward pass over all positions for
 # each token. But under the causal mask earlier positions never learn of later ones: their keys and values do not
 # change. So keep them (the keys as rotated), in the **KV cache**, and compute only the new position; its query reads
-# the kept keys, and no later position needs it. Reading the prompt (*prefill*) still takes all its positions in one
-# pass; each later token (*decode*) takes one. The cache must not change what is written.
+# the kept keys, and is not kept. Reading the prompt (*prefill*) still takes all its positions in one pass; each later
+# token (*decode*) takes one position. The cache must not change what is written.
 
 # %%
 prompt = sequences(np.random.default_rng(5), 4)[:, : PERIOD + 1]  # the 16 letters, and the first again
@@ -494,8 +494,7 @@ for name, logits in (("sure", [6, 2, 1, 0, 0, 0]), ("unsure", [2, 1.8, 1.6, 1.4,
 assert [kept[n, o] for o in ("top_k", "top_p") for n in ("sure", "unsure")] == [3, 3, 1, 5] and kept["sure", "temperature"] == 6
 
 # %% [markdown]
-# Top-k keeps 3 in both: too many where the model is sure, and not all that it thinks plausible where it is not. Top-p
-# keeps 1 and 5.
+# Top-k keeps 3 in both: too many where the model is sure, too few where it is not. Top-p keeps 1 and 5.
 #
 # What does the cache weigh? Per position: a key and a value for each of $K$ heads in each of $L$ layers, $2LKD$
 # numbers. Grouped-query attention divides this by $H/K$.
@@ -517,10 +516,10 @@ for name, c, length in (("SmolLM2-135M", smollm2, 2048), ("Llama 2 7B", llama2_7
 # trillion operations a second in 16 bits, and reads 2.039 trillion bytes (NVIDIA's datasheet). Below 312 / 2.039 =
 # 153 operations a byte, its memory is the bound.
 #
-# In a decode step of one row, a weight of two bytes is read for one multiplication and one addition: intensity 1.
-# Prefill reads it once for all positions, and a batch once for all rows. But each row has its own cache, and each
-# number in that serves two operations, too ($2H/K$ if $H/K$ queries share it), however many rows there are (Pope et
-# al. 2022, arXiv:2211.05102).
+# In a decode step of one row (one text of a batch), a weight of two bytes is read for one multiplication and one
+# addition: intensity 1. Prefill reads it once for all positions, and a batch once for all rows. But each row has its
+# own cache, and each number in that serves two operations, too ($2H/K$ if $H/K$ queries share it), however many rows
+# there are (Pope et al. 2022, arXiv:2211.05102).
 #
 # **Predict:** after 960 positions of Llama 2 7B, the cache spares 960 of 961 positions. If each step takes only the
 # longer of its two times, is a token 961 times faster? And how many times as many tokens a second do 16 rows write as
@@ -544,11 +543,12 @@ for past, rows in ((512, 1), (512, 16), (4095, 1), (4095, 16)):
     speed[past, rows] = rows / seconds
     print(f"{past:14d}    {rows:4d}    {intensity:19.1f}    {speed[past, rows]:24,.0f}")
 assert 5 < anew / cached < 8 and speed[512, 16] > 12 * speed[512, 1] and speed[4095, 16] < 6 * speed[4095, 1]
+assert at_best(1, 0, 961)[0] > 153 > at_best(1, 960)[0] and 16 * cache_bytes(llama2_7b, 4096, 2) > 2 * matrices  # bytes
 
 # %% [markdown]
-# About six times: without the cache arithmetic is the bound, with it the reading of the weights. After 512 positions 16
-# rows write over 12 times as many tokens a second as one; after 4,095 less than 6 times, as their caches are then most
-# of what is read.
+# No, about six times: without the cache arithmetic is the bound, with it the reading of the weights. After 512
+# positions 16 rows write over 12 times as many tokens a second as one; after 4,095 less than 6 times, as their caches
+# are then most of what is read.
 #
 # ## 7 · Break it: let the model peek
 #
@@ -600,8 +600,7 @@ assert cut[0] < 1e-3 and cut[1] > 0.1 and (REDUCED or (peeked[-1] < 0.5 * FLOOR 
 short = rng.integers(0, VOCAB, (1, 6))
 padded = np.concatenate([np.zeros((1, 5), int), short], axis=1)
 mask = np.array([[0] * 5 + [1] * 6])
-print("\nlargest difference of the last logits, padded on the left against the prompt alone:")
-print("            all right      positions wrong      mask forgotten")
+print("\nlargest difference of the last logits, padded on the left against the prompt alone:\n            all right      positions wrong      mask forgotten")
 for dialect in (gpt2, llama):
     c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     m = mp.Transformer(c, seed=0)
@@ -612,12 +611,12 @@ for dialect in (gpt2, llama):
     assert right < 1e-4 and unmasked > 0.1 and (moved > 0.1 if dialect is gpt2 else moved < 1e-3)
 
 # %% [markdown]
-# Wrong positions change GPT-2's logits by far and not Llama's: only distances matter to it (section 3). A forgotten
-# mask changes both.
+# A shift of all positions changes GPT-2's logits by far, and Llama's by rounding alone: only distances matter to it
+# (section 3). A forgotten mask changes both.
 #
 # ## The picture
 #
-# The loss of the honest model meets the floor; the peeking one falls through it.
+# The honest model's loss nears the floor; the peeking model's falls through it.
 
 # %%
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -626,8 +625,7 @@ a.plot(losses, color=BLUE, label="with the causal mask")
 a.plot(peeked, color=ORANGE, label="mask forgotten")
 a.axhline(BASELINE, color=GREY, ls=":", label="bigram table")
 a.axhline(FLOOR, color=GREY, ls="--", label="floor: what can be known")
-a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4))
-a.set_title("Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
+a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
 fig.savefig(OUT / "02_transformer.png", dpi=130)
 
@@ -647,7 +645,7 @@ fig.savefig(OUT / "02_transformer.png", dpi=130)
 # <details><summary>Answer</summary>
 #
 # The query is turned by $m\theta$ and the key by $n\theta$; in the product only the difference $m - n$ is left. That is
-# also why a Llama forgives wrong position ids under left padding, and GPT-2 does not.
+# also why a Llama forgives position ids that left padding has shifted, all alike, and GPT-2 does not.
 #
 # </details>
 #
@@ -704,8 +702,8 @@ fig.savefig(OUT / "02_transformer.png", dpi=130)
 #
 # <details><summary>Solution of 02.1</summary>
 #
-# By the formula of section 4: not a quarter. The MLPs have 45.5 %; in GPT-3 the tables are
-# lost, and attention has a third.
+# By the formula of section 4: not a quarter. The MLPs have 45.5 %; in GPT-3 the tables are less than 1 %, and attention
+# has a third.
 #
 # ```python
 # check("02.1", 12 * (4 * 768**2 + 4 * 768) / 124_439_808)

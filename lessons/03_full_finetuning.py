@@ -2,13 +2,12 @@
 # # Lesson 3 · Full fine-tuning: every weight, four steps
 #
 # Take a pretrained model and go on training, all of it, on your task, in four steps: load, head, train, save. After
-# this lesson you can say what a new head's start does, how far AdamW moves a weight, why
-# training warms up, and how to find the learning rate; count what it costs in memory, on the disk and in what the model
-# forgets; accumulate gradients; and name the protocol by which the course compares methods.
+# this lesson you can say what a new head's start does, how far AdamW moves a weight and why training warms up; find a
+# learning rate; count the cost in memory, on the disk and in what is forgotten; accumulate gradients; and read the
+# course's comparisons of methods.
 #
 # You need Lessons 0 to 2. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run
-# it with `python lessons/03_full_finetuning.py` (about a minute), or open it as a notebook. At **Predict**, write down
-# an answer.
+# it with `python lessons/03_full_finetuning.py` (about a minute), or open it as a notebook.
 
 # %%
 import math
@@ -61,9 +60,9 @@ assert not {record.prompt for record in held_out_records} & {record.prompt for r
 print(f"\n{train_records[0].prompt}{train_records[0].completion}")
 
 # %% [markdown]
-# What of this shall the model learn? Whoever asks will type the prompt. So each token has a **label**: in the
-# completion the token itself, in the prompt $-100$, which the loss ignores. The token $x_t$ is predicted from those
-# before it:
+# What of this shall the model learn? Whoever asks will type the *prompt*, up to `Plain English:`. So each token has a
+# **label**: in the rest, the *completion*, the token itself; in the prompt $-100$, which the loss ignores. The token
+# $x_t$ is predicted from those before it:
 
 # %%
 ids, labels = train_examples[0]
@@ -82,8 +81,7 @@ print(f"{len(ids)} tokens, of which {learned.sum()} are learned: {tokenizer.deco
 # The end-of-sequence token counts too: the model must learn to *stop*.
 
 # %%
-assert ids[learned][-1] == tokenizer.eos_token_id
-assert np.array_equal(ids[learned], labels[learned])
+assert ids[learned][-1] == tokenizer.eos_token_id and np.array_equal(ids[learned], labels[learned])
 with mp.no_grad():
     log_p = mp.functional.log_softmax(base(ids[None])).numpy()[0]  # [T, V]: row t predicts token t + 1
 by_hand = -log_p[np.arange(edge - 1, len(ids) - 1), ids[edge:]].mean()
@@ -122,8 +120,9 @@ assert before[0] < math.log(base.config.vocab_size) / 2, "less than half the los
 #
 # A language model's head turns the last norm's output $h$ (*hidden state*) into a logit per token. Our task's answers
 # are text, so the head stays. For a *class* (spam or not) the classic recipe takes the head off and puts a fresh linear
-# layer on: $C \cdot d$ new weights for $C$ classes and width $d$; the rest comes pretrained. It is read at the last
-# real token, as under the causal mask no other has seen the whole text. By hand: which translation is this verse from?
+# layer on: $C \cdot d$ new weights for $C$ classes and width $d$; the rest comes pretrained. The new head is read at
+# the last real token (no padding), as under the causal mask no other has seen the whole text. By hand: which
+# translation is this verse from?
 #
 # **Predict:** chance is 50 %. How many does it get right after 20 steps of 16 texts?
 
@@ -136,7 +135,7 @@ def verses(records):
 
 
 classifier = mp.SequenceClassifier(base, num_labels=2)
-assert sum(p.size for p in classifier.parameters()) == N + 2 * base.config.hidden_size
+assert sum(p.size for p in classifier.parameters()) == N + 2 * base.config.hidden_size == N + 2 * 128
 optimizer = mp.optim.AdamW(classifier.parameters(), lr=1e-3, weight_decay=0.0)
 for step in range(2 if REDUCED else 20):
     ids, mask, kind = verses(train_records[8 * step : 8 * step + 8])
@@ -146,18 +145,19 @@ for step in range(2 if REDUCED else 20):
 ids, mask, kind = verses(held_out_records)
 with mp.no_grad():
     accuracy = (classifier(ids, mask).numpy().argmax(axis=-1) == kind).mean()
-print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after {8 * (step + 1)} verses in each")
+print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after {8 * (step + 1)} verses in both translations")
 assert REDUCED or accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
 
 # %% [markdown]
 # Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. The
-# logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. Then
+# logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. For one text
 #
 # $$\frac{\partial L}{\partial W} = (p - y)\, h^\top, \qquad \frac{\partial L}{\partial h} = W^\top (p - y),$$
 #
 # and the second is all that the pretrained weights hear of the task.
 #
-# **Predict:** what is their gradient if $W$ is zero? And do two random $W$ send them the same way on the same texts?
+# **Predict:** what is the gradient of these weights if $W$ is zero? And do two random $W$ send them the same way on the
+# same texts?
 
 # %%
 def flat(module, what="grad"):
@@ -188,7 +188,7 @@ other_head = [cosine(here[i], here[j]) for i in range(5) for j in range(i)]
 print("cosine between the pretrained weights' gradients")
 print("  same random head, other texts:", ", ".join(f"{c:.2f}" for c in same_head))
 print("  other random head, same texts:", ", ".join(f"{c:.2f}" for c in other_head))
-assert np.mean(same_head) > 0.2 > np.mean(np.abs(other_head)), "one cosine varies by 0.2 and by 0.1"
+assert np.mean(same_head) > 0.2 > np.mean(np.abs(other_head)), "between seeds the cosines scatter by about 0.1"
 
 # %% [markdown]
 # From zero the loss begins at that of guessing, $\ln 2$, and the head learns at once, since its gradient needs only
@@ -202,18 +202,18 @@ assert np.mean(same_head) > 0.2 > np.mean(np.abs(other_head)), "one cosine varie
 # So LoRA starts only one of its two matrices at zero (Lesson 4).
 #
 # Kumar et al. (2022, arXiv:2202.10054) compare full fine-tuning of image models, on ten data sets, with training the
-# head alone (*linear probing*): full fine-tuning is 2 points more accurate on data like the training set, and 7 less
-# on data unlike it. Their explanation, proved for two linear layers: while the head learns, the layer below, as its
-# gradient is a vector times $x^\top$, does not change for inputs at right angles to those trained on. So the head
-# fits features that unlike inputs do not have. To train the head alone first, and then everything (*LP-FT*), beats
-# full fine-tuning by 1 and 10 points.
+# head alone (*linear probing*): full fine-tuning is 2 points more accurate on data like the training set, and 7 less on
+# data unlike it. Their explanation, proved for two linear layers: while the head learns, the layer below changes its
+# features of the training inputs, but none of inputs at right angles to these, as its gradient is a vector times
+# $x^\top$. So the head fits features that unlike inputs do not have. To train the head alone first, and then everything
+# (*LP-FT*), beats full fine-tuning by 1 and 10 points.
 #
 # Or each part gets its own rate: `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`.
 #
 # ## Step 3 · Train: and which learning rate?
 #
-# Every weight moves by AdamW (Lesson 0, section 6), with the learning rate $\eta$ and the corrected means $\hat m$ of
-# its gradients and $\hat v$ of their squares:
+# Every weight moves by AdamW (Lesson 0, section 6; here without decay), with the learning rate $\eta$ and the corrected
+# means $\hat m$ of its gradients and $\hat v$ of their squares:
 #
 # $$w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} .$$
 #
@@ -236,8 +236,7 @@ agree = (np.sign(g) == np.sign(g_other)).mean()
 print(f"\nnine tenths of the gradients lie between {low:.0e} and {high:.0e} in size,")
 print(f"nine tenths of the first steps at rate 0.001 between {shortest:.6f} and {longest:.6f}; a median weight is {np.median(np.abs(w)):.3f}")
 print(f"another batch of 16 has the same sign of the gradient in {agree:.0%} of the weights")
-assert high > 500 * low and longest < 1.01e-3 and shortest > 0.99e-3 and 0.6 < agree < 0.75
-assert 45e-3 < np.median(np.abs(w)) < 60e-3
+assert high > 500 * low and longest < 1.01e-3 and shortest > 0.99e-3 and 0.6 < agree < 0.75 and 45e-3 < np.median(np.abs(w)) < 60e-3
 t = np.arange(1, 21)
 too_long = (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
 print(f"uncorrected, Adam's step would be {too_long[0]:.1f} times as long at first, up to {too_long.max():.1f} times within 20 steps")
@@ -254,15 +253,15 @@ assert too_long.min() > 3 and too_long.max() < 7
 # step. Until then a small rate keeps the moves small. (Here, with tuned rates, warm-up gains nothing clear: Lesson 14,
 # section 5.)
 #
-# **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class
-# (Dodge et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that early in failed runs the
-# gradients become tiny, and so do Adam's steps, as $\hat v$ remembers larger ones. The usual AdamW lacked the bias
-# correction, so its first steps were 3 to 7 times too long, as printed above. With it, a small rate (2e-5), warm-up
-# and 20 passes over the data, training is far more stable.
+# **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
+# et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that early in failed runs the gradients
+# become tiny. (Then Adam's steps do, too, while $\hat v$ remembers larger ones.) BERT's own Adam lacked the bias
+# correction, so its first 20 steps were 3 to 7 times too long, as printed above. With the correction, a small rate
+# (2e-5), warm-up and 20 passes over the data, they find training far more stable.
 #
 # **Which rate?** Measure the same 20 steps of 16, one pass over the 320 verses, at rates from much too small to much
-# too large, and for each the held-out loss on the task, that on general text, and the *way*, the norm of the change
-# beside that of the weights. The rate is that of the peak: three steps of warm-up begin at 0, so that the first step
+# too large, and for each the held-out loss on the task, that on general text, and the *way*: the norm of the change,
+# over that of the weights. The rate is that of the peak: three steps of warm-up begin at 0, so that the first step
 # moves nothing; then, by default, it falls along a line (Lesson 0, section 7), to 1/17 of the peak in the last step.
 #
 # **Predict:** as the rate grows, which loss gets worse first, the task's or that of general text?
@@ -303,8 +302,7 @@ if not REDUCED:
     pretraining = read_json(Path(mp.__file__).parent / "hub" / "base" / "training.json")
     peaks = [part["settings"]["learning_rate"] for part in (pretraining["start"], pretraining)]
     assert 0 < at < len(GRID) - 1, "the best rate lies inside the range: the curve is a U"
-    assert gain[at] > 0.1
-    assert gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
+    assert gain[at] > 0.1 and gain[0] < 0.4 * gain[at], "the smallest rate hardly moves"
     assert curve[-1, 0] > before[0], "the largest rate destroys what was there"
     assert (gain > 0.6 * gain[at]).tolist() == [False, *[True] * 4, False, False]
     assert curve[at, 1] > before[1] + 0.1, "at the best rate general text is worse already"
@@ -316,26 +314,28 @@ if not REDUCED:
 rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(OUT / "03_full_finetuning.png", dpi=130)
 
 # %% [markdown]
-# General text gets worse first: at the best rate for the task it has lost more than a tenth of a nat, and it loses more
-# at each larger rate. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
+# General text gets worse first: at the best rate for the task its loss has risen by more than a tenth of a nat, and at
+# each larger rate by more. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
 # (McCloskey & Cohen 1989). A smaller rate reduces it, and need not learn less: 3.2e-04 ends below 3.2e-03 on the task,
-# and forgets far less. Lesson 15 measures remedies, such as *replay*, general text mixed into the batches.
+# and forgets less than a third as much. Lesson 15 measures remedies, such as *replay*, general text mixed into the
+# batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
 # from 1e-4 to 3.2e-3, bring more than 60 % of the best gain. (Each point is one run, and the best rate is chosen and
 # reported on the same verses, which flatters it.)
 #
-# **Why lower than in pretraining?** The way grows with the rate, as Adam's steps do not shrink with the gradients,
-# and what is forgotten grows with the way. That speaks for a low rate where the base is to be kept; for the task
-# alone the best run went seven times as far as that at 1e-4. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5
-# (Touvron et al. 2023, arXiv:2307.09288). Here, in 20 steps, the best rate is a third to a half of pretraining's (two
-# parts, with peaks 3e-3 and 2e-3).
+# **Why lower than in pretraining?** The way grows with the rate, as Adam's steps do not shrink with the gradients. What
+# is forgotten grows along with it. That speaks for a low rate where the base is to be kept; for the task alone the best
+# run went seven times as far as that at 1e-4. Llama 2 7B was pretrained at 3e-4 and fine-tuned at 2e-5 (Touvron et al.
+# 2023, arXiv:2307.09288). Here, in 20 steps, the best rate is a third to a half of pretraining's (two parts, with peaks
+# 3e-3 and 2e-3).
 #
 # Wide models want lower rates: an output sums over the width $d$, and if each of its weights moves by $\eta$ with the
 # sign of its input, it changes by $\eta\, d$ times the mean size of an input (Yang et al. 2022, arXiv:2203.03466). The
-# Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, decays along a line, and shortens the gradient to
-# norm 1 where it is longer, as ours does. A factor that all gradients share cancels in $\hat m / \sqrt{\hat v}$.
-# Clipping's factor does not, as each batch has its own: it keeps one with a large gradient from ruling the means.
+# Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, and decays along a line. Like ours, it shortens the
+# gradient to norm 1 where it is longer (*clipping*). A factor that all gradients share cancels in
+# $\hat m / \sqrt{\hat v}$. Clipping's factor does not, as each batch has its own: it keeps a batch with a large
+# gradient from dominating the means.
 
 # %%
 def ended(model):
@@ -356,8 +356,9 @@ assert REDUCED or (stops[0] < 0.1 and stops[1] > 0.6), "it learns to stop, thoug
 # %% [markdown]
 # It now mostly knows when to stop, but what it writes is far off.
 #
-# The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. As
-# textbooks print it (the verdict is on other verses; "The league", below, says how to read one):
+# The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. A
+# textbook prints the loop without that line (the verdict is on other verses; "The league", below, says how to read
+# one):
 
 # %%
 print(full.LOOP)
@@ -387,7 +388,7 @@ for dtype, itemsize in (("float32", 4), ("float16", 2)):
     size = (OUT / f"03_rewriter_{dtype}" / "model.safetensors").stat().st_size
     print(f"  {dtype}                        {size:12,}     {N * itemsize:18,}     {loss:9.4f}")
     assert 0 <= size - N * itemsize < 20_000, "the file is the weights and a small header"
-    assert abs(loss - best[0]) < 0.01, "half the bytes, the same model"
+    assert abs(loss - best[0]) < 0.01, "half the bytes, nearly the same loss"
 
 # %% [markdown]
 # **Predict:** GPT-3 has 175 billion parameters. How many GB are 100 tasks in 16 bits?
@@ -416,9 +417,9 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 # ## The memory bill
 #
 # Training takes, for each of the $N$ trained parameters in float32: the weight (4 bytes), its gradient (4) and Adam's
-# two means $m$ and $v$, its *moments* (8). That is $16N$ bytes, whatever the batch. Then come the activations that the
-# pullbacks keep (Lesson 1, section 4), which grow with the batch. `memory_ledger` runs the model's own code on shapes
-# alone and adds up; beside it, what NumPy really allocated in two steps of training.
+# two means $m$ and $v$, its *moments* (8). That is $16N$ bytes, whatever the batch, though not all at one moment. Then
+# come the activations that the pullbacks keep (Lesson 1, section 4), which grow with the batch. `memory_ledger` runs
+# the model's own code on shapes alone and adds up; beside it, the most that NumPy really held in two steps of training.
 #
 # **Predict:** for 1.44 million parameters and 16 texts of 64 tokens, which is larger, $16N$ or the activations?
 
@@ -440,14 +441,12 @@ def two_steps(parts=1):
 
 two_steps()  # threads and buffers that are made once
 ledger, measured = memory_ledger(base, batch=B, seq_len=T), measure_peak(two_steps)
-assert ledger.model_states == 16 * N
 print(f"one step of {B} x {T} tokens, at the moment of the peak:")
 for line, size in ledger.lines.items():
     print(f"  {line:18s} {size / 2**20:7.2f} MiB")
 print(f"  {'sum (predicted)':18s} {ledger.total / 2**20:7.2f} MiB")
 print(f"  {'measured':18s} {measured / 2**20:7.2f} MiB\n")
-assert abs(measured / ledger.total - 1) < 0.1
-assert ledger.lines["activations"] > 2 * ledger.model_states
+assert abs(measured / ledger.total - 1) < 0.1 and ledger.lines["activations"] > 2 * ledger.model_states == 2 * 16 * N
 assert "gradients" not in ledger.lines and ledger.lines["activations"] > 0.99 * ledger.held["activations"]
 large = memory_ledger("gpt2-m", batch=1, seq_len=16)  # 355 million parameters
 assert large.lines["gradients"] == large.held["gradients"] and large.lines["activations"] < 1e-3 * large.held["activations"]
@@ -477,9 +476,10 @@ timeline(base, batch=B, seq_len=T).plot(OUT / "03_full_finetuning_memory.png")
 #
 # ## A batch that does not fit: gradient accumulation
 #
-# If 16 sequences are too many at once, take 4 times 4 and add the gradients up. But the loss is a mean over *tokens*,
-# and the four parts have different numbers $n_i$ of them. So weigh them: $g = \sum_i \frac{n_i}{n}\, g_i$. The plain
-# mean of the four, $\frac14 \sum_i g_i$, is another gradient, in which a token counts for more if its part has few.
+# If 16 sequences are too many at once, take 4 times 4 and add the gradients up. But the loss is a mean over the $n$
+# learned *tokens*, of which part $i$ has $n_i$. So weigh its gradient $g_i$ by these: $g = \sum_i \frac{n_i}{n}\, g_i$.
+# The plain mean of the four, $\frac14 \sum_i g_i$, is another gradient, in which a token counts for more if its part
+# has few.
 
 # %%
 sixteen = sorted(train_examples[:16], key=lambda example: len(example.input_ids))  # as loaders that save padding do
@@ -491,8 +491,7 @@ naive = sum(g for g, _ in parts) / 4
 print("\n4 x 4 instead of 16: counted labels", [n_i for _, n_i in parts])
 for name, g in (("weighted by labels", weighted), ("plain mean", naive)):
     print(f"  {name:20s} relative error of the gradient {np.linalg.norm(g - whole) / np.linalg.norm(whole):.1e}")
-assert np.linalg.norm(weighted - whole) < 1e-5 * np.linalg.norm(whole)
-assert np.linalg.norm(naive - whole) > 1e-2 * np.linalg.norm(whole)
+assert np.linalg.norm(weighted - whole) < 1e-5 * np.linalg.norm(whole) < 1e-3 * np.linalg.norm(naive - whole)
 
 in_parts = measure_peak(lambda: two_steps(4))
 assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 1) < 0.1, "a gradient waits for the next part"
@@ -516,13 +515,13 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #   can be clear where the two ± overlap.
 # - **Two tasks.** `rewrite` is this lesson's, judged by the loss. `source` asks which of three books a sentence is
 #   from, judged by the share of right choices. (Half of the test sentences are from one book, and all but one of the
-#   others from another: chance is a half.)
+#   others from another: one fixed answer scores a half.)
 #
 # Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run (TFLOPs,
-# $10^{12}$ multiplications and additions), by how much the loss on general text has risen (`forgets`), and how many
-# more general passages it continues rightly, of four (`cloze`). Of this lesson's methods, with 500 examples, `full`
-# and `head` (the output layer, a copy of the embedding table), and with 5,000 `scratch`, the same model from random
-# weights.
+# $10^{12}$ multiplications and additions), by how much the loss on general text has risen from the base's (`forgets`),
+# and the change in the share of general passages whose right ending it picks among four (`cloze`). Shown are, with
+# 500 examples, `full` and `head` (the output layer alone, a copy of the embedding table), and with 5,000 `scratch`, the
+# same model from random weights.
 #
 # **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?
 
@@ -530,17 +529,17 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 
 # %% [markdown]
-# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID`). It *holds* if all of the rule's cases
-# are so, *holds if* some are, *does not hold here* if none is. Of $k$ comparisons the printed intervals (95 %) say
-# which are *as stated*; but *holds if* needs one that is so at the level $1 - 0.05/k$. Without it, if one may be so,
-# the statement *cannot be tested here*. A difference above 0 says that the first method is better: its loss is lower,
-# its share higher. *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0 in it.
-# *Not told*: the limit that the rule asks about (in `start-1` 0) is in it. *Within 4 epochs*: the worse method took
-# the most epochs allowed; *both within*: both did.
+# A **verdict** on a textbook's statement follows a rule (`minipeft claims ID` prints it). It *holds* if all of the
+# rule's cases are so, *holds if* some are, *does not hold here* if none is. Of $k$ comparisons the printed intervals
+# (95 %) say which are *as stated*; but *holds if* needs one that is so at the level $1 - 0.05/k$. Without it, if one
+# may be so, the statement *cannot be tested here*. A difference above 0 says that the first method is better: its loss
+# is lower, its share higher. *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it is wider, with 0
+# in it. *Not told*: the limit that the rule asks about (in `start-1` 0) is in it. *Within 4 epochs*: the worse method
+# took the most epochs allowed; *both within*: both did.
 #
 # With 50 examples the base is clearly behind on `source`: a hundredth was not enough. With 500 it is ahead on
-# `rewrite`, at a twentieth of the work, but not at the level for four comparisons (and the random weights took all
-# the epochs allowed). So whether a tenth is enough is open, as are the other two differences.
+# `rewrite`, at a twentieth of the work, but not at the level for four comparisons. (And the random weights took all the
+# epochs allowed: more might help them.) So whether a tenth is enough is open. The other two differences are undecided.
 
 # %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch
@@ -569,7 +568,7 @@ after = losses_of(broken)
 print(f"\nshifted twice: the training loss falls, {reported[0][1]:.3f} -> {reported[-1][1]:.3f};")
 print(f"the true task loss goes {before[0]:.3f} -> {after[0]:.3f}")
 print("it writes:", repr(rewrite(broken, held_out_records[0])))
-assert reported[-1][1] < reported[0][1] > math.log(base.config.vocab_size)
+assert reported[-1][1] < reported[0][1] > math.log(base.config.vocab_size) > 7.62
 assert REDUCED or after[0] > before[0], "worse than no training at all"
 
 # %% [markdown]
