@@ -430,7 +430,7 @@ if not REDUCED:
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
-# > not told:
+# > not told (5 better, 2 undecided and 2 equal):
 # >
 # > - right answers, tuned beside shuffled, new phrasings: undecided (-0.005 [-0.025, +0.015]), not told.
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
