@@ -9,11 +9,11 @@
 # in one.
 #
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
-# control). Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line
-# begins with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on
-# two cores), or open it as a notebook. It reads the rows of the league (Lesson 3), and of what is not among them 84
-# from `lessons/results/15_forgetting.jsonl`. With `--full` (in a notebook `!python lessons/15_forgetting.py --full`)
-# it first computes what is missing there (all: about twenty minutes).
+# control). Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
+# with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
+# or open it as a notebook. It reads the rows of the league (Lesson 3), and of what is not among them 114 from
+# `lessons/results/15_forgetting.jsonl`. With `--full` (in a notebook `!python lessons/15_forgetting.py --full`) it
+# first computes what is missing there (all: about twenty minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the picture goes (`lessons/out`).
 
@@ -33,7 +33,7 @@ from experiments import forgetting, practice
 from experiments.forgetting import CHANGES, OTHERS, PAIRS, between
 
 import minipeft as mp
-from minipeft.claims import data, protocol
+from minipeft.claims import data, judge, protocol
 from minipeft.claims.comparison import SPREADS, Searches, spread
 from minipeft.claims.forgetting import LARGER, LOWER
 from minipeft.claims.league import EQUAL, MAIN, league
@@ -122,14 +122,14 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # %% [markdown]
 # All four, and not equally. After `rewrite` the King James Bible and the novels lose most. King James English is the
 # task's *input*, but the loss is on the answers alone, so nothing asks the model to go on predicting it. The Bible in
-# Basic English, which is like the answers, loses less, and WordNet least, after `source` as well. (Each kind is 16
+# Basic English, which is like the answers, loses less. WordNet loses least, after both tasks. (Each kind is 16
 # blocks of 128 tokens, the same for all runs. The interval is of the seeds; what other text would say is not in it.)
 #
-# The verdicts count what is nearer to use: of 640 held-out passages of the four kinds, which of four ways to go on is
-# right? Differences are shares of the items, the base's right ones subtracted. In `forget-1` prompts and prefixes
-# lost some before their first step (section 3). `full-10` asks for more than 0.02; `best-9` asks whether the loss on
-# text, which costs less to measure, would have misled. Hence its *if*: of the 20 pairs of methods that the items tell
-# apart, of 90, it clearly does in none; 16 agree, 4 are open.
+# The verdicts count what is nearer to use, *general items*: 640 held-out passages of the four kinds, each with four
+# ways to go on, one of them right. Differences are in the share of items right (negative: fewer). (Prompts and prefixes
+# lost some before their first step, section 3.) `full-10` asks for more than 0.02; `best-9` asks whether the loss on
+# text, which costs less to measure, would have misled. Hence its *if*: of 90 pairs of methods the items tell 20 apart;
+# the loss on text agrees in 16, is open in 4, and misleads in none.
 
 # %% [markdown]
 # > `full-10` risk of catastrophic forgetting: **holds if**. 5 of 6 comparisons are as stated, 1 not told:
@@ -220,20 +220,20 @@ if not REDUCED:
 # quarter, and a quarter of the way 0.067 ± 0.003, for 1/16. The slope at the base, of a parabola through these two
 # points, may be zero (-0.006 [-0.016, +0.004]), as was supposed. For what is learned the parabola fails: a quarter,
 # half and three quarters of the way bring 0.627 ± 0.030, 0.908 ± 0.009 and 1.001 ± 0.004 of it, for 7/16, 3/4 and
-# 15/16. So three quarters bring as much as the whole (task loss -0.001 [-0.008, +0.006]), at three fifths of its
-# cost. (Three quarters was picked on these same verses, so it may be lucky.) So averaging the weights of base and
-# tuned model is a remedy, **WiSE-FT** (Wortsman et al. 2022, arXiv:2109.01903). Of a LoRA the same line is a smaller
-# $\alpha / r$ after training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam moves a
-# weight by about the rate. Half the rate, which needs no more computation either, does worse than three quarters of
-# the way, which learn more and forget less (-0.010 [-0.014, -0.005] and -0.042 ± 0.016). The question is whether
-# something does better than a shorter way; section 4 asks it.
+# 15/16. So three quarters bring as much as the whole (task loss -0.001 [-0.008, +0.006]), at three fifths of its cost.
+# (Three quarters was picked on these same verses, so it may be lucky.) So averaging the weights of base and tuned model
+# is a remedy, **WiSE-FT** (Wortsman et al. 2022, arXiv:2109.01903). Of a LoRA the same line is a smaller $\alpha / r$
+# after training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam moves a weight by about
+# the rate. Half the rate, which needs no more computation either, does worse than three quarters of the way, which
+# learn more and forget less (-0.010 [-0.014, -0.005] and -0.042 ± 0.016). Does something do better than a shorter way?
+# Section 4 asks.
 
 # %% [markdown]
 # ## 3 · Methods and rates
 #
-# The league tuned each method over rates, epochs and batches. All that its searches saw, on validation and under one
-# seed, is in the picture. Full fine-tuning, LoRA and adapters start as the base itself. Prompts and prefixes do not:
-# before the first step 20 positions stand in front of every text, a prompt's with words at random.
+# The league tuned each method over rates, epochs and batches. The picture has all that its searches saw, on validation,
+# under one seed. Full fine-tuning, LoRA and adapters start as the base itself. Prompts and prefixes do not: before the
+# first step 20 positions stand in front of every text, a prompt's with words at random.
 #
 # **Predict:** how much does a prompt forget before its first step?
 
@@ -255,12 +255,12 @@ assert below(text(low), text(of(trial))), "the higher rate forgets more"
 forgetting.searches_picture(points, edge).savefig(OUT / "15_forgetting_searches.png", dpi=120)
 
 # %% [markdown]
-# A prompt costs about a tenth of a nat before it has learned anything, and no weight of the base has changed. Of the
-# items it has 0.023 [0.004, 0.043] less right, a prefix 0.019 [0.002, 0.036]. Beside this start, training loses more:
-# after `rewrite` 0.026 [0.001, 0.052] and 0.041 [0.016, 0.065], after `source` 0.182 [0.130, 0.234] and 0.353 [0.319,
-# 0.388]. Full fine-tuning at its tuned rate forgets more than at half of it: +0.170 [+0.154, +0.186] nats of text,
-# and of the items it has less right (-0.015 [-0.025, -0.004]); the lower rate pays 0.009 [0.002, 0.016] nats of the
-# task for it.
+# On the frontier are LoRA, full fine-tuning, an adapter and a prompt. A prompt costs about a tenth of a nat
+# before it has learned anything, and no weight of the base has changed. It has 0.023 [0.004, 0.043] fewer items right,
+# a prefix 0.019 [0.002, 0.036]. Training loses more, for prompt and prefix: after `rewrite` 0.026 [0.001, 0.052] and
+# 0.041 [0.016, 0.065], after `source` 0.182 [0.130, 0.234] and 0.353 [0.319, 0.388]. Full fine-tuning at its tuned rate
+# forgets more than at half of it: +0.170 [+0.154, +0.186] nats of text, and has fewer items right (-0.015 [-0.025,
+# -0.004]); the lower rate pays 0.009 [0.002, 0.016] nats of the task for it.
 
 # %% [markdown]
 # ### Without a corpus
@@ -282,20 +282,19 @@ assert all(crossed(kl[name, False][0] - 4 * kl[name, True][0]).low > 0 for name 
 assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", False][1], kl["LoRA", False][1])
 
 # %% [markdown]
-# The tuned one, more than four times as far: norm alone explains little. LoRA's change is the largest, yet goes less
-# far than full fine-tuning (by 0.042 [0.002, 0.083] nats), but farther than that at half the rate (by 0.135 [0.094,
-# 0.175]): as by the loss on text, below. (Why a trained change goes farther is open.)
+# The tuned one, more than four times as far: so it is not the norm alone. LoRA's change has the largest norm, yet goes
+# less far than full fine-tuning (by 0.042 [0.002, 0.083] nats), but farther than that at half the rate (by 0.135
+# [0.094, 0.175]): as by the loss on text, below. (Why a trained change goes farther is open.)
 
 # %% [markdown]
 # ### Does LoRA forget less?
 #
 # Biderman et al. tuned Llama-2-7B on code and mathematics; forgotten was the loss of accuracy in three general tests
 # (HellaSwag, ARC-Challenge, WinoGrande). LoRA of the ranks 16, 64 and 256 forgot less than full fine-tuning, and less
-# than weight decay and dropout. But a lower rate forgets less, and their first version says (section 4.3) that
-# both "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So take both methods
-# twice, *tuned* for the task, and at their *gentlest*. For this take each method's lowest loss on validation, and the
-# higher of the two: of a method's settings that lie at most 0.02 above it, the one whose loss on general text is
-# lowest.
+# than weight decay and dropout. But a lower rate forgets less, and their first version says (section 4.3) that LoRA and
+# full fine-tuning "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So take both
+# methods twice, *tuned* for the task, and at their *gentlest*: of a method's settings whose loss on validation is at
+# most 0.02 above the weaker method's best, the one whose loss on general text is lowest.
 #
 # **Predict:** each tuned for the task, does LoRA forget less than full fine-tuning?
 
@@ -327,13 +326,13 @@ for task in ("rewrite", "source"):
 # their gentlest (LoRA at half its rate, and with half as many steps), LoRA forgets a little less text (-0.032 [-0.062,
 # -0.001] and -0.046 [-0.083, -0.010]) at an equal task loss. All in a model of 1.4 million parameters.
 #
-# The verdicts count general items, not losses of text. `forget-5` puts methods side by side, each at its gentlest
-# setting. There the items leave LoRA and full fine-tuning undecided (on `rewrite` -0.011 [-0.023, +0.001], against
-# LoRA), though with LoRA the loss on text rises clearly less; adapters keep clearly less on `source`. No comparison is
-# as stated, but LoRA's two are not told, and either might still make `forget-5` hold in part: so it *cannot be tested
-# here*. `full-4` puts full fine-tuning beside itself, at a quarter of the usual rate, 0.001, and at four times 0.001,
-# each with the epochs and batch at which it is gentlest (fewer steps at the higher). The higher rate has no advantage:
-# it forgets more, and on `rewrite` it learns less.
+# The verdicts count general items, not losses of text. `forget-5` puts methods side by side, each at its gentlest.
+# There the items leave LoRA and full fine-tuning undecided (on `rewrite` -0.011 [-0.023, +0.001], against LoRA), though
+# with LoRA the loss on text rises clearly less; adapters keep clearly less on `source`. No comparison is as stated, but
+# LoRA's two are not told, and either might make `forget-5` hold in part: so it *cannot be tested here*. `full-4` puts
+# full fine-tuning beside itself, at a quarter of the usual rate, 0.001, and at four times 0.001, each with the epochs
+# and batch at which it is gentlest (fewer steps at the higher). The higher rate shows no advantage: it keeps fewer
+# items, and on `rewrite` it learns less.
 
 # %% [markdown]
 # > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known: **holds
@@ -412,6 +411,7 @@ assert all(found[1].high < 0 for found in others.values()), "each strength forge
 verse = np.mean([np.sum(example.labels >= 0) for example in data.drawn("rewrite", 500, SEEDS[0])])  # tokens of an answer
 share = 0.25 * shipped.REPLAY / (0.25 * shipped.REPLAY + verse)
 print(f"replay's share of the tokens in the loss: {share:.0%}")
+print("dropout less none, items:", *(f"{n.name} {told(n)}" for n in judge("forget-4").evidence if n.name.startswith("dropout") and "task" not in n.name))
 
 # %%
 level = {t: at.sum() / TOKENS.sum() / len(SEEDS) for t, at in verses.items()}
@@ -439,33 +439,32 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 #   the base. (Its gradient does not go through Adam, as L2-SP's does, so their strengths cannot be compared as
 #   numbers.) Ten times the strength is no remedy: it forgets 0.076 [0.072, 0.080] less than the control and learns
 #   0.093 [0.085, 0.102] less. The place of section 2's way that learns as much, about half, forgets 0.136 [0.127,
-#   0.145] less.
+#   0.145] less than this.
 #
 # Beside replay, L2-SP learns more of the task (by 0.013 [0.002, 0.024]); of text neither forgets clearly less (+0.025
 # [-0.001, +0.050]), and the items are equal (-0.001 [-0.017, +0.016]). What of section 2's way, which is free? Take,
-# seed by seed, the place that learns as much, by a polynomial through its five: L2-SP and replay forget less than
-# that place (by 0.064 [0.046, 0.081] and 0.065 [0.042, 0.088]), weight decay more (by 0.074 [0.055, 0.093]). So by
-# the loss on text two of the three beat a shorter way, if it is the tuned run's. The way of the control, the run at
-# half the rate, was not walked: by the parabola 70 % of it costs $0.7^2 \cdot 0.354$, or 0.17, as much as L2-SP; what
-# it learns there is not measured, so whether L2-SP beats that way is open.
+# seed by seed, the place that learns as much, by a polynomial through its five: L2-SP and replay forget less than that
+# place (by 0.064 [0.046, 0.081] and 0.065 [0.042, 0.088]), weight decay more (by 0.074 [0.055, 0.093]). So by the loss
+# on text two of the three beat a shorter way, that of the tuned run. The way of the control, at half the rate, was not
+# walked: by the parabola 70 % of it costs $0.7^2 \cdot 0.354$, or 0.17, as much as L2-SP; what it learns there is not
+# measured, so whether L2-SP beats that way is open.
 #
 # The strength of L2-SP chooses a place: $\alpha = 0.1$ forgets 0.111 [0.098, 0.124] less than the control and learns
 # 0.008 [0.004, 0.012] less, 1 forgets 0.268 [0.249, 0.286] less and learns 0.107 [0.093, 0.122] less. Beside the place
-# of the way that learns as much, 1 forgets clearly less, too (by 0.046 [0.021, 0.070]), 0.1 not (0.010 [-0.005,
-# 0.024]). The verdicts below have LoRA and `source`, too. Where both learn the task as well, replay clearly keeps more
-# items with LoRA on `rewrite` alone (`forget-3`). Weight decay and dropout never do (`forget-4`); on `source` dropout
-# loses more, 0.061 [0.037, 0.084], with LoRA 0.054 [0.035, 0.073]. Not run is a penalty on *outputs*: Learning without
-# Forgetting (Li and Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask that the model answer as
-# it did. At equal accuracy on a new task, reinforcement learning from the model's own answers (Lesson 10) forgot less
-# than supervised fine-tuning, and the KL divergence from the base on the *new* task predicted forgetting (Shenfeld et
-# al. 2025, arXiv:2509.04259).
+# of the way that learns as much, 1 clearly forgets less, too (by 0.046 [0.021, 0.070]); 0.1 not clearly (0.010 [-0.005,
+# 0.024]). The verdicts below have LoRA and `source`, too. Replay clearly keeps more items with LoRA on `rewrite` alone
+# (`forget-3`), weight decay and dropout in none of 12 comparisons (`forget-4`); on `source` dropout loses more, 0.061
+# [0.037, 0.084], with LoRA 0.054 [0.035, 0.073]. Not run is a penalty on *outputs*: Learning without Forgetting (Li and
+# Hoiem 2016, arXiv:1606.09282) and the KL penalty of RLHF (Lesson 10) ask that the model answer as it did. At equal
+# accuracy on a new task, reinforcement learning from the model's own answers (Lesson 10) forgot less than supervised
+# fine-tuning, and the KL divergence from the base on the *new* task predicted forgetting (Shenfeld et al. 2025,
+# arXiv:2509.04259).
 #
-# The verdict on the lower rate has both tasks, and LoRA as well. The rate is set, a quarter of the usual one, its
+# The verdict on the lower rate has both tasks, and LoRA as well. The low rate is set, a quarter of the usual one, its
 # epochs and batch are the gentlest; beside it stands the tuned run, at twice that rate (LoRA's on `rewrite` at four
-# times), with its own epochs and batch. A gentle run that may, by the interval, have learned less by more than 0.02
-# has shown nothing: so one comparison is not told. There it took more epochs, in larger batches; with the tuned
-# run's epochs and batch the same two rates are as stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004,
-# 0.025] of the items kept.
+# times), with its own epochs and batch. If a gentle run may, by the interval, have learned less by more than 0.02, its
+# comparison is not told: one case. There it took more epochs, in larger batches; with the tuned run's, the same two
+# rates are as stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept.
 
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. 3 of 4 comparisons are as stated, 1 not told:
@@ -520,8 +519,8 @@ if not REDUCED:
 # %% [markdown]
 # No. Each step back forgets less and, from the end to a quarter of the way, lowers the task loss. But no place tried on
 # this way is as good at the task as half of the tuned run's, and all but the base itself forget more than that. (One
-# run each, and 64 verses; batch and steps differ as well as the rate.) The parabola describes the loss near the base;
-# this model may be too far from it.
+# run each, 64 verses; batch and steps differ as well as the rate.) The parabola describes the loss near the base; this
+# model may be too far from it.
 
 # %% [markdown]
 # ## Quiz
