@@ -115,9 +115,9 @@ assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 
 # excludes 0 (where there is none, chance alone does this one time in twenty); *equal*, clear or not, where the interval
 # lies within 0.02 of 0 (set by hand, for nats and shares); if neither, **undecided**. This lesson makes dozens of
 # comparisons, so some that are clear may be chance. The verdict on a statement with $k$ comparisons is *holds* if all
-# are as stated, *holds if* where one is so even at the level $1 - 0.05/k$, *does not hold here* where all are told and
-# none is so, and else *cannot be tested here*. (*Not told*: the interval contains the limit that the rule asks about.)
-# In the pictures bars are 95 % intervals; lines without bars are of choices, on validation under one seed.
+# are as stated, *holds if* where one is as stated even at the level $1 - 0.05/k$, *does not hold here* where all are
+# told, none as stated, and else *cannot be tested here*. (*Not told*: the interval contains the limit that the rule
+# asks about.) In the pictures bars are 95 % intervals; lines without bars are of choices, on validation under one seed.
 
 # %%
 def shown(a, b, key):

@@ -260,6 +260,8 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     assert many.because.startswith("13 of 16 comparisons are as stated (13 better and 3 worse):")
     assert (many.because.count(": better"), many.because.count(": worse"), len(many.evidence)) == (0, 3, 15)
     assert bad.because.startswith("1 of 10 comparisons are as stated (9 worse and 1 better). A beside b, case 3: better")
+    lost = comparison.told(found, comparison.better, "source", [f"a beside b, case {i}: b diverged" for i in range(16, 31)]).because
+    assert lost == "13 of 31 comparisons are as stated, 15 not told (15 diverged, 13 better and 3 worse)."
     limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
     assert limited.because == "13 of 13 comparisons are as stated (13 better; 13 where the worse, or both, took the most epochs)."
     joined = comparison.both(few, many).because

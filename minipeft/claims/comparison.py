@@ -40,7 +40,7 @@ from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
 
 UNDECIDED = "undecided"
-MANY = 6  # comparisons of a statement: of more, all are counted, and shown are those that come out otherwise than most
+MANY = 6  # comparisons of a statement: of more, all are counted, and those that come out otherwise than most are shown
 SPREADS = 4  # standard deviations
 AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
@@ -369,12 +369,13 @@ def told(
     counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
     shown = words
     if len(so) + beside > MANY:
-        alike, ended = Counter(each.difference().word for each in found), sum(bool(each.limit) for each in found)
+        alike = Counter([each.difference().word for each in found] + ["diverged"] * len(failed))
         notes = [listed([f"{n} {word}" for word, n in alike.most_common()])]
-        notes += [f"{ended} where the worse, or both, took the most epochs"] if ended else []
+        if ended := sum(bool(each.limit) for each in found):
+            notes.append(f"{ended} where the worse, or both, took the most epochs")
         counts += f" ({'; '.join(notes)})"
-        unlike = [word for word, one in zip(words, so) if one is not Counter(so).most_common(1)[0][0]]
-        shown = unlike if 2 * len(unlike) < len(so) else []
+        usual, n = Counter(so).most_common(1)[0]
+        shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) else []
     because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]

@@ -53,7 +53,7 @@ def general_blocks(tokenizer: Any, length: int, n: int, split: str = "validation
 
 @cache
 def _encoded(tokenizer: Any, split: str, documents: int | None) -> np.ndarray:
-    """The token stream of general text: of all its documents, or of so many, evenly spaced."""
+    """The token stream of general text: of all its documents, or of a number of them, evenly spaced."""
     texts = general_text(split)
     return encode_documents(texts if documents is None else spaced(texts, documents), tokenizer)
 

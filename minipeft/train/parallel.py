@@ -47,8 +47,9 @@ class Part(NamedTuple):
     scale: float = 1.0
 
 
-# Rows of a batch are spread over threads where each has this many multiplications, tokens times parameters, or more:
-# with fewer, threads spend their time on waiting for Python's lock, and a batch with fewer has one thread alone. And where their gradients take no more bytes than this.
+# Rows of a batch are spread over threads where each has this many multiplications (tokens times parameters) or more, as
+# with fewer they only wait for Python's lock: a whole batch with fewer has one thread. And where the threads' gradients
+# take no more bytes than this.
 WORK, GRADIENTS = 1 << 27, 1 << 26
 
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
