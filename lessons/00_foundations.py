@@ -5,8 +5,9 @@
 # use: token, logit, softmax, cross-entropy, nat, gradient, momentum, Adam, warm-up, validation, seed.
 #
 # You need Python, NumPy and high-school calculus. Reading takes about 25 minutes (200 words or 25 lines of code a
-# minute, up to the quiz). Run it with `python lessons/00_foundations.py` (under a minute), or open it as a notebook.
-# Where a line begins with **Predict**, stop and write down your answer. The next cell computes it.
+# minute, up to the quiz; not the imports and the code of figures, which the book folds). Run it with `python
+# lessons/00_foundations.py` (under a minute), or open it as a notebook. Where a line begins with **Predict**, stop and
+# write down your answer. The next cell computes it.
 #
 # Environment: `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -178,7 +179,8 @@ assert abs(by_hand - library) < 1e-12 and abs(by_hand - base.loss(ids, ids).item
 print("\nnats    bits    probability    as if guessing among")
 for L in (0.0, math.log(2), 1.0, 2.0, 3.0, math.log(2048)):
     print(f"{L:5.2f}   {L / math.log(2):5.2f}   {math.exp(-L):11.4f}    {math.exp(L):7.1f} tokens")
-assert [round(math.log(x), 3) for x in (2, 2048, 10_000)] == [0.693, 7.625, 9.21] and round(math.exp(3)) == 20 and round(math.exp(0.1), 3) == 1.105
+assert [round(math.log(x), 3) for x in (2, 2048, 10_000)] == [0.693, 7.625, 9.21] and round(math.exp(3)) == 20
+assert round(math.exp(0.1), 3) == 1.105
 
 # %% [markdown]
 # **So a loss of 3 means: as unsure as a fair choice among 20 tokens.** A model that knows nothing about a vocabulary
@@ -562,7 +564,8 @@ chosen = int(np.argmin(overfit["validation"]))
 print("\n               train    validation    test")
 for name, step in (("after step 1", 0), (f"after step {chosen + 1}", chosen), (f"after step {len(walk)}", len(walk) - 1)):
     print(f"{name:14s} " + "    ".join(f"{overfit[split][step]:.3f}" for split in ("train", "validation", "test")))
-assert np.all(np.diff(overfit["train"]) < 0) and 5 < chosen < 100 and all(overfit[split][-1] > overfit[split][chosen] + 0.2 for split in held_out)
+assert np.all(np.diff(overfit["train"]) < 0) and 5 < chosen < 100
+assert all(overfit[split][-1] > overfit[split][chosen] + 0.2 for split in held_out)
 
 # %%
 foundations.overfit_picture(overfit, chosen).savefig(OUT / "00_foundations_overfit.png", dpi=130)

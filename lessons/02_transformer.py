@@ -5,7 +5,7 @@
 # decoder alone as in GPT-2, Radford et al. 2019). After this lesson you can write each part of a Llama in NumPy,
 # count its parameters, operations and cache, say what bounds its speed, and notice a missing mask or wrong padding.
 #
-# You need Lessons 0 and 1. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz).
+# You need Lessons 0 and 1. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz).
 # Run it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
@@ -600,7 +600,8 @@ assert cut[0] < 1e-3 and cut[1] > 0.1 and (REDUCED or (peeked[-1] < 0.5 * FLOOR 
 short = rng.integers(0, VOCAB, (1, 6))
 padded = np.concatenate([np.zeros((1, 5), int), short], axis=1)
 mask = np.array([[0] * 5 + [1] * 6])
-print("\nlargest difference of the last logits, padded on the left against the prompt alone:\n            all right      positions wrong      mask forgotten")
+print("\nlargest difference of the last logits, padded on the left against the prompt alone:\n            all right    "
+      "  positions wrong      mask forgotten")
 for dialect in (gpt2, llama):
     c = dialect(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     m = mp.Transformer(c, seed=0)
@@ -625,7 +626,12 @@ a.plot(losses, color=BLUE, label="with the causal mask")
 a.plot(peeked, color=ORANGE, label="mask forgotten")
 a.axhline(BASELINE, color=GREY, ls=":", label="bigram table")
 a.axhline(FLOOR, color=GREY, ls="--", label="floor: what can be known")
-a.set(xlabel="training step", ylabel="loss (nats per letter)", ylim=(0, 4), title="Reduced: too few steps" if REDUCED else "A loss that is too good is a leak")
+a.set(
+    xlabel="training step",
+    ylabel="loss (nats per letter)",
+    ylim=(0, 4),
+    title="Reduced: too few steps" if REDUCED else "A loss that is too good is a leak",
+)
 a.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.8))
 fig.savefig(OUT / "02_transformer.png", dpi=130)
 

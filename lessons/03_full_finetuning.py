@@ -180,7 +180,8 @@ def cosine(a, b):
 
 
 loss, of_head, of_rest = first_gradients(0, train_records[:8], scale=0)
-print(f"\nzero head: loss {loss:.4f}; norm of its gradient {np.linalg.norm(of_head):.2f}, of the pretrained weights' {np.linalg.norm(of_rest):.2f}")
+print(f"\nzero head: loss {loss:.4f}; norm of its gradient {np.linalg.norm(of_head):.2f}, "
+      f"of the pretrained weights' {np.linalg.norm(of_rest):.2f}")
 assert abs(loss - math.log(2)) < 1e-6 and of_head.any() and not of_rest.any()
 here, there = ([first_gradients(seed, records)[2] for seed in range(5)] for records in (train_records[:8], train_records[8:16]))
 same_head = [cosine(a, b) for a, b in zip(here, there)]
@@ -234,7 +235,8 @@ low, high = np.quantile(np.abs(g), [0.05, 0.95])
 shortest, longest = np.quantile(np.abs(flat(model, "data") - w), [0.05, 0.95])
 agree = (np.sign(g) == np.sign(g_other)).mean()
 print(f"\nnine tenths of the gradients lie between {low:.0e} and {high:.0e} in size,")
-print(f"nine tenths of the first steps at rate 0.001 between {shortest:.6f} and {longest:.6f}; a median weight is {np.median(np.abs(w)):.3f}")
+print(f"nine tenths of the first steps at rate 0.001 between {shortest:.6f} and {longest:.6f}; "
+      f"a median weight is {np.median(np.abs(w)):.3f}")
 print(f"another batch of 16 has the same sign of the gradient in {agree:.0%} of the weights")
 assert high > 500 * low and longest < 1.01e-3 and shortest > 0.99e-3 and 0.6 < agree < 0.75 and 45e-3 < np.median(np.abs(w)) < 60e-3
 t = np.arange(1, 21)
@@ -311,7 +313,9 @@ if not REDUCED:
     assert curve[2, 0] < curve[4, 0] and curve[4, 1] - before[1] > 3 * (curve[2, 1] - before[1]), "3.2e-4 learns more, forgets a third"
 
 # %%
-rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(OUT / "03_full_finetuning.png", dpi=130)
+rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(
+    OUT / "03_full_finetuning.png", dpi=130
+)
 
 # %% [markdown]
 # General text gets worse first: at the best rate for the task its loss has risen by more than a tenth of a nat, and at

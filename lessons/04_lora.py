@@ -7,7 +7,7 @@
 # say where its memory saving comes from, merge it into the base, and serve many tasks from one base. Lesson 18 asks
 # which rank, layers and $\alpha$, and whether full fine-tuning learns more.
 #
-# You need Lesson 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 3. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/04_lora.py` (less than a minute), or open it as a notebook. At **Predict**, write down an answer.
 
 # %%

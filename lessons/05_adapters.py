@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. At **Predict**,
 # write down an answer.
 
@@ -425,7 +425,8 @@ places = [over(task, *pair, key) for task, key in KEYS.items() for pair in pairs
 assert places == ["worse", "worse", "better", "equal", "worse", "undecided"]
 assert [over("source", *pair, "cloze") for pair in (("lora", "bottleneck-m37"), ("lora-r1", "bottleneck-m4"))] == ["better"] * 2
 one, two, beside = (reported("rewrite", m, "nll").trial for m in ("pfeiffer", "bottleneck", "parallel"))
-assert two == replace(beside, method="bottleneck") and 2 * one.epochs == two.epochs and one.rate == 2 * two.rate, "the others ended at one setting"
+assert two == replace(beside, method="bottleneck") and 2 * one.epochs == two.epochs
+assert one.rate == 2 * two.rate, "the others ended at one setting"
 assert finder(rows)(replace(two, method="pfeiffer")) is None, "which the search of the third never tried"
 
 # %% [markdown]
@@ -473,7 +474,9 @@ for deviation in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
         for layer in damaged.layers.values():
             up = layer.adapters["default"].up_weight
             up.data = mp.backend.asarray(deviation * noise.standard_normal(up.shape, np.float32))
-        rise[deviation][draw] = mp.train.evaluate(damaged, few, 8, tokenizer.pad_token_id) - mp.train.evaluate(model, few, 8, tokenizer.pad_token_id)
+        rise[deviation][draw] = mp.train.evaluate(damaged, few, 8, tokenizer.pad_token_id) - mp.train.evaluate(
+            model, few, 8, tokenizer.pad_token_id
+        )
     print(f"W_up of deviation {deviation:4}: the loss rises by {spread(rise[deviation])}")
 assert 0.049 < part.down_weight.data.std() < 0.053, "as drawn: uniform in +-1/sqrt(128)"
 assert not rise[0.0].any() and np.abs([rise[0.01], rise[0.03]]).max() < 0.05

@@ -9,7 +9,7 @@
 # After this lesson you can build both through two arguments that the model has anyway, count them, say how the right
 # learning rate depends on the start, and name what they cost that other methods do not: room in the context.
 #
-# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 22 minutes (200 words or 25 lines of
+# You need Lessons 2 (attention, its cache), 3 and 4 (LoRA). Reading takes about 21 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Run it with `python lessons/06_soft_prompts.py` (a minute on two cores), or open it as
 # a notebook. Where a line begins with **Predict**, write down your answer; the next cell computes it.
 #
@@ -396,7 +396,8 @@ whole = memory_ledger(model.config, None, batch, length).held["activations"] / 1
 print(f"full fine-tuning: {whole:.0f} MB")
 assert cost["prompt", 100] > cost["prompt", 1] and cost["prompt", 100] > cost["prefix", 100]
 assert 0.7 < cost["prompt", 1] / whole < 0.8
-assert cost["prompt", 200] > 1.9 * cost["prefix", 200] and cost["prompt", 100] > whole + 17.4 > whole + 12 * count_parameters(model.config).total / 1e6
+assert cost["prompt", 200] > 1.9 * cost["prefix", 200]
+assert cost["prompt", 100] > whole + 17.4 > whole + 12 * count_parameters(model.config).total / 1e6
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
@@ -439,7 +440,8 @@ find, prefixes, networks = finder(league(names, MIDDLE).rows()), {}, {}
 for task, key in KEYS.items():
     by_mlp, direct = (report(find, search(task, m, 500), key) for m in ("prefix", "prefix-direct"))
     prefixes[task] = compare(direct, by_mlp, key)
-    print(f"{task}: the direct prefix, at {direct.trial.rate / by_mlp.trial.rate:.0f} times the rate, is better by {prefixes[task].interval}")
+    print(f"{task}: the direct prefix, at {direct.trial.rate / by_mlp.trial.rate:.0f} times the rate, "
+          f"is better by {prefixes[task].interval}")
     assert direct.trial.rate > 5 * by_mlp.trial.rate
     assert direct.trial.epochs == by_mlp.trial.epochs == 4, "the most that was allowed"
     networks[task] = compare(*(report(find, search(task, m, 500), key) for m in ("p-tuning", "prompt")), key)
@@ -447,7 +449,10 @@ for task, key in KEYS.items():
 assert (prefixes["rewrite"].word, prefixes["source"].word) == ("equal", "undecided")
 assert {found.word for found in networks.values()} == {"undecided"}
 chosen = {task: [report(find, search(task, m, 500)).trial.rate for m in ("prompt-random", "prompt")] for task in KEYS}
-print("tuned rate of a random start over that of words: " + ", ".join(f"{task} {random / word:.0f}" for task, (random, word) in chosen.items()))
+print(
+    "tuned rate of a random start over that of words: "
+    + ", ".join(f"{task} {random / word:.0f}" for task, (random, word) in chosen.items())
+)
 assert all(random > 2 * word for random, word in chosen.values()), "by more than a step of the search"
 most_lost = ("prefix", "prefix-direct", "head"), ("prompt", "prompt-random", "p-tuning"), ("bottleneck",), ("full",), ("lora",)
 kept = {name: report(find, search("source", name, 500), "cloze") for name in names}

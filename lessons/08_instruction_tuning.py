@@ -13,7 +13,7 @@
 # words*, which are to teach following instructions in general, not a single task. Three things can be new to a tuned
 # model: the input, the words that ask, and the task.
 #
-# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
+# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 24 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads thirty runs, six conditions under five seeds each, from
 # `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those that are missing there.
@@ -53,7 +53,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "08_instruction_tuning.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 1 test record a task for 86, answered in 4 tokens: no number of sections 4 and 6 says anything. The rows are the full lesson's.\n")
+    print("REDUCED SETTING: 2 steps of 4 records for 60 of 24, and 1 test record a task for 86, answered in 4 tokens: "
+          "no number of sections 4 and 6 says anything. The rows are the full lesson's.\n")
 base, tokenizer = mp.load_base()
 
 # %% [markdown]
@@ -391,7 +392,13 @@ for name in ("source", "part-of-speech"):
     print(f"{name}, five seeds: {', '.join(f'{share:.0%}' for share in found)} of 86 right; who always says {most!r} has {n / 86:.0%}")
 
 # %%
-shares = ({what: {new: overall(row, what, new) for new in row["right"]} if what == "right" else row[what] for what in ("stopped", "right")} for row in (before, now))
+shares = (
+    {
+        what: {new: overall(row, what, new) for new in row["right"]} if what == "right" else row[what]
+        for what in ("stopped", "right")
+    }
+    for row in (before, now)
+)
 tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_answers.png", dpi=120)
 
 # %% [markdown]
@@ -472,7 +479,10 @@ if not REDUCED:
 
 # %%
 ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = CONDITIONS
-NAMES = dict(zip(CONDITIONS, ("one task", "three tasks", "seven tasks", "... in one phrasing", "... in three, of one form", "... prompt learned too")))
+NAMES = {
+    ONE_TASK: "one task", THREE_TASKS: "three tasks", SEVEN: "seven tasks",
+    ONE_PHRASING: "... in one phrasing", THREE_PHRASINGS: "... in three, of one form", EVERYTHING: "... prompt learned too",
+}  # fmt: skip
 COLUMNS = {
     "rewrite, new inputs": ("inputs", ("rewrite",)),
     "7 tasks, new inputs": ("inputs", TRAINED),
@@ -490,7 +500,10 @@ if not REDUCED:
     assert abs(overall(now, "loss", "inputs") - stored) < 2 * luck, "the same settings, the same result, but for rounding"
 
 # %%
-by_tasks = {title: {c.tasks: crossed(table[c][title]) for c in (ONE_TASK, THREE_TASKS, SEVEN)} for title in ("rewrite, new inputs", "3 new tasks")}
+by_tasks = {
+    title: {c.tasks: crossed(table[c][title]) for c in (ONE_TASK, THREE_TASKS, SEVEN)}
+    for title in ("rewrite, new inputs", "3 new tasks")
+}
 tuning.tasks_picture(by_tasks, at_start).savefig(OUT / "08_instruction_tuning_tasks.png", dpi=120)
 
 # %%
@@ -507,24 +520,33 @@ for a, b, expected in CHECKS:
     for title, higher in expected.items():
         e = crossed(table[a][title] - table[b][title])
         found = None if e.low < 0 < e.high else e.value > 0
-        print(f"{NAMES[a].removeprefix('... '):22} less {NAMES[b].removeprefix('... '):22}{title:24}{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]{' undecided' * (found is None)}")
+        print(f"{NAMES[a].removeprefix('... '):22} less {NAMES[b].removeprefix('... '):22}{title:24}{e.value:+.3f} "
+              f"[{e.low:+.3f}, {e.high:+.3f}]{' undecided' * (found is None)}")
         assert found is higher, (NAMES[a], title)
 
 # %%
-falls = {name: [round(float(tuning.losses(runs[c], "tasks", (name,)).mean()), 2) for c in (ONE_TASK, THREE_TASKS, SEVEN)] for name in HELD_OUT}
+falls = {
+    name: [round(float(tuning.losses(runs[c], "tasks", (name,)).mean()), 2) for c in (ONE_TASK, THREE_TASKS, SEVEN)]
+    for name in HELD_OUT
+}
 ends = [np.mean([row["stopped"]["tasks"] for row in runs[c]]) for c in (ONE_TASK, THREE_TASKS)]
 use = [np.mean([row["right"][new]["use"] for row in runs[SEVEN]]) for new in ("inputs", "phrasings")]
-print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
+print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, "
+      f"after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
 assert [name for name, by in falls.items() if by == sorted(by)[::-1]] == ["name", "fill"]
 assert ends[0] < 0.1 < 0.95 < ends[1] and use[1] < 0.6 * use[0]
 for new in ("inputs", "phrasings", "tasks"):
     one, four = (np.array([overall(row, "right", new) for row in runs[c]]) for c in (ONE_PHRASING, SEVEN))
     e = mean(four - one)  # over the seeds
-    print(f"right answers, new {new}: one phrasing {one.mean():.3f}, four {four.mean():.3f}, more by {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
+    print(f"right answers, new {new}: one phrasing {one.mean():.3f}, four {four.mean():.3f}, "
+          f"more by {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
     assert e.low < 0 < e.high if new != "tasks" else not one.any() and not four.any()
 
 # %%
-more = {NAMES[c].removeprefix("... "): {title: crossed(values - table[SEVEN][title]) for title, values in table[c].items()} for c in CONDITIONS[3:]}
+more = {
+    NAMES[c].removeprefix("... "): {title: crossed(values - table[SEVEN][title]) for title, values in table[c].items()}
+    for c in CONDITIONS[3:]
+}
 tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=120)
 
 # %% [markdown]

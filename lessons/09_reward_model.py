@@ -44,7 +44,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "09_reward_model.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 8 and 16 rankings for 100 and 300, too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: judges from 8 and 16 rankings for 100 and 300, "
+          "too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))
@@ -225,8 +226,10 @@ for decay in (0.0, 0.1):
         if step in (10, 100, 1000, 10000):
             norms.append(np.linalg.norm(head))
     sure = (1 / (1 + np.exp(-abs(unseen @ head)))).mean()
-    print(f"weight decay {decay}: {(features @ head > 0).mean():.0%} in order; norm after 10, 100, ... steps", *np.round(norms, 2), f"; on average {sure:.2f} sure of new pairs")
-    assert np.ptp(np.diff(norms)) < 0.25 * np.mean(np.diff(norms)) and sure > 0.9 if decay == 0 else abs(norms[-1] - norms[-2]) < 1e-3 and 0.7 < sure < 0.8
+    print(f"weight decay {decay}: {(features @ head > 0).mean():.0%} in order; norm after 10, 100, ... steps",
+          *np.round(norms, 2), f"; on average {sure:.2f} sure of new pairs")
+    grows = np.diff(norms)
+    assert np.ptp(grows) < 0.25 * grows.mean() and sure > 0.9 if decay == 0 else abs(grows[-1]) < 1e-3 and 0.7 < sure < 0.8
 
 # %% [markdown]
 # Once all pairs are in order, to lengthen the head always lowers the loss, and no head has the lowest. Its norm grows
@@ -293,7 +296,8 @@ hits = {kind: judges.right(of) for kind, of in kinds.items()}  # [seeds, prompts
 print("\nrankings  turned round   pairs in the right order (5 seeds, 512 prompts)")
 for kind in kinds:
     print("{:8,}  {:12.0%}   ".format(*kind) + shown(crossed(*hits[kind]), 3))
-gain = {pair: crossed(hits[pair[0]][0] - hits[pair[1]][0], hits[CLEAN][1]) for pair in ((FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW))}
+beside = (FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW)
+gain = {(one, other): crossed(hits[one][0] - hits[other][0], hits[CLEAN][1]) for one, other in beside}
 for pair, difference in gain.items():
     print("{} less {}: ".format(*pair) + shown(difference, 3))
 assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low, "100 rankings: not clearly better than a coin; 500: barely"
@@ -320,7 +324,8 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # %%
 agree, best_possible = (right**2 + (1 - right) ** 2).mean(), right.mean()
 theirs, ours = ((1 + np.sqrt(2 * a - 1)) / 2 for a in (0.73, agree))  # p² + (1 - p)² = a, solved for p
-print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: the gold agrees with its labels in {best_possible:.3f} (were all pairs equally hard, {ours:.3f})")
+print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: "
+      f"the gold agrees with its labels in {best_possible:.3f} (were all pairs equally hard, {ours:.3f})")
 assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 
 # %% [markdown]
@@ -342,9 +347,9 @@ ordered = {}
 for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000)):
     ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
     print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
-print("all weights less LoRA: {:.3f} ± {:.3f}".format(*interval(ordered["full", 600] - ordered["lora", 600])))
-for more, less, clear in (("full", 2000), ("full", 600), True), (("full", 600), ("full", 100), True), (("lora", 600), ("head", 600), True), (("full", 600), ("lora", 600), False):
-    assert (np.subtract(*interval(ordered[more] - ordered[less])) > 0) == clear, "clearly better"
+print("all weights less LoRA: {:.3f} ± {:.3f}".format(*(full_less_lora := interval(ordered["full", 600] - ordered["lora", 600]))))
+clearly = ("full", 2000, "full", 600), ("full", 600, "full", 100), ("lora", 600, "head", 600)
+assert all(np.subtract(*interval(ordered[a, n] - ordered[b, m])) > 0 for a, n, b, m in clearly) and np.subtract(*full_less_lora) <= 0
 assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is None), "of no judge is another rate clearly better"
 
 # %% [markdown]
@@ -380,14 +385,17 @@ found = {key: interval([np.mean(row[key]) for row in labels]) for key in ("first
 print(f"{constitution.FORM}, {len(labels)} seeds: " + ", ".join("{} {:.3f} ± {:.3f}".format(key, *x) for key, x in found.items()))
 assert found["first"][0] > 0.95 and abs(found["one order"][0] - 0.5) < 0.02 and found["agreement"][0] - found["agreement"][1] > 0.5
 
-print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each, less the SFT model's {np.mean([row['sft'] for row in labels]):.3f}")
+print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each, "
+      f"less the SFT model's {np.mean([row['sft'] for row in labels]):.3f}")
 by = {arm: {how: np.array([row[how][arm] for row in labels]) for how in ("best", "ppo")} for arm in constitution.ARMS}
 over_sft = {arm: {how: crossed(gold - [row["sft"] for row in labels]) for how, gold in ways.items()} for arm, ways in by.items()}
 for arm, ways in over_sft.items():
     print(f"{arm:6s} best of 16: {shown(ways['best'])}, PPO: {shown(ways['ppo'])}")
 below = {arm: [how for how, e in ways.items() if e.high < 0] for arm, ways in over_sft.items()}
-assert below == {"rater": ["ppo"], "judge": ["ppo"], "coin": ["best"]} and max(e.low for ways in over_sft.values() for e in ways.values()) < 0
-assert abs((apart := crossed(by["coin"]["ppo"] - by["rater"]["ppo"])).value) < apart.value - apart.low, "PPO by the coin's labels: not clearly other than by the rater's"
+assert below == {"rater": ["ppo"], "judge": ["ppo"], "coin": ["best"]}
+assert max(e.low for ways in over_sft.values() for e in ways.values()) < 0
+apart = crossed(by["coin"]["ppo"] - by["rater"]["ppo"])
+assert apart.low < 0 < apart.high, "PPO by the coin's labels: not clearly other than by the rater's"
 
 # %% [markdown]
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
@@ -463,24 +471,27 @@ def calibration_error(predicted, observed, count):
 
 
 wrong = {kind: np.array([calibration_error(*np.array(row["calibration"]).T) for row in of]) for kind, of in kinds.items()}
-print("calibration error: " + "; ".join("{:,} at {:.0%}: ".format(*kind) + "{:.3f} ± {:.3f}".format(*interval(wrong[kind])) for kind in kinds))
+for kind in kinds:
+    print("{:,} rankings, {:.0%} turned round: calibration error ".format(*kind) + "{:.3f} ± {:.3f}".format(*interval(wrong[kind])))
 assert wrong[FEWEST].min() > 0.13 > 0.06 > max(wrong[kind].max() for kind in (FEW, CLEAN, NOISY))
 for kind in (FEWEST, CLEAN):
-    bins = {k: np.array([bin for row in kinds[kind] for bin in row["calibration"] if int(10 * bin[0]) == k]) for k in range(5, 10)}
-    off = {k: interval(of[:, 1] - of[:, 0]) for k, of in bins.items()}  # over the seeds, a row each
-    said, was = (np.average(bins[7][:, k], weights=bins[7][:, 2]) for k in (0, 1))
-    halves = [np.array([bin for bin in row["calibration"] if bin[0] > 0.5]) for row in kinds[kind]]
-    overall = interval([np.average(half[:, 1] - half[:, 0], weights=half[:, 2]) for half in halves])
-    print(f"{kind[0]} clean rankings: it says {said:.2f}, the rater agrees in {was:.2f}; the difference from 0.5 on, by tenths:", *("{:+.2f} ± {:.2f},".format(*x) for x in off.values()), "all {:+.3f} ± {:.3f}".format(*overall))
+    (said, was), off, overall = judges.by_tenths(kinds[kind])
+    print(f"{kind[0]} clean rankings: it says {said:.2f}, the rater agrees in {was:.2f}; the difference from 0.5 on, by tenths:",
+          *("{:+.2f} ± {:.2f},".format(*x) for x in off.values()), "all {:+.3f} ± {:.3f}".format(*overall))
     clear = [k for k, (mean, half_width) in off.items() if abs(mean) > half_width]
-    assert sum(off[7]) < 0 if kind == FEWEST else clear == [7] and off[7][0] > 1.66 * off[7][1] and abs(overall[0]) < overall[1]  # 1.66: t of 99 % over t of 95 %
+    if kind == FEWEST:
+        assert sum(off[7]) < 0
+    else:
+        assert clear == [7] and off[7][0] > 1.66 * off[7][1] and abs(overall[0]) < overall[1]  # 1.66: t of 99 % over t of 95 %
 fresh = abs(1 / (1 + np.exp(-np.sqrt(2) * lead)) - 0.5).mean()
-far = {kind: np.array([np.average(abs(p - 0.5), weights=n) for p, _, n in (np.array(row["calibration"]).T for row in of)]) for kind, of in kinds.items()}
-print(f"mean distance of what it says from 0.5: in theory {fresh:.2f}; untrained {far[judges.UNTRAINED].mean():.2f}, after 100 rankings {far[FEWEST].mean():.2f}, after 500 {far[FEW].mean():.2f}")
+far = {kind: judges.sureness(of) for kind, of in kinds.items()}
+print(f"mean distance of what it says from 0.5: in theory {fresh:.2f}; untrained {far[judges.UNTRAINED].mean():.2f}, "
+      f"after 100 rankings {far[FEWEST].mean():.2f}, after 500 {far[FEW].mean():.2f}")
 assert (0.6 * far[judges.UNTRAINED] < far[FEWEST]).all() and (far[FEWEST] < far[judges.UNTRAINED]).all() and far[FEW].max() < 0.06
-start, after = (np.subtract(x[:, i], x[:, j]).ravel() for x in (train(Run(0, seed=live[0].seed), LARGEST)[1], train(live[0], LARGEST)[1]))
-print(f"correlation of the differences of {live[0].rankings} rankings' judge with those of its head before training: {np.corrcoef(start, after)[0, 1]:.2f}")
-assert REDUCED or np.corrcoef(start, after)[0, 1] < 0.6, "nearly as sure, but mostly of other choices"
+before, after = (train(run, LARGEST)[1] for run in (Run(0, seed=live[0].seed), live[0]))
+alike = np.corrcoef(*(np.subtract(x[:, i], x[:, j]).ravel() for x in (before, after)))[0, 1]
+print(f"correlation of the differences of {live[0].rankings} rankings' judge with those of its head before training: {alike:.2f}")
+assert REDUCED or alike < 0.6, "nearly as sure, but mostly of other choices"
 careless = [bin[0] for row in kinds[NOISY] for bin in row["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
@@ -509,7 +520,8 @@ fitted = temperatures[np.argmin([np.logaddexp(0, -fit / t).mean() for t in tempe
 losses = {t: np.logaddexp(0, -test / t).mean() for t in (1.0, fitted)}
 for t, loss in losses.items():
     sure, distance = (1 / (1 + np.exp(-abs(test / t)))).mean(), calibration_error(*rlhf.calibration_curve(test / t, 0 * test))
-    print(f"temperature {t:5.2f}: on average {sure:.2f} sure, loss {loss:.4f} (a coin's: {np.log(2):.4f}), calibration error {distance:.3f}")
+    print(f"temperature {t:5.2f}: on average {sure:.2f} sure, loss {loss:.4f} (a coin's: {np.log(2):.4f}), "
+          f"calibration error {distance:.3f}")
 assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and better for it"
 
 # %% [markdown]
@@ -533,10 +545,12 @@ for name, kind in (("2,000 clean rankings", CLEAN), ("no training", judges.UNTRA
     texts = [tokenizer.decode([row["token"]] * 10) for row in kinds[kind]]
     golds[kind] = rlhf.vader(texts)
     for row, text, g in zip(kinds[kind], texts, golds[kind]):
-        print(f"{name}: bar {row['bar']:+.2f}, best answer {row['best'][0]:+.2f}; {row['above']:4d} tokens above the bar, best {row['best'][1]:+.2f} (gold {g:+.2f}): {text}")
+        print(f"{name}: bar {row['bar']:+.2f}, best answer {row['best'][0]:+.2f}; "
+              f"{row['above']:4d} tokens above the bar, best {row['best'][1]:+.2f} (gold {g:+.2f}): {text}")
     assert all(row["best"][1] > row["best"][0] for row in kinds[kind]), "a token that beats every real answer, under every seed"
-    longer_of_two, above = interval([row["longer"] for row in kinds[kind]]), interval([row["above"] / 2046 for row in kinds[kind]])
-    print("  the longer of two preferred in {:.2f} ± {:.2f}; share of tokens above the bar {:.2f} ± {:.2f}".format(*longer_of_two, *above))
+    longer_of_two, above = (interval([row[what] / n for row in kinds[kind]]) for what, n in (("longer", 1), ("above", 2046)))
+    print("  the longer of two preferred in {:.2f} ± {:.2f};".format(*longer_of_two),
+          "share of tokens above the bar {:.2f} ± {:.2f}".format(*above))
     assert abs(longer_of_two[0] - 0.5) < longer_of_two[1] and abs(above[0] - 0.1) < above[1], "neither is clear"
 assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0, "the rater's own rule says so, too, of the former"
 

@@ -398,17 +398,30 @@ for name, (stage, beta) in POLICIES.items():
     kl = of[0]["best_of"]["16"]["kl"] if best else items(of, "kl").mean()
     last = [row["checks"]["32"] if stage == "ppo" else row for row in of]
     parts[name] = {key: np.array([row[key] for row in last]) for key in ("distinct_2", "ended", "form", "kind") if not best}
-    print(f"{name:22s}   {shown(crossed(golds[name])):24s}  {kl:7.1f}    ", *(f"{x.mean():6.2f}" for x in parts[name].values()), "(at most)" * best)
+    print(
+        f"{name:22s}   {shown(crossed(golds[name])):24s}  {kl:7.1f}    ",
+        *(f"{x.mean():6.2f}" for x in parts[name].values()),
+        "(at most)" * best,
+    )
 golds["SFT at ten times its rate"] = items(those_of(chain, "sft", broken="ten times the rate"))
-PAIRS = ("PPO, beta = 0.05", "SFT"), ("PPO, beta = 0.05", "SFT at ten times its rate"), ("PPO, beta = 0.05", "SFT on the preferred"), ("best of 16", "PPO, beta = 0.05"), ("PPO, beta = 0", "SFT")
+PAIRS = (
+    ("PPO, beta = 0.05", "SFT"),
+    ("PPO, beta = 0.05", "SFT at ten times its rate"),
+    ("PPO, beta = 0.05", "SFT on the preferred"),
+    ("best of 16", "PPO, beta = 0.05"),
+    ("PPO, beta = 0", "SFT"),
+)
 for one, other in PAIRS:
     print(f"{one} less {other}: {shown(crossed(golds[one] - golds[other]))}")
 assert crossed(golds["PPO, beta = 0.05"] - golds["SFT"]).low > 0 and crossed(golds["best of 16"] - golds["PPO, beta = 0.05"]).low > 0
-assert (zero := crossed(golds["PPO, beta = 0"] - golds["SFT"])).low < 0 < zero.high, "without a price, neither clearly better nor worse than where it began"
+assert (zero := crossed(golds["PPO, beta = 0"] - golds["SFT"])).low < 0 < zero.high, (
+    "without a price, neither clearly better nor worse than where it began"
+)
 gains = {key: interval(parts["PPO, beta = 0.05"][key] - parts["SFT"][key]) for key in ("ended", "form", "kind")}
 print("PPO, beta = 0.05 less SFT: " + ", ".join("{} {:+.2f} ± {:.2f}".format(key, *x) for key, x in gains.items()))
 clear = [{key for key, (x, half) in gains.items() if x > wide * half} for wide in (1, student_t(1 - 0.05 / 3, 4) / student_t(0.95, 4))]
-assert clear == [{"ended", "kind"}, {"ended"}] and [round(100 * parts[name]["ended"].mean()) for name in ("SFT", "PPO, beta = 0.05", "base")] == [92, 99, 4]
+assert clear == [{"ended", "kind"}, {"ended"}]
+assert [round(100 * parts[name]["ended"].mean()) for name in ("SFT", "PPO, beta = 0.05", "base")] == [92, 99, 4]
 rates = {rival.name: rival for rival in rivals(TUNED.rows())}
 assert rates["SFT"].clear and rates["SFT"].times == 1 / 8 and round(rates["SFT"].gold, 2) == -0.06 and not rates["PPO"].clear
 for name in ("SFT", "best of 16", "PPO, beta = 0.05"):
@@ -532,8 +545,10 @@ print(f"\nvalue loss of a perfect value head: {losses[0]:.1e}; with whitening be
 assert losses[0] < 1e-5 and abs(losses[1] - 0.5) < 0.01
 ways = (those_of(chain, "ppo", broken=broken) for broken in ("returns from whitened advantages", ""))
 spoiled, usual = (np.array([r["history"]["value_loss"] for r in of]) for of in ways)
-print(f"value loss in the chain, broken so: {spoiled[:, 8:].min():.2f} to {spoiled[:, 8:].max():.2f} from update 9 on; unbroken: {usual[:, 8:].min():.3f} to {usual[:, 8:].max():.2f}")
-assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6 and ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual[:, 8:].max() > 50 * usual.min()
+print(f"value loss in the chain, broken so: {spoiled[:, 8:].min():.2f} to {spoiled[:, 8:].max():.2f} from update 9 on; "
+      f"unbroken: {usual[:, 8:].min():.3f} to {usual[:, 8:].max():.2f}")
+assert 0.44 < spoiled[:, 8:].min() and spoiled.max() < 0.6
+assert ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual[:, 8:].max() > 50 * usual.min()
 
 # %% [markdown]
 # One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In section 8's chain,

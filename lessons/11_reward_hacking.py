@@ -47,7 +47,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 8 rankings and 2 updates of 8 short answers in sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: judges from 8 rankings and 2 updates of 8 short answers in sections 2 and 6, "
+          "too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
@@ -90,7 +91,8 @@ def reward_model(rankings, seed):
     texts = [text for ranking in ranked for text in ranking.texts]
     model = rlhf.RewardModel(base, seed=seed)
     model.calibrate(texts[:512])
-    args = mp.TrainingArguments(learning_rate=2e-3, num_train_epochs=1, per_device_train_batch_size=8, warmup_ratio=0.1, seed=seed, progress=False)
+    once = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_ratio": 0.1, "progress": False}
+    args = mp.TrainingArguments(learning_rate=2e-3, seed=seed, **once)
     mp.Trainer(model, ranked, args=args, collate=rlhf.collate_rankings).train()
     model.calibrate(texts[:512])
     prompts, answers, scores = continued("validation", HELD_OUT, rng, seed)
@@ -289,7 +291,8 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
             did[rankings, seed, name] = verdict(means, CLEAR[name])
             golds += f"   {means[0]:+.2f} {means.max():+.2f} {means[-1]:+.2f} {did[rankings, seed, name]:12s}"
         agreed[rankings, seed] = accuracies[rankings][seed].value
-        print(f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f} {z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}")
+        print(f"{rankings:5d}, seed {seed}     {agreed[rankings, seed]:.1%}   {a['proxy'][seed]:+8.2f} "
+              f"{z['proxy'][seed]:+8.2f}   {z['kl'][seed]:6.1f}{golds}")
 for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
     print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
 good = sorted(agreed, key=agreed.get)[-2:]  # the two that agree most
@@ -326,8 +329,10 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 # %%
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
-judged = {(s, n): [those_of(chain, stage, judge=s, comparisons=n, beta=b) for stage, b in (("ppo", 0.0), ("best", 0.05))] for s, n in JUDGES}
-print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, change (seeds and prompts, 95 %)   best of 16 less the end")
+stages = ("ppo", 0.0), ("best", 0.05)
+judged = {(s, n): [those_of(chain, stage, judge=s, comparisons=n, beta=b) for stage, b in stages] for s, n in JUDGES}
+print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, "
+      "change (seeds and prompts, 95 %)   best of 16 less the end")
 rises, moves, better, equal = {}, {}, {}, {}
 before = items(those_of(chain, "sft"))
 for (size, n), (runs, many) in judged.items():
@@ -340,16 +345,21 @@ for (size, n), (runs, many) in judged.items():
     equal[size, n] = np.mean(there), np.mean([e["proxy"] for e in best_of["16"]]), end.mean()
     assert items(runs, "kl").mean() > best_of["16"][0]["kl"], "PPO goes farther than the best of 16"
     print(
-        f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  {rises[size, n][0]:+.2f} ± {rises[size, n][1]:.2f}"
+        f"{size:5s} {n:5,} comparisons  {right:.1%}   {one.mean():+.2f}  {end.mean():+.2f}  "
+        + "{:+.2f} ± {:.2f}".format(*rises[size, n]) +
         f"              {before.mean():.2f}  {items(runs).mean():.2f}  {shown(moves[size, n])}   {shown(better[size, n])}"
     )
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
-assert all(moves[judge].low < 0 for judge in JUDGES) and {j for j in JUDGES if moves[j].high < 0} == {("head", 600), ("full", 100)}, "no judge clearly brings gold; with two it falls"
-assert [judge for judge in poor if better[judge].low > 0] == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
-print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:", "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
+assert all(moves[judge].low < 0 for judge in JUDGES)
+assert {j for j in JUDGES if moves[j].high < 0} == {("head", 600), ("full", 100)}, "no judge clearly brings gold; with two it falls"
+clearly = [judge for judge in poor if better[judge].low > 0]
+assert clearly == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
+print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:",
+      "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
-assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor and all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
+assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor
+assert all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
 for row in judged["full", 100][0]:
     print(f"full, 100 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
 
@@ -401,13 +411,16 @@ for beta, seed in ((beta, seed) for beta in BETAS[:2] for seed in np.flatnonzero
     fall, rise, best = (smooth(found(beta)[name])[seed] for name in ("distinct_2", "ref_loss", "second"))
     at = np.argmax(fall[0] - fall > CLEAR["distinct_2"]), np.argmax(rise - rise[0] > CLEAR["ref_loss"]), best.argmax()
     turned.append(verdict(best, CLEAR["second"]))
-    print(f"beta = {beta}, seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these: " + ", ".join(f"{best[i]:.2f}" for i in at) + f"; it {turned[-1]}")
+    print(f"beta = {beta}, seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these:",
+          ", ".join(f"{best[i]:.2f}" for i in at) + f"; it {turned[-1]}")
     assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
 assert turned == ["turns", "turns", "turns", "climbs"], "one of four warnings is false"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
 rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(np.concatenate([weak["ref_loss"], columns["ref_loss"]]))]
-assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref_loss"] and all(text.endswith('"Oh!') for r in rows if (r["rankings"], r["seed"]) == (WEAK, 2) for text in r["samples"]), "but not in every run, and in one for a time"
+assert rose == [False, False, True, True, True, True] and rises[2] < -CLEAR["ref_loss"]
+samples = [text for r in rows if (r["rankings"], r["seed"]) == (WEAK, 2) for text in r["samples"]]
+assert all(text.endswith('"Oh!') for text in samples), "but not in every run, and in one for a time"
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
@@ -436,34 +449,42 @@ for name, end in repairs.items():
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
 paid = {beta: np.array([end["proxy"] - beta * end["kl"] for end in ends(found(beta))]).T for beta in BETAS[1:]}
-print("proxy less beta KL, each seed's first and last:", "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
+print("proxy less beta KL, each seed's first and last:",
+      "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
 free_end, cheap, high = (last[beta] for beta in BETAS)
 for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
     value, half_width = interval(end["second"] - other["second"])
     assert abs(value) < half_width, "three seeds leave the mean difference of the second gold open"
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
-chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in (a, b["checks"]["32"])] for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2))]
+both = ((a, b["checks"]["32"]) for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2)))
+chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in run] for run in both]
 print(f"and on the chain, its score less 0.2 KL, SFT and end: {np.round(chained, 2).tolist()}")
 over_none = crossed(items(those_of(chain, "ppo", beta=0.05)) - items(those_of(chain, "ppo", beta=0.0)))
-print("the chain's gold less the SFT model's:", "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()) + f"; 0.05 less 0: {shown(over_none)}")
+print("the chain's gold less the SFT model's:",
+      "; ".join(f"beta = {beta:g} {shown(e)}" for beta, e in on_chain.items()) + f"; 0.05 less 0: {shown(over_none)}")
 for (name, end), beta in zip([*repairs.items()][1:], (0.0, 0.0, 0.05)):
     there = at_kl(found(beta), end["kl"])["second"]
     print(f"{name}: second gold where beta = {beta} first has as much KL:", there.round(2), "and at the end", end["second"].round(2))
     assert ((there - end["second"] > CLEAR["second"]) if end is penalized else abs(there - end["second"]) < CLEAR["second"])[able].all()
+pairs = {"0.05 less 0": (cheap, free_end), "0.2 less 0.05": (high, cheap), "penalty less none": (penalized, cheap)}
 for name in ("proxy", "kl", "distinct_2"):
-    lower = {what: interval(end[name] - other[name]) for what, end, other in (("0.05 less 0", cheap, free_end), ("0.2 less 0.05", high, cheap), ("penalty less none", penalized, cheap))}
+    lower = {what: interval(end[name] - other[name]) for what, (end, other) in pairs.items()}
     print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
     assert [abs(value) > half for value, half in lower.values()] == [name != "kl", False, False], name
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
 assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
-assert (cheap["second"] > free_end["second"]).all() and (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
-assert (high["second"] < cheap["second"]).all() and sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high one below it, clearly in one seed"
+assert (cheap["second"] > free_end["second"]).all()
+assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
+assert (high["second"] < cheap["second"]).all()
+assert sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high one below it, clearly in one seed"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
-assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"]) and [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
+assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"])
+assert [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
 assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_none.low), "only the small price"
-assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2 and (np.diff(chained) < 0).all(), "the high price's own objective"
+assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
+assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
 # The small one, in each seed. Over three seeds, one with a poor judge, no mean difference of the second gold is clear;
@@ -513,7 +534,8 @@ for name, model in (("base", base), ("policy", policy)):
     with mp.no_grad():
         opinions = [j.rewards(roll.input_ids, roll.attention_mask).numpy().mean() for j in (judge, second)]
     table[name] = [*opinions, gold(roll).mean()]
-print(f"\nagreement with the gold: first judge {judge_accuracy[0]:.1%}, second {second_accuracy[0]:.1%} [{second_accuracy[1]:.1%}, {second_accuracy[2]:.1%}]")
+print(f"\nagreement with the gold: first judge {judge_accuracy[0]:.1%}, "
+      f"second {second_accuracy[0]:.1%} [{second_accuracy[1]:.1%}, {second_accuracy[2]:.1%}]")
 print("            judge it was trained on   second judge    gold")
 for name, (a, b, g) in table.items():
     print(f"{name:10s}  {a:+23.2f}   {b:+12.2f}  {g:+.2f}")

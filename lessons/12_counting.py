@@ -43,7 +43,8 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: the model of sections 4, 5 and 7 is a quarter as wide (222, a quarter, 2 % do not hold), section 8 predicts every fourth run.\n")
+    print("REDUCED SETTING: the model of sections 4, 5 and 7 is a quarter as wide (222, a quarter, 2 % do not hold), "
+          "section 8 predicts every fourth run.\n")
 
 
 def built(model, *configs):
@@ -144,7 +145,8 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 # %%
 findings = audit()
 found, count = {f.row["id"]: f for f in findings}, tally(findings)
-print(f"\n{count['rows']} figures: {count['reproduces']} follow ({sum(f.solved and f.verdict == 'reproduces' for f in findings)} with an option solved for),", end=" ")
+print(f"\n{count['rows']} figures: {count['reproduces']} follow "
+      f"({sum(f.solved and f.verdict == 'reproduces' for f in findings)} with an option solved for),", end=" ")
 print(f"{count['differs']} do not, {count['not covered']} the package cannot compute")
 assert count["reproduces"] + count["differs"] + count["not covered"] == count["rows"] and 0.05 < count["differs"] / count["rows"] < 0.15
 sources = Counter(f.row["source"] for f in findings).most_common(2)
@@ -155,7 +157,8 @@ assert {found[row].verdict for row in (*others, *(f"qlora-mem-llama-{n}b" for n 
 assert counting.witness(found, "\nslip 1", "lester-small-20-train", "lester-small-20-pct") == ["differs", "reproduces"]
 assert counting.witness(found, "slip 2", "lora-debxxl-r8", "lora-debxxl-r16", "lora-file-debxxl") == ["differs", "reproduces", "reproduces"]
 assert counting.witness(found, "slip 3", "lora-gpt2m", "lora-file-gpt2m") == ["differs", "reproduces"]
-assert (2 * 2 * 24 * 1024 * 4, 2 * 2 * 36 * 1280 * 4) == (393_216, 737_280) and [round(architecture(f"gpt2-{size}").size / 1e9, 2) for size in "ml"] == [0.35, 0.77]
+assert (2 * 2 * 24 * 1024 * 4, 2 * 2 * 36 * 1280 * 4) == (393_216, 737_280)
+assert [round(architecture(f"gpt2-{size}").size / 1e9, 2) for size in "ml"] == [0.35, 0.77]
 
 # %% [markdown]
 # About one in ten does not follow, which is no rate of errors. QLoRA's memory was measured; the audit computes the
@@ -207,7 +210,8 @@ print("weights, gradients, optimizer in GB:", ", ".join(f"{title} {n / 1e9:.0f}"
 assert states["full, 12 bytes"] == 12 * llama.size > 780e9 and states["full, 16 bytes"] == 16 * llama.size
 assert states["QLoRA r=64"] < 48e9 < states["LoRA r=64"] and 130e9 < 2 * llama.size < 131e9
 assert memory_ledger(1_500_000_000, precision="mixed").model_states == 24e9  # ZeRO, section 3.1: 1.5 billion, 24 GB
-assert round(memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8bit").held["optimizer states"] / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
+in_8_bits = memory_ledger(llama, None, precision="bfloat16", optimizer="adamw_8bit").held["optimizer states"]
+assert round(in_8_bits / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
 
 # %%
 counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
@@ -383,14 +387,21 @@ counting.step_picture(mine, bars).savefig(OUT / "12_counting_step.png", dpi=120)
 
 # %%
 big = {}
-for title, attention, logits in (("flash", "flash", "float32"), ("eager", "eager", "float32"), ("flash, logits never whole", "flash", "fused")):
+for title, attention, logits in (
+    ("flash", "flash", "float32"),
+    ("eager", "eager", "float32"),
+    ("flash, logits never whole", "flash", "fused"),
+):
     big[title] = ledger = pytorch_ledger("llama3-70b", lora, 4, 4096, Loop(quantization="nf4", attention=attention, logits=logits))
     order = sorted(ledger.lines.items(), key=lambda line: -line[1])
     print(f"\n{title}: {ledger.total / 1e9:.0f} GB at the peak, which is {ledger.peak}")
     print("   " + ", ".join(f"{line} {n / 1e9:.1f}" for line, n in order if n > 1e9))
-assert sorted(big["flash"].lines, key=big["flash"].lines.get)[-2:] == ["logits", "frozen weights"], "the logits are the largest item after the weights"
+assert sorted(big["flash"].lines, key=big["flash"].lines.get)[-2:] == ["logits", "frozen weights"], (
+    "the logits are the largest item after the weights"
+)
 assert big["flash"].lines["logits"] == 12 * 4 * 4096 * 128_256 and 15e9 < big["flash"].total - big["flash, logits never whole"].total < 17e9
-assert all(ledger.total > 80e9 for ledger in big.values()) and {ledger.peak for ledger in list(big.values())[1:]} == {"backward, last block"}
+assert all(ledger.total > 80e9 for ledger in big.values())
+assert {ledger.peak for ledger in list(big.values())[1:]} == {"backward, last block"}
 
 in_loop = {
     title: pytorch_ledger(llama, method, 1, 512, Loop(precision=numbers, **how)).total
@@ -402,7 +413,8 @@ in_loop = {
     )
 }  # fmt: skip
 print("\nLLaMA-65B, 1 x 512 tokens, GB:", ", ".join(f"{title} {n / 1e9:.0f}" for title, n in in_loop.items()))
-assert max(in_loop["QLoRA, paged"], in_loop["QLoRA, adapters in 16 bits"]) < 46e9 < 48e9 < in_loop["QLoRA"] and 0 < in_loop["full"] - 1.05 * 10 * llama.size < 1e9
+assert max(in_loop["QLoRA, paged"], in_loop["QLoRA, adapters in 16 bits"]) < 46e9 < 48e9 < in_loop["QLoRA"]
+assert 0 < in_loop["full"] - 1.05 * 10 * llama.size < 1e9
 assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom, round(CONTEXT / 1e8)) == (5, 4)
 assert 18 < pytorch_ledger("llama2-70b", None, 1, 512, Loop(precision="mixed")).total / 80e9 < 19
 
@@ -443,7 +455,8 @@ print(f"{good:.0%} of {len(covered)} within 15 %; held out, at first: {totals['h
 counting.show_misses(misses)
 allocated, unknown = totals["of allocated memory"], [r for r in misses if r.row["reason"].startswith("not known")]
 assert good > 0.8 and (allocated["within 15 %"], allocated["predicted"]) == (50, 56)
-assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1 and sum(r.row["id"].startswith("litgpt") for r in runs) == 38
+assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1
+assert sum(r.row["id"].startswith("litgpt") for r in runs) == 38
 first = Counter((r.row["quantity"] in ("allocated", "states"), r.first_close) for r in covered if r.row["split"] == "held out")
 assert [first[key] for key in ((True, True), (True, False), (False, True), (False, False))] == [17, 8, 12, 6]
 
@@ -475,13 +488,19 @@ for method, each in ((None, 6), (linear_all, 4)):
         formula = step_flops(mine, method, BATCH, LENGTH, again, causal=False).total
         assert formula - unlabeled == counted_flops(mine, method, BATCH, LENGTH, again), "the engine's own products"
 N = architecture("llama-7b").size
-flops = {(name, again): step_flops("llama-7b", method, 1, 2048, again).total / 2048 for name, method in (("full", None), ("LoRA", lora)) for again in (False, True)}
+flops = {
+    (name, again): step_flops("llama-7b", method, 1, 2048, again).total / 2048
+    for name, method in (("full", None), ("LoRA", lora))
+    for again in (False, True)
+}
 for (name, again), n in flops.items():
-    print(f"LLaMA-7B, 2,048 tokens, {name}{', checkpointed' * again}: {n / 1e9:.1f} GFLOPs a token, {n / N:.2f} N; {0.4 * 312e12 / n:,.0f} tokens a second")
+    print(f"LLaMA-7B, 2,048 tokens, {name}{', checkpointed' * again}: {n / 1e9:.1f} GFLOPs a token, {n / N:.2f} N; "
+          f"{0.4 * 312e12 / n:,.0f} tokens a second")
 ratios = [flops["LoRA", again] / flops["full", again] for again in (False, True)]
 print(f"LoRA / full: {ratios[0]:.2f}, checkpointed {ratios[1]:.2f}; by the rule 4/6 = 0.67, 6/8 = 0.75")
 assert round(ratios[0], 2) == 0.70 and all(0 < ratio - rule < 0.05 for ratio, rule in zip(ratios, (4 / 6, 6 / 8)))
-assert round(1 / count_parameters("llama-7b", lora).share) == 43 and [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0, 5.3, 3.0, 3.3]
+assert round(1 / count_parameters("llama-7b", lora).share) == 43
+assert [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0, 5.3, 3.0, 3.3]
 
 # %% [markdown]
 # Not a 43rd: 0.70 of them. Backward has two products for each of forward's, for the

@@ -8,7 +8,7 @@
 # it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
@@ -60,7 +60,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "13_real_llm.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: 2 steps of 1 short verse for 16 of 4, 2 held-out verses for 16, short answers. Nothing is said of what was learned.\n")
+    print("REDUCED SETTING: 2 steps of 1 short verse for 16 of 4, 2 held-out verses for 16, "
+          "short answers. Nothing is said of what was learned.\n")
 
 GGUF = find_smollm2()
 if GGUF is None:
@@ -108,8 +109,10 @@ expected = layers * 5 / 8 + embedding * 8.5 / 8 + norms * 4
 block = model.model.layers[7].mlp.up_proj.weight.numpy().reshape(-1, 32)[1000]
 steps = np.diff(np.unique(block))
 assert (4 + (16 + 16) / 32, 8 + 16 / 32, round(4 + 8 / 64 + 32 / (64 * 256), 3)) == (5, 8.5, 4.127)
-print(f"{layers:,} x 5 bits + {embedding:,} x 8.5 bits + {norms:,} x 32 bits = {expected / 1e6:.1f} MB; the file has {GGUF.stat().st_size / 1e6:.1f}")
-print(f"the 32 weights of a block take {np.unique(block).size} values, at distances {np.unique(np.round(steps / steps.min(), 3))} x {steps.min():.5f}")
+print(f"{layers:,} x 5 bits + {embedding:,} x 8.5 bits + {norms:,} x 32 bits = {expected / 1e6:.1f} MB; "
+      f"the file has {GGUF.stat().st_size / 1e6:.1f}")
+print(f"the 32 weights of a block take {np.unique(block).size} values, "
+      f"at distances {np.unique(np.round(steps / steps.min(), 3))} x {steps.min():.5f}")
 assert N == 134_515_008 and 0.2 < embedding / N < 0.22
 assert round(expected / 1e6) == 97 and 0 < GGUF.stat().st_size - expected < 4e6, "what is left is the vocabulary"
 assert np.unique(block).size <= 16
@@ -376,7 +379,10 @@ for i in range(min(3, SHOWN)):
 rows = read_rows(RESULTS)
 assert real_llm.best_rate(rows) == real_llm.RATE
 above = real_llm.margins(rows)
-print("on validation, nats a token above the best: " + ", ".join(f"{rate:g} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for rate, e in above.items()))
+print(
+    "on validation, nats a token above the best: "
+    + ", ".join(f"{rate:g} {e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for rate, e in above.items())
+)
 assert all(e.low > 0 for e in above.values())
 of = real_llm.found(rows)
 for what, values in of.items():
@@ -387,8 +393,10 @@ runs = [row for row in rows if row["rate"] and row["split"] == "test"]
 copies = np.mean(np.array([row["copied"] for row in runs]) == 100)
 print(f"answers that are the verse, unchanged: {copies:.1%}")
 assert 0 < copies < 0.05 and of["plain"]["over the copy"].low > 10, "and fewer than one in twenty are"
-assert of["copied"]["before"].high < of["copied"]["the reference"].value < of["copied"]["after"].low, "they keep more of the verse than the reference does"
-assert [[round(of[k][w].value) for w in ("before", "after", "the verse")] for k in ("chrF", "copied", "plain")] == [[28, 47, 47], [41, 64, 100], [84, 92, 78]]
+copied = of["copied"]
+assert copied["before"].high < copied["the reference"].value < copied["after"].low, "they keep more of the verse than the reference does"
+shown = {k: [round(of[k][w].value) for w in ("before", "after", "the verse")] for k in ("chrF", "copied", "plain")}
+assert shown == {"chrF": [28, 47, 47], "copied": [41, 64, 100], "plain": [84, 92, 78]}
 real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
@@ -437,13 +445,19 @@ for (_, trained_part), (_, part) in zip(tuned["LoRA"].parts("default"), control.
     noise = xp.asarray(rng.standard_normal(B.shape), dtype=B.dtype)
     part.lora_A.data, part.lora_B.data = A, noise * xp.linalg.norm(B @ A) / xp.linalg.norm(noise @ A)
 nats, tokens = example_losses(model, own, 8, tokenizer.pad_token_id)
-print(f"\n{tokens.sum():.0f} tokens of the model's own answers, {ended} of {len(own)} with their end, {nats.sum() / tokens.sum():.2f} nats each; KL after a change, in nats a token")
+print(f"\n{tokens.sum():.0f} tokens of the model's own answers, {ended} of {len(own)} with their end, "
+      f"{nats.sum() / tokens.sum():.2f} nats each; KL after a change, in nats a token")
 after = {"LoRA, trained": tuned["LoRA"], "LoRA, random": control}
 kl = {name: mean(example_losses(m, own, 8, tokenizer.pad_token_id)[0] - nats, tokens) for name, m in after.items()}
 held_out = {"LoRA, trained": results["LoRA"]["held-out loss"], "LoRA, random": loss(control, test_examples)}
 for name in kl:
-    print(f"  {name:14s} KL {kl[name].value:.3f} [{kl[name].low:.3f}, {kl[name].high:.3f}]; held-out loss {held_out[name]:.3f} (before: {results['before']['held-out loss']:.3f})")
-print("novel: " + ", ".join(f"{name} {results[name]['novel'] - start['novel']:+.3f}" for name, start in starts.items()) + " nats a token, each from its own base")
+    print(f"  {name:14s} KL {kl[name].value:.3f} [{kl[name].low:.3f}, {kl[name].high:.3f}]; "
+          f"held-out loss {held_out[name]:.3f} (before: {results['before']['held-out loss']:.3f})")
+print(
+    "novel: "
+    + ", ".join(f"{name} {results[name]['novel'] - start['novel']:+.3f}" for name, start in starts.items())
+    + " nats a token, each from its own base"
+)
 for question, *texts in zip(questions[:3], *(answers(m, asked[:3], 24) for m in (model, tuned["LoRA"]))):
     print(f"\n{question}\n  before {texts[0] or '(it ends its turn at once)'}\n  LoRA   {texts[1] or '(it ends its turn at once)'}")
 if not REDUCED:

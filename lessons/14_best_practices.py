@@ -6,7 +6,7 @@
 # some cases; much these runs cannot decide. What you take along is the way of measuring: each side tuned for itself, on
 # validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 24 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
 # 3), and of what is not among them 41 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
@@ -50,7 +50,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "14_best_practices.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: the runs computed now take 2 steps, so no number after 'now' says anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: the runs computed now take 2 steps, so no number after 'now' says anything. The rows are "
+          "those of the full lesson.\n")
 
 if "--full" in sys.argv:
     practice.compute(practice.SEARCHES, RESULTS)
@@ -103,7 +104,8 @@ print(f"full fine-tuning, tuned, 500 examples of rewrite, {len(SEEDS)} seeds: " 
 widths = []  # by the seeds alone, with the records
 for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values - full.values)):
     of_seeds, of_both = mean(by_seed(values)), crossed(values, full.weights)
-    print(f"{name:16s} {of_both.value:.3f}: by the seeds alone [{of_seeds.low:.3f}, {of_seeds.high:.3f}], with the records [{of_both.low:.3f}, {of_both.high:.3f}]")
+    print(f"{name:16s} {of_both.value:.3f}: by the seeds alone [{of_seeds.low:.3f}, {of_seeds.high:.3f}], "
+          f"with the records [{of_both.low:.3f}, {of_both.high:.3f}]")
     widths.append((of_seeds.high - of_seeds.low, of_both.high - of_both.low))
 assert widths[0][1] > 2 * widths[1][1], "the records' luck is common to both"
 assert widths[0][1] > 2 * widths[0][0] and widths[1][1] < 1.1 * widths[1][0]
@@ -142,7 +144,8 @@ for key, (trial, seen) in searched(find, CASES, MAIN).items():
 print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {times[CASES[0], m]:g}" for m in MAIN))
 under_one = {case.name: np.mean([same[case, m] for m in MAIN]) for case in CASES}
 print("both under the search's seed: " + ", ".join(f"{x:+.3f} ({case})" for case, x in under_one.items()))
-assert price["rewrite, 50 examples"] > 0.5 and all(max(each[f"{task}, 5000 examples"] for each in (price, under_one)) < 0.005 for task in KEYS)
+assert price["rewrite, 50 examples"] > 0.5
+assert all(max(each[f"{task}, 5000 examples"] for each in (price, under_one)) < 0.005 for task in KEYS)
 
 # %% [markdown]
 # With 50 of `rewrite`: more than half a nat in the mean of six methods. With five of them the lowest training loss is
@@ -276,15 +279,21 @@ assert memory_ledger(base, batch=4, seq_len=64).total < memory_ledger(base, batc
 large, little = (report(find, way) for way in (practice.BATCHES.one, practice.BATCHES.other))
 for name, found in ((practice.BATCHES.a, large), (practice.BATCHES.b, little)):
     t = found.trial
-    print(f"{name:14s} best at rate {t.rate:g}, {t.epochs:g} epochs ({t.steps} steps, {practice.learned(t):,} examples): loss {found.mean.value:.3f} [{found.mean.low:.3f}, {found.mean.high:.3f}]")
+    print(f"{name:14s} best at rate {t.rate:g}, {t.epochs:g} epochs ({t.steps} steps, {practice.learned(t):,} examples): "
+          f"loss {found.mean.value:.3f} [{found.mean.low:.3f}, {found.mean.high:.3f}]")
 batches = compare(large, little, "nll")
 print(f"64 beside 4: {batches.word} ({batches.interval})")
 assert batches.clearly_worse
-equal = {pair.where: compare(report(find, pair.one, KEYS[pair.task]), report(find, pair.other, KEYS[pair.task]), KEYS[pair.task]) for pair in EQUAL_STEPS}
+equal = {}
+for pair in EQUAL_STEPS:
+    key = KEYS[pair.task]
+    equal[pair.where] = compare(report(find, pair.one, key), report(find, pair.other, key), key)
 print("62 steps of 64 beside 62 of 8:", *(f"{where}: {d.word} ({d.interval})" for where, d in equal.items()), sep="\n  ")
 assert [d.word for d in equal.values()] == ["better", "undecided"] * 2, "rewrite, source"
-sizes = Counter(at.batch_size for at, _ in searched(find, CASES, MAIN).values())
-print("batch size that the 36 searches of the league chose: " + ", ".join(f"{size}: {n} times" for size, n in sorted(sizes.items())) + f"; steps: up to {max(at.steps for at, _ in searched(find, CASES, MAIN).values()):,}")
+ended = [at for at, _ in searched(find, CASES, MAIN).values()]
+sizes = sorted(Counter(at.batch_size for at in ended).items())
+print("batch size that the 36 searches of the league chose: "
+      f"{', '.join(f'{size}: {n} times' for size, n in sizes)}; steps: up to {max(at.steps for at in ended):,}")
 
 # %% [markdown]
 # The parts give the same loss as the whole, but for rounding, with less than half the memory. Batches of 64 are worse
@@ -316,15 +325,17 @@ over_epochs, turns = {}, {}  # (case, method) -> {epochs: (loss on validation, t
 print("\nepochs: loss on validation (training loss); by how much twice the best number is worse, in standard deviations over the seeds")
 for (case, method), at in best.items():
     seen = tried[case, method][1]
-    line = over_epochs[case, method] = {n: (loss, find(replace(at, epochs=n))["train_loss"]) for n, loss in along("epochs", at, seen).items()}
+    losses = along("epochs", at, seen).items()
+    line = over_epochs[case, method] = {n: (loss, find(replace(at, epochs=n))["train_loss"]) for n, loss in losses}
     luck = np.std([find(replace(at, seed=seed, split="test"))["loss"] for seed in SEEDS], ddof=1)
     turns[case, method] = (line[2 * at.epochs][0] - line[at.epochs][0]) / luck if 2 * at.epochs in line else np.nan
-    print(f"  {case.name:23s}{method:5s}", ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items()), f"; {turns[case, method]:.1f}")
-    assert [train for _, train in line.values()] == sorted((train for _, train in line.values()), reverse=True), "the training loss falls on"
+    told = ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items())
+    print(f"  {case.name:23s}{method:5s} {told}; {turns[case, method]:.1f}")
+    assert (np.diff([train for _, train in line.values()]) <= 0).all(), "the training loss falls on"
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
     assert case.task == "source" or {t.rate for t in seen if t.epochs > at.epochs} <= {at.rate}, "no other rate for more epochs"
 assert all(not x <= 10 if case.task == "rewrite" else not x >= 5 for (case, _), x in turns.items())
-assert all((best[CASES[0], method].epochs, best[CASES[1], method].epochs) == (16, 2) for method in ("full", "lora")), "on rewrite, 50 and 500"
+assert {(best[CASES[0], m].epochs, best[CASES[1], m].epochs) for m in ("full", "lora")} == {(16, 2)}, "on rewrite, 50 and 500"
 
 # %%
 practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png", dpi=120)
@@ -395,10 +406,12 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 # %%
 dirty = {pair.a: (report(find, pair.one), report(find, pair.other)) for pair in practice.WRONG}
 for name, (clean, noisy) in dirty.items():
-    print(f"  {name} (rate {clean.trial.rate:g}) {clean.mean.value:.3f}, 500 half wrong (rate {noisy.trial.rate:g}) {noisy.mean.value:.3f}: {shown(clean, noisy, 'nll')}")
+    print(f"  {name} (rate {clean.trial.rate:g}) {clean.mean.value:.3f}, "
+          f"500 half wrong (rate {noisy.trial.rate:g}) {noisy.mean.value:.3f}: {shown(clean, noisy, 'nll')}")
 clean, noisy = dirty["250 clean, half the steps"]
 harm = crossed(noisy.values - clean.values)  # of an answer, not of a token
-print(f"half wrong costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; the best mixture of right and random, at most {-np.log(1 - 0.5):.2f}")
+print(f"half wrong costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; "
+      f"the best mixture of right and random, at most {-np.log(1 - 0.5):.2f}")
 assert harm.low > 2 * -np.log(1 - 0.5), "more than twice that"
 cleaner = {name: compare(*pair, "nll") for name, pair in dirty.items()}
 assert all(found.clearly_better for found in cleaner.values())
@@ -455,15 +468,19 @@ book = np.array([q.choices.index(q.completion) for q in asked])
 print("\nsentences of the test: " + ", ".join(f"{(book == i).sum()} of{name}" for i, name in enumerate(asked[0].choices)))
 recalls = {}  # (method, training set) -> [Austen, King James], with intervals
 for balanced, repeated in zip(SKEWED, REPEATED):
-    found = {name: report(find, way, "right") for name, way in (("balanced", balanced.one), ("80 % Austen", balanced.other), ("others repeated", repeated.one))}
+    sets = {"balanced": balanced.one, "80 % Austen": balanced.other, "others repeated": repeated.one}
+    found = {name: report(find, way, "right") for name, way in sets.items()}
     method = balanced.where.partition(",")[0]
     for name, each in found.items():
         recalls[method, name] = [crossed(each.values[:, book == i]) for i in (0, 2)]
-        print(f"  {method:5s}{name:16s} finds {recalls[method, name][0].value:.1%} of Austen, {recalls[method, name][1].value:.1%} of the King James Bible")
+        print(f"  {method:5s}{name:16s} finds {recalls[method, name][0].value:.1%} of Austen, "
+              f"{recalls[method, name][1].value:.1%} of the King James Bible")
     lost = [crossed((found["80 % Austen"].values - found["balanced"].values)[:, book == i]) for i in (0, 2)]
-    print(f"  {method:5s}by the skew: " + ", ".join(f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in zip(("Austen", "King James"), lost)))
+    told = (f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in zip(("Austen", "King James"), lost))
+    print(f"  {method:5s}by the skew:", ", ".join(told))
     assert lost[1].high < 0 > lost[0].low and lost[0].high > 0, "the rarer class is found less often"
-    assert all(abs(each.values.mean() - np.mean([recall.value for recall in recalls[method, name]])) < 0.002 for name, each in found.items())
+    means = {name: np.mean([recall.value for recall in recalls[method, name]]) for name in found}
+    assert all(abs(each.values.mean() - means[name]) < 0.002 for name, each in found.items())
     assert not compare(found["balanced"], found["80 % Austen"], "right", 1 - 0.05 / 4).clearly_better
     found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
     print(f"  {method:5s}by repeating: King James {found_again.value:+.3f} [{found_again.low:+.3f}, {found_again.high:+.3f}]")
@@ -515,7 +532,8 @@ for _ in range(2000):
     chosen = here.argmin()
     looks.append(here.mean() - here[chosen])
     is_so.append(elsewhere.mean() - elsewhere[chosen])
-print(f"the best of five on 96 verses looks {np.mean(looks):.4f} nats better than their mean; on the other verses it is {np.mean(is_so):.4f} better")
+print(f"the best of five on 96 verses looks {np.mean(looks):.4f} nats better than their mean; "
+      f"on the other verses it is {np.mean(is_so):.4f} better")
 assert np.mean(looks) > 2 * np.mean(is_so) > 0
 
 # %% [markdown]

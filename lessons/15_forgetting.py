@@ -50,7 +50,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "15_forgetting.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: the runs computed now take a few steps and few tests: no number of theirs says anything. The rows are the full lesson's.\n")
+    print("REDUCED SETTING: the runs computed now take a few steps and few tests: "
+          "no number of theirs says anything. The rows are the full lesson's.\n")
     protocol.VALIDATION, protocol.BLOCKS = 16, 4
 
 if "--full" in sys.argv:
@@ -62,7 +63,8 @@ assert not missing, f"{len(missing)} runs are missing in {RESULTS}: --full compu
 base, tokenizer = mp.load_base()
 start = find(untrained("rewrite"))
 TOKENS = np.array(start["tokens"], float)
-print(f"{len(rows)} rows; the base: task loss on test {np.sum(start['nll']) / TOKENS.sum():.3f}, {np.mean(start['cloze']):.1%} of the general items right")
+print(f"{len(rows)} rows; the base: task loss on test {np.sum(start['nll']) / TOKENS.sum():.3f}, "
+      f"{np.mean(start['cloze']):.1%} of the general items right")
 
 # %% [markdown]
 # ## 1 · Two numbers
@@ -204,10 +206,13 @@ most = crossed(verses[0.75] - verses[1.0], TOKENS)
 print(f"three quarters of the way less the whole: task loss {told(most)}")
 low = of(replace(trial, rate=trial.rate / 2))
 for t in (0.5, 0.75):
-    print(f"{t:.0%} of the way less the whole way at half the rate: task loss {told(crossed(verses[t] - loss(low), TOKENS))}, forgotten {shown(forgotten[t] - text(low))}")
+    print(f"{t:.0%} of the way less the whole way at half the rate: task loss "
+          f"{told(crossed(verses[t] - loss(low), TOKENS))}, forgotten {shown(forgotten[t] - text(low))}")
 (gain, off), (cost, more) = (interval(each[0.5] / each[1.0]) for each in (learned, forgotten))
 assert gain - off > 0.8 and cost + more < 1 / 3, "half of the way brings more than four fifths, and costs less than a third"
-assert all(below(1 - (1 - t) ** 2 + 0 * learned[t], learned[t] / learned[1.0]) for t in (0.25, 0.5, 0.75)), "each more than the parabola says"
+assert all(below(1 - (1 - t) ** 2 + 0 * learned[t], learned[t] / learned[1.0]) for t in (0.25, 0.5, 0.75)), (
+    "each more than the parabola says"
+)
 assert -0.02 < most.low and most.high < 0.02, "three quarters bring as much as the whole"
 assert crossed(verses[0.75] - loss(low), TOKENS).high < 0 and below(forgotten[0.75], text(low)), "more than half the rate, for less"
 blocks = [block for kind in data.general(protocol.BLOCKS, protocol.LENGTH).values() for block in kind]
@@ -239,16 +244,23 @@ if not REDUCED:
 
 # %%
 few = blocks[::32] if REDUCED else blocks
-of_base, *of_prompts = (mp.train.evaluate(model, few, 16, tokenizer.pad_token_id) for model in (base, *(METHODS["prompt"].prepare(base, 1, seed) for seed in SEEDS)))
+of_base, *of_prompts = (
+    mp.train.evaluate(model, few, 16, tokenizer.pad_token_id)
+    for model in (base, *(METHODS["prompt"].prepare(base, 1, seed) for seed in SEEDS))
+)
 print(f"\na prompt before its first step has forgotten {shown(np.array(of_prompts) - of_base)}")
 assert REDUCED or below(np.zeros(len(SEEDS)), np.array(of_prompts) - of_base)
 for method, begun in forgetting.before(RESULTS).items():
-    parts = [crossed(start["cloze"] - begun), *(crossed(begun - items(of(tuned(find, search(task, method, 500))[0]))) for task in ("rewrite", "source"))]
+    parts = [
+        crossed(start["cloze"] - begun),
+        *(crossed(begun - items(of(tuned(find, search(task, method, 500))[0]))) for task in ("rewrite", "source")),
+    ]
     print(f"{method}: items lost before the first step {told(parts[0])}; by training {told(parts[1])} (rewrite), {told(parts[2])} (source)")
     assert all(part.low > 0 for part in parts)
 points, edge = forgetting.searched(find, MAIN)
 task, more, kept = apart(of(trial), low)
-print(f"full fine-tuning at {trial.rate:g} less half that rate, five seeds: task loss {told(task)}, forgotten {told(more)}, items {told(kept)}")
+print(f"full fine-tuning at {trial.rate:g} less half that rate, five seeds: task loss {told(task)}, "
+      f"forgotten {told(more)}, items {told(kept)}")
 assert below(text(low), text(of(trial))), "the higher rate forgets more"
 
 # %%
@@ -303,7 +315,10 @@ equal = finder(Searches.pairs("league", EQUAL).rows())
 print("\nLoRA less full fine-tuning                          task loss               forgotten (text)        items right")
 differences = {}
 for pair in (pair for pair in EQUAL if pair.a == "lora"):
-    settings = {way: [(name, chosen(equal, each)[0]) for name, each in (("tuned", side.of), ("gentle", side))] for way, side in (("lora", pair.one), ("full", pair.other))}
+    settings = {
+        way: [(name, chosen(equal, each)[0]) for name, each in (("tuned", side.of), ("gentle", side))]
+        for way, side in (("lora", pair.one), ("full", pair.other))
+    }
     for name, a in settings["lora"]:
         for other, b in settings["full"]:
             one, two = ([equal(replace(t, seed=seed, split="test")) for seed in SEEDS] for t in (a, b))
@@ -375,8 +390,13 @@ for task in ("rewrite", "source"):
 
 # %%
 softer = of(replace(trial, rate=trial.rate / 2, batch_size=8))
-print("\nremedy              rate     task loss   forgotten (text)    less                task loss               forgotten (text)        items right")
-for name, rate, each in (("none, tuned", trial.rate, of(trial)), ("none, control", trial.rate / 2, low), ("none, batches of 8", trial.rate / 2, softer)):
+print("\nremedy              rate     task loss   forgotten (text)    less                task loss               "
+      "forgotten (text)        items right")
+for name, rate, each in (
+    ("none, tuned", trial.rate, of(trial)),
+    ("none, control", trial.rate / 2, low),
+    ("none, batches of 8", trial.rate / 2, softer),
+):
     print(f"{name:20s}{rate:<9g}{crossed(loss(each), TOKENS).value:8.3f}   {shown(text(each))}")
 versus, plainer, others = {}, {}, {}  # the remedy less the control; less a run without a remedy that learns less than the control
 for pair in PAIRS:
@@ -393,7 +413,8 @@ gains, costs = (np.polyfit([*values], [*values.values()], 4) for values in (lear
 for pair in PAIRS + OTHERS:
     each = of(chosen(find, pair.one)[0])
     gain = (verses[0.0] - loss(each)).sum(axis=1) / TOKENS.sum()
-    at = np.array([places[np.argmax(np.polyval(g, places) >= level)] for g, level in zip(gains.T, gain)])  # where a seed's way first learns as much
+    # where a seed's way first learns as much
+    at = np.array([places[np.argmax(np.polyval(g, places) >= level)] for g, level in zip(gains.T, gain)])
     leads[pair.a] = mean(text(each) - [np.polyval(c, place) for c, place in zip(costs.T, at)])
     print(f"{pair.a} less the way at {at.min():.0%} to {at.max():.0%}, which learns as much:".ljust(102) + told(leads[pair.a]))
 assert all(leads[name].high < 0 for name in ("L2-SP, α = 0.3", "L2-SP, α = 1", "replay, 0.25")), "they beat a shorter way"
@@ -411,7 +432,14 @@ assert all(found[1].high < 0 for found in others.values()), "each strength forge
 verse = np.mean([np.sum(example.labels >= 0) for example in data.drawn("rewrite", 500, SEEDS[0])])  # tokens of an answer
 share = 0.25 * shipped.REPLAY / (0.25 * shipped.REPLAY + verse)
 print(f"replay's share of the tokens in the loss: {share:.0%}")
-print("dropout less none, items:", *(f"{n.name} {told(n)}" for n in judge("forget-4").evidence if n.name.startswith("dropout") and "task" not in n.name))
+print(
+    "dropout less none, items:",
+    *(
+        f"{n.name} {told(n)}"
+        for n in judge("forget-4").evidence
+        if n.name.startswith("dropout") and "task" not in n.name
+    ),
+)
 
 # %%
 level = {t: at.sum() / TOKENS.sum() / len(SEEDS) for t, at in verses.items()}
@@ -514,7 +542,8 @@ for name, model in (("the base", base), ("tuned", far), ("too far", wrecked)):
 if not REDUCED:
     near, wide = lines["tuned"] - lines["tuned"][0], lines["too far"] - lines["too far"][0]
     assert wide[-1, 1] > 3 * near[-1, 1], "it forgot far more"
-    assert wide[:, 0].min() > near[2, 0] and wide[1:, 1].min() > near[2, 1], "none of these points is as good as half of the tuned run's way"
+    assert wide[:, 0].min() > near[2, 0]
+    assert wide[1:, 1].min() > near[2, 1], "none of these points is as good as half of the tuned run's way"
 
 # %% [markdown]
 # No. Each step back forgets less and, from the end to a quarter of the way, lowers the task loss. But no place tried on

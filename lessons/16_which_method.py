@@ -7,7 +7,7 @@
 # which weights to train. If the model lacks *facts*, retrieval may be better than any of them: in Ovadia et al. 2023
 # (arXiv:2312.05934), retrieved text beat unsupervised fine-tuning, on facts seen in pretraining and on new ones.
 #
-# You need Lessons 3 to 12, 14 and 15. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 3 to 12, 14 and 15. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer. Run it with `python lessons/16_which_method.py`
 # (half a minute on two cores), or open it as a notebook. It measures the costs on *your* machine now, once; what is
 # learned and forgotten it reads from the league of Lesson 3, whose rows ship.
@@ -45,7 +45,8 @@ HERE = Path(__file__).parent if "__file__" in globals() else next(p for p in (Pa
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: section 2 measures two methods for six, in small steps, so section 4 leaves out the least memory here. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: section 2 measures two methods for six, in small steps, "
+          "so section 4 leaves out the least memory here. The rows are those of the full lesson.\n")
 base, tokenizer = mp.load_base()
 N = sum(p.size for p in base.parameters())
 NAMES = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "bottleneck": "adapters", "prefix": "prefix", "prompt": "prompt"}
@@ -127,12 +128,18 @@ peak = {}
 for method in ("full", "lora") if REDUCED else MAIN:
     predicted, peak[method], second, token, after, left = cost(method)
     text, rest = "cannot be" if after is None else f"{1e3 * after:.2f}", "no adapter" if left is None else f"{left:.3g}"
-    print(f"  {NAMES[method]:10s} {peak[method] / 1e6:10.1f} {predicted / 1e6:12.1f} {second:12.3f} {1e3 * token:15.2f} {text:>12s} {rest:>22s}")
+    print(
+        f"  {NAMES[method]:10s} {peak[method] / 1e6:10.1f} {predicted / 1e6:12.1f} {second:12.3f} {1e3 * token:15.2f} "
+        f"{text:>12s} {rest:>22s}"
+    )
     assert left is None or (left > 0.01 if method == "qlora" else left == 0), "off, it is the model that was frozen"
     if mp.backend.get_backend() is np:  # on a GPU CuPy's pool is measured, which takes more than its arrays use
         assert abs(peak[method] / predicted - 1) < 0.1, "the ledger predicts it"
 assert REDUCED or mp.backend.get_backend() is not np or peak["prompt"] > 0.75 * peak["full"], "few parameters is not little memory"
-full, *prompts = (memory_ledger(architecture(base.config), n and mp.PromptTuningConfig(num_virtual_tokens=n), 16, 64).total for n in (None, 20, 1))
+full, *prompts = (
+    memory_ledger(architecture(base.config), n and mp.PromptTuningConfig(num_virtual_tokens=n), 16, 64).total
+    for n in (None, 20, 1)
+)
 assert [round(prompt / full, 2) for prompt in prompts] == [0.85, 0.69], "its own positions count"
 which.to_nine_tenths(judge("peft-3").evidence)
 
@@ -350,7 +357,10 @@ for case in CASES:
     most = max(able, key=lambda m: items[m].mean.value)
     near = {m: e for m in able if m != most and not (e := compare(items[m], items[most], "cloze")).clearly_worse}
     CHOSEN[case]["most items"] = [most, *near]
-    print(f"  the most general items kept: {NAMES[most]}" + "".join(f"; not told apart from it: {NAMES[m]} {e.interval}" for m, e in near.items()))
+    print(
+        f"  the most general items kept: {NAMES[most]}"
+        + "".join(f"; not told apart from it: {NAMES[m]} {e.interval}" for m, e in near.items())
+    )
 for value, word in (("able", "keeps up"), ("unsure", "is undecided")):
     print(f"in how many cases each {word}: " + ", ".join(f"{NAMES[m]} {sum(m in found[value] for found in CHOSEN.values())}" for m in MAIN))
 assert [(c, m) for c in CASES for m in CHOSEN[c]["able"] if not keeps_up(c, m, 30)] == [(Case("source", 500), "full")], "all cases at once"
@@ -457,7 +467,11 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 print("\ndecided by one column alone, with 500 examples:")
 for task in KEYS:
     case = Case(task, 500)
-    for name, column in (("trained parameters", lambda l: l.trainable), ("general items lost", lambda l: -l.cloze.value), ("FLOPs", lambda l: l.flops)):
+    for name, column in (
+        ("trained parameters", lambda l: l.trainable),
+        ("general items lost", lambda l: -l.cloze.value),
+        ("FLOPs", lambda l: l.flops),
+    ):
         one = min(TABLE[case].values(), key=column)
         kept = {True: "keeps up", False: "does not keep up", None: "undecided"}[keeps_up(case, one.method)]
         memory_share = f", with {peak[one.method] / peak['full']:.0%} of full's memory" if one.method in peak else ""

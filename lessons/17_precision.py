@@ -8,7 +8,7 @@
 # happen, measures them, and explains the remedies: *master weights*, *loss scaling*, *unscaling* and the *compute
 # dtype*.
 #
-# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the
+# You need Lessons 0, 3, 4, 7 and 12. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the
 # quiz). Where a line begins with **Predict**, write down your answer; the next cell computes it. Run it with `python
 # lessons/17_precision.py` (about a minute on two cores), or open it as a notebook. It makes one run now, and reads the
 # others, with five seeds each, from `lessons/results/17_precision.jsonl`. `python lessons/17_precision.py --full` (in
@@ -57,7 +57,8 @@ rows, SEEDS = complete(read_rows(RESULTS), precision.RUNS)
 base, tokenizer = mp.load_base()
 verses = items.test("rewrite")
 tokens = items.tokens(verses)
-LOSS = {case: items.per_token(over_seeds(rows, s, "nats"), tokens) for case, s in CASES.items()}  # (what is trained, how) -> [seeds, verses]
+# (what is trained, how) -> [seeds, verses]
+LOSS = {case: items.per_token(over_seeds(rows, s, "nats"), tokens) for case, s in CASES.items()}
 before_training = items.per_token([items.nats(base, verses)], tokens)
 print(f"{len(rows)} runs were measured, with the seeds {SEEDS}; before training, the loss is {before_training.mean():.3f} nats a token")
 assert (len(rows), len(SEEDS), len(verses)) == (85, 5, 512)
@@ -284,7 +285,8 @@ G = G[G > 0]
 SCALES = {"2^-10": 2.0**-10, "1": 1.0, "2^16": 2.0**16}
 flushed = {name: float((S * G < 2.0**-25).mean()) for name, S in SCALES.items()}
 finest = float((2.0**-10 * G < 2.0**-134).mean())
-print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activations, from {G.min():.1e} to {G.max():.1e}, half of them below {np.median(G):.1e}")
+print(f"\n{whole.weight} tokens are learned from; {G.size:,} gradients of activations, "
+      f"from {G.min():.1e} to {G.max():.1e}, half of them below {np.median(G):.1e}")
 print("flushed by float16 when multiplied by " + ", ".join(f"{name}: {share:.1%}" for name, share in flushed.items()))
 print(f"flushed by bfloat16 when multiplied by 2^-10: {finest:.1%}")
 print(f"training in float16, no scale, minus float32: {spread(beside('full', 'fp16, S = 1'), 4)}")
@@ -458,9 +460,11 @@ matrix = base.model.layers[0].mlp.up_proj.weight.numpy()
 back = mp.quant.dequantize_4bit(*mp.quant.quantize_4bit(matrix))
 norm = np.linalg.norm(matrix)
 four, then = np.linalg.norm(back - matrix) / norm, {d: np.linalg.norm(rounded(back, d) - matrix) / norm for d in ("bfloat16", "float16")}
-print(f"\nrelative error of a matrix in four bits: {four:.5f}; rounded to bfloat16 after that {then['bfloat16']:.5f}, to float16 {then['float16']:.5f}")
+print(f"\nrelative error of a matrix in four bits: {four:.5f}; rounded to bfloat16 after that {then['bfloat16']:.5f}, "
+      f"to float16 {then['float16']:.5f}")
 alone = np.linalg.norm(rounded(back, "bfloat16") - back) / norm
-assert round(four, 2) == 0.09 and 0.0015 < alone < 0.0025 and max(then.values()) < 1.0002 * four and abs(np.hypot(four, alone) - then["bfloat16"]) < 1e-4
+assert round(four, 2) == 0.09 and 0.0015 < alone < 0.0025 and max(then.values()) < 1.0002 * four
+assert abs(np.hypot(four, alone) - then["bfloat16"]) < 1e-4
 print(f"\nminus its own float32:       {'bf16':30s}{'fp16':30s}bf16, adapter held in bf16")
 for what in ("LoRA", "QLoRA"):
     cells = [spread(beside(what, how), 5) for how in ("bf16", "fp16", "bf16, no master") if (what, how) in LOSS]
@@ -472,7 +476,9 @@ assert below(LOSS["LoRA", "float32"], LOSS["LoRA", "bf16, no master"]) and cross
 assert below(LOSS["LoRA", "bf16"], LOSS["LoRA", "bf16, no master"]), "a master copy of the adapter helps, a little"
 
 # %%
-precision.runs_picture({case: crossed(before_training - losses) for case, losses in LOSS.items()}).savefig(OUT / "17_precision_runs.png", dpi=120)
+precision.runs_picture({case: crossed(before_training - losses) for case, losses in LOSS.items()}).savefig(
+    OUT / "17_precision_runs.png", dpi=120
+)
 
 # %% [markdown]
 # Still 9 %: the two errors are as good as uncorrelated, so their squares add, and $\sqrt{0.092^2 + 0.002^2}$ is 0.092.
@@ -504,7 +510,11 @@ for name, config, options in (
     held, states[name], kept[name] = ledger.held, ledger.model_states, ledger.held["activations"]
     stored = sum(held.get(line, 0) for line in ("frozen weights", "trained weights", "adapters"))
     cells = (stored, held.get("master copies", 0), held["gradients"], held["optimizer states"], states[name])
-    print(f"{name:26s}" + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8))) + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}")
+    print(
+        f"{name:26s}"
+        + "".join(f"{c / 1e9:{w}.1f}" for c, w in zip(cells, (9, 8, 11, 9, 8)))
+        + f"{states[name] / parameters:13.2f}{held['activations'] / 1e9:13.1f}"
+    )
 second = np.square(sample)  # stands for Adam's second moment; its gradient is now 0
 assert np.array_equal(to_bfloat16(0.999 * to_bfloat16(second)), to_bfloat16(second)), "none falls"
 steady, v = second[:1000], np.zeros(1000, np.float32)

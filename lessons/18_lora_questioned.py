@@ -149,7 +149,9 @@ if not REDUCED:
     at = RANK.index(8)
     assert all(spectra[g][at] > 2.5 * chance[g][at] for g in spectra), "far from random"
     assert 0.4 < spectra["MLP"][at] < 0.6 and spectra["MLP"][RANK.index(32)] < 0.8 < 0.9 < spectra["attention"][RANK.index(32)]
-    assert ranks.beside_noise(updates, "self_attn") < 0.5 < 0.6 < ranks.beside_noise(updates, "mlp") < 0.8, "and far from rank 8, and from 32"
+    assert ranks.beside_noise(updates, "self_attn") < 0.5 < 0.6 < ranks.beside_noise(updates, "mlp") < 0.8, (
+        "and far from rank 8, and from 32"
+    )
     assert worth[8] > 0.95 and worth[128] - worth[8] < 0.05 and 0 < rest < 0.5
 
 # %%
@@ -504,7 +506,12 @@ assert np.allclose(m, np.linalg.norm(W, axis=1), rtol=1e-5)
 
 # %%
 print("            start of the logits: off the base's     matrices moved in step 1     first step in W / rate")
-for name, options in {"LoRA": {}, "PiSSA": {"init_lora_weights": "pissa"}, "OLoRA": {"init_lora_weights": "olora"}, "DoRA": {"use_dora": True}}.items():
+for name, options in {
+    "LoRA": {},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "DoRA": {"use_dora": True},
+}.items():
     model = adapted(**options)
     off, size = np.abs(model(ids).numpy() - base(ids).numpy()).max(), moved(model)
     both = sum(f".lora_{factor}" in path for path, p in model.named_parameters() for factor in "AB" if p.requires_grad)

@@ -251,21 +251,26 @@ chosen = {name: sorted({row["weights"][name] for row in rows if row["what"] == "
 print(f"\n{'':22s}{'rewrite':>22s}{'define':>22s}{'mean minus cat':>25s}             weights chosen")
 for name in ("base", "rewrite 1.0", "define 1.0", "joint", *sorted(RULES, key=lambda name: both(name).mean())):
     beside = f"{spread(both(name) - both('cat')):>25s}  {word(both(name), both('cat')):11s}" if name != "cat" else ""
-    print(f"  {name:20s}{spread(loss(name)):>22s}{spread(loss(name, 'define')):>22s}{beside}" + (f"{', '.join(map(str, chosen[name])):>14s}" if name in RULES else ""))
+    print(
+        f"  {name:20s}{spread(loss(name)):>22s}{spread(loss(name, 'define')):>22s}{beside}"
+        + (f"{', '.join(map(str, chosen[name])):>14s}" if name in RULES else "")
+    )
 assert below(both("cat"), both("base")) and below(both("cat"), both("rewrite 1.0")) and below(both("cat"), both("define 1.0"))
 assert below(both("joint"), both("cat")), "training on both is better than the sum"
 clear = [name for name in RULES if below(both(name), both("cat"))]
 print("clearly better than cat:", ", ".join(clear) or "no rule")
 on_factors = [name for name, (_, how) in RULES.items() if not how["combination_type"].endswith(("cat", "svd"))]
 worse, at_995 = ({name for name in RULES if below(both("cat"), both(name), level)} for level in (0.95, 0.995))
-assert not clear and worse == {*on_factors, "dare, whole matrices", "svd"} - {"linear, same start"} and at_995 == worse - {"magnitude_prune"}
+assert not clear and worse == {*on_factors, "dare, whole matrices", "svd"} - {"linear, same start"}
+assert at_995 == worse - {"magnitude_prune"}
 assert below(both("ties, whole matrices"), both("sum 1.0")), "TIES at 1 beats the sum at 1"
 kept = ratio(both("base") - both("cat"), both("base") - both("rewrite 1.0", "define 1.0"))
 print(f"the sum keeps {spread(kept)} of what each adapter gains on its own task")
 print("the sum at 1 minus the sum at 0.5:", *(f"{task} {spread(loss('sum 1.0', task) - loss('sum 0.5', task))}" for task in TASKS))
 assert 0.88 < kept.low and kept.high < 0.94 and 0.03 < (both("cat") - both("joint")).mean() < 0.07
 assert all(below(loss("sum 0.5", task), loss("sum 1.0", task)) for task in TASKS), "full scale is worse than half"
-assert items.within(both("svd") - both("cat"), 0.01) and not below(both("sum 0.75"), both("ties, whole matrices")) and merging.WEIGHTS == (0.375, 0.5, 0.75, 1, 1.5, 2)
+assert items.within(both("svd") - both("cat"), 0.01) and not below(both("sum 0.75"), both("ties, whole matrices"))
+assert merging.WEIGHTS == (0.375, 0.5, 0.75, 1, 1.5, 2)
 print("\nscale  task         alone                 with the other        difference")
 for t in SCALES:
     for task in TASKS:
@@ -274,7 +279,8 @@ for t in SCALES:
 for task in TASKS:
     assert below(loss(f"{task} 1.0", task), loss("sum 1.0", task)) and below(loss("sum 0.75", task), loss("sum 1.0", task))
     rise = {t: loss(f"sum {t}", task) - loss(f"{task} {t}", task) for t in SCALES}
-    assert 0.09 < crossed(rise[1.0]).low and crossed(rise[1.0]).high < 0.15 and ratio(rise[0.5], rise[1.0]).high < 1 / 2 and ratio(rise[0.75], rise[1.0]).high < 3 / 4
+    assert 0.09 < crossed(rise[1.0]).low and crossed(rise[1.0]).high < 0.15 and ratio(rise[0.5], rise[1.0]).high < 1 / 2
+    assert ratio(rise[0.75], rise[1.0]).high < 3 / 4
     assert items.within(loss(f"{task} 0.75", task) - loss(f"{task} 1.0", task), 0.03)
 for task, other in zip(TASKS, TASKS[::-1]):
     first, second = loss(f"{other} 0.25", task) - loss("base", task), loss("sum 0.25", task) - loss(f"{task} 0.25", task)
@@ -287,7 +293,11 @@ if not REDUCED:
     assert all(abs(value - loss("sum 0.75", task)[0].mean()) < 0.05 for task, value in now.items())
 
 # %%
-curves = {(task, kind): [loss("base", task).mean(), *(loss(f"{name} {t}", task).mean() for t in SCALES)] for task in TASKS for kind, name in (("alone", task), ("in a sum", "sum"))}
+curves = {
+    (task, kind): [loss("base", task).mean(), *(loss(f"{name} {t}", task).mean() for t in SCALES)]
+    for task in TASKS
+    for kind, name in (("alone", task), ("in a sum", "sum"))
+}
 merging.sum_picture(curves, {task: loss("joint", task).mean() for task in TASKS}).savefig(OUT / "19_merging_sum.png", dpi=130)
 
 # %% [markdown]
@@ -326,20 +336,28 @@ print(f"\n{'density':>8s}{'noise / update':>16s}{'whole matrices':>22s}{'factors
 for d in DENSITIES:
     cells = "".join(f"{spread(loss(f'{rule} {d}')):>22s}" for rule in ("dare_linear_svd", "dare_linear", "magnitude_prune_svd"))
     print(f"{d:8g}{np.sqrt((1 - d) / d):16.2f}{cells}")
-    assert below(loss(f"magnitude_prune_svd {d}"), loss(f"dare_linear_svd {d}")) and below(loss(f"dare_linear_svd {d}"), loss(f"dare_linear {d}"))
+    assert below(loss(f"magnitude_prune_svd {d}"), loss(f"dare_linear_svd {d}"))
+    assert below(loss(f"dare_linear_svd {d}"), loss(f"dare_linear {d}"))
 print(f"all of it: {spread(loss('rewrite 1.0'))}; the base: {spread(loss('base'))}")
 remains = ratio(loss("base") - loss("dare_linear_svd 0.1"), loss("base") - loss("rewrite 1.0"))
 print(f"DARE on whole matrices keeps {spread(remains)} of the gain at density 0.1")
 for rule, length, low, high in (("dare_linear_svd", 3, 0.8, 1.3), ("dare_linear", 9, 5, 8)):  # on whole matrices, on factors
     thin = merging.thinned(model, "rewrite", rule, 0.1, settings.seed)
-    ratios = [[np.linalg.norm(thin[path] - D, order) / np.linalg.norm(D, order) for order in (None, 2)] for path, D in updates["rewrite"].items()]
+    ratios = [
+        [np.linalg.norm(thin[path] - D, order) / np.linalg.norm(D, order) for order in (None, 2)]
+        for path, D in updates["rewrite"].items()
+    ]
     whole, strongest = np.median(ratios, axis=0)
     print(f"{rule} at 0.1, median over the matrices: noise / update {whole:.2f} in all, {strongest:.2f} in the strongest direction of each")
     assert REDUCED or (abs(whole / length - 1) < 0.1 and low < strongest < high)
-assert 0.8 < remains.low and remains.high < 0.9 and below(loss("base"), loss("dare_linear 0.1")) and items.within(loss("magnitude_prune_svd 0.2") - loss("rewrite 1.0"), 0.02)
+assert 0.8 < remains.low and remains.high < 0.9 and below(loss("base"), loss("dare_linear 0.1"))
+assert items.within(loss("magnitude_prune_svd 0.2") - loss("rewrite 1.0"), 0.02)
 
 # %%
-kept = {rule: [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)] for rule in ("magnitude_prune_svd", "dare_linear_svd", "dare_linear")}
+kept = {
+    rule: [loss("rewrite 1.0").mean(), *(loss(f"{rule} {d}").mean() for d in DENSITIES)]
+    for rule in ("magnitude_prune_svd", "dare_linear_svd", "dare_linear")
+}
 merging.density_picture(kept, loss("base").mean()).savefig(OUT / "19_merging_density.png", dpi=130)
 
 # %% [markdown]
@@ -369,7 +387,11 @@ print(f"\n{'rise of the loss':22s}{'rewrite':>22s}{'define':>22s}{'general':>26s
 for t in NEGATIVE:
     for name in (f"minus rewrite {t}", f"random {t}"):
         cells = (spread(loss(name, task) - loss("base", task)) for task in TASKS)
-        print(f"  {name:20s}" + "".join(f"{cell:>22s}" for cell in cells) + f"{spread(loss(name, 'general') - loss('base', 'general'), 4):>26s}")
+        print(
+            f"  {name:20s}"
+            + "".join(f"{cell:>22s}" for cell in cells)
+            + f"{spread(loss(name, 'general') - loss('base', 'general'), 4):>26s}"
+        )
     fall = {task: loss(f"minus rewrite {t}", task) - loss("base", task) for task in merging.EVERYTHING}
     share = ratio(fall["define"], fall["rewrite"])  # of two tasks: their records are no pairs, and any order gives the same variance
     assert below(fall["define"], fall["rewrite"]) and below(8 * fall["general"], fall["define"])
@@ -463,7 +485,8 @@ merging.bits_picture(parts, share).savefig(OUT / "19_merging_bits.png", dpi=130)
 
 # %%
 Q = loss("Q", what="bases")
-print(f"\nbase: W {spread(loss('W', what='bases'))}, Q {spread(Q)}; LoRA trained beside W, merged into W: {spread(loss('LoRA 1.0 on W', what='bases'))}")
+print(f"\nbase: W {spread(loss('W', what='bases'))}, Q {spread(Q)}; LoRA trained beside W, merged into W: "
+      f"{spread(loss('LoRA 1.0 on W', what='bases'))}")
 kinds = {"Q + U": "QLoRA {} on Q", "W + U": "QLoRA {} on W", "NF4(Q + U)": "NF4(QLoRA {} on Q)", "NF4(W + U)": "NF4(QLoRA {} on W)"}
 print(f"{'':12s}" + "".join(f"{t:>19g} U, minus Q + U" + " " * 13 for t in PARTS))
 for name, kind in kinds.items():

@@ -6,7 +6,7 @@
 # lesson you can derive it and say why the term that nobody can compute cancels; compute a step of it by hand; say how
 # the *chosen* answer can become less probable; and tell IPO, KTO, ORPO and SimPO by what they change.
 #
-# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 24 minutes (200
+# You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 22 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/20_dpo.py` (about three quarters of
 # a minute on two cores), or open it as a notebook. `python lessons/20_dpo.py --full` (in a notebook `!python
 # lessons/20_dpo.py --full`) first computes those of the 18 runs behind section 4, with six seeds, that are missing in
@@ -291,7 +291,8 @@ assert w[0] + w[1] < 0 < both[0] - both[1], "of pairs not seen before the chosen
 assert all(len(r["step_chosen"]) == 63 for r in rows if r["loss"] == "dpo"), "1,000 pairs, 16 a step: 744 from the 17th on"
 assert max(e.high for e in table.values()) < 0, "all held-out answers fall, under all three losses"
 assert all(crossed(of("dpo", "chosen") - of(loss, "chosen")).high < 0 for loss in ("chosen", "orpo"))
-assert min(e.low for e in gap.values()) > 0 and gap["dpo"].low < both[0] < gap["dpo"].high, "the best falls less than the worst, as in the steps' pairs"
+assert min(e.low for e in gap.values()) > 0
+assert gap["dpo"].low < both[0] < gap["dpo"].high, "the best falls less than the worst, as in the steps' pairs"
 assert min(e.low for e in above.values()) > 0, "and less than the four do in the mean"
 
 # %%
@@ -359,7 +360,8 @@ curves = {"DPO": curve(rlhf.dpo_loss), "IPO": curve(rlhf.ipo_loss)}
 at = int(np.argmin(abs(differences - 20)))
 print("\npush at a difference of 20 nats: " + ", ".join(f"{name} {push[at]:+.4f}" for name, (_, push) in curves.items()))
 print("                    at its goal, 5:  " + ", ".join(f"{name} {push[30]:+.4f}" for name, (_, push) in curves.items()))
-assert round(np.log(0.9 / 0.1) / live.beta) == 44 and round(both[0], 2) == 0.47, "the best difference at q = 0.9, and section 4's: see below"
+assert round(np.log(0.9 / 0.1) / live.beta) == 44
+assert round(both[0], 2) == 0.47, "the best difference at q = 0.9, and section 4's: see below"
 assert differences[30] == 5 and curves["DPO"][1][at] > 0 > curves["IPO"][1][at] and abs(curves["IPO"][1][30]) < 1e-12
 
 # %%

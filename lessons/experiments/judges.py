@@ -14,6 +14,7 @@ import numpy as np
 
 from minipeft import rlhf
 from minipeft.experiments.rows import Row
+from minipeft.experiments.seeds import interval
 from minipeft.experiments.shipped import base
 
 from .drawing import one_plot
@@ -122,6 +123,21 @@ def right(of: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     pairs = np.array(of[0]["pairs"])
     assert all(row["pairs"] == of[0]["pairs"] for row in of), "all judges are measured on the same answers"
     return np.array([row["right"] for row in of])[:, pairs > 0], pairs[pairs > 0]
+
+
+def sureness(of: list[Row]) -> np.ndarray:
+    """[seeds], how far what each judge says is from 0.5, the mean over the pairs."""
+    return np.array([np.average(abs(said - 0.5), weights=n) for said, _, n in (np.array(row["calibration"]).T for row in of)])
+
+
+def by_tenths(of: list[Row]) -> tuple[list[float], dict[int, Any], Any]:
+    """([what judges say, in how many pairs it is so] between 0.7 and 0.8, {tenth from 0.5 on: by how much it is more often
+    so than they say, over the seeds}, that over all pairs)."""
+    bins = {k: np.array([bin for row in of for bin in row["calibration"] if int(10 * bin[0]) == k]) for k in range(5, 10)}
+    halves = [np.array([bin for bin in row["calibration"] if bin[0] > 0.5]) for row in of]
+    overall = interval([np.average(half[:, 1] - half[:, 0], weights=half[:, 2]) for half in halves])
+    off = {k: interval(each[:, 1] - each[:, 0]) for k, each in bins.items()}
+    return [np.average(bins[7][:, k], weights=bins[7][:, 2]) for k in (0, 1)], off, overall
 
 
 def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
