@@ -547,7 +547,7 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 
 # %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch
-# > on the task: **cannot be tested here**. 1 of 4 comparisons are as stated, 2 not told:
+# > on the task: **cannot be tested here**. Of 4 comparisons 1 is as stated, 1 is not and 2 are not told:
 # >
 # > - full beside scratch, rewrite, 50 and 5000 examples: undecided (+0.035 [-0.122, +0.193]), not told.
 # > - full beside scratch, source, 50 and 5000 examples: worse (-0.153 [-0.238, -0.068]).

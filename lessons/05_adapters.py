@@ -127,8 +127,8 @@ assert difference < 1e-4
 # > (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
-# > options to 11. Whole, the adapters' models are right in 90% of the answers and LoRA's in 95%. 0 of 4 comparisons are
-# > as stated, 2 not told:
+# > options to 11. Whole, the adapters' models are right in 90% of the answers and LoRA's in 95%. Of 4 comparisons 0 are
+# > as stated, 2 are not and 2 are not told:
 # >
 # > - a unit beside a direction of LoRA, read: undecided (+0.014 [-0.024, +0.053]), not told.
 # > - a unit beside one before training, read: undecided (+0.126 [-0.002, +0.254]), not told.
@@ -446,7 +446,8 @@ assert finder(rows)(replace(two, method="pfeiffer")) is None, "which the search 
 # 0.028]; between these two it is undecided.
 
 # %% [markdown]
-# > `adapter-8` less parameter-efficient than LoRA: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
+# > `adapter-8` less parameter-efficient than LoRA: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and 1 is
+# > not told:
 # >
 # > - lora beside bottleneck-m37, rewrite, 500 examples: better, within 4 epochs (+0.067 [+0.056, +0.078]).
 # > - lora beside bottleneck-m37, source, 500 examples: undecided (+0.014 [-0.000, +0.028]), not told.

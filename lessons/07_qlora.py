@@ -474,7 +474,7 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 # > 1.20 (width 256), 1.23 (width 512) and 1.29 (width 1024) times as long: clearly longer, and at most 1.25 times, our
 # > limit of a little, at width 128, width 256 and width 512. (6 seeds)
 #
-# > `qlora-5` negligible loss of quality: **holds if**. 4 of 6 comparisons are as stated, 2 not told:
+# > `qlora-5` negligible loss of quality: **holds if**. Of 6 comparisons 4 are as stated and 2 are not told:
 # >
 # > - qlora beside lora, rewrite, 50 examples: worse (-0.022 [-0.026, -0.018]), not told.
 # > - qlora beside lora, rewrite, 500 examples: worse, by less than 0.02 (-0.013 [-0.018, -0.008]).

@@ -436,8 +436,8 @@ if not REDUCED:
 # base never read. The model told them knows more than the one told others, asked or not: tuning taught it facts.
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. 5 of 9 comparisons are as stated, 2
-# > not told (5 better, 2 undecided and 2 equal):
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons 5 are as stated, 2
+# > are not and 2 are not told (5 better, 2 undecided and 2 equal):
 # >
 # > - right answers, tuned beside shuffled, new phrasings: undecided (-0.005 [-0.025, +0.015]), not told.
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).

@@ -6,7 +6,7 @@
 # some cases; much these runs cannot decide. What you take along is the way of measuring: each side tuned for itself, on
 # validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 24 minutes (200 words or 25 lines of
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
 # 3), and of what is not among them 41 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
@@ -305,9 +305,9 @@ print("batch size that the 36 searches of the league chose: "
 # ended at 4, the least allowed.
 
 # %% [markdown]
-# > `best-5` a batch as large as memory allows: **holds if**. 0 of 8 comparisons are as stated, 4 not told (6 worse and
-# > 2 undecided; 7 where the worse, or both, took the most epochs). 2 of 4 comparisons are as stated, 2 not told (2
-# > better and 2 undecided). (5 seeds, 512 test items)
+# > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 0 are as stated, 4 are not and 4 are not
+# > told (6 worse and 2 undecided; 7 where the worse, or both, took the most epochs). Of 4 comparisons 2 are as stated
+# > and 2 are not told (2 better and 2 undecided). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -383,8 +383,8 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 # sides, at which a start without warm-up may fail.
 
 # %% [markdown]
-# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. 0 of 8 comparisons are as stated, 3 not told
-# > (5 equal and 3 undecided; 1 where the worse, or both, took the most epochs):
+# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 5 are not
+# > and 3 are not told (5 equal and 3 undecided; 1 where the worse, or both, took the most epochs):
 # >
 # > - 5% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.017, +0.035]), not told.
 # > - 10% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.013, +0.032]), not told.
@@ -447,9 +447,9 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 # verdict's *holds if* says that something is missing from easy ones alone, not that hard ones teach more.
 
 # %% [markdown]
-# > `best-3` include hard examples: **holds if**. 2 of 4 comparisons are as stated, 2 not told (2 better and 2
-# > undecided). 0 of 4 comparisons are as stated, 2 not told (2 undecided and 2 equal; 1 where the worse, or both, took
-# > the most epochs). (5 seeds, 512 test items)
+# > `best-3` include hard examples: **holds if**. Of 4 comparisons 2 are as stated and 2 are not told (2 better and 2
+# > undecided). Of 4 comparisons 0 are as stated, 2 are not and 2 are not told (2 undecided and 2 equal; 1 where the
+# > worse, or both, took the most epochs). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare

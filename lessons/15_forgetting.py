@@ -134,7 +134,7 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # the loss on text agrees in 16, is open in 4, and misleads in none.
 
 # %% [markdown]
-# > `full-10` risk of catastrophic forgetting: **holds if**. 5 of 6 comparisons are as stated, 1 not told:
+# > `full-10` risk of catastrophic forgetting: **holds if**. Of 6 comparisons 5 are as stated and 1 is not told:
 # >
 # > - full beside base, rewrite, 50 examples: worse (-0.023 [-0.041, -0.005]), not told.
 # > - full beside base, rewrite, 500 examples: worse (-0.052 [-0.073, -0.030]).
@@ -150,7 +150,7 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # > clearly misleads in: none. The ranks of methods by the two correlate at 0.61 (0.20 to 1.00). (5 seeds, 640 test
 # > items)
 #
-# > `forget-1` fine-tuning can degrade general abilities: **holds**. 12 of 12 comparisons are as stated (12 worse). (5
+# > `forget-1` fine-tuning can degrade general abilities: **holds**. Of 12 comparisons 12 are as stated (12 worse). (5
 # > seeds, 640 test items)
 
 # %% [markdown]
@@ -356,7 +356,7 @@ for task in ("rewrite", "source"):
 # > +0.361]; the task undecided, +0.035 [-0.013, +0.083]). The tuned rates are 0.0005 and 0.0005. That good weights are
 # > the reason is not tested. (5 seeds, 640 test items)
 #
-# > `forget-5` remedy: PEFT: **cannot be tested here**. 0 of 4 comparisons are as stated, 2 not told:
+# > `forget-5` remedy: PEFT: **cannot be tested here**. Of 4 comparisons 0 are as stated, 2 are not and 2 are not told:
 # >
 # > - lora beside full, rewrite, 500 examples: undecided (-0.011 [-0.023, +0.001]; the task equal, -0.002 [-0.011,
 # >   +0.007]), not told.
@@ -495,7 +495,7 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # rates are as stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept.
 
 # %% [markdown]
-# > `forget-2` remedy: lower rate: **holds if**. 3 of 4 comparisons are as stated, 1 not told:
+# > `forget-2` remedy: lower rate: **holds if**. Of 4 comparisons 3 are as stated and 1 is not told:
 # >
 # > - rate 0.00025 beside the tuned rate, full, rewrite, 500 examples: better (+0.015 [+0.003, +0.027]; the task worse,
 # >   -0.024 [-0.033, -0.016]), not told.
@@ -508,14 +508,14 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # >
 # > (5 seeds, 640 test items)
 #
-# > `forget-3` remedy: mix in general data: **holds if**. 2 of 8 comparisons are as stated, 6 not told (6 undecided and
-# > 2 better). 0.25 general blocks an example beside none, lora, rewrite, 500 examples: better (+0.030 [+0.009, +0.051];
-# > the task better, +0.014 [+0.005, +0.022]); 1 general blocks an example beside none, lora, rewrite, 500 examples:
-# > better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]). (5 seeds, 640 test items)
+# > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (6
+# > undecided and 2 better). 0.25 general blocks an example beside none, lora, rewrite, 500 examples: better (+0.030
+# > [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general blocks an example beside none, lora, rewrite,
+# > 500 examples: better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]). (5 seeds, 640 test items)
 #
-# > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. 0 of 12 comparisons are as stated, 1 not told
-# > (9 equal and 3 worse). Weight decay 1 beside none, lora, rewrite, 500 examples: equal (-0.005 [-0.017, +0.007]; the
-# > task better, +0.024 [+0.020, +0.028]), not told. (5 seeds, 640 test items)
+# > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. Of 12 comparisons 0 are as stated, 11 are not
+# > and 1 is not told (9 equal and 3 worse). Weight decay 1 beside none, lora, rewrite, 500 examples: equal (-0.005
+# > [-0.017, +0.007]; the task better, +0.024 [+0.020, +0.028]), not told. (5 seeds, 640 test items)
 
 # %% [markdown]
 # ## Break it: too far from the base

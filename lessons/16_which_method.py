@@ -286,7 +286,8 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 # > examples: worse (-0.051 [-0.063, -0.039]); full beside lora, source, 500 examples: undecided (-0.010 [-0.021,
 # > +0.001]), not told. (5 seeds, 512 test items)
 #
-# > `adapter-6` quality comparable to full fine-tuning: **holds if**. 2 of 6 comparisons are as stated, 3 not told:
+# > `adapter-6` quality comparable to full fine-tuning: **holds if**. Of 6 comparisons 2 are as stated, 1 is not and 3
+# > are not told:
 # >
 # > - bottleneck beside full, rewrite, 50 examples: worse (-0.014 [-0.024, -0.005]), not told.
 # > - bottleneck beside full, rewrite, 500 examples: worse, within 4 epochs (-0.029 [-0.038, -0.019]), not told.
@@ -297,7 +298,7 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 # >
 # > (5 seeds, 512 test items)
 #
-# > `soft-8` often weaker than LoRA or adapters: **holds**. 12 of 12 comparisons are as stated (12 worse; 9 where the
+# > `soft-8` often weaker than LoRA or adapters: **holds**. Of 12 comparisons 12 are as stated (12 worse; 9 where the
 # > worse, or both, took the most epochs). (5 seeds, 512 test items)
 #
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
@@ -388,8 +389,8 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # twelve ask whether it is not inferior (above -0.02) to what stores as much or more: QLoRA and full fine-tuning.
 
 # %% [markdown]
-# > `which-1` full: maximum quality, if there is compute and storage: **holds if**. 2 of 6 comparisons are as stated, 3
-# > not told:
+# > `which-1` full: maximum quality, if there is compute and storage: **holds if**. Of 6 comparisons 2 are as stated, 1
+# > is not and 3 are not told:
 # >
 # > - full beside lora, rewrite, 50 examples: worse (-0.032 [-0.046, -0.017]), not told.
 # > - full beside lora, rewrite, 500 examples: worse (-0.041 [-0.055, -0.027]).
@@ -400,12 +401,12 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # >
 # > (5 seeds, 512 test items)
 #
-# > `which-2` LoRA: best balance: **holds if**. 16 of 18 comparisons are as stated, 1 not told (16 better, 1 undecided
-# > and 1 equal; 13 where the worse, or both, took the most epochs). Lora beside bottleneck, source, 50 examples:
-# > undecided (+0.004 [-0.030, +0.037]), not told; lora beside bottleneck, source, 500 examples: equal, both within 4
-# > epochs (+0.004 [-0.005, +0.012]). 11 of 12 comparisons are as stated (4 equal, 3 better, 3 undecided, 1 worse and 1
-# > better, by less than 0.02; 4 where the worse, or both, took the most epochs). Lora beside full, rewrite, 5000
-# > examples: worse, both within 1 epoch (-0.112 [-0.123, -0.102]). (5 seeds, 512 test items)
+# > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons 16 are as stated, 1 is not and 1 is not told (16
+# > better, 1 undecided and 1 equal; 13 where the worse, or both, took the most epochs). Lora beside bottleneck, source,
+# > 50 examples: undecided (+0.004 [-0.030, +0.037]), not told; lora beside bottleneck, source, 500 examples: equal,
+# > both within 4 epochs (+0.004 [-0.005, +0.012]). Of 12 comparisons 11 are as stated and 1 is not (4 equal, 3 better,
+# > 3 undecided, 1 worse and 1 better, by less than 0.02; 4 where the worse, or both, took the most epochs). Lora beside
+# > full, rewrite, 5000 examples: worse, both within 1 epoch (-0.112 [-0.123, -0.102]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · And the other two jobs
@@ -434,8 +435,8 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 # that Lesson 10 prints read no better than the base's.
 
 # %% [markdown]
-# > `which-6` instruction tuning: to follow instructions: **holds if**. 6 of 9 comparisons are as stated (6 better and 3
-# > equal):
+# > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons 6 are as stated and 3 are not
+# > (6 better and 3 equal):
 # >
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - right answers, tuned beside few-shot, new tasks: equal (+0.000 [+0.000, +0.000]).

@@ -316,7 +316,8 @@ assert not any(found.clearly_better or found.clearly_worse for found in BESIDE["
 # > examples: equal (+0.008 [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: undecided (-0.007 [-0.027,
 # > +0.013]), not told. (5 seeds, 512 test items)
 #
-# > `lora-8` all linear layers: more parameters and better: **holds if**. 2 of 4 comparisons are as stated, 1 not told:
+# > `lora-8` all linear layers: more parameters and better: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and
+# > 1 is not told:
 # >
 # > - lora beside lora-qv, rewrite, 500 examples: better, within 4 epochs (+0.015 [+0.008, +0.022]).
 # > - lora beside lora-qv, source, 500 examples: better, both within 4 epochs (+0.021 [+0.005, +0.036]).
@@ -391,7 +392,8 @@ for task, rates in ranks.rates(["lora-alpha4", "lora", "lora-alpha64"]).items():
 # "better, not told" is clearly better, perhaps by less.
 
 # %% [markdown]
-# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. 3 of 6 comparisons are as stated, 3 not told:
+# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated and 3 are
+# > not told:
 # >
 # > - lora-r32 beside lora-r1, rank, rewrite, 500 examples: better (+0.075 [+0.061, +0.088]).
 # > - lora beside lora-r16, rank, source, 500 examples: better (+0.019 [+0.001, +0.037]), not told.
@@ -447,8 +449,8 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 # and that these cause forgetting (Lesson 15).
 
 # %% [markdown]
-# > `lora-12` a slight loss of quality against full fine-tuning, usually negligible: **holds if**. 5 of 6 comparisons
-# > are as stated:
+# > `lora-12` a slight loss of quality against full fine-tuning, usually negligible: **holds if**. Of 6 comparisons 5
+# > are as stated and 1 is not:
 # >
 # > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
 # > - lora beside full, rewrite, 500 examples: better (+0.041 [+0.027, +0.055]).

@@ -131,7 +131,7 @@ def test_hard_examples_have_to_beat_chance_as_well():
     verdict = rule.judge(filled(rule.experiment, better(lambda t: t.data != "easy"), {}))
     assert verdict.verdict == IF and len([verdict.effect, *verdict.evidence]) == 8
     assert [one.name.partition(",")[0] for one in (verdict.effect, *verdict.evidence)].count("easy and hard examples over easy ones") == 4
-    assert verdict.because == "4 of 4 comparisons are as stated (4 better). 0 of 4 comparisons are as stated (4 equal)."
+    assert verdict.because == "Of 4 comparisons 4 are as stated (4 better). Of 4 comparisons 0 are as stated and 4 are not (4 equal)."
 
 
 KEPT = {
@@ -232,7 +232,7 @@ def test_rows_that_are_missing_leave_a_statement_untried_and_divergence_is_told(
     rows[seed] = rows[seed] | {"loss": None}
     verdict = rule.judge(rows)
     assert verdict.verdict == IF, "what is found of the other pairs stands"
-    assert verdict.because.startswith("4 of 6 comparisons are as stated, 2 not told") and "lora diverged" in verdict.because
+    assert verdict.because.startswith("Of 6 comparisons 4 are as stated and 2 are not told") and "lora diverged" in verdict.because
 
 
 @pytest.mark.parametrize("low, high, so", [(-0.015, 0.01, True), (-0.05, -0.03, False), (-0.025, -0.01, None)])
@@ -257,13 +257,13 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     found = [beside(i, 1.0 if i > 2 else -1.0) for i in range(16)]
     few, many, bad = (comparison.told(some, comparison.better, "source") for some in (found[:6], found, [*found[:3] * 3, found[3]]))
     assert few.because.count("better") == 3 and few.because.count("worse") == 3
-    assert many.because.startswith("13 of 16 comparisons are as stated (13 better and 3 worse):")
+    assert many.because.startswith("Of 16 comparisons 13 are as stated and 3 are not (13 better and 3 worse):")
     assert (many.because.count(": better"), many.because.count(": worse"), len(many.evidence)) == (0, 3, 15)
-    assert bad.because.startswith("1 of 10 comparisons are as stated (9 worse and 1 better). A beside b, case 3: better")
+    assert bad.because.startswith("Of 10 comparisons 1 is as stated and 9 are not (9 worse and 1 better). A beside b, case 3: better")
     lost = comparison.told(found, comparison.better, "source", [f"a beside b, case {i}: b diverged" for i in range(16, 31)]).because
-    assert lost == "13 of 31 comparisons are as stated, 15 not told (15 diverged, 13 better and 3 worse)."
+    assert lost == "Of 31 comparisons 13 are as stated, 3 are not and 15 are not told (15 diverged, 13 better and 3 worse)."
     limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
-    assert limited.because == "13 of 13 comparisons are as stated (13 better; 13 where the worse, or both, took the most epochs)."
+    assert limited.because == "Of 13 comparisons 13 are as stated (13 better; 13 where the worse, or both, took the most epochs)."
     joined = comparison.both(few, many).because
     assert "\n\n13 of 16" in joined and ") 13 of 16" not in joined, "behind a list a paragraph of its own"
 

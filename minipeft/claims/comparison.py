@@ -366,7 +366,9 @@ def told(
     undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
     verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
     items = min(each.one.values.shape[1] for each in found)
-    counts = f"{so.count(True)} of {len(so)} comparisons are as stated" + f", {so.count(None)} not told" * (None in so)
+    answers = [(so.count(answer), answer, word) for answer, word in ((True, "as stated"), (False, "not"), (None, "not told"))]
+    parts = [f"{n} {'is' if n == 1 else 'are'} {word}" for n, answer, word in answers if n or answer]
+    counts = f"Of {len(so)} comparisons {listed(parts)}"
     shown = words
     if len(so) + beside > MANY:
         alike = Counter([each.difference().word for each in found] + ["diverged"] * len(failed))
