@@ -7,10 +7,10 @@
 # the right place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy
 # raters who disagree allow. You can put a model in the rater's place, and test and repair how sure a judge is.
 #
-# You need Lesson 3 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200 words or
-# 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two
-# cores), or open it as a notebook. With `--full` it computes those of the curves' runs that are missing in
-# `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
+# You need Lessons 3 and 4 (LoRA), and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes
+# (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a
+# minute on two cores), or open it as a notebook. With `--full` it computes those of the curves' runs that are missing
+# in `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -83,10 +83,10 @@ assert np.allclose(r_w.grad, -1 / (1 + np.exp(chosen - rejected)) / 2), "largest
 assert np.allclose(r_w.grad, -r_l.grad), "only the difference is learned: the zero of r is anywhere"
 
 # %% [markdown]
-# The second: for one pair's loss, its size is $1 - \sigma(r_w - r_l)$, the probability that the model gives to
-# the wrong order. It moves the two rewards apart and says nothing of their sum. Both texts answer one prompt, so each
-# prompt has a zero of its own: the loss never compares the rewards of answers to two prompts. For the choice of answers
-# this does not matter: a constant added to all answers of a prompt leaves the best one best.
+# The second: the gradient of one pair's loss has the size $1 - \sigma(r_w - r_l)$, the probability that the model gives
+# to the wrong order. It moves the two rewards apart and says nothing of their sum. Both texts answer one prompt, so
+# each prompt has a zero of its own: the loss never compares the rewards of answers to two prompts. For the choice of
+# answers this does not matter: a constant added to all answers of a prompt leaves the best one best.
 #
 # **What no reward explains.** Three people order three texts ABC, BCA and CAB. Two of three then prefer A to B, B to C,
 # and C to A. At equal rewards each text is pulled up by the pair that it mostly wins as hard as down by the other. So
@@ -141,7 +141,8 @@ assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), 
 
 # %% [markdown]
 # Between tied answers the noise decides, and the reward model learns from these coin flips, too. Accuracies below are
-# of pairs that are not tied.
+# of pairs that are not tied. All pairs, tied ones too, are in what section 5 prints as our rater's ceiling, and in
+# section 7.
 
 # %% [markdown]
 # > `rlhf-3` P(y1 > y2 | x) = sigmoid(r(x,y1) - r(x,y2)): **holds**. The loss is -log sigmoid(r1 - r2) to 2e-16, and of
@@ -199,7 +200,7 @@ assert np.isclose(spread, (K + 1) / 3)
 # The model is the base with a scalar head in place of the vocabulary's. The score is that of the **last real token**,
 # the only one that has seen the whole text. "The last token that is no padding" is a trap: many tokenizers pad with the
 # end-of-text token, and then a text's own is skipped. transformers' `LlamaForSequenceClassification` falls into it, so
-# there pad with a token that ends no text. We look at the length.
+# there pad with a token that ends no text. Ours goes by the mask of real tokens.
 
 # %%
 model, end = rlhf.RewardModel(base, seed=0), tokenizer.eos_token_id
@@ -235,8 +236,8 @@ for decay in (0.0, 0.1):
 # Once all pairs are in order, to lengthen the head always lowers the loss, and no head has the lowest. Its norm grows
 # as the logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin
 # flips. Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right. In a single
-# pass (not tried with this head) each pair is new at its step. So a step lowers, on average, the loss of new pairs, and
-# that rises when a head gets too sure.
+# pass (not tried with this head) each pair is new at its step. So a step lowers, on average, the loss of new pairs,
+# which is high for a head that is too sure of them.
 #
 # Below, all weights are trained. A fresh head's scores have any scale, so `calibrate` gives them mean 0 and standard
 # deviation 1 before training, and again at the end: then rewards of two models have one mean and one scale on the
@@ -285,7 +286,7 @@ for run in live:
 # Of $n$ rankings a share $f$ is turned round. At equal rewards the gradient of a turned pair is as large, with the
 # other sign. So $1 - 2f$ of the mean gradient is left, and the mean square stays. If the mean is small beside the
 # scatter over pairs, the scatter (mean square less squared mean) hardly changes. If learning were like taking a mean,
-# whose noise falls as $1/\sqrt n$, gradient over noise would be as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean
+# whose noise falls as $1/\sqrt n$, gradient over noise would go as $(1 - 2f) \sqrt n$: that of $n (1 - 2f)^2$ clean
 # ones. A text now wins with probability $f + (1 - 2f)\,\sigma$, never above $1 - f$. These pairs are no longer Bradley
 # and Terry's; who knows $f$ puts this expression into the loss in place of $\sigma$.
 #
@@ -301,6 +302,7 @@ gain = {(one, other): crossed(hits[one][0] - hits[other][0], hits[CLEAN][1]) for
 for pair, difference in gain.items():
     print("{} less {}: ".format(*pair) + shown(difference, 3))
 assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low, "100 rankings: not clearly better than a coin; 500: barely"
+assert gain[FEW, FEWEST].low < 0, "and 500 not clearly better than 100"
 assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
 assert gain[NOISY, FEW].low < 0 < gain[NOISY, FEW].high, "2000 with a quarter turned round: not clearly other than 500 clean ones"
 right = 1 / (1 + np.exp(-abs(held_gold[:, i] - held_gold[:, j]) / 0.1))  # our rater, pair by pair; 0.5 where the gold is tied
@@ -312,14 +314,16 @@ assert REDUCED or abs(varies[1] / varies[0] - 2) < 0.1
 judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 
 # %% [markdown]
-# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing clearly other than a coin toss. 500, in
-# 63 steps, order 0.54 [0.51, 0.56] of the pairs rightly, not clearly more; 2,000 clean ones, in 250 steps, 0.68 [0.66,
-# 0.70]. (More steps alone: not tried.) With a quarter turned round 2,000 lose 0.15, and end -0.01 [-0.06, +0.05] above
-# 500 clean ones: the interval has room for all that 500 teach, so it does not test the rule. Another rule, by the noise
-# of given pairs' labels alone, whose variance doubles, gives about 240. All intervals are over seeds and prompts.
+# 500, by the rule. In one pass, of 13 steps, a hundred rankings teach nothing that is clearly better than a coin. 500,
+# in 63 steps, order 0.54 [0.51, 0.56] of the pairs rightly: clearly more than a coin, not clearly more than 100 do.
+# 2,000 clean ones, in 250 steps, order 0.68 [0.66, 0.70]. (More steps alone: not tried.) With a quarter turned round
+# 2,000 lose 0.15, and differ from 500 clean ones by -0.01 [-0.06, +0.05]: the interval has room for all that 500 teach,
+# so it does not test the rule. Another rule takes as noise only the variance of a given pair's label, which grows 2.05
+# times. It gives $2000\,(1 - 2f)^2 / 2.05$, about 240. All intervals are over seeds and prompts.
 #
-# **What disagreement leaves possible.** InstructGPT's labelers agreed with each other in 73 % (section 3.4). Let each
-# be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 - p)^2$.
+# **What disagreement leaves possible.** InstructGPT's training labelers agreed in 73 % (section 3.4).
+# Let each be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 -
+# p)^2$.
 
 # %%
 agree, best_possible = (right**2 + (1 - right) ** 2).mean(), right.mean()
@@ -329,12 +333,12 @@ print(f"agreement 0.73: right in {theirs:.2f}; our rater's {agree:.3f}: "
 assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 
 # %% [markdown]
-# Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward models
-# agreed with 72 % of their own labelers' choices and 70 % of others' (section 4.1), about as often as another
-# labeler. Where pairs differ, each has its $x = 2p - 1$, from 0 to 1. From the agreement, $(1 + x^2)/2$ on average, the
-# mean of $x^2$ is 0.46. The mean of $x$ is at least as large, as $x^2 \le x$, and at most $\sqrt{0.46} = 0.68$, as a
-# variance is not negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure of some pairs
-# and toss a coin for the rest, and 0.84.
+# Knowing the truth, a model agrees with 84 % of such labels, if all pairs are equally hard. InstructGPT's reward
+# models, each trained on four fifths of the labelers, agreed with 72 % of their choices and with 70 % of the others'
+# (section 4.1). Where pairs differ, each has its $x = 2p - 1$, from 0 to 1. From the agreement, $(1 + x^2)/2$ on
+# average, the mean of $x^2$ is 0.46. The mean of $x$ is at least as large, as $x^2 \le x$, and at most $\sqrt{0.46} =
+# 0.68$, as a variance is not negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure
+# of some pairs and toss a coin for the rest, and 0.84.
 #
 # **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
 # model*), a reward model, then PPO, which trains a *policy* to please the reward model.
@@ -370,7 +374,8 @@ print(constitution.PRINCIPLES)
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
 # answers the other way round it gives $d'$. Suppose that $d$ is a preference for the place or its letter (A is always
-# first), the same in both orders, plus one for the answer, whose sign turns. Then $(d - d')/2$ is the latter alone.
+# first), the same in both orders, plus one for the answer, whose sign turns. Then $(d - d')/2$ is the latter alone. (We
+# did not test the supposition.)
 #
 # It first sees two solved examples, the best of four ways of asking on another seed
 # (`minipeft/claims/constitution.py`).
@@ -399,13 +404,14 @@ assert apart.low < 0 < apart.high, "PPO by the coin's labels: not clearly other 
 
 # %% [markdown]
 # It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
-# orders one is right. The mean over both is right in six of ten, with length averaged out, too. But a random choice
-# among 16 answers has the SFT model's own gold, and choosing by a reward model of 200 such labels gains nothing clear
-# over that. Nor does one of 200 of the rater's, so it says little that the two are not clearly apart. PPO by either
-# ends clearly below the SFT model (each interval alone). By a coin's labels the best of 16 ends clearly below it, too
-# (why is open: a model that has learned nothing would choose at random), and PPO not clearly. With a large judge Lee et
-# al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on people's, to
-# the SFT model's in some 70 %.
+# orders one is right. The mean over both is right in six of ten, with length averaged out, too. That the principles did
+# this is not shown: it was not asked without them, and the two solved examples show what the gold likes, too. A random
+# choice among 16 answers has on average the SFT model's gold, and choosing by a reward model of 200 such labels gains
+# nothing clear over that. Nor does one of 200 of the rater's, so it says little that the two are not clearly apart. PPO
+# by either ends clearly below the SFT model (each interval alone). By a coin's labels the best of 16 ends clearly below
+# it, too (why is open: a model that has learned nothing would choose at random), and PPO not clearly. With a large
+# judge Lee et al. 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on
+# people's, to the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -450,7 +456,7 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # ## 7 · Does it know how sure it can be?
 #
 # $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
-# in 70%? We let the rater label every held-out pair anew.
+# in 70%? We let the rater label every held-out pair anew, and first ask section 5's judge of 300 rankings.
 #
 # **Predict:** back to our reward models, does one that has learned next to nothing say 0.5 everywhere?
 
@@ -491,7 +497,7 @@ assert (0.6 * far[judges.UNTRAINED] < far[FEWEST]).all() and (far[FEWEST] < far[
 before, after = (train(run, LARGEST)[1] for run in (Run(0, seed=live[0].seed), live[0]))
 alike = np.corrcoef(*(np.subtract(x[:, i], x[:, j]).ravel() for x in (before, after)))[0, 1]
 print(f"correlation of the differences of {live[0].rankings} rankings' judge with those of its head before training: {alike:.2f}")
-assert REDUCED or alike < 0.6, "nearly as sure, but mostly of other choices"
+assert REDUCED or alike < 0.6, "nearly as sure, but of other differences"
 careless = [bin[0] for row in kinds[NOISY] for bin in row["calibration"]]
 assert 0.4 < min(careless) and max(careless) < 0.6, "a careless rater's judge is never sure"
 
@@ -500,18 +506,20 @@ curves = {f"{run.rankings} rankings": curve, "2000 rankings": np.array(kinds[CLE
 judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.png", dpi=120)
 
 # %% [markdown]
-# No: where one of 100 rankings says 0.75, the rater agrees in about half of the pairs. A fresh head is surer still: its
-# rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from 0.5
-# on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But the judge
-# of 100 is mostly sure of other pairs than its fresh head (correlation 0.29, one seed), and not clearly better than a
-# coin.
+# No: where judges of 100 rankings say 0.75, the rater agrees in about half of the pairs. A fresh head is surer still:
+# its rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from
+# 0.5 on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But the
+# judge of 100 does not just say what its fresh head said: the reward differences of the two correlate by only 0.29 (one
+# seed). Yet it is not clearly better than a coin.
 #
 # With two thousand clean rankings the rater agrees more often than the judge says, by 0.01 ± 0.03 over all pairs: not
-# clear. In one of five bins it is, even at the level for five: where the judge says 0.75 the rater agrees in 0.81, more
-# by 0.06 ± 0.03. The careless rater's two thousand taught little, but honestly: that judge never says more than 0.6.
+# clear. In one of the five bins from 0.5 on it is clear, also if all five intervals are to hold together (99 % each):
+# where the judge says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. The careless rater's two thousand taught
+# little, but honestly: these judges never say more than 0.6.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
-# held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it on half of the prompts and look at the other half.
+# held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it for the judge of 300 rankings on half of the prompts,
+# and look at the other half.
 
 # %%
 fit, test = np.split(np.subtract(*labels_of(rewards, held_gold, run)), 2)  # reward differences; pairs of a prompt stay together
@@ -525,8 +533,9 @@ for t, loss in losses.items():
 assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and better for it"
 
 # %% [markdown]
-# Now it says little more than 0.5, as it knows next to nothing. Division changes no order, so the accuracy and the best
-# of 16 are what they were: a temperature repairs certainty and nothing else, and that for texts like these.
+# Now the judge of 300 rankings says little more than 0.5, as it knows next to nothing. Division changes no order, so
+# the accuracy and the best of 16 are what they were: a temperature repairs certainty and nothing else, and that for
+# texts like these.
 
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared
@@ -558,16 +567,17 @@ assert min(golds[CLEAN]) > held_gold.max() and max(golds[judges.UNTRAINED]) == 0
 judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense.png", dpi=120)
 
 # %% [markdown]
-# Of two held-out answers the gold prefers the longer in 53 %, and no liking of the judges is clear.
+# Of two held-out answers the gold prefers the longer in 53 %; no preference of the judges, for length or against it, is
+# clear.
 #
-# Of the tokens 8 % ± 3 pass the bar, not clearly fewer than of real answers. Under every seed one of them, said ten
-# times, has more reward than the best of 256 real answers. But they are eight times as many: from one distribution,
-# too, the highest of all 2,302 would be a token in 0.89 of the draws. What tells is which token. The untrained heads'
-# are any ones: *all*, *till*. After 2,000 rankings they are *love*, *strong*, and three times *great*. The judge has
-# learned the rater's words, and the rater's own rule, VADER, gives these texts more than any held-out answer. So at the
-# top new texts did not mislead these judges: VADER agrees. But VADER is not what a reader wants, and on texts that
-# nobody ever compared that shows. Whoever looks for the highest reward finds such texts, and a policy trained on a
-# judge searches so: Lesson 11.
+# Of the tokens 8 % ± 3 pass the bar, that is, beat nine in ten of the real answers: not clearly fewer than of these.
+# Under every seed one of them, said ten times, has more reward than the best of 256 real answers. But they are eight
+# times as many: from one distribution, too, the highest of all 2,302 would be a token in 2,046/2,302 = 0.89 of the
+# draws. What tells is which token. The untrained heads' are any ones: *all*, *till*. After 2,000 rankings they are
+# *love*, *strong*, and three times *great*. The judge has learned the rater's words, and the rater's own rule, VADER,
+# gives these texts more than any held-out answer. So at the top new texts did not mislead these judges: VADER agrees.
+# But VADER is not what a reader wants, and on texts that nobody ever compared that shows. Whoever looks for the highest
+# reward finds such texts, and a policy trained on a judge searches so: Lesson 11.
 
 # %% [markdown]
 # ## Quiz
@@ -613,8 +623,9 @@ judges.nonsense_picture(kinds[CLEAN][0]).savefig(OUT / "09_reward_model_nonsense
 #
 # <details><summary>Answer</summary>
 #
-# A kind word ten times, such as "great". The judge has learned the rater's words, and the rater's own rule likes such a
-# text more than any held-out answer. That neither is what a reader wants shows only on texts that nobody ever compared.
+# A word that VADER finds happy, ten times, such as "great". The judge has learned the rater's words, and the rater's
+# own rule likes such a text more than any held-out answer. That neither judge nor rule is what a reader wants shows on
+# texts that nobody ever compared.
 #
 # </details>
 

@@ -140,14 +140,14 @@ assert brought["heavy", 16][1] > brought["heavy", 256][1] > brought["heavy", 409
 # half ($\sigma_g^2$ and $\sigma_e^2$ are the variances of gold and error). With the heavy tail it turns: more and more
 # of the highest guesses are huge errors on ordinary answers.
 #
-# A price of KL does not save the gold. To lift the answers with a guess above $t$ from probability $q$ to $p$ costs $p
-# \log (p/q)$ nats, of which the other answers give back less than $p$, as $(1 - p) \log (1 - p) > -p$. It pays more
-# than $(p - q)\,t$, if the mean guess was 0. The heavy tail has $q \sim t^{-3}$, so $\log (1/q)$ is only about $3 \log
-# t$. With $p = t^{-1/2}$ the pay, about $\sqrt t$, grows without bound, while the cost goes to 0. So does the gold
-# gained: error put these answers above $t$. With a normal tail $\log (1/q)$ grows like $t^2$, so the cost outgrows the
-# pay. Kwa, Thomas & Garriga-Alonso 2024 (arXiv:2407.14503) prove both. Heavy-tailed errors allow any reward at hardly
-# any KL, with hardly more gold than the base's if the gold's own tail is light. Under light-tailed, independent errors
-# a lower price brings ever more gold.
+# A price of KL does not save the gold. Lift the answers with a guess above $t$ from probability $q$ to $p$. This costs
+# $p \log (p/q)$ nats; the term of the other answers takes less than $p$ off, as $(1 - p) \log (1 - p) > -p$. If the
+# mean guess was 0, the lift pays more than $(p - q)\,t$: the others' mean is below 0. The heavy tail has $q \sim
+# t^{-3}$, so $\log (1/q)$ is only about $3 \log t$. With $p = t^{-1/2}$ the pay, about $\sqrt t$, grows without bound,
+# while the cost goes to 0. The gold gained goes to 0, too: error put these answers above $t$, and their share $p$
+# vanishes. With a normal tail $\log (1/q)$ grows like $t^2$, so the cost outgrows the pay. Kwa, Thomas & Garriga-Alonso
+# 2024 (arXiv:2407.14503) prove both. Heavy-tailed errors allow any reward at hardly any KL, with hardly more gold if
+# the gold's own tail is light. Under light-tailed, independent errors a lower price brings ever more gold.
 
 # %% [markdown]
 # ## 2 · Optimize the guess
@@ -245,8 +245,10 @@ if not REDUCED:
     assert np.mean(h["distinct_2"][-4:]) < np.mean(h["distinct_2"][:4]) - 0.05, "with ever fewer words"
 
 # %% [markdown]
-# ## 3 · The price of going far
 # The policy repeats itself, in words that VADER finds happy.
+
+# %% [markdown]
+# ## 3 · The price of going far
 #
 # How far has it gone? Gao, Schulman & Hilton 2022 (arXiv:2210.10760), whose gold is a large reward model, measure it by
 # $d = \sqrt{\mathrm{KL}}$ and find that the gold follows, along reinforcement learning (RL) and along the best of $n$,
@@ -262,16 +264,17 @@ if not REDUCED:
 #
 # What changes the paper's curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a
 # better judge; those from fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
-# of $n$ for the same gold and the same harm. An objective with a price does not ask for that: its optimum has the most
-# proxy of all policies at its KL. But PPO may fall short of it (section 5; below, without a price, it has less proxy at
-# the KL of the best of 16), and KL counts every change, also one that no score sees. So KL does not compare methods;
-# plotted against the *proxy*, their gold is more alike.
+# of $n$ for the same gain of gold, and for the same loss of it. An objective with a price does not ask for that: its
+# optimum has the most proxy of all policies at its KL. But PPO may fall short of it (section 5). Below, without a
+# price, it has less proxy (on training prompts) than the best of 16 (on held-out ones) at that one's KL. And KL counts
+# every change, also one that no score sees. So KL does not compare methods; plotted against the *proxy*, their gold is
+# more alike in the paper.
 #
-# Single updates are noisy, so we read means over five. Two differ *clearly* if by more than three standard errors
-# (by the batches' noise, from second differences; another training may differ more). The gold *turns* where its best is
-# clearly above start and end, else *climbs* or *falls* where it ends clearly above or below its start, or *stays*. A
-# second gold is harder to please: the gold of a batch times its distinct-2. It pays little for one happy word said
-# again and again.
+# Single updates are noisy, so we read means over five. Two differ *clearly* if by more than three standard errors.
+# These are of the batches' noise alone, from second differences, which a smooth course hardly has; another training may
+# differ more. The gold *turns* where its best is clearly above start and end (the best of 26 means, so a turn that is
+# barely clear proves little), else *climbs* or *falls* where it ends clearly above or below its start, or *stays*. A
+# second gold is harder to please: the gold of a batch times its distinct-2. It pays little for one happy word repeated.
 #
 # **Predict:** with which of the six judges, three each of 300 and 1,000 rankings, does the gold rise?
 
@@ -316,7 +319,7 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
 # from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
-# judges. But we chose it after we had read the answers.
+# judges: from 0.56 to 0.23, and from 0.52 to 0.33. But we chose it after we had read the answers.
 #
 # **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, in
 # English, without repetition, kind. PPO runs there without a price against five judges, each under five seeds. A judge
@@ -368,11 +371,11 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 
 # %% [markdown]
 # Every proxy rises clearly, the gold with no judge. With two the gold ends clearly below the SFT model's: full, 100
-# comparisons, and head, 600 (the latter not where all five intervals are to hold together). The best of 16 has more
-# gold than PPO's end, clearly so with three of the four judges from 100 or 600 comparisons (not with lora), and with
-# these four more proxy. So more proxy need not mean less gold. Whether these judges misled, PPO by a coin's labels
-# would help to tell; it was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the
-# rater's. From the answers printed here a person could not tell that the gold fell.
+# comparisons, and head, 600 (the latter not where all five intervals are to hold together). With all five the best of
+# 16 has more gold than PPO's end, clearly with these two and full, 600. With the four judges from 100 or 600
+# comparisons it has more proxy, too. So more proxy need not mean less gold. Did these judges mislead? If the gold fell
+# as much by a coin's labels, they need not have. PPO by a coin's was run at a price of 0.05 alone (Lesson 9, section
+# 6): not clearly different from PPO by the rater's. The few answers printed here cannot show the fall.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -426,9 +429,10 @@ assert all(text.endswith('"Oh!') for text in samples), "but not in every run, an
 # The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
 # with the two good judges. In two other runs it never rises clearly. In two it does on the way. One of these ends
 # clearly lower than it began: the base finds likely what the policy then writes (all four recorded answers end in
-# `"Oh!`). So watch its course: a low end is no proof of innocence. With the good judges both warn before the second
-# gold is best, the distinct bigrams in part because they are in it. At a price of 0.05 both warn, too, and one of the
-# two runs does not turn: a warning is a reason to let people compare some answers with the base's.
+# `"Oh!`). So watch its course: a low end is no proof of innocence. With the good judges both warn while the second gold
+# is still clearly below its best: a stop there gives some of it away. The distinct bigrams warn in part because they
+# are in it. At a price of 0.05 both warn, too, and one of the two runs does not turn: a warning is a reason to let
+# people compare some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -487,17 +491,17 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# The small one, in each seed. Over three seeds, one with a poor judge, no mean difference of the second gold is clear;
-# so we read single seeds.
+# The small one, in each seed. Over three seeds, one with a poor judge, no mean difference of the second gold is clear.
+# What follows is of these single runs; another training may differ.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But an early
-#   stop does about as well: where the run without a price first has as much KL, its second gold is 0.49 and 0.46, that
-#   of the small price 0.47 and 0.50. And under one of these judges the small price's second gold turns, too. The high
-#   price ends below the small one in every seed, clearly in one. But at the high price the objective itself, proxy less
-#   $\beta$ KL, ends below its start in two seeds of three (on the chain, which also charges for a missing end, in all
-#   five): PPO did not maximize it. On the chain only the small price ends clearly above the SFT model; it is not
-#   clearly better than none.
+#   stop does about as well: where the run without a price first has as much KL (known only afterwards), its second gold
+#   is 0.49 and 0.46, that of the small price 0.47 and 0.50. And under one of these judges the small price's second gold
+#   turns, too, barely: from 0.59 to 0.47. The high price ends below the small one in every seed, clearly in one. But at
+#   the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the
+#   chain, which also charges for a missing end, in all five): PPO did not maximize it. On the chain only the small
+#   price ends clearly above the SFT model; it is not clearly better than none.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as
@@ -511,7 +515,7 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #
 # None of the first three makes the judge wiser: a higher $\beta$ trusts the whole guess less, right or wrong. New
 # comparisons of the policy's own answers do: Bai et al. 2022 (arXiv:2204.05862) train judge and policy again about
-# every week, on new labels that people must give. Where a rule can check the answer, it may replace the judge:
+# every week, on new labels from people. Where a rule can check the answer, it may replace the judge:
 # DeepSeek-R1-Zero (arXiv:2501.12948) has no neural judge for fear of hacking. What the rule does not check stays open.
 
 # %% [markdown]
@@ -545,12 +549,13 @@ if not REDUCED:
     assert share < 1, "the second judge sees less of a gain that was made for the first"
 
 # %% [markdown]
-# If the second sees little, the first need not have been fooled: if the gold sees the gain, the second missed it. An
-# **ensemble** uses the difference, in the hope that judges differ where they guess. Coste et al. 2023
-# (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of their
-# *variance*. They report that either practically ends overoptimization by the best of $n$, and by PPO together with a
-# small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, that of
-# their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
+# In our run the second sees a tenth. But it agrees with the gold in only 56 % [50 %, 61 %] of held-out pairs, and the
+# gold rose from 0.07 to 0.90. So by the gold the first was not fooled: the second missed the gain. An **ensemble**
+# hopes that judges differ where they guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum*
+# of several judges, or their mean less a multiple of their *variance*. Either, they report, practically ends
+# overoptimization by the best of $n$, and by PPO together with a small price of KL. But if the errors of $k$ judges
+# have the variance $\sigma^2$ and the correlation $\rho$, that of their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what
+# they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
@@ -569,8 +574,7 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# No: with the two judges that agreed with the gold most it climbed; with the four others it moved no more than its
-# noise.
+# No: with the two judges that agreed with the gold most it climbed; with the four others no move is clear.
 #
 # </details>
 #
@@ -599,8 +603,8 @@ if not REDUCED:
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
 # second gold, which repetition does not please, the small price ends above none with both good judges. But an early
-# stop does about as well: where the run without a price has the same KL, its second gold is about the same. A price
-# does not make the judge any wiser.
+# stop does about as well: where the run without a price first has as much KL, its second gold is about the same. A
+# price does not make the judge any wiser.
 #
 # </details>
 
