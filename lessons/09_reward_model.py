@@ -446,11 +446,11 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # > - the best of 16 over the rater's: -0.00 [-0.05, +0.04].
 # > - PPO over the rater's: +0.00 [-0.03, +0.04].
 # >
-# > Which of these two is shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain
-# > over SFT: the best of 16 +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the
-# > SFT model has -0.06 [-0.11, -0.02] beside training on its own answers; a revision changes 73% of them. Of SFT, PPO,
-# > SFT on the preferred answers and the reward model, only SFT has clearly less loss at another rate: at 0.125 times
-# > the one used, where its gold is lower, too (-0.06). (5 seeds, 256 test items)
+# > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
+# > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
+# > -0.02] beside training on its own answers; a revision changes 73% of them. Of SFT, PPO, SFT on the preferred answers
+# > and the reward model, only SFT has clearly less loss at another rate: at 0.125 times the one used, though with less
+# > gold (-0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?

@@ -576,9 +576,9 @@ assert ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (1, 120) and usual[:,
 # >
 # > Where all 7 intervals are to hold together, these are above 0: ten times the rate and ten times the rate, less what
 # > it costs SFT. Of SFT, PPO, SFT on the preferred answers and the reward model, only SFT has clearly less loss at
-# > another rate: at 0.125 times the one used, where its gold is lower, too (-0.06). Of 5 unbroken runs, each held
-# > against the others, 0 would have been warned of. PPO's gold has a standard deviation over seeds that is 3.7 [1.3,
-# > 10.3] times SFT's. (5 seeds, 256 test items)
+# > another rate: at 0.125 times the one used, though with less gold (-0.06). Of 5 unbroken runs, each held against the
+# > others, 0 would have been warned of. PPO's gold has a standard deviation over seeds that is 3.7 [1.3, 10.3] times
+# > SFT's. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## Quiz

@@ -382,16 +382,15 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # > of 5 judges rises clearly from where the gold of training prompts has its peak; the gold falls clearly with head,
 # > 600 comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold together):
 # >
-# > - head, 600: reward up by +0.29 [+0.23, +0.35] from the start, gold down by +0.10 [+0.03, +0.16], from 0.34 to 0.25.
-# > - lora, 600: reward up by +0.27 [+0.17, +0.38] from the start, gold down by -0.02 [-0.08, +0.05], from 0.34 to 0.36.
-# > - full, 600: reward up by +0.29 [+0.24, +0.33] from the start, gold down by +0.04 [-0.01, +0.09], from 0.34 to 0.30.
-# > - full, 100: reward up by +0.31 [+0.16, +0.46] from the start, gold down by +0.09 [+0.04, +0.13], from 0.34 to 0.25.
-# > - full, 2000: reward up by +0.32 [+0.10, +0.54] from update 16, gold down by +0.09 [-0.08, +0.25], from 0.40 to
-# >   0.31.
+# > - head, 600: reward up by +0.29 [+0.23, +0.35] from the start, gold by -0.10 [-0.16, -0.03], from 0.34 to 0.25.
+# > - lora, 600: reward up by +0.27 [+0.17, +0.38] from the start, gold by +0.02 [-0.05, +0.08], from 0.34 to 0.36.
+# > - full, 600: reward up by +0.29 [+0.24, +0.33] from the start, gold by -0.04 [-0.09, +0.01], from 0.34 to 0.30.
+# > - full, 100: reward up by +0.31 [+0.16, +0.46] from the start, gold by -0.09 [-0.13, -0.04], from 0.34 to 0.25.
+# > - full, 2000: reward up by +0.32 [+0.10, +0.54] from update 16, gold by -0.09 [-0.25, +0.08], from 0.40 to 0.31.
 # >
 # > With 4 of 5 judges the best of 16 answers has more reward than this end, and more gold. Of SFT, PPO, SFT on the
 # > preferred answers and 5 reward models, only SFT has clearly less loss at another rate: at 0.125 times the one used,
-# > where its gold is lower, too (-0.06). (5 seeds, 256 test items)
+# > though with less gold (-0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold

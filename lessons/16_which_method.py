@@ -454,7 +454,7 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 # >
 # > Where all 5 intervals are to hold together, it is above the base, at a KL of 5.8 nats from SFT. Of SFT, PPO, SFT on
 # > the preferred answers and the reward model, only SFT has clearly less loss at another rate: at 0.125 times the one
-# > used, where its gold is lower, too (-0.06). (5 seeds, 256 test items)
+# > used, though with less gold (-0.06). (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## Break it: decide by one column

@@ -256,8 +256,8 @@ def exploited(rows: Rows) -> Verdict:
         less, gained = less + bool((end < most.mean(axis=0)).all()), end - one.mean(axis=0)
         came = gained[1] / gained[0] / (np.divide(*(most - one).mean(axis=0)[::-1]))
         told.append(
-            f"{size}, {n}: reward up by {shown(rise)} from {f'update {top}' if top else 'the start'}, gold down by "
-            f"{shown(fall)}, from {before.mean():.2f} to {items(of).mean():.2f}"
+            f"{size}, {n}: reward up by {shown(rise)} from {f'update {top}' if top else 'the start'}, gold by "
+            f"{shown(crossed(items(of) - before))}, from {before.mean():.2f} to {items(of).mean():.2f}"
         )
         right = np.array([row["accuracy"][0] for row in many])
         evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise)]
@@ -342,7 +342,7 @@ def by_principles(rows: Rows) -> Verdict:
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}; with length "
         f"averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it agrees in {percent(lengths)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
-        f"Which of these two is shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
+        f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
         f"As many labels of the rater gain over SFT: {listed(people)}. "
         f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them. "

@@ -206,8 +206,8 @@ class Rival(NamedTuple):
 
     @property
     def words(self) -> str:
-        """ "at 0.125 times the one used, where its gold is lower, too (-0.06)"."""
-        gold = "" if self.gold is None else f", where its gold is {'lower, too' if self.gold < 0 else 'higher'} ({self.gold:+.2f})"
+        """ "at 0.125 times the one used, though with less gold (-0.06)"."""
+        gold = "" if self.gold is None else f", {'though with less' if self.gold < 0 else 'and with more'} gold ({self.gold:+.2f})"
         return f"at {self.times:g} times the one used{gold}"
 
 
