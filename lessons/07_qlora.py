@@ -69,7 +69,7 @@ diagrams.block(base.config, "4bit").savefig(OUT / "07_qlora_block.png")
 # back: the largest exactly, the others within half a gap. Stored are the index of each point, and 0.6.
 #
 # Now cut the weights into **blocks** of 64. Of each block keep the largest magnitude, its **scale** $m$, and
-# for each weight $w_i$ the nearest of sixteen points $q_0 < \dots < q_{15}$ in $[-1, 1]$, a **code book**:
+# for each weight $w_i$ the nearest of sixteen points $q_0, \dots, q_{15}$, a **code book**:
 #
 # $$m = \max_i |w_i|, \qquad c_i = \arg\min_k \left|\frac{w_i}{m} - q_k\right|, \qquad \hat w_i = m \, q_{c_i}.$$
 #
@@ -93,16 +93,17 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 # %% [markdown]
 # ## 2 · Which sixteen points?
 #
-# Evenly spaced ones (int4) are the obvious choice: the integers from -8 to 7, over 7, of which -8/7 is never the
-# nearest. A float of four bits has points that are dense near zero. We try two: E2M1 has a sign, two bits of exponent
-# and one of fraction, and FP4 is bitsandbytes' variant of it, whose points next to zero are $\pm 0.005$ in place of
-# $\pm 0.083$. But trained matrices are close to normal (the paper, appendix F). **NormalFloat** (NF4) puts its points
-# at quantiles of the normal distribution $\Phi$ (a share $p$ of it lies below $\Phi^{-1}(p)$), divided by the largest:
+# Evenly spaced ones (int4) are the obvious choice: the integers from -8 to 7, divided by 7 (-8/7 lies outside of $[-1,
+# 1]$, and is never the nearest). A float of four bits has points that are dense near zero. We try two: E2M1 has a sign,
+# two bits of exponent and one of fraction, and FP4 is bitsandbytes' variant of it, whose points next to zero are $\pm
+# 0.005$ in place of $\pm 0.083$. A float has two zeros; so each of these three has fifteen points to use, and the next
+# has sixteen. Trained matrices are close to normal (the paper, appendix F). **NormalFloat** (NF4) puts its points at
+# quantiles of the normal distribution $\Phi$ (a share $p$ of it lies below $\Phi^{-1}(p)$), divided by the largest:
 #
 # $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ in 7 equal steps from } 1 - p \text{ to } \tfrac12, \text{ in 8 from } \tfrac12 \text{ to } p = 0.9677083 .$$
 #
-# If the weights over their scales were normal, with the deviation $1 / \Phi^{-1}(p)$ that fits these points, each code
-# would be used about equally often: by 5.6 to 7.1 % of the weights (a sixteenth is 6.25 %).
+# If the weights over their scales were normal with the deviation $1 / \Phi^{-1}(p)$, at whose quantiles the points
+# stand, each code would be used about equally often: by 5.6 to 7.1 % of the weights (a sixteenth is 6.25 %).
 #
 # Where does this $p$ come from? The quantile at probability 1 is infinite, so the largest point needs a smaller
 # probability. Cut the probabilities into 16 equal parts: the middle of the last is $1 - \frac1{32}$, and none of the
@@ -159,6 +160,7 @@ for name, share in shares.items():
     print(f"{name:9s} error {errors[name]:.4f}, entropy of the codes {entropy:.2f} bits, "
           f"used by {share.min():.1%} to {share.max():.1%} of the weights")
 assert [*sorted(errors, key=errors.get)] == ["NF4", "E2M1", "int4", "FP4", "equal use"]
+assert [np.count_nonzero(shares[name]) for name in books] == [16, 15, 15, 15], "points that are used"
 assert [round(float(book[book > 0].min()), 3) for book in (fp4_code(), e2m1)] == [0.005, 0.083]
 print(f"the outermost points of equal use stand at {equal[0]:.2f} and {equal[-1]:.2f}")
 assert 0.7 < min(-equal[0], equal[-1]) and max(-equal[0], equal[-1]) < 0.8
@@ -178,11 +180,12 @@ assert widths[1] > 4 > 3 > widths[0] > quantile(p)
 four_bits.books_picture(scaled, books | {"equal use": equal}, errors).savefig(OUT / "07_qlora_books.png", dpi=120)
 
 # %% [markdown]
-# NF4 has the least error. The figure shows the weights in gray, with each block's largest in the bars at $\pm 1$: NF4
-# has many points where the weights are many, int4 as few as elsewhere. But NF4 does not use its codes equally often:
-# the largest of 64 normal numbers is on average further out than NF4's last quantile, so the weights crowd towards
-# zero, and the outer points are seldom used. How far out it is depends on the size of the block (here 2.6 deviations of
-# 64 weights, 4.2 of 4096), so no one code book can use its codes equally at all sizes (Yoshida 2023, arXiv:2306.06965).
+# NF4 has the least error. (A part of its lead may be its sixteenth point.) The figure shows the weights in gray, with
+# each block's largest in the bars at $\pm 1$: NF4 has many points where the weights are many, int4 as few as elsewhere.
+# But NF4 does not use its codes equally often: the largest of 64 weights is on average 2.6 deviations out, further than
+# NF4's last quantile, 1.85. So the weights crowd towards zero, and the outer points are seldom used. Of 4096 weights
+# the largest is 4.2 deviations out, so no one code book can use its codes equally at all sizes (Yoshida 2023,
+# arXiv:2306.06965).
 #
 # Nor does equal use make the error small. The last code book of the table has its points at quantiles of these very
 # weights over their scales. It uses its codes nearly equally often, and has the largest error of the five. Its
@@ -241,9 +244,9 @@ four_bits.sizes_picture(sizes, by_size, 4 + nested_bits, double).savefig(OUT / "
 # ## 5 · 65 billion parameters on one GPU
 #
 # The paper's introduction says: fine-tuning LLaMA-65B takes more than 780 GB in 16 bits, and less than 48 GB with
-# QLoRA. Both are sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2
-# (gradient) + 8 (moments, in float32) = 12 bytes. In four bits a frozen weight takes 4.127 / 8 bytes, and only the
-# adapter has gradients and moments:
+# QLoRA. Both are sums of bytes a parameter. Training all weights in bfloat16 with Adam takes 2 (weight) + 2 (gradient)
+# + 8 (moments, in float32) = 12 bytes. A frozen weight in bfloat16 takes 2, and in four bits 4.127 / 8: of the 11.5
+# bytes saved, freezing saves 10. Only the adapter has gradients and moments:
 #
 # - 4 + 4 + 8 = 16 bytes where the adapter is in float32, as PEFT has it by default;
 # - 2 + 2 + 8 = 12 where it is in bfloat16, and the moments still in float32;
@@ -272,18 +275,18 @@ for each in (16, 12, 4):
     more = pytorch_ledger("llama-65b", lora, 1, 512, settings[each]).total - states if each in settings else None
     print(f"; a PyTorch loop adds {more / 1e9:.1f}: {(states + more) / 1e9:.0f} GB" if more else "")
     assert more is None or 2e9 < more < 7e9
-assert 12 * total > 780e9
+assert 12 * total > 780e9 and round(12 - 4.127 / 8, 1) == 11.5
 assert frozen + 16 * adapter < 48e9 < pytorch_ledger("llama-65b", lora, 1, 512, settings[16]).total, "the sum fits, the loop does not"
 assert (0.5 - 0.127) / 8 * linear > 2.9e9, "double quantization: 3 GB of it"
 assert frozen + 2 * (total - linear) + 16 * adapter > 48e9, "with what is not packed in float32, nor does the sum"
 
 # %% [markdown]
-# A training loop needs more than this sum. Two lines end with Lesson 12's ledger of a PyTorch loop with one sequence of
-# 512 tokens: activations (with gradient checkpointing, which keeps the input of each block and computes the rest
-# again), dequantized weights, the optimizer's temporary arrays, CUDA's own memory, and 5 % for fragments. With them, an
-# adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do. PEFT's
+# A training loop needs more than this sum. Two printed lines end with Lesson 12's ledger of a PyTorch loop with one
+# sequence of 512 tokens: activations (with gradient checkpointing, which keeps the input of each block and computes the
+# rest again), dequantized weights, the optimizer's temporary arrays, CUDA's own memory, and 5 % for fragments. With
+# them, an adapter in float32 does not fit 48 GB, and the paper's settings (bfloat16, paged) do. PEFT's
 # `prepare_model_for_kbit_training` turns gradient checkpointing on, and casts what is not packed to float32, 1.1 GB
-# more: then even the first sum is above 48 GB.
+# more: then the sum with an adapter in float32 is above 48 GB before any loop is added.
 
 # %% [markdown]
 # > `qlora-3` models of 65B and more on one GPU: **holds if**. 65B takes 53 GB with a PyTorch loop's usual settings and
@@ -296,17 +299,17 @@ assert frozen + 2 * (total - linear) + 16 * adapter > 48e9, "with what is not pa
 #
 # `quantize_model` replaces every linear layer but the output head (42 here) by a `Linear4bit`, which multiplies by
 # dequantizing a few rows at a time: $y = x \hat W^\top$. In the backward pass the gradient of the input is $\bar x =
-# \bar y \hat W$, and the codes get none. So a weight has two dtypes. Its **storage dtype** is NF4, in which nothing can
+# \bar y \hat W$, and the codes get none. A weight has two dtypes. Its **storage dtype** is NF4, in which nothing can
 # be computed. Its **compute dtype** is what it is dequantized to for a product: float32 here, bfloat16 in the paper
 # (`bnb_4bit_compute_dtype`; Lesson 17 measures it). In `transformers`, NF4, double quantization and bfloat16 must each
 # be asked for: `BitsAndBytesConfig(load_in_4bit=True)` gives FP4, scales that are not quantized, and products in
 # float32.
 #
-# Dequantizing is work that a plain layer does not have, so a step of training takes longer, by a smaller share the more
-# tokens it has: only the products' work grows with these. (Both grow with the weights.) Writing one token at a time is
-# bound by reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For one row
-# bitsandbytes multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the speed of
-# 16 bits, for matrices at least 4096 wide.
+# Dequantizing is work that a plain layer does not have, so a step of training takes longer. The more tokens it has, the
+# smaller this share should be: only the products' work grows with the tokens. (Both grow with the weights.) `qlora-4`,
+# below, times one number of tokens. Writing one token at a time is bound by reading the weights (Lesson 2, section 6),
+# and four bits are a quarter of sixteen to read. For one row bitsandbytes multiplies without storing $\hat W$; the
+# notes of its release 0.40.0 expect 2.2 to 4 times the speed of 16 bits, for matrices at least 4096 wide.
 #
 # Why not train the four-bit weights themselves? A step of Adam changes each weight by about the learning rate (Lesson
 # 0, section 6), and then the weight must be rounded to a code again.
@@ -430,14 +433,15 @@ assert all(np.array_equal(p.numpy(), bytes_before[name]) for name, p in quantize
 four_bits.losses_picture(losses, differences, STEPS).savefig(OUT / "07_qlora_losses.png", dpi=120)
 
 # %% [markdown]
-# Yes: QLoRA minus LoRA, after these 20 steps, is in the mean no smaller than NF4 minus base was before. The figure
-# shows at the left that training gains over a nat, and at the right that each of the five differences is below 0.03.
-# QLoRA learned the task: it lacks 1 to 3 % of the fall of LoRA's loss. That it made up for the error of four bits does
-# not show. (With more examples it may: in `qlora-5`, below, the differences on `rewrite` shrink.) LoftQ starts better,
-# and not clearly worse than the base, although rank 8 holds less than a quarter of the squared error: the loss may not
-# follow from the size of the error alone. And LoftQ ends worse here. (Li et al. find that it helps most where fewer
-# bits are used: two, or two and four mixed.) These differences are of one seed: their intervals speak of other verses,
-# not of other seeds.
+# Yes: after these 20 steps QLoRA's loss is about 0.024 nats above LoRA's. Before, NF4's was about 0.015 above the
+# base's. The figure shows at the left that training gains over a nat, and at the right that each of the five
+# differences is below 0.03. QLoRA learned the task: it lacks 1 to 3 % of the fall of LoRA's loss. That it made up for
+# the error of four bits does not show. (In `qlora-5`, below, the differences on `rewrite` are smaller with more
+# examples: 0.022, 0.013 and 0.007 nats. Whether that is chance, or the adapter's doing, was not tested.) LoftQ starts
+# better, and not clearly worse than the base, although rank 8 holds less than a quarter of the squared error: the loss
+# need not follow the size of the error. And LoftQ ends worse here. (Li et al. find that it helps most where fewer bits
+# are used: two, or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not
+# of other seeds.
 #
 # **Predict:** tuned in the league (Lesson 3), under five seeds, does LoftQ still end worse than QLoRA?
 
@@ -452,16 +456,16 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 
 # %% [markdown]
 # No: on `rewrite` it ends better, by less than 0.02 nats (0.008 [0.000, 0.015], above 0 before rounding), and on
-# `source` equal. The rate is not the reason: the league chose 0.003, as above, for both. Its steps, batches, verses or
-# seeds may be.
+# `source` equal. The rates do not differ: the league chose 0.003, as above, for both. (For 20 steps no rate was tuned.)
+# The league's other steps, batches, verses or seeds may be the reason.
 #
-# `qlora-5`, below, has five seeds, and tunes both methods (the league, Lesson 3). There a difference above 0 means that
-# the first method is *better* (above, of losses, that it is worse): on `rewrite` its loss is lower, in nats, and on
-# `source` more of its answers are right. *Negligible* is less than 0.02 lost, in nats or shares of answers; *not told*,
-# that the interval has that limit inside. On `rewrite` four bits clearly cost something with 50 and with 500 examples,
-# 0.022 and 0.013 nats; in the other four cases no cost is clear. The paper finds no loss against 16 bits on its
-# benchmarks, with LoRA on all linear layers, whatever its rank (section 4, appendix A); with FP4 it lost about one
-# percentage point on MMLU, a test of knowledge. With LoRA on query and value alone it did not reach full fine-tuning.
+# `qlora-5`, below, has five seeds, and tunes both methods (the league, Lesson 3). There the signs are turned: above 0
+# the first method is *better*. On `rewrite` its loss is then lower, in nats, and on `source` more of its answers are
+# right. *Negligible* is less than 0.02 lost, in nats or shares of answers; *not told*, that the interval has that limit
+# inside. On `rewrite` four bits clearly cost something with 50 and with 500 examples, 0.022 and 0.013 nats; in the
+# other four cases no cost is clear. The paper finds no loss against 16 bits on its benchmarks, with LoRA on all linear
+# layers, whatever its rank (section 4, appendix A). With FP4 the models lost about one percentage point on MMLU, a test
+# of knowledge; with LoRA on query and value alone they did not reach full fine-tuning.
 #
 # The embedding is not packed, and in a model this small it is most of the 1.7 MB that are left.
 
@@ -506,9 +510,11 @@ for size in (1e-3, 1e-2):
 # Next to nothing, and, on average, all of it. $\hat W$ is on points of the code book, so rounding undoes each change
 # that is smaller than half a gap, as in section 6. $W$ lies anywhere between the points. In a gap of $g$ over which it
 # is spread evenly, a change of $u < g$ carries a share $u / g$ of the weights over the middle in $\text{NF4}(W + U)$,
-# and each of these moves by $g$: on average by $\frac ug \, g = u$, the update arrives. A large update outgrows the
-# gaps: of one ten times as large most arrives either way, as in `qlora-6`, below. PEFT's `merge_and_unload` on a model
-# in four bits makes $\text{NF4}(\hat W + U)$. Lesson 19, section 8, measures all four with trained adapters.
+# and each of these moves by $g$: on average by $\frac ug \, g = u$, the update arrives, though no single weight moves
+# by $u$. A large update outgrows the gaps: of one ten times as large most arrives either way. (In `qlora-6`, below, a
+# merge into $\hat W$ loses 0.5 % of a gain; which share of the update arrives there was not measured.) PEFT's
+# `merge_and_unload` on a model in four bits makes $\text{NF4}(\hat W + U)$. What arrives does not tell the loss: Lesson
+# 19, section 8, measures it for all four, with trained adapters.
 
 # %% [markdown]
 # ## 8 · Break it: one outlier
@@ -533,15 +539,17 @@ for size in (32, 64, 4096):
 assert damage[32] < damage[64] < 64 and damage[4096] > 2000
 
 # %% [markdown]
-# All the others of its block, and none outside it: over the new scale they all lie within half a gap of zero. (The
-# counts leave out those that were zero before.) In large transformers it is the *activations* that have outliers like
-# this, in a few columns. QLoRA keeps activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which
-# quantizes them to eight, multiplies those columns in 16. Now break it yourself: which matrix of the base has the
-# largest ratio of largest weight to standard deviation, and is its error under NF4 the largest, too?
+# All the others of its block, and none outside it: each block has its own scale. Over the new scale the others are at
+# most 1/50, and half of NF4's narrowest gap, from 0 to 0.0796, is 0.04: zero is the nearest point. (The counts leave
+# out those that were zero before.) In large transformers it is the *activations* that have outliers like this, in a few
+# columns. QLoRA keeps activations in 16 bits; LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339), which quantizes them
+# to eight, multiplies those columns in 16. Now break it yourself: which matrix of the base has the largest ratio of
+# largest weight to standard deviation, and is its error under NF4 the largest, too?
 #
 # In the verdict below, a shortcut goes wrong if it at least doubles the error of the weights or scales that it stores,
 # loses more than a tenth of what training gained, or gives nan. Scales quantized with their mean (section 4 subtracts
-# it) go wrong by this rule; the weights hardly notice.
+# it) go wrong by this rule. The weights hardly notice: beside the error of their own four bits that of the scales is
+# small.
 
 # %% [markdown]
 # > `qlora-6` needs a careful implementation (bitsandbytes): **holds if**. 2 of 4 shortcuts go wrong (scales with their

@@ -10,10 +10,10 @@
 # the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in many
-# words*, which are to teach following instructions in general, not a single task. Three things can be new to a tuned
+# words*, which are to teach following instructions in general. Three things can be new to a tuned
 # model: the input, the words that ask, and the task.
 #
-# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 24 minutes (200 words or 25 lines of code a minute,
+# You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
 # notebook. It trains one seed now, and reads thirty runs, six conditions under five seeds each, from
 # `lessons/results/08_instruction_tuning.jsonl`. With `--full` it first computes those that are missing there.
@@ -36,6 +36,8 @@ from experiments import sweep, tuning
 
 import minipeft as mp
 from minipeft import diagrams
+from minipeft.claims import following
+from minipeft.claims.comparison import compare
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments.rows import read_rows
@@ -62,8 +64,8 @@ base, tokenizer = mp.load_base()
 #
 # Every record is an instruction, an input that may be empty, and an output. Inputs and outputs are real, from two Bible
 # translations, six novels and a dictionary; the instructions are ours. Seven tasks are trained, each in four phrasings.
-# Two phrasings of each are kept back, and so are three whole tasks: `archaize` (`rewrite` reversed), `name` (`define`
-# reversed) and `fill` (which word a gap stands for).
+# Two more phrasings of each are kept for the tests, and so are three whole tasks: `archaize` (`rewrite` reversed),
+# `name` (`define` reversed) and `fill` (which word a gap stands for).
 #
 # This scheme is FLAN's (Wei et al. 2022, arXiv:2109.01652): many tasks, each asked in several phrasings, and tests on
 # tasks that were not trained. FLAN tunes 137 billion parameters on over 60 data sets in 12 *clusters* of like tasks,
@@ -241,7 +243,7 @@ tuning.packed_picture(packed).savefig(OUT / "08_instruction_tuning_packed.png", 
 # record, the longest first, goes where it fits and the least room is left. Where a batch is a number of *rows*, as in
 # TRL, packing puts more records into a step.
 #
-# **Predict:** leave out one of the first two precautions, then the other. Which harms this model?
+# **Predict:** leave out the positions alone, then the mask alone. Which harms this model?
 
 # %%
 without = {}
@@ -366,12 +368,12 @@ for name in ("define", "source", "part-of-speech", "use", "synonym"):
     print(f"      | wanted: {record.output!r}")
 
 # %% [markdown]
-# How often does it stop within 14 tokens, and how often is it right? A loss is in nats per token: the mean over an
-# answer's tokens, then over a task's 86 records, then over tasks. It is computed with the wanted answer's beginning
-# given, as in training (*teacher forcing*); what the model writes goes on from its own tokens, so one wrong token can
-# spoil the rest. A program can check the answers to four of the seven trained tasks and to two of the three new ones:
-# the whole answer must be the wanted one, or another that the dictionary allows (for `use`, any that has the word in
-# it).
+# How often does it stop within 14 tokens, and how often is it right? A loss here is in nats per token. Unlike
+# training's (section 2) it is a mean of means: over an answer's tokens, a task's 86 records, and the tasks. It is
+# computed with the wanted answer's beginning given, as in training (*teacher forcing*); what the model writes goes on
+# from its own tokens, so one wrong token can spoil the rest. A program can check the answers to four of the seven
+# trained tasks and to two of the three new ones: the whole answer must be the wanted one, or another that the
+# dictionary allows (for `use`, any that has the word in it).
 
 
 # %%
@@ -403,11 +405,10 @@ tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_an
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all checked
-# answers end, though none is right. New **phrasings** cost less than a tenth of a nat in the mean over tasks, and the
-# share of right answers differs by less than a tenth. Has it learned content on trained tasks? How many books and parts
-# of speech it names rightly differs much from seed to seed, and can be fewer than one constant answer would have
-# (printed above). In `inst-1`, over the four checked tasks together, the tuned model's share of right answers is 0.024
-# above its control's in trained words, and not clearly above it in new ones.
+# answers end, though none is right. (How much of the fall is the end alone, a token in this loss, was not measured.)
+# New **phrasings** cost less than a tenth of a nat in the mean over tasks, and the share of right answers differs by
+# less than a tenth. Has it learned content on trained tasks? Little is shown: how many books and parts of speech it
+# names rightly differs much from seed to seed, and can be fewer than one constant answer would have (printed above).
 
 # %%
 if not REDUCED:
@@ -420,20 +421,40 @@ if not REDUCED:
 # %% [markdown]
 # Does a tuned model follow the *instruction*, or do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
-# under it than under those of the other tasks with such inputs. The control is the base tuned on the same records with
-# *shuffled* instructions: each has that of another record. In trained words it is followed (0.60; a guess 0.40). In new
-# ones 0.42 is clearly more than the control's 0.35, but neither differs clearly from a guess; nor does either at new
-# tasks. (The verdict's two "equal" show little: no model has a right answer there.)
+# under it than under those of the other tasks with such inputs. Among the trained tasks, three share one form of input
+# and two another, so a guess has $(3 \cdot \frac13 + 2 \cdot \frac12) / 5 = 0.40$; among the three new ones, $\frac13$.
+# The control is the base tuned on the same records with *shuffled* instructions: each has that of another record.
+# Below, the tuned model beside it and the base (rows of `inst-1`).
+
+# %%
+told = following.experiment("base", "shuffled", "tuned").rows()
+for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled", "++"), ("followed", "base", "+=")):
+    for new, sign in zip(("inputs", "phrasings"), signs):
+        e = compare(*(following.reports(told, new, what)[arm] for arm in ("tuned", other)), what).better
+        print(f"{what:8}, new {new:9}: tuned less {other:8} {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
+        assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
+
+# %% [markdown]
+# In trained words the tuned model gives clearly more right answers than the control, if only by 0.024, and it follows
+# 0.60 of the instructions, clearly more than the control (0.37), the base and a guess. In new words it gives not
+# clearly more right answers, and follows 0.42, clearly more than the control (0.35), but not than the base (0.41) or a
+# guess. The control may have got worse; that tuning teaches following in new words, or at new tasks, is not shown. (The
+# verdict's two "equal" show little: no model has a right answer there.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
-# hypothesis* (Zhou et al. 2023, arXiv:2305.11206; their LIMA was tuned on 1,000 chosen records alone). A fact is what a
-# word means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the
-# right one makes the meaning or the end likeliest. (The base so "knows" half or more of what it never read: not all of
-# it is memory.) A fact is *asked* by a trained instruction, or tested *in the base's own text*: after "stone (noun):"
-# or the verse's beginning alone. One model is tuned on the tested facts, and so *told* them; one on *other* facts.
-# First, facts that the base was trained on. Both asked, the model told others knows more than the base: it may have
-# learned to be asked. Whether it, asked, knows more than the base in the base's own text is open. Then, facts that the
-# base never read. The model told them knows more than the one told others, asked or not: tuning taught it facts.
+# hypothesis* (Zhou et al. 2023, arXiv:2305.11206; their LIMA was tuned on 1,000 chosen records). A fact is what a word
+# means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the right
+# one makes the meaning or the end likeliest. A fact is *asked* by a trained instruction, or tested *in the base's own
+# text*: after "stone (noun):" or the verse's beginning alone. In its own text, the base does not know the facts that it
+# was trained on clearly better than those that it never read, of which it "knows" half or more: by this test, what is
+# known need not be memory. One model is tuned on the tested facts, and so *told* them; its control on *other* facts of
+# the same kinds.
+#
+# - Of the facts that the base was trained on, the control, asked, knows clearly more than the base, asked. It may only
+#   have learned to be asked; whether it knows more than the base showed in its own text is open.
+# - Of the facts that the base never read, the model told them knows clearly more than the control, asked or in the
+#   base's own text. The control has learned to be asked, too; so tuning taught facts. (Each is tested in the words in
+#   which it was told.)
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons 5 are as stated, 2
@@ -534,6 +555,11 @@ use = [np.mean([row["right"][new]["use"] for row in runs[SEVEN]]) for new in ("i
 print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, "
       f"after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
 assert [name for name, by in falls.items() if by == sorted(by)[::-1]] == ["name", "fill"]
+for a, b, signs in ((ONE_TASK, THREE_TASKS, "-++"), (THREE_TASKS, SEVEN, "+=+")):
+    for name, sign in zip(HELD_OUT, signs):
+        e = crossed(np.subtract(*(tuning.losses(runs[c], "tasks", (name,)) for c in (a, b))))
+        print(f"{name:8} falls from {a.tasks} to {b.tasks} trained tasks by {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
+        assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
 assert ends[0] < 0.1 < 0.95 < ends[1] and use[1] < 0.6 * use[0]
 for new in ("inputs", "phrasings", "tasks"):
     one, four = (np.array([overall(row, "right", new) for row in runs[c]]) for c in (ONE_PHRASING, SEVEN))
@@ -551,16 +577,17 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the new ones, from
-# one to three to seven. Of these only `name` and `fill`, whose answers are one word, fall at each step. Hardly any of
-# these answers stops after one trained task, nearly all after three. Which tasks are trained changes with their number:
-# the short answers among them may be what helps.
+# one to three to seven. From one to three `name` and `fill`, whose answers are one word, clearly fall, and `archaize`
+# clearly rises; from three to seven `fill` and `archaize` clearly fall. Hardly any answer to a new task stops after one
+# trained task, nearly all after three. Which tasks are trained changes with their number: from one to three the short
+# answers among them may be what helps.
 #
 # **More phrasings** lower the loss clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026
 # [0.014, 0.039] at the trained ones, asked in new words. They give not clearly more right answers, and at the new tasks
-# none. (New words halve those of `use`.) Is it their number, or their form? The first three have the input on a line of
-# its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks three of the first form
-# beside one lower it by 0.179 [0.086, 0.272]. The fourth takes off another 0.067 [0.008, 0.127]; at the trained ones
-# only this last step clearly helps, perhaps by its form, but a fourth of the first form was not run.
+# none. (New words halve the right answers of `use`.) Is it their number, or their form? The first three have the input
+# on a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks three of the
+# first form beside one lower it by 0.179 [0.086, 0.272]. The fourth takes off another 0.067 [0.008, 0.127]; at the
+# trained ones only this last step clearly helps, perhaps by its form, but a fourth of the first form was not run.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps because over two thirds of the tokens in
 # that loss are prompts'. At the new ones it is undecided.
@@ -592,10 +619,11 @@ if not REDUCED:
 
 # %% [markdown]
 # A letter off costs less than 0.1 nats, Alpaca's template over 0.1 more. With ChatML, whose tokens the base has never
-# met, the loss is over a nat higher, and of these 160 answers clearly fewer are right. With `transformers` two slips
-# change the prompt: without `add_generation_prompt=True` it does not open the assistant's turn, and a chat already
-# written out by the template can get a second beginning-of-sequence token, unless it is encoded with
-# `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
+# met, the loss is over a nat above Alpaca's. How much of that is the end, there `<|im_end|>`, which the model was never
+# trained to write, was not measured. But of these 160 answers clearly fewer are right than in the training's. With
+# `transformers` two slips change the prompt: without `add_generation_prompt=True` it does not open the assistant's
+# turn, and a chat already written out by the template can get a second beginning-of-sequence token, unless it is
+# encoded with `add_special_tokens=False` (huggingface.co/docs/transformers/chat_templating).
 #
 # Second: forget the end-of-sequence token. That happens where padding is the same token, and all labels with its id are
 # set to -100.

@@ -47,7 +47,7 @@ def answers_picture(base, tuned, reduced):
     for k, (label, what, of, color) in enumerate(bars):
         axis.bar(np.arange(3) + (k - 1.5) * 0.2, list(of[what].values()), 0.2, label=label, color=color)
     axis.set(xticks=range(3), xticklabels=[f"new {new}" for new in base["right"]], ylim=(0, 1.3), ylabel="share of answers")
-    axis.set_title("reduced: too few steps" if reduced else "the form carries over to new tasks, the skill does not")
+    axis.set_title("reduced: too few steps" if reduced else "at new tasks answers end, and no checked one is right")
     axis.legend(frameon=False, ncols=2, loc="upper center")
     return figure
 
