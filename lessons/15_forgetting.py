@@ -129,9 +129,11 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 #
 # The verdicts count what is nearer to use, *general items*: 640 held-out passages of the four kinds, each with four
 # ways to go on, one of them right. Differences are in the share of items right (negative: fewer). (Prompts and prefixes
-# lost some before their first step, section 3.) `full-10` asks for more than 0.02; `best-9` asks whether the loss on
-# text, which costs less to measure, would have misled. Hence its *if*: of 90 pairs of methods the items tell 20 apart;
-# the loss on text agrees in 16, is open in 4, and misleads in none.
+# lost some before training, section 3.) `full-10` asks whether more than 0.02 of the items are lost, with the whole
+# interval. `forget-1` asks only for a clear loss, of six methods, with 500 examples of either task. `best-9` holds
+# outright only if the loss on text, which costs less to measure, somewhere misleads. It does not, hence the *if*: of 90
+# pairs of methods the items tell 20 apart, at a level at which all comparisons hold together; the loss on text agrees
+# in 16, and is open in 4. (The interval of its correlation is of the mean over the six cases, at 95 %, cut off at 1.)
 
 # %% [markdown]
 # > `full-10` risk of catastrophic forgetting: **holds if**. Of 6 comparisons 5 are as stated and 1 is not told:
@@ -161,9 +163,10 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 #
 # $$\text{forgotten}(t) \approx t\, g^\top (\theta - \theta_0) + \tfrac12\, t^2\, (\theta - \theta_0)^\top H\, (\theta - \theta_0) .$$
 #
-# The base was trained on this loss, so $g$ should be about zero. What is left is a parabola: the first half of the line
-# costs a quarter. The *task's* gradient at $\theta_0$ is not zero, so what is learned starts like a straight line, and
-# flattens: on a parabola whose minimum is the tuned model, the first half brings three quarters.
+# The base was trained on such text (in other proportions, and not on these blocks), so $g$ should be small. What is
+# left is a parabola: the first half of the line costs a quarter. The *task's* gradient at $\theta_0$ is not zero, so
+# what is learned starts like a straight line, and flattens: on a parabola whose minimum is the tuned model, the first
+# half brings three quarters.
 #
 # **Predict:** half of the way: which share of what the tuned model learned does it bring, and which share of what it
 # forgot does it cost?
@@ -210,9 +213,7 @@ for t in (0.5, 0.75):
           f"{told(crossed(verses[t] - loss(low), TOKENS))}, forgotten {shown(forgotten[t] - text(low))}")
 (gain, off), (cost, more) = (interval(each[0.5] / each[1.0]) for each in (learned, forgotten))
 assert gain - off > 0.8 and cost + more < 1 / 3, "half of the way brings more than four fifths, and costs less than a third"
-assert all(below(1 - (1 - t) ** 2 + 0 * learned[t], learned[t] / learned[1.0]) for t in (0.25, 0.5, 0.75)), (
-    "each more than the parabola says"
-)
+assert all(below(1 - (1 - t) ** 2 + 0 * learned[t], learned[t] / learned[1.0]) for t in (0.25, 0.5, 0.75)), "more than the parabola"
 assert -0.02 < most.low and most.high < 0.02, "three quarters bring as much as the whole"
 assert crossed(verses[0.75] - loss(low), TOKENS).high < 0 and below(forgotten[0.75], text(low)), "more than half the rate, for less"
 blocks = [block for kind in data.general(protocol.BLOCKS, protocol.LENGTH).values() for block in kind]
@@ -223,22 +224,24 @@ if not REDUCED:
 # %% [markdown]
 # For what is forgotten the parabola nearly holds: half of the way costs 0.272 ± 0.015 of it, a little more than a
 # quarter, and a quarter of the way 0.067 ± 0.003, for 1/16. The slope at the base, of a parabola through these two
-# points, may be zero (-0.006 [-0.016, +0.004]), as was supposed. For what is learned the parabola fails: a quarter,
-# half and three quarters of the way bring 0.627 ± 0.030, 0.908 ± 0.009 and 1.001 ± 0.004 of it, for 7/16, 3/4 and
-# 15/16. So three quarters bring as much as the whole (task loss -0.001 [-0.008, +0.006]), at three fifths of its cost.
-# (Three quarters was picked on these same verses, so it may be lucky.) So averaging the weights of base and tuned model
-# is a remedy, **WiSE-FT** (Wortsman et al. 2022, arXiv:2109.01903). Of a LoRA the same line is a smaller $\alpha / r$
-# after training, as it scales $BA$. A lower rate also makes the way shorter, for a step of Adam moves a weight by about
-# the rate. Half the rate, which needs no more computation either, does worse than three quarters of the way, which
-# learn more and forget less (-0.010 [-0.014, -0.005] and -0.042 ± 0.016). Does something do better than a shorter way?
+# points, may be zero (-0.006 [-0.016, +0.004]). It is $g$'s part along this line; other directions are not tested. For
+# what is learned the parabola fails: a quarter, half and three quarters of the way bring 0.627 ± 0.030, 0.908 ± 0.009
+# and 1.001 ± 0.004 of it, for 7/16, 3/4 and 15/16. So three quarters bring as much as the whole (task loss -0.001
+# [-0.008, +0.006]), at three fifths of its cost. (Three quarters was picked on these same verses, so it may be lucky.)
+# A place on the line is an average of the weights of base and tuned model. As a remedy this is **WiSE-FT** (Wortsman et
+# al. 2022, arXiv:2109.01903). Of a LoRA the same line is a smaller $\alpha / r$ after training, as it scales $BA$. A
+# lower rate also makes the way shorter: the change at half the rate has 0.037 of the weights' norm, for 0.065 (section
+# 3). Half the rate, which needs no more computation either, does worse than three quarters of the way, which learn more
+# (task loss -0.010 [-0.014, -0.005]) and forget less (-0.042 ± 0.016). Does something do better than a shorter way?
 # Section 4 asks.
 
 # %% [markdown]
 # ## 3 · Methods and rates
 #
 # The league tuned each method over rates, epochs and batches. The picture has all that its searches saw, on validation,
-# under one seed. Full fine-tuning, LoRA and adapters start as the base itself. Prompts and prefixes do not: before the
-# first step 20 positions stand in front of every text, a prompt's with words at random.
+# under one seed. Full fine-tuning, LoRA and adapters start as the base itself, QLoRA as the base in four bits. Prompts
+# and prefixes start elsewhere: before the first step 20 positions stand in front of every text, a prompt's with words
+# at random.
 #
 # **Predict:** how much does a prompt forget before its first step?
 
@@ -267,19 +270,20 @@ assert below(text(low), text(of(trial))), "the higher rate forgets more"
 forgetting.searches_picture(points, edge).savefig(OUT / "15_forgetting_searches.png", dpi=120)
 
 # %% [markdown]
-# On the frontier are LoRA, full fine-tuning, an adapter and a prompt. A prompt costs about a tenth of a nat
-# before it has learned anything, and no weight of the base has changed. It has 0.023 [0.004, 0.043] fewer items right,
-# a prefix 0.019 [0.002, 0.036]. Training loses more, for prompt and prefix: after `rewrite` 0.026 [0.001, 0.052] and
+# On the frontier are LoRA, full fine-tuning, an adapter and a prompt. A prompt costs about a tenth of a nat before it
+# has learned anything, and no weight of the base has changed. It has 0.023 [0.004, 0.043] fewer items right, a prefix
+# 0.019 [0.002, 0.036]. Training then loses some on top, for prompt and prefix: after `rewrite` 0.026 [0.001, 0.052] and
 # 0.041 [0.016, 0.065], after `source` 0.182 [0.130, 0.234] and 0.353 [0.319, 0.388]. Full fine-tuning at its tuned rate
 # forgets more than at half of it: +0.170 [+0.154, +0.186] nats of text, and has fewer items right (-0.015 [-0.025,
 # -0.004]); the lower rate pays 0.009 [0.002, 0.016] nats of the task for it.
 
 # %% [markdown]
-# ### Without a corpus
+# ### With less choice of text
 #
-# Losses and items are of chosen texts. Without a choice: let the base $p$ write, 32 tokens after 512 held-out
-# beginnings, and ask how far the tuned model $q$ is from it, $\mathrm{KL}(p \,\|\, q)$ (Lesson 13, section 7). Any
-# change raises it, so the **control** is a random one, of the same norm in every matrix.
+# Losses and items are of chosen texts. Less depends on the choice if the base $p$ itself writes: 32 tokens after each
+# of 512 held-out beginnings. How far is the tuned model $q$ from it, $\mathrm{KL}(p \,\|\, q)$ (Lesson 13, section 7)?
+# The base itself has 0, and nearly any change raises it, so the **control** is a random one, of the same norm in every
+# matrix.
 #
 # **Predict:** which is farther from the base, the tuned model or its control?
 
@@ -292,6 +296,7 @@ by = {name: crossed(kl[name, False][0] - kl["LoRA", False][0]) for name in CHANG
 print("; ".join(f"{name} less LoRA: {told(found)}" for name, found in by.items()))
 assert all(crossed(kl[name, False][0] - 4 * kl[name, True][0]).low > 0 for name in CHANGES), "more than four times as far"
 assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", False][1], kl["LoRA", False][1])
+assert [round(kl[name, False][1].mean(), 3) for name in ("full", "full, half the rate")] == [0.065, 0.037], "a shorter way"
 
 # %% [markdown]
 # The tuned one, more than four times as far: so it is not the norm alone. LoRA's change has the largest norm, yet goes
@@ -305,8 +310,8 @@ assert by["full"].low > 0 > by["full, half the rate"].high and below(kl["full", 
 # (HellaSwag, ARC-Challenge, WinoGrande). LoRA of the ranks 16, 64 and 256 forgot less than full fine-tuning, and less
 # than weight decay and dropout. But a lower rate forgets less, and their first version says (section 4.3) that LoRA and
 # full fine-tuning "seem to occupy the same Pareto curve", but for some cases where LoRA's trade is better. So take both
-# methods twice, *tuned* for the task, and at their *gentlest*: of a method's settings whose loss on validation is at
-# most 0.02 above the weaker method's best, the one whose loss on general text is lowest.
+# methods twice, *tuned* for the task, and at their *gentlest*: the setting with the lowest loss on general text, among
+# those of a method that on validation are at most 0.02 above the weaker method's best.
 #
 # **Predict:** each tuned for the task, does LoRA forget less than full fine-tuning?
 
@@ -342,12 +347,12 @@ for task in ("rewrite", "source"):
 # -0.001] and -0.046 [-0.083, -0.010]) at an equal task loss. All in a model of 1.4 million parameters.
 #
 # The verdicts count general items, not losses of text. `forget-5` puts methods side by side, each at its gentlest.
-# There the items leave LoRA and full fine-tuning undecided (on `rewrite` -0.011 [-0.023, +0.001], against LoRA), though
-# with LoRA the loss on text rises clearly less; adapters keep clearly less on `source`. No comparison is as stated, but
-# LoRA's two are not told, and either might make `forget-5` hold in part: so it *cannot be tested here*. `full-4` puts
-# full fine-tuning beside itself, at a quarter of the usual rate, 0.001, and at four times 0.001, each with the epochs
-# and batch at which it is gentlest (fewer steps at the higher). The higher rate shows no advantage: it keeps fewer
-# items, and on `rewrite` it learns less.
+# There the items leave LoRA and full fine-tuning undecided (on `rewrite` -0.011 [-0.023, +0.001], to LoRA's
+# disadvantage), though with LoRA the loss on text rises clearly less; adapters keep clearly less on `source`. No
+# comparison is as stated, but LoRA's two are not told, and either might make `forget-5` hold in part: so it *cannot be
+# tested here*. `full-4` puts full fine-tuning beside itself, at a quarter and at four times the usual rate of 0.001,
+# each with its gentlest epochs and batch (fewer steps at the higher). The higher rate shows no advantage: it keeps
+# fewer items, and on `rewrite` it learns less.
 
 # %% [markdown]
 # > `full-4` a small rate is needed because the weights are good already: larger rates overwrite what was known: **holds
@@ -419,7 +424,7 @@ for pair in PAIRS + OTHERS:
     print(f"{pair.a} less the way at {at.min():.0%} to {at.max():.0%}, which learns as much:".ljust(102) + told(leads[pair.a]))
 assert all(leads[name].high < 0 for name in ("L2-SP, α = 0.3", "L2-SP, α = 1", "replay, 0.25")), "they beat a shorter way"
 assert all(leads[f"weight decay, {strength}"].low > 0 for strength in (1, 10)) and leads["L2-SP, α = 0.1"].high > 0, "these do not"
-assert abs(0.7**2 * text(low).mean() - text(of(chosen(find, PAIRS[0].one)[0])).mean()) < 0.01, "by the parabola"
+assert round(text(low).mean(), 3) == 0.354 and abs(0.7**2 * 0.354 - text(of(chosen(find, PAIRS[0].one)[0])).mean()) < 0.01, "the parabola"
 for name in ("L2-SP, α = 0.3", "replay, 0.25"):
     assert versus[name][1].high < 0 and plainer[name][1].high < 0, "it forgets less text than either control"
     assert plainer[name][0].value < 0.02, "and learns no less than the second"
@@ -432,14 +437,8 @@ assert all(found[1].high < 0 for found in others.values()), "each strength forge
 verse = np.mean([np.sum(example.labels >= 0) for example in data.drawn("rewrite", 500, SEEDS[0])])  # tokens of an answer
 share = 0.25 * shipped.REPLAY / (0.25 * shipped.REPLAY + verse)
 print(f"replay's share of the tokens in the loss: {share:.0%}")
-print(
-    "dropout less none, items:",
-    *(
-        f"{n.name} {told(n)}"
-        for n in judge("forget-4").evidence
-        if n.name.startswith("dropout") and "task" not in n.name
-    ),
-)
+dropout = (n for n in judge("forget-4").evidence if n.name.startswith("dropout") and "task" not in n.name)
+print("dropout less none, items:", *(f"{n.name} {told(n)}" for n in dropout))
 
 # %%
 level = {t: at.sum() / TOKENS.sum() / len(SEEDS) for t, at in verses.items()}
@@ -471,11 +470,12 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 #
 # Beside replay, L2-SP learns more of the task (by 0.013 [0.002, 0.024]); of text neither forgets clearly less (+0.025
 # [-0.001, +0.050]), and the items are equal (-0.001 [-0.017, +0.016]). What of section 2's way, which is free? Take,
-# seed by seed, the place that learns as much, by a polynomial through its five: L2-SP and replay forget less than that
-# place (by 0.064 [0.046, 0.081] and 0.065 [0.042, 0.088]), weight decay more (by 0.074 [0.055, 0.093]). So by the loss
-# on text two of the three beat a shorter way, that of the tuned run. The way of the control, at half the rate, was not
-# walked: by the parabola 70 % of it costs $0.7^2 \cdot 0.354$, or 0.17, as much as L2-SP; what it learns there is not
-# measured, so whether L2-SP beats that way is open.
+# seed by seed, the place that learns as much, by a polynomial through the five places measured: L2-SP and replay forget
+# less than that place (by 0.064 [0.046, 0.081] and 0.065 [0.042, 0.088]), weight decay more (by 0.074 [0.055, 0.093]).
+# So by the loss on text, on this one task, two of the three beat a shorter way, that of the tuned run. The way of the
+# control, at half the rate, was not walked. The control forgets 0.354; by the parabola 70 % of its way would cost
+# $0.7^2 \cdot 0.354$, or 0.17, as much as L2-SP. What it learns there is not measured, so whether L2-SP beats that way
+# is open.
 #
 # The strength of L2-SP chooses a place: $\alpha = 0.1$ forgets 0.111 [0.098, 0.124] less than the control and learns
 # 0.008 [0.004, 0.012] less, 1 forgets 0.268 [0.249, 0.286] less and learns 0.107 [0.093, 0.122] less. Beside the place
@@ -488,11 +488,13 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # fine-tuning, and the KL divergence from the base on the *new* task predicted forgetting (Shenfeld et al. 2025,
 # arXiv:2509.04259).
 #
-# The verdict on the lower rate has both tasks, and LoRA as well. The low rate is set, a quarter of the usual one, its
-# epochs and batch are the gentlest; beside it stands the tuned run, at twice that rate (LoRA's on `rewrite` at four
-# times), with its own epochs and batch. If a gentle run may, by the interval, have learned less by more than 0.02, its
-# comparison is not told: one case. There it took more epochs, in larger batches; with the tuned run's, the same two
-# rates are as stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept.
+# `forget-2` has both tasks, and LoRA as well. The low rate is a quarter of the usual one, with the gentlest epochs and
+# batch. The tuned run has twice that rate (LoRA's on `rewrite` four times), and its own epochs and batch. If the run
+# that keeps more may, by the interval, have learned less by more than 0.02, the comparison is not told: one case. In it
+# the low-rate run took more epochs, in larger batches. With the tuned run's epochs and batch the two rates are as
+# stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept. In `forget-4` one
+# comparison, equal in items, is not told: there the run without decay learned less (by 0.024 [0.020, 0.028]), so at
+# equal learning decay might keep more. That leaves the verdict open.
 
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. Of 4 comparisons 3 are as stated and 1 is not told:
@@ -520,8 +522,8 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # %% [markdown]
 # ## Break it: too far from the base
 #
-# Fine-tune at sixteen times the rate, in batches of 16 and for one epoch (31 steps, for 250), and walk back. One run,
-# now, beside the run of section 1.
+# Fine-tune at sixteen times the rate, in batches of 16 and for one epoch (31 steps, for 250), and walk back, beside the
+# run of section 1.
 #
 # **Predict:** does going back part of the way save this one, too?
 
@@ -592,8 +594,8 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# What makes the way shorter forgets less in any case, and a lower rate does that for nothing. A remedy is worth its
-# trouble only where it does better than that.
+# What makes the way shorter forgets less in any case, and a lower rate does that with no more computation, for a little
+# of the task. A remedy is worth its trouble only where it does better than that.
 #
 # </details>
 
