@@ -5,9 +5,10 @@
 # options. This lesson recomputes famous ones, finds slips, derives what a training step keeps in memory, and compares
 # that with measurements.
 #
-# You need Lessons 0, 1, 2, 4 and 7. Reading takes about 25 minutes (200 words or 25 lines of code a
-# minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a minute on two cores), or open it
-# as a notebook. *This engine* is the package's own, of Lessons 1 and 2. GB are $10^9$ bytes, GiB $2^{30}$.
+# You need Lessons 0 to 4 and 7, and for the end of section 7 Lessons 9 and 10. Reading takes about 25 minutes (200
+# words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/12_counting.py` (a quarter of a
+# minute on two cores), or open it as a notebook. *This engine* is the package's own, of Lessons 1 and 2. GB are $10^9$
+# bytes, GiB $2^{30}$.
 #
 # Environment: `MINIPEFT_REDUCED=1` measures a smaller model; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
@@ -115,8 +116,9 @@ assert architecture("t5v1.1-xxl").size == 11_135_332_352  # as in the paper's ta
 
 # %% [markdown]
 # LoRA trains 4.7 million. Below, textbooks' statements are judged by published counts ("test items"): each *holds*, or
-# *holds if* what follows is given (Lesson 3). `rq=rv=2` is rank 2 on query and value; in brackets is the paper that
-# states a count (VeRA's own method trains vectors alone).
+# *holds if* what follows is given (Lesson 3). `rq=rv=2` is rank 2 on query and value. In brackets is the paper that
+# states a count of LoRA (VeRA's does, for comparison). Of `lora-5`'s seven that do not follow, section 2 and exercise
+# 12.1 have five: slips, or perhaps units.
 
 # %% [markdown]
 # > `lora-5` d k against r (d + k) parameters; the reduction is d k / (r (d + k)): **holds**. The sum of r (d + k) is
@@ -152,7 +154,7 @@ assert count["reproduces"] + count["differs"] + count["not covered"] == count["r
 sources = Counter(f.row["source"] for f in findings).most_common(2)
 print("nearly half are from " + " and ".join(f"{name} ({n})" for name, n in sources))
 assert 0.45 < sum(n for _, n in sources) / count["rows"] < 0.5 and sum(f.row["quantity"] == "code value" for f in findings) == 16
-others = "lora-gpt2l", "lora-file-gpt2l", "qlora-33b16", "lora-gpt3-18M", "lester-small-20-total", "prefix-xsum-2pct"
+others = "lora-gpt2l", "lora-file-gpt2l", "qlora-33b16", "lora-gpt3-18M", "lester-small-20-total", "prefix-xsum-2pct", "lora-gpt3-e4text"
 assert {found[row].verdict for row in (*others, *(f"qlora-mem-llama-{n}b" for n in (13, 33, 65)))} == {"differs"}
 assert counting.witness(found, "\nslip 1", "lester-small-20-train", "lester-small-20-pct") == ["differs", "reproduces"]
 assert counting.witness(found, "slip 2", "lora-debxxl-r8", "lora-debxxl-r16", "lora-file-debxxl") == ["differs", "reproduces", "reproduces"]
@@ -163,12 +165,12 @@ assert [round(architecture(f"gpt2-{size}").size / 1e9, 2) for size in "ml"] == [
 # %% [markdown]
 # About one in ten does not follow, which is no rate of errors. QLoRA's memory was measured; the audit computes the
 # weights alone. Some others take a model's nominal size (33B), perhaps units of $2^{20}$, or repeat the first slip; one
-# is a share of a size that the package has from memory only. In the first slip two digits changed places: $20 \cdot
-# 512$ is 10,240, and the share printed beside it agrees. In the second the rank is wrong, not the count: with $r = 16$,
-# as in the released script, count and checkpoint agree. In the third the released checkpoint holds 0.39M numbers. The
-# printed 0.35M is 0.1 % of GPT-2 medium, as the same table gives for prefix tuning (PreLayer), perhaps copied from
-# there. GPT-2 large's 0.77M, for 0.74M, is 0.1 %, too. (But its checkpoint fits neither: a second figure may be of
-# something else.)
+# is a share of a model's size for which the package has no source. In the first slip two digits changed places: $20
+# \cdot 512$ is 10,240, and the share printed beside it agrees. In the second the rank is wrong, not the count: with $r
+# = 16$, as in the released script, count and checkpoint agree. In the third the released checkpoint holds 0.39M
+# numbers. The printed 0.35M is 0.1 % of GPT-2 medium's size, as the same table gives for prefix tuning (PreLayer),
+# perhaps copied from there. GPT-2 large's 0.77M, where 0.74M follows, is 0.1 %, too. But its checkpoint fits neither: a
+# second figure may be of something else.
 #
 # ## 3 · Bytes of a parameter
 #
@@ -217,8 +219,9 @@ assert round(in_8_bits / llama.size, 2) == round(2 * (1 + 4 / 256), 2) == 2.03
 counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 
 # %% [markdown]
-# Only QLoRA fits, before there is a batch: in 16 bits the frozen weights alone need more than 130 GB. (Below, "the
-# base" is the package's model, so small that 256 bytes of description a packed matrix matter.)
+# Only QLoRA fits, before there is a batch: in 16 bits the frozen weights alone need more than 130 GB. Below, "the base"
+# is the package's model. It is so small that each packed matrix's 256 bytes of settings (shape, block size, kind of
+# code) matter.
 
 # %% [markdown]
 # > `full-9` high memory: gradients and optimizer states for all layers: **holds if**. The optimizer is one of adamw,
@@ -274,13 +277,13 @@ def in_pytorch(model, method=None, **how):
     return sum(term.bytes for term in block_terms(block, LENGTH, **{"autocast": False, "adapters": 2, **how}))
 
 
-assert sum(term.bytes for term in megatron_terms(s, h, a)) == 34 * h + 5 * a * s and round(34 / 5 * 128) == 870
+assert sum(term.bytes for term in megatron_terms(s, h, a)) == 34 * h + 5 * a * s and 870 < 34 / 5 * 128 < 871
 assert walked(gpt) == 16 * h + 2 + a * (seen + 1)
 print(f"\na GPT block, bytes a token: {34 * h + 5 * a * s:,} in 2022; {4 * walked(gpt):,.0f} here")
 
 # %% [markdown]
 # On the left the softmax's row is more than half where $5as > 34h$, that is $s > 6.8\,h/a$: for heads of 128 numbers
-# from 870 tokens on. *Flash attention* (Dao et al. 2022; this form: Dao 2023, arXiv:2307.08691) stores one number for
+# from 871 tokens on. *Flash attention* (Dao et al. 2022; this form: Dao 2023, arXiv:2307.08691) stores one number for
 # each head and token, the logarithm of the softmax's denominator, and computes the rest again in backward. *Eager*
 # attention keeps it all. A block of Llama today has $k$ numbers of keys and $k$ of values (fewer than $h$, as heads
 # share them) and an MLP of three matrices between $h$ and $f$ numbers, $\text{down}(\text{silu}(\text{gate}(x)) \cdot
@@ -289,7 +292,7 @@ print(f"\na GPT block, bytes a token: {34 * h + 5 * a * s:,} in 2022; {4 * walke
 # | kept | PyTorch, 16 bits, flash: bytes | this engine: numbers |
 # |---|---|---|
 # | two norms: input, widened to float32, and $1/\mathrm{rms}$ (here: normalized) | $8h + 8$ | $2h + 2$ |
-# | normed values before the norm's weight is applied, for its gradient | $4h$ | the same array |
+# | normed values before the norm's weight is applied, for its gradient | $4h$ | the row above's |
 # | inputs of query, key, value; of gate and up | $4h$ | $2h$ |
 # | queries, keys, values; attention's output | $2(h + 2k) + 2h$ | $2h + 2k$ |
 # | softmax | $4a$ | $a(s' + 1)$ |
@@ -331,7 +334,8 @@ assert walked(mine, linear_all) == rows["full"][1] + 7 * 8
 # all their inputs: in PyTorch it saves the $4h$ alone, in this engine nothing. With dropout before $A$, in PyTorch,
 # each adapted layer keeps a copy of its input and a mask: here more than full fine-tuning keeps. *Checkpointing* (Chen
 # et al. 2016, arXiv:1604.06174) saves far more: each block keeps its input alone, $h$ numbers, and backward computes
-# one block at a time again: a second forward pass (section 7).
+# each block again, one at a time: a second forward pass (section 7). (`tests/oracles/test_activations_torch.py`
+# compares PyTorch's table, without dropout, with what autograd keeps.)
 #
 # ## 5 · Two ledgers
 #
@@ -400,7 +404,7 @@ assert sorted(big["flash"].lines, key=big["flash"].lines.get)[-2:] == ["logits",
     "the logits are the largest item after the weights"
 )
 assert big["flash"].lines["logits"] == 12 * 4 * 4096 * 128_256 and 15e9 < big["flash"].total - big["flash, logits never whole"].total < 17e9
-assert all(ledger.total > 80e9 for ledger in big.values())
+assert [round(ledger.total / 1e9) for ledger in big.values()] == [102, 134, 86]
 assert {ledger.peak for ledger in list(big.values())[1:]} == {"backward, last block"}
 
 in_loop = {
@@ -413,7 +417,7 @@ in_loop = {
     )
 }  # fmt: skip
 print("\nLLaMA-65B, 1 x 512 tokens, GB:", ", ".join(f"{title} {n / 1e9:.0f}" for title, n in in_loop.items()))
-assert max(in_loop["QLoRA, paged"], in_loop["QLoRA, adapters in 16 bits"]) < 46e9 < 48e9 < in_loop["QLoRA"]
+assert [round(in_loop[title] / 1e9) for title in ("full", *list(in_loop)[-3:])] == [686, 53, 44, 45]
 assert 0 < in_loop["full"] - 1.05 * 10 * llama.size < 1e9
 assert pytorch_ledger(llama).model_states == 8 * llama.size and (Loop().headroom, round(CONTEXT / 1e8)) == (5, 4)
 assert 18 < pytorch_ledger("llama2-70b", None, 1, 512, Loop(precision="mixed")).total / 80e9 < 19
@@ -422,23 +426,24 @@ assert 18 < pytorch_ledger("llama2-70b", None, 1, 512, Loop(precision="mixed")).
 counting.loops_picture(big).savefig(OUT / "12_counting_loops.png", dpi=120)
 
 # %% [markdown]
-# The logits are the largest of the rest. None of the three runs fits on 80 GB. Eager attention moves the peak to
-# backward, where one block, computed again, keeps its softmax. Logits "never whole", made piece by piece, move the peak
-# there, too: this saves 16 GB, not the logits' 25, as backward holds a block and working memory of its own.
+# The logits are the largest of the rest. None of the three runs fits on 80 GB: they take 102, 134 and 86. Eager
+# attention moves the peak to backward, where one block, computed again, keeps its softmax. Logits "never whole", made
+# piece by piece, move the peak there, too: this saves 16 GB, not the logits' 25: the next highest moment, backward,
+# holds a recomputed block and working memory of its own.
 #
 # For LLaMA-65B in pure bfloat16 PyTorch makes Adam's moments in 16 bits, too. Its default Adam makes a temporary as
 # large as all that is trained, and the ledger adds 5 % (*headroom*) for gaps between an allocator's pieces. So "full"
-# takes $1.05 \cdot (2 + 2 + 4 + 2)$ bytes a parameter and little more: 686 GB, under QLoRA's 780. PEFT widens adapters
-# to float32, and CUDA, which runs the GPU, takes 0.4 GB more. By this ledger, with 512 tokens, QLoRA's "65B on 48 GB"
-# fails for the defaults. It holds for states that are *paged*, as in the paper (they move to the host when memory is
-# short), or for adapters in 16 bits.
+# takes $1.05 \cdot (2 + 2 + 4 + 2)$ bytes a parameter and little more: 686 GB, under the 780 of QLoRA's paper. PEFT
+# widens adapters to float32, and CUDA, which runs the GPU, takes 0.4 GB more. By this ledger, with 512 tokens, QLoRA's
+# "65B on 48 GB" fails for the defaults (53 GB). It holds for states that are *paged*, as in the paper (44 GB; they move
+# to the host when memory is short), or for adapters in 16 bits (45 GB).
 #
 # ## 6 · Held against what others measured
 #
 # The package ships memory that others published for runs of PyTorch on GPUs. Some rows were *looked at* while the
 # ledger was written; of those *held out*, only the settings were. "At first" counts predictions for the latter, made
-# before their values were seen. Later corrections, each from what a run's code allocates, were made because of misses,
-# so today's figures are no test.
+# before their values were seen. Later corrections were made because of misses, so today's figures are no test. Each is
+# from code of that time, for two runs not their own.
 #
 # **Predict:** which share of the published runs does it predict within 15 %? Are misses too high or too low?
 
@@ -456,7 +461,7 @@ counting.show_misses(misses)
 allocated, unknown = totals["of allocated memory"], [r for r in misses if r.row["reason"].startswith("not known")]
 assert good > 0.8 and (allocated["within 15 %"], allocated["predicted"]) == (50, 56)
 assert all(r.ratio < 1 and r.row["reason"] for r in misses) and len(unknown) == 1
-assert sum(r.row["id"].startswith("litgpt") for r in runs) == 38
+assert sum(r.row["id"].startswith("litgpt") for r in runs) == 38 and sum(r.row["quantity"] == "states" for r in covered) == 2
 first = Counter((r.row["quantity"] in ("allocated", "states"), r.first_close) for r in covered if r.row["split"] == "held out")
 assert [first[key] for key in ((True, True), (True, False), (False, True), (False, False))] == [17, 8, 12, 6]
 
@@ -464,11 +469,11 @@ assert [first[key] for key in ((True, True), (True, False), (False, True), (Fals
 counting.published_picture(covered).savefig(OUT / "12_counting_published.png", dpi=120)
 
 # %% [markdown]
-# More than four of five; of *allocated* memory, which is what a ledger counts, 50 of 56. But 31 of the 56 were looked
-# at. Of those held out, 17 of 25 allocated and 12 of 18 others were within 15 % at first. (lit-gpt has 38 of the 91
-# runs.) Each miss left is too low. Memory that is *reserved* includes the gaps in an allocator's pieces, and what the
-# driver reports as *used* is more still. One miss has no known cause; some reasons are guesses: `minipeft audit
-# --footprints` prints all.
+# More than four of five; of *allocated* memory, which is what a ledger counts, 50 of 56 (two after a step, the others
+# at the peak). But 31 of the 56 were looked at. Of those held out, 17 of 25 allocated and 12 of 18 others were within
+# 15 % at first. (lit-gpt has 38 of the 91 runs.) Each miss left is too low. Memory that is *reserved* includes the gaps
+# in an allocator's pieces, and what the driver reports as *used* is more still. One miss has no known cause; some
+# reasons are guesses: `minipeft audit --footprints` prints all.
 #
 # ## 7 · Time
 #
@@ -499,6 +504,7 @@ for (name, again), n in flops.items():
 ratios = [flops["LoRA", again] / flops["full", again] for again in (False, True)]
 print(f"LoRA / full: {ratios[0]:.2f}, checkpointed {ratios[1]:.2f}; by the rule 4/6 = 0.67, 6/8 = 0.75")
 assert round(ratios[0], 2) == 0.70 and all(0 < ratio - rule < 0.05 for ratio, rule in zip(ratios, (4 / 6, 6 / 8)))
+assert ratios[0] < step_flops("llama-7b", lora, 1, 8192, False).total / step_flops("llama-7b", None, 1, 8192, False).total < 1
 assert round(1 / count_parameters("llama-7b", lora).share) == 43
 assert [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0, 5.3, 3.0, 3.3]
 
@@ -513,7 +519,7 @@ assert [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0
 # | LoRA, QLoRA | $2N$ | $2N$ | adapters' | $4N$ | $6N$ |
 #
 # The ratios are above the table's 4/6 and 6/8: adapters have products of their own, and attention, without weights,
-# costs both the same.
+# costs both the same. Longer sequences, where attention's share is larger, bring the ratio nearer to 1.
 #
 # From one small shape (width 128, two blocks, 4 sequences of 128 tokens, 512 words), `lessons/experiments/growth.py`
 # doubled one axis at a time and measured this engine's step of full fine-tuning, or, for the rank, of LoRA at width
@@ -523,7 +529,7 @@ assert [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0
 grown = read_rows(HERE / "results" / "growth.jsonl")
 print(f"the processor: {grown[0]['processor']}\n{growth.table(grown)}")
 assert all(abs(row["peak"] / row["ledger"] - 1) < 0.02 for row in grown), "predicted memory is what is measured"
-assert all(max(map(abs, growth.excess(axis, grown))) > 0.15 for axis in growth.AXES)
+assert all(max(map(abs, off)) > 0.15 and abs(off[-1]) < 0.2 for off in (growth.excess(axis, grown) for axis in growth.AXES))
 assert growth.exponent("vocabulary", growth.along("vocabulary", grown)[:2], "seconds") < 0, "twice the words, less time"
 
 # %%
@@ -531,9 +537,9 @@ growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 
 # %% [markdown]
 # Memory is as predicted, within two percent. It has squares in two axes: in tokens, by attention's weights, and in
-# width, by the model's. Time follows the FLOPs roughly: slopes of two points have no interval, and on each axis some
-# slope between neighbors is over 0.15 from the FLOPs'. The small shape looks timed too slow: with twice its words a
-# step took less.
+# width, by the model's. Between the last two points time's slope is within 0.2 of the FLOPs'. But these slopes have no
+# interval, and on each axis some slope between neighbors is over 0.15 off. The small shape looks timed too slow: with
+# twice its words a step took less.
 #
 # Below, a card is a GPU, and SFT is supervised fine-tuning, checkpointed: $8N$ a token, $6N$ with LoRA. PPO has four
 # forward passes (sampling, policy, reference, reward model) and, say, four epochs, $4 \cdot 2N + 4 \cdot 8N$: five
@@ -568,10 +574,10 @@ for r in some:
         within[forgotten] += abs(predict(options | change) / r.measured - 1) <= WITHIN
 print(f"\nof {len(some)} runs within 15 %, without", ", ".join(f"{which}: {n}" for which, n in within.items()))
 assert within["the batch"] < within["the logits"] < within["nothing"]
-assert REDUCED or within["the batch"] < len(some) / 5
+assert REDUCED or (len(some), *within.values()) == (79, 65, 56, 8)
 
 # %% [markdown]
-# Fewer without the logits; without the batch's memory, fewer than a fifth.
+# Of 79, 65 with all terms, 56 without the logits, and 8 without the batch's memory.
 
 # %% [markdown]
 # ## Quiz

