@@ -2,15 +2,15 @@
 # # Lesson 14 · Best practice, measured
 #
 # "LoRA wants ten times the learning rate." "Warm up for five percent of the steps." "Three epochs are enough." "A few
-# good examples beat many bad ones." This lesson tests such advice on one small model and two tasks. Some of it holds in
-# some cases; much these runs cannot decide. What you take along is the way of measuring: each side tuned for itself, on
-# validation; several seeds; a test that chose nothing; an interval over seeds and items.
+# good examples beat many bad ones." This lesson tests such advice on two tasks, nearly all of it on one small model.
+# Some of it holds in some cases; much these runs cannot decide. What you take along is the way of measuring: each side
+# tuned for itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
-# 3), and of what is not among them 41 runs from `lessons/results/14_best_practices.jsonl`. With `--full` it first
-# computes what is missing there (all: about a quarter of an hour).
+# 3), and 41 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first computes what is missing there
+# (all: about a quarter of an hour).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -27,13 +27,13 @@ import numpy as np
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
 from experiments import practice
-from experiments.practice import along, searched
+from experiments.practice import BATCHES, along, searched
 
 import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.claims import data, judge, protocol
-from minipeft.claims.comparison import CASES, KEYS, compare
-from minipeft.claims.large import told
+from minipeft.claims.comparison import CASES, KEYS, compare, in_cases
+from minipeft.claims.large import Large, told
 from minipeft.claims.league import MAIN, league
 from minipeft.claims.practice import EQUAL_STEPS, HARD, HARDER, REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search
@@ -66,28 +66,30 @@ assert not missing, f"{len(missing)} runs are missing: --full computes them"
 # The tasks are the league's (Lesson 3). In `rewrite`, a verse of the King James Bible is to be written in plain
 # English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from (on test, of
 # two), judged by the share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over
-# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs, and a batch size. Chance enters
-# through the examples that a run gets to see, their order, and where an adapter starts: the **seed**.
+# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs (at most 32, 4 or 1 for these sizes),
+# and a batch size (4 to 64). Chance enters through the examples that a run gets to see, their order, and where an
+# adapter starts: the **seed**.
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
 # under a seed of its own: the search goes from neighbor to neighbor (twice, or half as much) until none is better by
-# more than 0.002. The chosen setting then runs under five other seeds, and is reported on 512 test records. Their
-# losses are $x_{si}$, of seed $s$ and record $i$:
+# more than 0.002. The chosen setting then runs under five other seeds, and is reported on 512 test records. The loss of
+# record $i$ under seed $s$ is $x_{si}$:
 #
 # $$x_{si} = \mu + \alpha_s + \beta_i + \varepsilon_{si}, \qquad
 #   \text{SE}^2 = \frac{MS_\alpha + MS_\beta - MS_\varepsilon}{5 \cdot 512}, \qquad \mu \pm t\,\text{SE} .$$
 #
 # $\alpha$ is the luck of a seed, $\beta$ that of a record, $\varepsilon$ the rest. $MS_\alpha$, 512 times the variance
-# of the seeds' means, is on average $512\,\sigma_\alpha^2 + \sigma_\varepsilon^2$; $MS_\beta$, of the records' means,
-# is $5\,\sigma_\beta^2 + \sigma_\varepsilon^2$; and $MS_\varepsilon$ is $\sigma_\varepsilon^2$. So the fraction is
-# $\sigma_\alpha^2/5 + \sigma_\beta^2/512 + \sigma_\varepsilon^2/(5 \cdot 512)$, the variance of the mean ($t$:
-# `claims/statistics.py`). The interval is of other seeds *and* other records, and never narrower than that of the five
-# seeds' means alone, $\pm t\, s / \sqrt 5$ with Student's $t = 2.78$ and their standard deviation $s$. More seeds help
-# twice, as $t$ falls, too: this half width is $2.5\,s$ for three, $1.2\,s$ for five and $0.7\,s$ for ten.
+# of the seeds' means, is on average $512\,\sigma_\alpha^2 + \sigma_\varepsilon^2$; $MS_\beta$, 5 times that of the
+# records' means, is $5\,\sigma_\beta^2 + \sigma_\varepsilon^2$; and $MS_\varepsilon$ is $\sigma_\varepsilon^2$. So the
+# fraction is $\sigma_\alpha^2/5 + \sigma_\beta^2/512 + \sigma_\varepsilon^2/(5 \cdot 512)$, the variance of the mean.
+# ($t$ is Student's; its degrees of freedom: `claims/statistics.py`.) The interval is of other seeds *and* other
+# records, and never narrower than that of the five seeds' means alone, $\pm t\, s / \sqrt 5$ with $t = 2.78$ and their
+# standard deviation $s$. More seeds help twice, as $t$ falls, too: this half width is $2.5\,s$ for three, $1.2\,s$ for
+# five and $0.7\,s$ for ten.
 #
 # Two settings are compared seed by seed and record by record: $x_{si}$ is then the *difference* of two losses, and what
 # both have in common drops out. The run that one compares with is the **control**. It has to be the same in all but the
-# one thing that is asked about, and as well tuned; else nobody knows what made the difference.
+# thing asked about, and as well tuned; else nobody knows what made the difference.
 #
 # **Predict:** is a loss uncertain because of the seeds or because of the records? And a difference of two losses?
 
@@ -103,36 +105,38 @@ def by_seed(values):
 print(f"full fine-tuning, tuned, 500 examples of rewrite, {len(SEEDS)} seeds: " + ", ".join(f"{loss:.3f}" for loss in by_seed(full.values)))
 widths = []  # by the seeds alone, with the records
 for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values - full.values)):
-    of_seeds, of_both = mean(by_seed(values)), crossed(values, full.weights)
-    print(f"{name:16s} {of_both.value:.3f}: by the seeds alone [{of_seeds.low:.3f}, {of_seeds.high:.3f}], "
-          f"with the records [{of_both.low:.3f}, {of_both.high:.3f}]")
-    widths.append((of_seeds.high - of_seeds.low, of_both.high - of_both.low))
-assert widths[0][1] > 2 * widths[1][1], "the records' luck is common to both"
-assert widths[0][1] > 2 * widths[0][0] and widths[1][1] < 1.1 * widths[1][0]
+    a, b = mean(by_seed(values)), crossed(values, full.weights)
+    print(f"{name:16s} {b.value:.3f}: by the seeds alone [{a.low:.3f}, {a.high:.3f}], with the records [{b.low:.3f}, {b.high:.3f}]")
+    widths.append((a.high - a.low, b.high - b.low))
+assert widths[0][1] > 2 * max(widths[0][0], widths[1][1]) and widths[1][1] < 1.1 * widths[1][0], "the records' luck is common to both"
 assert [round(student_t(0.95, n - 1) / n**0.5, 1) for n in (3, 5, 10)] == [2.5, 1.2, 0.7]
+assert [protocol.most_epochs(case.examples) for case in CASES[:3]] == [32, 4, 1] and protocol.BATCHES == (4, 64)
 
 # %% [markdown]
 # The loss depends on the records: with them its interval is about four times as wide as by the seeds alone. That of the
-# difference hardly widens, as both runs are asked the same. A difference is called **clear** where its interval
-# excludes 0 (where there is none, chance alone does this one time in twenty); *equal*, clear or not, where the interval
-# lies within 0.02 of 0 (set by hand, for nats and shares); if neither, **undecided**. This lesson makes dozens of
-# comparisons, so some that are clear may be chance. The verdict on a statement with $k$ comparisons is *holds* if all
-# are as stated, *holds if* where one is as stated even at the level $1 - 0.05/k$, *does not hold here* where all are
-# told, none as stated, and else *cannot be tested here*. (*Not told*: the interval contains the limit that the rule
-# asks about.) In the pictures bars are 95 % intervals; lines without bars are of choices, on validation under one seed.
+# difference hardly widens, as both runs have the same records. A difference is **clear** where its interval excludes 0
+# (where nothing differs, chance alone does this one time in twenty, and this lesson makes dozens of comparisons);
+# *equal*, clear or not, where the interval lies within 0.02 of 0 (nats or shares, set by hand); if neither,
+# **undecided**.
+#
+# A statement's rule asks something of each comparison, mostly whether the first is better. This is *not told* where the
+# interval contains the limit asked about, mostly 0. (But *equal* is told: it counts as not better.) The verdict on $k$
+# comparisons is *holds* if all are as stated; *holds if* where one is, even at the level $1 - 0.05/k$; *does not hold
+# here* if all are told, none as stated; and else *cannot be tested here*. (Rules of other kinds are said below.) In the
+# pictures bars are 95 % intervals; lines without bars are on validation, under one seed.
 
 # %%
-def shown(a, b, key):
-    """How much better a is than b, in words and numbers."""
-    found = compare(a, b, key)
-    return f"{found.word} ({found.interval})"
+def compared(pair):
+    """How much better the first of a pair is, on test."""
+    key = KEYS[pair.task]
+    return compare(report(find, pair.one, key), report(find, pair.other, key), key)
 
 
 # %% [markdown]
 # *Advice: hold out a validation set.* What does one pay who has none? Of the settings of a method that the league's
 # search saw, take the one with the lowest *training* loss, in place of the one chosen on validation.
 #
-# **Predict:** with 50 examples, with 500 and with 5,000: where does that cost most?
+# **Predict:** with 50, 500 or 5,000 examples: where does that cost most?
 
 # %%
 price = {n.name.removeprefix("paid, "): n.value for n in judge("best-8").evidence if n.name.startswith("paid")}
@@ -144,15 +148,18 @@ for key, (trial, seen) in searched(find, CASES, MAIN).items():
 print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {times[CASES[0], m]:g}" for m in MAIN))
 under_one = {case.name: np.mean([same[case, m] for m in MAIN]) for case in CASES}
 print("both under the search's seed: " + ", ".join(f"{x:+.3f} ({case})" for case, x in under_one.items()))
-assert price["rewrite, 50 examples"] > 0.5
+assert price["rewrite, 50 examples"] == max(price.values()) > 0.5
 assert all(max(each[f"{task}, 5000 examples"] for each in (price, under_one)) < 0.005 for task in KEYS)
 
 # %% [markdown]
-# With 50 of `rewrite`: more than half a nat in the mean of six methods. With five of them the lowest training loss is
-# at 4 to 32 times the chosen rate. With 5,000 it costs less than 0.005: no run sees an example twice, so the training
-# loss, too, is of examples not seen before. The six cases are so unlike that the interval of their mean leaves the sign
-# open: *cannot be tested here*. (The verdict takes the training loss's choice under the search's seed, and the other
-# under five, where it is less lucky. Both under the search's seed, 5,000 cost 0.003 on `rewrite` and 0.001 on
+# It costs most with 50 examples of `rewrite`: more than half a nat in the mean of six methods. With five of them the
+# lowest training loss is at 4 to 32 times the chosen rate. With 5,000 it costs less than 0.005. There no run sees an
+# example twice, so the training loss, too, is of examples not seen before: this may be why. (Validation led these
+# searches; who is led by the training loss may end further away, and pay more.)
+#
+# `best-8` asks for one thing, a mean of the six cases clearly above 0. They are so unlike that the interval leaves its
+# sign open. (The verdict takes the training loss's choice under the search's seed, and the other under five, where it
+# is less lucky; so a price may be below 0. Both under the search's seed, 5,000 cost 0.003 on `rewrite` and 0.001 on
 # `source`.)
 
 # %% [markdown]
@@ -168,10 +175,10 @@ assert all(max(each[f"{task}, 5000 examples"] for each in (price, under_one)) < 
 #
 # *Advice: LoRA wants about ten times the rate of full fine-tuning* (Schulman et al. 2025,
 # thinkingmachines.ai/blog/lora). Where would that come from? Adam's first step moves every trained weight by the rate
-# $\eta$. In full fine-tuning these are the entries of $W$. LoRA moves $B$, and $W$ by $\frac{\alpha}{r} B A$. Each
-# entry of this is a sum of $r$ terms with either sign, $\pm\eta$ times an entry of $A$, which is uniform in $\pm
-# 1/\sqrt k$ for $k$ inputs (Lesson 4, section 4) and so has the root mean square $1/\sqrt{3k}$. The root mean square of
-# the entries is about
+# $\eta$. In full fine-tuning these are the entries of $W$. LoRA starts with $B = 0$, so $A$ has no gradient yet: $B$
+# moves, and $W$ by $\frac{\alpha}{r} B A$. Each entry of $B A$ is a sum of $r$ terms with either sign, $\pm\eta$ times
+# an entry of $A$, which is uniform in $\pm 1/\sqrt k$ for $k$ inputs (Lesson 4, section 4) and so has the root mean
+# square $1/\sqrt{3k}$. The root mean square of $W$'s moves is about
 #
 # $$\frac{\alpha}{r}\, \eta \sqrt{\frac{r}{3k}}, \qquad 0.29\, \eta \text{ for } \alpha = 16,\ r = 8,\ k = 128
 #   \text{ as here, and } 0.05\, \eta \text{ for } k = 4096 .$$
@@ -202,8 +209,7 @@ best = {key: at for key, (at, _) in tried.items()}
 curves = {key: along("rate", at, seen) for key, (at, seen) in tried.items()}  # {rate: loss} at the chosen epochs and batch
 print("\nloss on validation over the rate, less that at the best one:")
 for (case, method), curve in curves.items():
-    rates = ", ".join(f"{loss - min(curve.values()):+.3f} at {rate:.2g}" for rate, loss in curve.items())
-    print(f"  {case.name:23s}{method:5s} {rates}")
+    print(f"  {case.name:23s}{method:5s}", ", ".join(f"{loss - min(curve.values()):+.3f} at {rate:.2g}" for rate, loss in curve.items()))
     assert min(curve) < best[case, method].rate < max(curve), "it is inside what was tried"
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
@@ -214,35 +220,33 @@ assert unlike == [*CASES[3:5]] and one.epochs < other.epochs and one.batch_size 
 print(f"source, 50, at LoRA's epochs: {best[CASES[3], 'lora'].rate / min(alike, key=alike.get):g}")
 assert min(alike) < min(alike, key=alike.get) < best[CASES[3], "full"].rate, "the factor is larger at equal epochs"
 print("SmolLM2-135M:", told("full-3"))
-assert "and not within" in told("full-3"), "the law does not reach it"
+assert "and not within" in told("full-3") and (Large("full").examples, Large("full").validation) == (320, 64), "the law does not reach it"
 logs = np.log([*times.values()])
 assert logs.min() > 0 and mean(logs).low < np.log(3.5) and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
-beside = {}
-print("\nLoRA beside full fine-tuning, each tuned, on test:")
-for case in CASES:
-    pair = [report(find, search(case.task, method, case.examples), KEYS[case.task]) for method in ("lora", "full")]
-    beside[case.name] = compare(*pair, KEYS[case.task])
-    print(f"  {case.name}: {shown(*pair, KEYS[case.task])}")
+beside = {pair.where: compared(pair) for pair in in_cases("lora", CASES, "full")}
+print("\nLoRA beside full fine-tuning, on test:", *(f"{where}: {d.word} ({d.interval})" for where, d in beside.items()), sep="\n  ")
 
 # %%
 practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.png", dpi=120)
 
 # %% [markdown]
-# A U: too low a rate learns little, too high does damage. In all six cases the rate chosen for LoRA is higher, 1.5 to
-# 12 times full fine-tuning's. (LoRA's searches start at three times full fine-tuning's rate and go by factors of two,
-# under one seed. Epochs and batch were chosen as well, and differ with 50 and 500 of `source`: with 50, at LoRA's
-# epochs, the factor is 3, not 1.5; with 500 LoRA took more epochs, in smaller batches. With 500 and 5,000 of `source`
-# full fine-tuning's U is nearly flat.) The geometric mean is 4.2 times [2.0, 9.1]: the estimate's 3.5 is inside, ten
-# outside, but inside if LoRA's rate were one step higher with 500 of `rewrite`. Full fine-tuning's own, 6e-5 to 1e-3,
-# is above the textbook's 1e-5 to 5e-5 in all.
+# A U: too low a rate learns little, too high does damage. In all six cases LoRA's rate is higher, 1.5 to 12 times full
+# fine-tuning's; the geometric mean is 4.2 [2.0, 9.1]. The estimate's 3.5 is inside. Ten is not, but would be if LoRA's
+# rate were one step higher with 500 of `rewrite`. (Steps are factors of two, under one seed; LoRA's searches start at
+# three times full fine-tuning's rate. Epochs and batch differ with 50 and 500 of `source`: with 50, at LoRA's epochs,
+# the factor is 3, not 1.5; with 500 LoRA took more epochs, in smaller batches. With 500 and 5,000 of `source` full
+# fine-tuning's U is nearly flat.) Full fine-tuning's best rates, 6e-5 to 1e-3, are all above the textbook's 1e-5 to
+# 5e-5. (`best-4` asks for these, and for clearly higher rates with each other method.)
 #
-# Each at its best, LoRA ends clearly lower on `rewrite` with 50 and 500 examples, and higher with 5,000 (in one epoch,
-# the most allowed); on `source` the two are equal or undecided.
+# Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000 (in
+# one epoch, the most allowed); on `source` the two are equal or undecided.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
-# extrapolates. For SmolLM2-135M (width 576, 30 layers, pretrained for long) it predicted 1.4e-3 [9.8e-4, 1.9e-3].
-# Measured was 1.2e-4: a twelfth, and a 25th of the rate of its pretraining (3e-3, github.com/huggingface/smollm). So
-# this law does not reach that model: its rate is much lower than in pretraining, as advised, but above 5e-5.
+# extrapolates their best rate of fine-tuning. It asks for less than half of pretraining's rate, and for 1e-5 to 5e-5 at
+# width 4096. For SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for long) it predicts 1.4e-3 [9.8e-4, 1.9e-3].
+# Measured, on `source` with 320 examples, under one seed and on 64 validation records, was 1.2e-4: a twelfth of that,
+# and a 25th of the rate of its pretraining (3e-3, github.com/huggingface/smollm). So this law does not reach that
+# model: its rate is much lower than in pretraining, as advised, but above 5e-5.
 
 # %% [markdown]
 # > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **does not hold here**. At widths 32,
@@ -262,7 +266,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # larger step can be trusted. *Advice: a larger batch wants a larger rate*, for the same epochs in proportion to $B$
 # with SGD (Goyal et al. 2017, arXiv:1706.02677), to $\sqrt B$ with Adam where noise dominates the gradient (Malladi et
 # al. 2022, arXiv:2205.10287). But for the same epochs a larger batch also means fewer steps. And if the batch does not
-# fit, add the gradients of its parts: *accumulation is the same as the whole batch*, for less memory. The same it is
+# fit, add the gradients of its parts: *accumulation is the same as the whole batch*, for less memory. It is the same
 # only where each part counts by its tokens (Lesson 3; Transformers' `Trainer` took the mean of the parts' means until
 # October 2024, huggingface.co/blog/gradient_accumulation).
 #
@@ -276,33 +280,30 @@ whole, parts = (fine_tune(base, shipped.data(s), s, progress=False)[0]["task_los
 print(f"\nnow, {small['steps']} steps: 16 at once {whole:.5f}, 4 x 4 {parts:.5f}")
 assert abs(whole - parts) < 1e-3, "the Trainer weighs the parts by their tokens, so this is only rounding"
 assert memory_ledger(base, batch=4, seq_len=64).total < memory_ledger(base, batch=16, seq_len=64).total / 2, "for less memory"
-large, little = (report(find, way) for way in (practice.BATCHES.one, practice.BATCHES.other))
-for name, found in ((practice.BATCHES.a, large), (practice.BATCHES.b, little)):
+for name, found in ((BATCHES.a, report(find, BATCHES.one)), (BATCHES.b, report(find, BATCHES.other))):
     t = found.trial
     print(f"{name:14s} best at rate {t.rate:g}, {t.epochs:g} epochs ({t.steps} steps, {practice.learned(t):,} examples): "
           f"loss {found.mean.value:.3f} [{found.mean.low:.3f}, {found.mean.high:.3f}]")
-batches = compare(large, little, "nll")
+batches = compared(BATCHES)
 print(f"64 beside 4: {batches.word} ({batches.interval})")
-assert batches.clearly_worse
-equal = {}
-for pair in EQUAL_STEPS:
-    key = KEYS[pair.task]
-    equal[pair.where] = compare(report(find, pair.one, key), report(find, pair.other, key), key)
+equal = {pair.where: compared(pair) for pair in EQUAL_STEPS}
 print("62 steps of 64 beside 62 of 8:", *(f"{where}: {d.word} ({d.interval})" for where, d in equal.items()), sep="\n  ")
-assert [d.word for d in equal.values()] == ["better", "undecided"] * 2, "rewrite, source"
+assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", "undecided"] * 2, "rewrite, source"
 ended = [at for at, _ in searched(find, CASES, MAIN).values()]
-sizes = sorted(Counter(at.batch_size for at in ended).items())
-print("batch size that the 36 searches of the league chose: "
-      f"{', '.join(f'{size}: {n} times' for size, n in sizes)}; steps: up to {max(at.steps for at in ended):,}")
+sizes = ", ".join(f"{size}: {n} times" for size, n in sorted(Counter(at.batch_size for at in ended).items()))
+print(f"batch size that the 36 searches of the league chose: {sizes}; steps: up to {max(at.steps for at in ended):,}")
 
 # %% [markdown]
-# The parts give the same loss as the whole, but for rounding, with less than half the memory. Batches of 64 are worse
-# than batches of 4, by 0.054 [0.048, 0.061] nats a token, and the rate that was chosen for them is twice as high, where
-# $B$ is sixteen times as large. They took four epochs, the most allowed, for two, and still made 31 steps for 250. A
-# control makes 62 steps of 64 examples, or of 8, each at its own rate: there 64 is better on `rewrite`, by 0.033
-# [0.027, 0.038] (LoRA: 0.017 [0.003, 0.032]), and on `source` undecided. So step for step a large batch was not found
-# worse; but it computes eight times as much. Of the league's 36 searches, which begin at 8, none ended at more, and 13
-# ended at 4, the least allowed.
+# The parts give the same loss as the whole, here to five decimals, with less than half the memory. Batches of 64 are
+# worse than batches of 4, by 0.054 [0.048, 0.061] nats a token. The rate chosen for them is twice as high. ($\sqrt B$
+# would make it four times, but for the same epochs: it is not tested here.) Those of 64 took four epochs, the most
+# allowed, against two, and still made only 31 steps against 250. A control makes 62 steps of 64 or of 8 examples, each
+# at its own rate: there 64 is better on `rewrite`, by 0.033 [0.027, 0.038] (LoRA: 0.017 [0.003, 0.032]), and on
+# `source` undecided. So step for step a large batch was not found worse; but it computes eight times as much. Of the
+# league's 36 searches, which begin at 8, none ended at more, and 13 ended at 4.
+#
+# `best-5` asks that 64 is not worse by 0.02 than 4 and 16 (8 comparisons: both methods, both tasks), nor in the control
+# (4). Two of the six worse ones are not told: their intervals contain -0.02. *Holds if* rests on the control alone.
 
 # %% [markdown]
 # > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 0 are as stated, 4 are not and 4 are not
@@ -323,10 +324,8 @@ print("batch size that the 36 searches of the league chose: "
 # %%
 over_epochs, turns = {}, {}  # (case, method) -> {epochs: (loss on validation, training loss)} at the rate and batch that were chosen
 print("\nepochs: loss on validation (training loss); by how much twice the best number is worse, in standard deviations over the seeds")
-for (case, method), at in best.items():
-    seen = tried[case, method][1]
-    losses = along("epochs", at, seen).items()
-    line = over_epochs[case, method] = {n: (loss, find(replace(at, epochs=n))["train_loss"]) for n, loss in losses}
+for (case, method), (at, seen) in tried.items():
+    line = over_epochs[case, method] = {n: (y, find(replace(at, epochs=n))["train_loss"]) for n, y in along("epochs", at, seen).items()}
     luck = np.std([find(replace(at, seed=seed, split="test"))["loss"] for seed in SEEDS], ddof=1)
     turns[case, method] = (line[2 * at.epochs][0] - line[at.epochs][0]) / luck if 2 * at.epochs in line else np.nan
     told = ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items())
@@ -334,20 +333,21 @@ for (case, method), at in best.items():
     assert (np.diff([train for _, train in line.values()]) <= 0).all(), "the training loss falls on"
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
     assert case.task == "source" or {t.rate for t in seen if t.epochs > at.epochs} <= {at.rate}, "no other rate for more epochs"
-assert all(not x <= 10 if case.task == "rewrite" else not x >= 5 for (case, _), x in turns.items())
+assert all(not x <= 10 if case.task == "rewrite" else not (x >= 5 or x <= 0) for (case, _), x in turns.items())
 assert {(best[CASES[0], m].epochs, best[CASES[1], m].epochs) for m in ("full", "lora")} == {(16, 2)}, "on rewrite, 50 and 500"
 
 # %%
 practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png", dpi=120)
 
 # %% [markdown]
-# The training loss falls on. The loss on validation turns, at the chosen rate, wherever more epochs were allowed: a
-# search ends only where twice as many do no better. (On `rewrite` no lower rate had more epochs. LoRA on `source` with
-# 500 chose four, and all with 5,000 one: no more were allowed.) On `rewrite` both methods do best with 16 epochs of 50
-# examples and 2 of 500; twice as many are worse by more than ten standard deviations over the seeds. On `source` they
-# are worse by less than five, which may be luck. So on `rewrite` "one to three" suits 500 examples, not 50. `peft-4`
-# asks whether LoRA overfits less: it pairs settings of both methods with equal training loss (within 0.05), of those
-# that the searches with 50 and 500 examples saw.
+# The training loss falls on. At the chosen rate twice as many epochs have a higher loss on validation wherever they
+# were allowed. This is nearly the search's own doing: it ends only where they are not better by more than 0.002. (On
+# `rewrite` no lower rate was tried with more epochs. LoRA on `source` with 500 chose four, and all with 5,000 one: no
+# more were allowed.) On `rewrite` both methods do best with 16 epochs of 50 examples and 2 of 500; twice as many are
+# worse by more than ten standard deviations over the seeds. On `source` they are worse by less than five, which may be
+# luck. So on `rewrite` "one to three" suits 500 examples, not 50. `peft-4` asks whether LoRA overfits less: it pairs
+# settings of both with equal training loss (within 0.05), seen by the searches with 50 and 500 examples. LoRA's loss on
+# validation must be clearly lower, in the mean of the four cases.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
@@ -364,23 +364,19 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # **Predict:** with warm-up and without, each with its own best rate, epochs and batch size: what does it gain?
 
 # %%
-warm, steps = {}, []
-for pair in WARM:
-    one, other = (report(find, way, KEYS[pair.task]) for way in (pair.one, pair.other))
-    warm[f"{pair.a}, {pair.where.removesuffix(', 500 examples')}"] = compare(one, other, KEYS[pair.task])
-    steps.append((one.trial.steps, other.trial.steps, int(np.ceil(one.trial.warmup * one.trial.steps))))
-steps = [(min(n), max(n)) for n in zip(*steps)]
-print("\nsteps with warm-up, without it, and of it:", ", ".join(f"{least} to {most}" for least, most in steps))
-assert max(most for _, most in steps) < 1000
-assert not any(d.clearly_better for d in warm.values()) and max(d.better.high for d in warm.values()) < 0.1
+warm = {f"{pair.a}, {pair.where.removesuffix(', 500 examples')}": compared(pair) for pair in WARM}
+trials = [[report(find, way).trial for way in (pair.one, pair.other)] for pair in WARM]
+steps = [*zip(*((one.steps, other.steps, int(np.ceil(one.warmup * one.steps))) for one, other in trials))]
+print("\nsteps with warm-up, without it, and of it:", ", ".join(f"{min(n)} to {max(n)}" for n in steps))
+assert max(map(max, steps)) < 1000 and not any(d.clearly_better for d in warm.values()) and max(d.better.high for d in warm.values()) < 0.1
 
 # %%
 practice.intervals_picture(warm, "better with warm-up than without, nats or share").savefig(OUT / "14_best_practices_warmup.png", dpi=120)
 
 # %% [markdown]
 # No warm-up of 5 or 10 % is clearly better than none: in five of the eight comparisons the two are equal, in three, all
-# of `source`, undecided. The runs have hundreds of steps. Not tested are runs of thousands, and one high rate on both
-# sides, at which a start without warm-up may fail.
+# of `source`, undecided, so the verdict is open. The runs have hundreds of steps. Not tested are thousands, and one
+# high rate on both sides, at which a start without warm-up may fail.
 
 # %% [markdown]
 # > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 5 are not
@@ -395,40 +391,40 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 # %% [markdown]
 # ## 6 · Few clean examples, or many with mistakes?
 #
-# *Advice: quality beats quantity* (as Zhou et al. 2023, arXiv:2305.11206, with 1,000 chosen examples). Here a mistake
-# is a verse with the plain English of another verse. Half of 500 examples are wrong in this way. Should one take them
-# all, or the 250 right ones alone? All runs are full fine-tuning, each with its own rate, but with the batch size, 4,
-# and the 250 steps that suit 500 right ones: what the wrong ones cost may be overstated. The 500 are then seen twice
-# each and the 250 four times; so the 250 are also trained for half the steps, and then seen twice, too.
+# *Advice: quality beats quantity* (as Zhou et al. 2023, arXiv:2305.11206, with 1,000 chosen examples). Here half of 500
+# examples are wrong: a verse with the plain English of another. All runs are full fine-tuning, each with its own rate,
+# but with the batch size, 4, and the 250 steps that suit 500 right ones: what the wrong ones cost may be overstated.
+# The 500 are then seen twice each and the 250 four times; so one more run gives the 250 half the steps, and they, too,
+# are seen twice.
 #
 # **Predict:** the 250 right ones, or all 500? And what do the wrong ones cost, beside 500 right ones?
 
 # %%
+cleaner = {pair.a: compared(pair) for pair in practice.WRONG}
 dirty = {pair.a: (report(find, pair.one), report(find, pair.other)) for pair in practice.WRONG}
 for name, (clean, noisy) in dirty.items():
     print(f"  {name} (rate {clean.trial.rate:g}) {clean.mean.value:.3f}, "
-          f"500 half wrong (rate {noisy.trial.rate:g}) {noisy.mean.value:.3f}: {shown(clean, noisy, 'nll')}")
+          f"500 half wrong (rate {noisy.trial.rate:g}) {noisy.mean.value:.3f}: {cleaner[name].word} ({cleaner[name].interval})")
 clean, noisy = dirty["250 clean, half the steps"]
 harm = crossed(noisy.values - clean.values)  # of an answer, not of a token
-print(f"half wrong costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; "
-      f"the best mixture of right and random, at most {-np.log(1 - 0.5):.2f}")
+print(f"half wrong costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; the best mixture, at most {np.log(2):.2f}")
 assert harm.low > 2 * -np.log(1 - 0.5), "more than twice that"
-cleaner = {name: compare(*pair, "nll") for name, pair in dirty.items()}
 assert all(found.clearly_better for found in cleaner.values())
 
 # %%
 practice.intervals_picture(cleaner, "better than 500 half wrong, nats a token").savefig(OUT / "14_best_practices_clean.png", dpi=120)
 
 # %% [markdown]
-# The 250 right ones: in as many steps they end 0.081 [0.067, 0.094] nats a token below all 500, of which they are half,
-# and in half the steps 0.077 [0.063, 0.091] below. In half the steps each right one is seen as often on either side, so
-# the wrong ones do not only take the place of right ones: they do harm. Beside 500 right ones half wrong costs 0.179
-# [0.162, 0.197]. (`best-1`'s rows, with other mistakes, are still to come.)
+# The 250 right ones: in as many steps they end 0.081 [0.067, 0.094] nats a token below all 500, and in half the steps
+# 0.077 [0.063, 0.091] below. In half the steps each right one is seen as often on either side, so the wrong ones do not
+# only take the place of right ones: they do harm. Beside 500 right ones half wrong costs 0.179 [0.162, 0.197].
+# (`best-1`'s rows, with other mistakes, are still to come.)
 #
 # If a share $p$ of the answers is random, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{random}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
-# probability, and costs at most $-\ln(1 - p)$ nats more, however many tokens it has. Beside the 250, seen as often, the
-# harm is 1.99 [1.64, 2.35] nats an answer, of which the best mixture explains at most $\ln 2 = 0.69$.
+# probability under $q_\text{right}$. It costs at most $-\ln(1 - p)$ nats more than there, however many tokens it has.
+# Beside the 250, seen as often, the harm is 1.99 [1.64, 2.35] nats an answer, of which the best mixture explains at
+# most $\ln 2 = 0.69$: most of it is something else.
 #
 # *Advice: include hard examples.* Of 1,500 records that the seed draws, take the easiest third, those with the lowest
 # loss on the base, or half of these and half of the hardest third. The test has every kind, so the mixture is more like
@@ -439,12 +435,13 @@ practice.intervals_picture(cleaner, "better than 500 half wrong, nats a token").
 for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
     against = compare(report(find, drawn.other), report(find, easy.other), "nll")
     print(f"{drawn.b} beside {easy.b}, {easy.where}: {against.word} ({against.interval})")
-    assert against.clearly_better
+    assert against.clearly_better and compared(easy).clearly_better and not compared(drawn).clearly_better
 
 # %% [markdown]
 # On `rewrite` easy ones alone cost something: the mixture is better, and so are 500 drawn at random, by 0.042 [0.027,
-# 0.056] (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain nothing clear. So the
-# verdict's *holds if* says that something is missing from easy ones alone, not that hard ones teach more.
+# 0.056] (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain nothing clear. `best-3` asks
+# that the mixture beats easy and random ones, in four cases each (both methods, both tasks). Its *holds if* says that
+# something is missing from easy ones alone, not that hard ones teach more.
 
 # %% [markdown]
 # > `best-3` include hard examples: **holds if**. Of 4 comparisons 2 are as stated and 2 are not told (2 better and 2
@@ -455,10 +452,10 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 # ## 7 · A class that is rare
 #
 # Three training sets of `source`: 500 balanced examples; 500 with 80 % from Jane Austen and 10 % from each other book;
-# these, with the others repeated until each has 400. The test has 256 of her sentences, 255 of the King James Bible,
-# and one of the third, too few for a recall. What counts is each class's *recall*, the share of its sentences that are
-# found. The mean over the classes is the **balanced accuracy**. *Advice: a skewed training set costs the rare classes;
-# repeating their examples helps.*
+# these, with the other books' repeated until each book has 400 (an epoch of these 1,200 has the steps of 500). The test
+# has 256 of her sentences, 255 of the King James Bible, and one of the third, too few for a recall. What counts is each
+# class's *recall*, the share of its sentences that are found. The mean over the classes is the **balanced accuracy**.
+# *Advice: a skewed training set costs the rare classes; repeating their examples helps.*
 #
 # **Predict:** which balanced accuracy has somebody who says "Austen" always, of three books?
 
@@ -472,15 +469,14 @@ for balanced, repeated in zip(SKEWED, REPEATED):
     found = {name: report(find, way, "right") for name, way in sets.items()}
     method = balanced.where.partition(",")[0]
     for name, each in found.items():
-        recalls[method, name] = [crossed(each.values[:, book == i]) for i in (0, 2)]
-        print(f"  {method:5s}{name:16s} finds {recalls[method, name][0].value:.1%} of Austen, "
-              f"{recalls[method, name][1].value:.1%} of the King James Bible")
-    lost = [crossed((found["80 % Austen"].values - found["balanced"].values)[:, book == i]) for i in (0, 2)]
-    told = (f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for name, d in zip(("Austen", "King James"), lost))
-    print(f"  {method:5s}by the skew:", ", ".join(told))
+        austen, james = recalls[method, name] = [crossed(each.values[:, book == i]) for i in (0, 2)]
+        print(f"  {method:5s}{name:16s} finds {austen.value:.1%} of Austen, {james.value:.1%} of the King James Bible")
+        assert abs(each.values.mean() - (austen.value + james.value) / 2) < 0.002
+    changed = found["80 % Austen"].values - found["balanced"].values
+    lost = [crossed(changed[:, book == i]) for i in (0, 2)]
+    print(f"  {method:5s}by the skew: Austen, King James", *(f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in lost), sep=", ")
     assert lost[1].high < 0 > lost[0].low and lost[0].high > 0, "the rarer class is found less often"
-    means = {name: np.mean([recall.value for recall in recalls[method, name]]) for name in found}
-    assert all(abs(each.values.mean() - means[name]) < 0.002 for name, each in found.items())
+    assert crossed(changed[:, book == 2], level=1 - 0.05 / 4).high > 0, "but not clearly at the level for four"
     assert not compare(found["balanced"], found["80 % Austen"], "right", 1 - 0.05 / 4).clearly_better
     found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
     print(f"  {method:5s}by repeating: King James {found_again.value:+.3f} [{found_again.low:+.3f}, {found_again.high:+.3f}]")
@@ -489,13 +485,14 @@ for balanced, repeated in zip(SKEWED, REPEATED):
 practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dpi=120)
 
 # %% [markdown]
-# A third (on this test of two, a half). With the skewed set the King James Bible is found less often: -0.071 [-0.138,
-# -0.005] of its sentences with full fine-tuning, -0.109 [-0.202, -0.016] with LoRA. Of Austen's, most are found in any
-# case, and no difference is clear. What repeating does is undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044,
-# +0.174] of the King James Bible.
+# A third (on this test of two, a half). With the skewed set fewer sentences of the King James Bible are found: -0.071
+# [-0.138, -0.005] of them with full fine-tuning, -0.109 [-0.202, -0.016] with LoRA. (At the level for four recalls
+# neither is clear.) Of Austen's, most are found in any case, and no difference is clear. What repeating does is
+# undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of the King James Bible.
 #
-# The verdict has the share of all right answers, here nearly the balanced accuracy of the two books. By this share only
-# LoRA clearly loses by the skew; at the level for four comparisons, $1 - 0.05/4$, not even LoRA.
+# `best-2` asks whether balanced and repeated examples raise the share of all right answers. It is nearly the mean of
+# both recalls: full fine-tuning's -0.071 and +0.013 make -0.029, undecided. LoRA's fall alone is clear, but not at the
+# level for four comparisons, $1 - 0.05/4$.
 
 # %% [markdown]
 # > `best-2` balance the data set: **cannot be tested here**. Balanced beside 80 % of one class, full, source, 500
@@ -525,16 +522,14 @@ for id in ("full-3", "peft-4", *(f"best-{i}" for i in range(1, 9))):
 # look there, and on the other 416 verses?
 
 # %%
-generator, looks, is_so = np.random.default_rng(0), [], []
+generator, better = np.random.default_rng(0), []
 for _ in range(2000):
     order = generator.permutation(protocol.ITEMS)
     here, elsewhere = ((full.values[:, i].sum(axis=1) / full.weights[i].sum()) for i in (order[:96], order[96:]))
-    chosen = here.argmin()
-    looks.append(here.mean() - here[chosen])
-    is_so.append(elsewhere.mean() - elsewhere[chosen])
-print(f"the best of five on 96 verses looks {np.mean(looks):.4f} nats better than their mean; "
-      f"on the other verses it is {np.mean(is_so):.4f} better")
-assert np.mean(looks) > 2 * np.mean(is_so) > 0
+    better.append([verses.mean() - verses[here.argmin()] for verses in (here, elsewhere)])
+looks, is_so = np.mean(better, axis=0)
+print(f"the best of five on 96 verses looks {looks:.4f} nats better than their mean; on the other verses it is {is_so:.4f} better")
+assert looks > 2 * is_so > 0
 
 # %% [markdown]
 # It looks 0.019 nats better; on the other verses it is 0.004. The five differ by luck alone, so nothing was there to be
