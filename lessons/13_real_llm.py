@@ -8,7 +8,7 @@
 # it forgot; and take home an adapter that Hugging Face's PEFT loads.
 #
 # You need Lessons 0 (BPE), 2, 3, 4 (LoRA), 7 (QLoRA), 8 (the mask of an answer, packing), 10 (KL) and 12 (the memory
-# ledger). Reading takes about 21 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
+# ledger). Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it with `python
 # lessons/13_real_llm.py` (about three minutes on two cores, in less than 2 GB of memory), or open it as a notebook. It
 # needs the extra `hub` (`pip install 'minipeft[hub]'`) and the model's file, 98 MB; where that is missing, the lesson
 # says how to get it. Where a line begins with **Predict**, write down your answer; a cell or the text below gives it.
@@ -190,6 +190,8 @@ assert abs(bills["LoRA"].lines["activations"] / bills["full"].lines["activations
 assert bills["full"].total > 2e9 > bills["LoRA"].total > bills["QLoRA"].total and 0.5 < bills["LoRA"].total / bills["full"].total < 0.53
 assert memory_ledger(model.config, None, 1, LENGTH).lines["gradients"] == 4 * N, "with one sequence the worst moment is the end"
 assert bills["LoRA"].total - bills["QLoRA"].total > 0.85 * 3.4 * layers, "the four-bit base saves nearly 3.5 bytes a weight"
+
+# %%
 real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 
 # %% [markdown]
@@ -339,6 +341,8 @@ if not REDUCED:
     assert (change < 0).mean() > 0.75, "not the work of a few verses"
     assert rounded["held-out loss"] > results["before"]["held-out loss"] + 0.1
 ends = {name: results[name]["held-out loss"] for name in curves}
+
+# %%
 real_llm.curves_picture(curves, ends, results["before"]["held-out loss"]).savefig(OUT / "13_real_llm_curves.png")
 
 # %% [markdown]
@@ -400,6 +404,8 @@ copied = of["copied"]
 assert copied["before"].high < copied["the reference"].value < copied["after"].low, "they keep more of the verse than the reference does"
 shown = {k: [round(of[k][w].value) for w in ("before", "after", "the verse")] for k in ("chrF", "copied", "plain")}
 assert shown == {"chrF": [28, 47, 47], "copied": [41, 64, 100], "plain": [84, 92, 78]}
+
+# %%
 real_llm.scores_picture(of).savefig(OUT / "13_real_llm_scores.png")
 
 # %% [markdown]
