@@ -1,7 +1,8 @@
 """Lesson 13's task on the whole test split: SmolLM2-135M-Instruct rewrites verses, before and after LoRA, item by item.
 
 The rate is chosen on verses of the validation split, under one seed, by factors of 2 with both neighbors tried; then five
-other seeds, each with training verses and a start of A of its own, are reported on verses of the test split, of other chapters.
+other seeds, each with training verses and a start of A of its own, are reported on verses of the test split (whose
+chapters: `text/build_corpora.py`).
 """
 
 from __future__ import annotations
