@@ -416,7 +416,7 @@ assert round(2 * 174_604_259_328 / 1e9) == 349 and round(200 * 174_604_259_328 /
 
 # %% [markdown]
 # > `full-1` the procedure: load weights; optionally a task head; train every parameter; save a checkpoint: **holds
-# > if**. What is so: every parameter trains with the model's own head and the checkpoint is whole. Two steps move
+# > if**. It is so that every parameter trains with the model's own head and the checkpoint is whole. Two steps move
 # > 100.0% of the language model's numbers, and 82.7% with a classifier's head, as then the embeddings of words that the
 # > batch lacks have no gradient. The saved model's loss differs by 0.
 #

@@ -483,10 +483,10 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
 # > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
 # > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
 # >
-# > "Better" and "more" are so above 0, not so below 5 points, "no more" and "does not" so below 5, not so above 0, each
-# > with the whole interval. The last is asked, beside the model told others; in the base's own text it is +14.2 [+10.9,
-# > +17.5]. Of facts in none of its texts the base knows, in its own text, 53 % of the meanings and 73 % of the verse
-# > ends; a guess 25 %. (5 seeds, 256 test items)
+# > "Better" and "more" are so where the interval lies above 0, not so where below 5 points; "no more" and "does not"
+# > the other way round. The last part compares a model told these facts with one told others, both asked; in the base's
+# > own text the difference is +14.2 [+10.9, +17.5]. Of facts in none of its texts the base knows, in its own text, 53 %
+# > of the meanings and 73 % of the verse ends; a guess 25 %. (5 seeds, 256 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?

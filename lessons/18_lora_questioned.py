@@ -175,10 +175,11 @@ ranks.update_picture(RANK, spectra, chance, worth).savefig(OUT / "18_lora_questi
 # tuned norms, and cuts the embedding, too.
 
 # %% [markdown]
-# > `lora-3` updates of fine-tuning have a low intrinsic dimension: **holds**. The update is low in random subspaces,
-# > the rank that the task needs and the rank that holds the squared norm: d90 is 1,398 [680, 2,876] of 1,443,456 from
-# > the base, 51,462 [4,066, 651,254] from random weights; in the mean the 5.7 strongest directions of each update have
-# > 90 % of the gain; 90 % of the squared norm needs 35% of the rank that noise needs. (5 seeds, 512 test items)
+# > `lora-3` updates of fine-tuning have a low intrinsic dimension: **holds**. The update is of low dimension by random
+# > subspaces, the rank that the task needs and the rank that holds the squared norm: d90 is 1,398 [680, 2,876] of
+# > 1,443,456 from the base, 51,462 [4,066, 651,254] from random weights; in the mean the 5.7 strongest directions of
+# > each update have 90 % of the gain; 90 % of the squared norm needs 35% of the rank that noise needs. (5 seeds, 512
+# > test items)
 
 # %% [markdown]
 # ## 2 · Which rank?

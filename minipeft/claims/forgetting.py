@@ -61,7 +61,7 @@ def lower_rate(rows: Rows) -> Verdict:
     return judged(finder(rows), LOWER, better, "cloze")
 
 
-REPLAY = [pair for share in (0.25, 1.0) for pair in remedies(f"{share:g} general blocks an example", {"replay": share}, "none", {})]
+REPLAY = [pair for share in (0.25, 1.0) for pair in remedies(f"{share:g} general block{'s' * (share != 1)} an example", {"replay": share}, "none", {})]
 
 
 @claim("forget-3", lesson="15_forgetting.py", section="4 · The remedies", experiment=Searches.pairs("league", REPLAY))

@@ -76,7 +76,7 @@ def procedure() -> Verdict:
     }
     return Verdict(
         graded(right),
-        f"What is so: {those(right)}. Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a "
+        f"It is so that {those(right)}. Two steps move {language:.1%} of the language model's numbers, and {head:.1%} with a "
         f"classifier's head, as then the embeddings of words that the batch lacks have no gradient. The "
         f"saved model's loss differs by {difference:.2g}.",
         Number("share of the numbers that two steps move", 100 * language, "%"),

@@ -287,7 +287,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         "the rank that holds the squared norm": ratio.high is not None and ratio.high <= NOISE,
     }
     because = (
-        f"The update is low in {those(cases)}{'' if all(cases.values()) else f', and not in {those(cases, False)}'}: "
+        f"The update is of low dimension by {those(cases)}{'' if all(cases.values()) else f', and not by {those(cases, False)}'}: "
         f"d90 is {sized(effect)} of {D:,} from the base, "
         + (f"{sized(other)} from random weights" if other else "and from random weights nothing is gained under some seed")
         + f"; in the mean the {rank.value:.1f} strongest directions of each update have 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."

@@ -211,8 +211,9 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts are so: "
         f"{itemized([f'{name}: {SAID[x]} ({points(e)} points)' for name, (e, x) in found.items()])}"
-        f'"Better" and "more" are so above 0, not so below {100 * SMALL:g} points, "no more" and "does not" so below {100 * SMALL:g}, not so above 0, '
-        f"each with the whole interval. The last is asked, beside the model told others; in the base's own text it is {points(own)}. "
+        f'"Better" and "more" are so where the interval lies above 0, not so where below {100 * SMALL:g} points; "no more" and "does not" '
+        f"the other way round. The last part compares a model told these facts with one told others, both asked; in the base's own text "
+        f"the difference is {points(own)}. "
         f"Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
