@@ -439,7 +439,7 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
 # 0.60 of the instructions, clearly more than the control (0.37), the base and a guess. In new words it gives not
 # clearly more right answers, and follows 0.42, clearly more than the control (0.35), but not than the base (0.41) or a
 # guess. The control may have got worse; that tuning teaches following in new words, or at new tasks, is not shown. (The
-# verdict's two "equal" show little: no model has a right answer there.)
+# verdict's two "equal" show little: no model is right there.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206; their LIMA was tuned on 1,000 chosen records). A fact is what a word
