@@ -94,8 +94,8 @@ def test_the_score_goes_to_the_last_real_token_wherever_the_response_ends():
 def test_padding_costs_no_kl_whatever_stands_there(xp):
     logprobs, ref, mask = (xp.asarray(np.array([a])) for a in ([-1.0, -2.0, np.nan], [-1.5, -1.0, -9.0], [1, 1, 0]))
     assert to_numpy(rlhf.advantages.token_kl(logprobs, ref, mask)).tolist() == [[0.5, -1.0, 0.0]]
-    rewards = rlhf.advantages.rewards_of(logprobs, xp.asarray(np.array([2.0])), mask, 0.5)
-    assert to_numpy(rewards).tolist() == [[0.5, 3.0, 0.0]]
+    rewards = rlhf.shaped_rewards(logprobs, ref, xp.asarray(np.array([2.0])), mask, 0.5)
+    assert to_numpy(rewards).tolist() == [[-0.25, 2.5, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_clipping_stops_the_gradient_only_where_it_would_help_too_much():
 
 def test_without_options_clipping_is_at_a_fifth():
     ratio, ones = np.array([[0.5, 0.9, 1.3]]), np.ones((1, 3))
-    assert rlhf.ppo.clipped(mp.Tensor(ratio), -ones).data.tolist() == [[0.8, 0.9, 1.3]]
+    assert rlhf.ppo.clipped_objective(mp.Tensor(ratio), -ones).data.tolist() == [[0.8, 0.9, 1.3]]
     logprobs, values = mp.Tensor(np.log(ratio)), mp.Tensor(ratio)
     for loss in (rlhf.policy_loss, rlhf.value_loss):
         x = logprobs if loss is rlhf.policy_loss else values

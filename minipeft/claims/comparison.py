@@ -7,9 +7,9 @@
     a case        one task and number of examples
     difference    a - b on the test items under the five seeds, with its 95 % interval (`protocol.difference`);
                   of losses in nats per token, of choices in shares; in its direction, so that above 0 a is better
-    clear         the interval excludes 0
-    equal         the interval lies within ±NEAR: a difference that nobody would notice
-    undecided     neither clear nor equal; the interval says how large it may be
+    clear         the interval excludes 0 (statistically significant at 5 %)
+    equal         the interval lies within ±NEAR, a difference that nobody would notice (equivalent; NEAR is the margin)
+    undecided     neither clear nor equal (inconclusive); the interval says how large it may be
     so            what a rule asks of a difference: True, False, or None where the interval is too wide to tell. A statement
                   that is so in no comparison does not hold here; but where one is not told, it cannot be tested here
     holds if      of k comparisons each is wrong once in twenty times; that the statement is so in some of them is said

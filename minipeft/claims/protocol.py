@@ -2,11 +2,11 @@
 
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
     tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to a better
-                neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned with
-                the same effort, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs
-                have an upper end, the same for all: what may be computed; the best may lie beyond it. Judged by the loss
-                on validation under one seed, TUNING, the same for all neighbors; the loss also where choices are counted
-                later, as 256 records tell losses better apart.
+                neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned by
+                the same rule, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs have
+                an upper end, PASSES, what may be computed (`search` has the exceptions); the best may lie beyond it.
+                Judged by the loss on validation under one seed, TUNING, the same for all neighbors; the loss also
+                where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
                 test split, item by item. Nothing was chosen by them.
     difference  of two methods: over seeds and items together (`statistics.crossed`)
@@ -90,7 +90,7 @@ class Trial:
 
     @property
     def start(self) -> Trial:
-        """Of a trial that is chosen as it is."""
+        """Itself: every `Choice` has a start."""
         return self
 
 
@@ -122,9 +122,9 @@ def most_epochs(examples: int) -> int:
 
 
 class Gentle(NamedTuple):
-    """Of the trials that a search saw, those that learn as much as the worse of two tuned methods, by less than ROOM less,
-    and of these the one that keeps the lowest loss on general text: methods are compared in what they forget at equal quality
-    of the task. Nothing more is searched for."""
+    """Methods are compared in what they forget at equal quality of the task: of the trials that a search saw whose loss on
+    validation is at most ROOM above that of the worse of two tuned methods, the one with the lowest loss on general text.
+    Nothing more is searched for."""
 
     of: Search
     beside: Search
@@ -211,7 +211,8 @@ def run(trial: Trial) -> Row:
 
     loss, accuracy     on VALIDATION records: nats per token; the share of right choices (checked tasks)
     train_loss         mean over the last quarter of the steps
-    trainable, storage parameters, bytes on the disk
+    trainable          parameters
+    storage            bytes on the disk
     general            loss on the held-out text of each corpus
 
     and of the split "test", item by item:
@@ -359,7 +360,7 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     enough = max(math.inf if loss is None else loss for loss in losses) + ROOM
     equal = [trial for trial, loss in seen.items() if loss <= enough]
     kept = [trial for trial in equal if find(trial)["loss"] is not None] or [mine]
-    return min(kept, key=lambda trial: (sum(find(trial).get("general", {}).values()), seen.get(trial, 0))), []
+    return min(kept, key=lambda trial: (sum(find(trial).get("general", {}).values()), seen[trial])), []
 
 
 def reported(best: Trial) -> list[Trial]:

@@ -7,8 +7,11 @@
     gpt2    LayerNorm       learned, added             W₂ gelu(W₁ x)              yes      tied to the embedding
     llama   RMSNorm         rotary, in the attention   W₃ (silu(W₁ x) * W₂ x)     no       tied or not
 
-The model knows no fine-tuning method. It has two seams: `inputs_embeds` (what prompt tuning feeds) and
-`past_key_values` (a generation cache, or a trained prefix). Everything else replaces a module found by its path.
+    attention(x) = W_o softmax(q kᵀ / sqrt(D)) v of earlier positions      q [B, H, T, D], k and v [B, kv, S, D]
+
+Each head of k and v is read by H / kv heads of q. The model knows no fine-tuning method. It has two seams:
+`inputs_embeds` (what prompt tuning feeds) and `past_key_values` (a generation cache, or a trained prefix). Everything
+else replaces a module found by its path.
 
 Sources: Radford et al. 2019 (GPT-2); Touvron et al. 2023 (Llama, arXiv:2302.13971); Ainslie et al. 2023 (grouped-query
 attention, arXiv:2305.13245). Departure from GPT-2: dropout acts on the embeddings and the residual branches, not on
@@ -297,6 +300,7 @@ class LlamaAttention(Module):
         if context.attentions is None and (past is None or cached):
             shape = B, k.shape[2] // D, T, D
             cache = past.reserve(layer, shape, shape, like=k.data) if cached else None
+            # `attend`, with rotation before it, as one op
             y = F.rotary_attention(q, k, v, *context.rotation, attn_mask=context.mask, cache=cache)
             return self.o_proj(y, rng)
 
@@ -356,6 +360,7 @@ class GPT2Attention(Module):
         B, T, d = x.shape
         qkv = self.c_attn(x, rng)  # [B, T, 3d]
         if context.past is None and context.attentions is None:
+            # `attend` as one op
             return self.c_proj(F.packed_attention(qkv, self.num_heads, attn_mask=context.mask), rng)
         heads = qkv.reshape(B, T, 3, self.num_heads, d // self.num_heads).transpose(2, 0, 3, 1, 4)  # [3, B, H, T, D]
         k, v = _extend(heads[1], heads[2], context.past, layer)

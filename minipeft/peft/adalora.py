@@ -87,7 +87,7 @@ class AdaLoraLinear(Adapter):
 
 
 def budget(config: AdaLoraConfig, step: int, start: int, end: int) -> tuple[int, bool]:
-    """(b, how many triplets may be left after step t, whether to prune now): eq. 12.
+    """(b: how many triplets may be left after step t; whether to prune now), eq. 12.
 
         b = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_f - t_i))³    t_i = tinit, t_f = tfinal, T = total_step
 

@@ -3,7 +3,7 @@
     cat     Σ w_i s_i B_i A_i exactly: the factors side by side, rank Σ r_i
     svd     the best approximation of that sum of rank `svd_rank`
     linear  A = Σ sqrt(w_i s_i) A_i,  B = Σ sqrt(w_i s_i) B_i: cheap, but its product has cross terms B_i A_j
-    ties    the same on trimmed factors, adding only what agrees with the sign that wins
+    ties    of trimmed factors, number by number, the mean of those w_i t_i whose t_i has the elected sign
             Yadav et al. 2023, arXiv:2306.01708, algorithm 1
     dare_linear, dare_ties   the same on factors of which a random part is dropped and the rest rescaled
                              Yu et al. 2023, arXiv:2311.03099, section 3.2
@@ -82,7 +82,7 @@ class Combination:
         return Vt[:rank], U[:, :rank] * S[:rank]
 
     def combine(self, tensors: Any, weights: Any) -> np.ndarray:
-        """Σ w_i t_i of tensors of one shape, trimmed or thinned; ties: the mean over those of the winning sign."""
+        """Σ w_i t_i of tensors of one shape, trimmed or thinned; ties: the mean over those of the elected sign."""
         rule = self.combination_type.removesuffix("_svd")
         t = np.stack([self.thin(rule, x) for x in tensors])  # [n, ...]
         weighted = t * np.float32(weights).reshape(-1, *[1] * (t.ndim - 1))
@@ -114,7 +114,7 @@ def add_weighted_adapter(
 
     Raises PeftError for adapters that cannot be combined so: other methods than LoRA, DoRA, differing ranks (linear and
     ties, which add factors elementwise), ranks whose sum is larger than a matrix has (cat); and for an option that the
-    type does not have.
+    type does not have. Of one adapter nothing is taken away, as in PEFT: density and svd_rank do not count then.
     """
     how, adapters, weights = Combination(combination_type, **more), listed("adapters", adapters), [float(w) for w in weights]
     if len(adapters) == 1 and combination_type != "svd":

@@ -2,7 +2,8 @@
 
     W' = m * (W + s B A) / n,    n = ||W + s B A||, by rows        m [out] trained, at the start ||W||        eq. 5
 
-LoRA turns each row's direction, m alone sets its length. n is a constant in backward (section 4.3).
+A, B and s are LoRA's (lora.py), W is [out, in]. The paper writes W as [in, out], so its norms are of columns. LoRA turns
+each row's direction, m alone sets its length. n is a constant in backward (section 4.3).
 
 Around a layer that other adapters have changed, W x is theirs, and n and the bias b are the base layer's:
 

@@ -3,7 +3,8 @@
     y = l * (W x + b)        keys and values (section 3.3): one learned factor per output
     y = W (l * x) + b        the MLP's second layer: one per input
 
-The factors start at 1. Merged, they scale W's rows (and b), or its columns.
+The factors start at 1. Merged, they scale W's rows (and b), or its columns. The usual targets are PEFT's: a layer that fuses
+queries, keys and values is scaled as a whole; for Qwen, Gemma, GPT-J and Phi queries stand in for keys, for OPT for values.
 """
 
 from __future__ import annotations

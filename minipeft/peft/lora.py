@@ -3,7 +3,7 @@
     W' = W + s B A        A [r, in] random, B [out, r] zero        eq. 3, with s = lora_alpha / r of section 4.1
 
 Only A and B are trained. The paper draws A from a Gaussian; here, as in PEFT, A is uniform in ±1/sqrt(in) by default.
-The forward pass never forms B A: y = W x + B (s (A x)), with r numbers per position in between. Backward needs x for
+The forward pass never forms B A: y = W x + (s B) (A x), with r numbers per position in between. Backward needs x for
 A's gradient and those r numbers for B's; W has no gradient. Without dropout q, k and v share x.
 
 rsLoRA takes s = lora_alpha / sqrt(r), so that the update does not shrink when r grows (Kalajdzievski 2023,

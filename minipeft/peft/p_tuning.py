@@ -1,6 +1,6 @@
 """P-tuning: soft tokens computed by a small network (Liu et al. 2021, arXiv:2103.10385).
 
-    P = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃        e [num_virtual_tokens, d], all of it trained       section 3
+    P = W₃ relu(W₂ relu(W₁ e + b₁) + b₂) + b₃        e [p, d], p = num_virtual_tokens, all of it trained       section 3
 
 Tokens that come from one network are tied to each other, and optimization moves them together. When training is over,
 only P is needed, and only P is saved: the network cannot be restored from the file.
@@ -20,7 +20,7 @@ from .prompt_tuning import SoftTokens
 
 
 class PromptEncoder(SoftTokens):
-    """The network: e [P, d], W1 [h, d], b1 [h], W2 [h, h], b2 [h], W3 [d, h], b3 [d]."""
+    """The network: e [p, d], W1 [h, d], b1 [h], W2 [h, h], b2 [h], W3 [d, h], b3 [d]."""
 
     def vectors(self) -> Tensor:
         z = F.relu(F.linear(self.e, self.W1, self.b1))
@@ -45,11 +45,11 @@ class PromptEncoderConfig(PromptLearningConfig):
             raise PeftError("encoder_reparameterization_type='LSTM' is not built for training; 'MLP' is")
 
     def prompt_shapes(self, width: int) -> dict[str, Shape]:
-        P, d = self.num_virtual_tokens, self.token_dim or width
+        p, d = self.num_virtual_tokens, self.token_dim or width
         if self.folded:
-            return {STORED: (P, d)}
+            return {STORED: (p, d)}
         h = self.encoder_hidden_size or d
-        return network_shapes(P, d, h, h, d)
+        return network_shapes(p, d, h, h, d)
 
     @property
     def adapter_class(self) -> type[SoftTokens]:

@@ -3,8 +3,8 @@
     [P; E(x)] ─► frozen model,    P [p, d] trained, p = num_virtual_tokens, E the model's token embedding      section 2
 
 A row of P need not be the embedding of any token. Only P is trained, and a file holds only P. The model runs on p + T
-positions (virtual_positions.py widens the mask and the positions); its caller gets the logits of the T, and in the loss
-the last soft token predicts the first token. P goes in while the cache is empty, and stays there. It cannot be merged
+positions (virtual_positions.py widens the mask and the positions); its caller gets the logits of the T, and in `loss`
+the last soft token predicts the first token if its label counts (a Trainer's never does: see `collate`). P goes in while the cache is empty, and stays there. It cannot be merged
 into the weights. The start matters, the less the larger the model (section 3.2, figure 3): RANDOM, PEFT's default, is
 standard normal (the paper's is uniform); SAMPLE_VOCAB (any token; in the paper a common one) and TEXT copy embeddings.
 """

@@ -1,6 +1,6 @@
 """A linear layer that holds its weight in four bits.
 
-    y = x Wᵀ + b,  W = code[codes] * absmax           dx = g W;  W itself is frozen and has no gradient
+    y = x Wᵀ + b,  W = q[code] c (see nf4.py)         dx = g W;  W itself is frozen and has no gradient
 
 The graph keeps nothing but the packed codes, which the layer holds anyway: `kernels` dequantizes a tile of W at a time (on
 a device all of it), in forward and again in backward. Source: QLoRA (Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6).

@@ -20,8 +20,7 @@ Bits a weight, code books aside: 4 + 32/64 = 4.5, and 4 + 8/64 + 32/(64 * 256) =
 code takes a byte. `kernels` packs two into one, the first in the high half, and gives the same codes faster.
 
 Departures from the paper: 1. q is its table; its eq. 4, which averages neighboring quantiles, does not give that.
-2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`. 4. Float
-arithmetic on a GPU takes numbers below 1.18e-38 for zero. `kernels` gives the CPU's codes and numbers there all the same.
+2. q8 is bitsandbytes' map (the paper: 8-bit floats). 3. Rounding at the edges is bitsandbytes', see `_divide`.
 """
 
 from __future__ import annotations

@@ -62,13 +62,8 @@ def shaped_rewards(logprobs: Array, ref_logprobs: Array, scores: Array, mask: Ar
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, eq. 2. Raises ValueError for a row without real tokens.
     """
-    return rewards_of(token_kl(logprobs, ref_logprobs, mask), scores, mask, beta)
-
-
-def rewards_of(kl: Array, scores: Array, mask: Array, beta: float) -> Array:
-    """r_t = -β kl_t, plus the score [B] at the last real token: `shaped_rewards` from `token_kl` [B, T]."""
-    xp = xp_of(kl)
-    rewards = xp.where(mask != 0, -beta * kl, 0)
+    xp = xp_of(logprobs)
+    rewards = -beta * token_kl(logprobs, ref_logprobs, mask)
     rewards[xp.arange(mask.shape[0]), last_real_token(mask, mask.shape[1])] += scores
     return rewards
 

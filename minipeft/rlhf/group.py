@@ -1,14 +1,16 @@
 """Beyond PPO, without a value function: the other answers to the same prompt say what was to be expected.
 
-                 baseline of an answer                     ratio of          KL from the reference
-    RLOO         mean score of the other answers           whole sequences   k1, in the reward
-    GRPO         mean of the group, over its deviation     each token        k3, in the loss
+            advantage of answer i                      ratio                    KL from the reference
+    RLOO    A_i = r_i - mean of the others' r          ρ of the whole answer    k1, in the reward
+    GRPO    A_i = (r_i - mean) / std of the group      ρ_t of each token        k3, in the loss
 
 Sources: Ahmadian et al. 2024 (RLOO, arXiv:2402.14740), which is plain REINFORCE: one optimizer step a sample, no ratio;
 the ratio and its clipping, for several, are TRL's. Shao et al. 2024 (GRPO, arXiv:2402.03300, eq. 3 and 4). k3 is
 Schulman's (2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html).
 
-Two points at which others depart from GRPO as it is here, and as its paper has it:
+Departure from GRPO's paper: 1e-4 stands beside the deviation, which has Bessel's correction, both as in TRL.
+
+Two objections to GRPO:
 1. In the loss, k3 of fresh samples is differentiated with the samples held fixed. Its mean is KL(π ‖ π_ref), but its
    mean gradient is that of KL(π_ref ‖ π): Lesson 10, section 9, derives it. k1 in the reward has the former's gradient.
 2. Dr. GRPO (Liu et al. 2025, arXiv:2503.20783) leaves out the division by the group's deviation, and the mean over the
@@ -26,7 +28,7 @@ from .advantages import masked_mean
 from .config import GroupConfig
 from .logprobs import Outputs
 from .online import OnlineTrainer
-from .ppo import clipped, log_ratio
+from .ppo import clipped_objective, log_ratio
 from .statistics import clip_fraction, of_objective, of_ratio
 
 
@@ -46,7 +48,7 @@ def rloo_loss(logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Ar
     is REINFORCE's: that of the mean of -A log π(y).
     """
     ratio = log_ratio(logprobs, old_logprobs, mask).sum(axis=1).exp()  # [B]
-    return clipped(ratio, advantages, cliprange).mean()
+    return clipped_objective(ratio, advantages, cliprange).mean()
 
 
 def grpo_advantages(rewards: Array, k: int) -> Array:
@@ -87,7 +89,7 @@ def grpo_loss(
     logprobs, old_logprobs, ref_logprobs, mask [B, n]; advantages [B], one for all tokens of a response, which has at
     least one. β = 0.04 is the paper's.
     """
-    token = clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
+    token = clipped_objective(log_ratio(logprobs, old_logprobs, mask).exp(), advantages[:, None], cliprange)
     if beta:
         token = token + beta * k3(F.where(mask != 0, logprobs, 0), ref_logprobs * (mask != 0))
     return (F.where(mask != 0, token, 0).sum(axis=1) / mask.sum(axis=1)).mean()

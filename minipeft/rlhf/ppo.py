@@ -18,7 +18,7 @@ Departures from Huang et al.:
    rest, the cost of KL and the value head's errors, to variance 1. The value loss and Adam's momentum still move weights.
 2. A full forward pass gives log π_old; they keep the sampler's.
 3. The score is at the last real token; theirs is one later.
-4. Advantages are whitened over all answers of an update, as in TRL; theirs over each minibatch.
+4. V is a head of the policy's network and starts at 0; theirs is a network of its own, a copy of the reward model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..backend import Array, xp_of
 from ..nn.layers import Linear
 from ..options import fits
 from ..train.checkpoint import frozen_fingerprint
-from .advantages import gae, masked_mean, rewards_of, whiten
+from .advantages import gae, masked_mean, shaped_rewards, whiten
 from .config import PPOConfig
 from .logprobs import Outputs, outputs_of, response_hidden
 from .online import OnlineTrainer, RewardFunction
@@ -45,7 +45,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Array, mask: Array) -> Tensor:
     return F.where(mask != 0, logprobs - old_logprobs, 0)
 
 
-def clipped(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
+def clipped_objective(ratio: Tensor, advantages: Array, cliprange: float = 0.2) -> Tensor:
     """max(-A ρ, -A clip(ρ, 1 ± ε)), element by element, in the shape of ρ (PPO, eq. 7, negated: it is minimized)."""
     return F.maximum(-advantages * ratio, -advantages * F.clip(ratio, 1 - cliprange, 1 + cliprange))
 
@@ -54,7 +54,7 @@ def policy_loss(
     logprobs: Tensor, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float = 0.2
 ) -> Tensor:
     """Masked mean of max(-A ρ, -A clip(ρ, 1 ± ε)), ρ = exp(log π - log π_old): all [B, n] (PPO, eq. 7)."""
-    return masked_mean(clipped(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
+    return masked_mean(clipped_objective(log_ratio(logprobs, old_logprobs, mask).exp(), advantages, cliprange), mask)
 
 
 def value_loss(values: Tensor, old_values: Array, returns: Array, mask: Array, cliprange_value: float = 0.2) -> Tensor:
@@ -130,7 +130,7 @@ class PPOTrainer(OnlineTrainer):
         scores, record = self.score(roll, batch, group=c.batch_size)  # [B]; statistics, in which all B are one group
         # 4. Shaped rewards: every token pays for its KL; the last real token gets the score. Then β moves.
         beta, mean_kl = self.kl_controller.beta, record["objective/kl"]  # nats a response
-        rewards = rewards_of(batch["kl"], scores, roll.mask, beta)  # [B, n]
+        rewards = shaped_rewards(batch["old_logprobs"], batch["ref_logprobs"], scores, roll.mask, beta)  # [B, n]
         self.kl_controller.update(mean_kl, c.batch_size)
         if c.whiten_rewards:
             rewards = whiten(rewards, roll.mask, keep_mean=True)

@@ -1,6 +1,6 @@
 """Reward models: a scalar for a text, learned from which of several answers people prefer.
 
-    answers to one prompt, best first ─► scores r_1 .. r_K ─► -log σ(r_i - r_j) for every pair i before j
+    answers to one prompt, best first ─► scores r_1 .. r_K ─► mean of -log σ(r_i - r_j) over all pairs i before j
 
 The score is read at the last real token, found by length and not by looking for a padding id, so that a text may end
 with the very id that pads. Scores have no natural zero and scale; calibration gives them mean 0 and standard deviation

@@ -36,9 +36,6 @@ Betas = tuple[float, float]
 class Adam(Optimizer):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1); `weight_decay` adds weight_decay · θ to the gradient.
 
-        m ← β1 m + (1 - β1) g,   v ← β2 v + (1 - β2) g²
-        θ ← θ - lr · (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + eps)
-
     State per parameter: `exp_avg` (m), `exp_avg_sq` (v) and `step` (t). Raises ValueError for options out of range.
     """
 

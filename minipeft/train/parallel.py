@@ -38,7 +38,7 @@ _here = threading.local()  # .held: (key, model, loss) that this thread of a wor
 
 
 class Part(NamedTuple):
-    """A batch of a step, w_b / Σ w of its mean loss in the step's, its random stream; mixed precision, loss scaling."""
+    """A batch of a step: `share` is w_b / Σ w, its weight in the step's loss; the rest as in `training_step`."""
 
     batch: Batch
     share: float

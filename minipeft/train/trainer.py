@@ -72,7 +72,7 @@ def training_step(
             parts.append(Part(own, own.weight / total, rng, precision, scale))
         first_row += max((v.shape[0] for v in own.arguments.values() if is_array(v)), default=0)  # the rows of this one
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
-        if workers:
+        if workers:  # of each part b p.grad += scale · (w_b / Σ w) · dL_b/dp (parallel.py)
             results = workers.losses(parts)
         else:
             results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
@@ -170,7 +170,7 @@ class Trainer:
     The loss of a step is the mean over all labels that count in it, however it is cut into batches: accumulated
     gradients equal those of one large batch to float32 rounding. This includes dropout, whose masks follow the place of
     an example in the step; not so with `packing`, where they follow the place in a packed row, so that another cut
-    draws other masks. Weights decay (decoupled), but not norms and biases: parameters with one axis. With
+    draws other masks. Weights decay as `TrainingArguments` says, but not norms and biases: parameters with one axis. With
     `loraplus_lr_ratio` the groups are those of `loraplus_groups`.
 
     `collate` and `loss` are all it takes to train on something else than the next token, such as pairs of answers of
