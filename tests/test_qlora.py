@@ -11,7 +11,8 @@ from minipeft import nn
 from minipeft.accounting.memory import measure_peak
 from minipeft.autograd.tensor import Tensor
 from minipeft.peft.config import PeftError
-from minipeft.peft.loftq import get_loftq_model, merge_and_requantize
+from minipeft.peft.loftq import get_loftq_model
+from minipeft.peft.requantize import merge_and_requantize
 from minipeft.quant import Linear4bit, dequantize_model, quantize_model
 
 IDS = np.arange(48).reshape(4, 12) % 17

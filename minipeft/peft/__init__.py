@@ -26,9 +26,8 @@ if TYPE_CHECKING:  # the public names; each is imported when it is first used
     from .prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from .prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .p_tuning import PromptEncoderConfig as PromptEncoderConfig
-    from .loftq import (
-        get_loftq_model as get_loftq_model, merge_and_requantize as merge_and_requantize, MergeError as MergeError,
-    )  # fmt: skip
+    from .loftq import get_loftq_model as get_loftq_model
+    from .requantize import merge_and_requantize as merge_and_requantize, RequantizationLoss as RequantizationLoss
     from .combine import add_weighted_adapter as add_weighted_adapter
 else:
     __getattr__, __dir__, __all__ = lazy(__name__)

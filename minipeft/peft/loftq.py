@@ -1,33 +1,23 @@
-"""Between an adapter and a quantized base: LoftQ's start, and what quantizing a merge again loses.
-
-**LoftQ** (Li et al. 2023, arXiv:2310.08659, algorithm 1). A quantized base starts with an error, W - Q, that LoRA's
-zero start leaves in place. LoftQ lets the adapter begin with the best rank-r correction of it, in turns:
+"""LoftQ: a quantized base and a LoRA that starts by correcting its error (Li et al. 2023, arXiv:2310.08659, algorithm 1).
 
     Q <- quantize(W - s B A)        s B A <- the r largest singular directions of W - Q        (A, B = 0 at first)
 
-so that Q + s B A is nearer to W than Q alone. The base of the result is not the plainly quantized one, so it is saved
-with the adapter.
-
-**Merging.** s B A merged into a dequantized weight is exact, and dense. Quantizing the sum again rounds each weight to
-its nearest code: an update much smaller than the gaps between the codes is largely rounded away.
+in turns, so that Q + s B A is nearer to W than Q alone, the quantized base with LoRA's zero start. The base of the result
+is not the plainly quantized one, so it is saved with the adapter.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..autograd.tensor import Tensor, no_grad
-from ..backend import Array, asarray, one_blas_thread, to_numpy, xp_of
+from ..backend import asarray, one_blas_thread, to_numpy, xp_of
 from ..nn.module import Module
 from ..quant import Linear4bit, quantize_model
 from .config import PeftError
-from .layer import AdaptedLayer
 from .lora import LoraConfig
-from .model import PeftModel, get_peft_model, independent
+from .model import PeftModel, get_peft_model
 from .pissa import PissaLinear
 from .variants import check_alpha
 from .weights import dense_weight, fill, out_in
@@ -75,56 +65,3 @@ def get_loftq_model(
         fill(adapter.lora_B, B)
     peft.mark_start(adapter_name)
     return peft
-
-
-@dataclass(frozen=True)
-class MergeError:
-    """How far a merged layer is from the layer with its adapters, over normal inputs x (Frobenius norms).
-
-    dense        ||dense(x) - adapted(x)|| / ||adapted(x)||: float32 rounding
-    requantized  ||requantized(x) - adapted(x)|| / ||adapted(x)||
-    of_update    ||requantized(x) - adapted(x)|| / ||adapted(x) - base(x)||: above 1, more is lost than was learned
-    codes        the share of the packed bytes that the update changed
-    """
-
-    dense: float
-    requantized: float
-    of_update: float
-    codes: float
-
-
-def merge_and_requantize(model: PeftModel, adapter_names: list[str] | None = None) -> tuple[Any, dict[str, MergeError]]:
-    """(a plain model whose quantized layers have the adapters merged and are quantized again, {path: error}).
-
-    Each layer is quantized as it was; layers that were not quantized are merged as `merge_and_unload` does. One layer's
-    dense weight exists at a time. The error of a dense merge is reported beside that of the one that is made. Raises
-    PeftError as `merge_and_unload`.
-    """
-    names, errors = model._mergeable(adapter_names), {}
-
-    def made(path: str, layer: AdaptedLayer) -> Module:
-        merged, base, layer.merged_names = layer.merge(names), layer.base_layer, []
-        if not isinstance(base, Linear4bit) or merged is base:
-            return merged
-        again = base.quantize(out_in(merged, merged.weight.data))
-        again.bias = merged.bias
-        probe = np.random.default_rng(0).standard_normal((64, base.in_features)).astype(np.float32)
-        x = Tensor(asarray(probe, xp_of(base.weight.data)))
-        with no_grad():
-            adapted = layer.compute(names, x, ()).data
-            dense, requantized, plain = (_norm(m(x).data - adapted) for m in (merged, again, base))
-        size = _norm(adapted) or 1.0  # an output of zeros is met exactly
-        errors[path] = MergeError(
-            dense / size,
-            requantized / size,
-            requantized / plain if plain else math.inf,
-            float((again.weight.data != base.weight.data).mean().item()),
-        )
-        return again
-
-    plain_model = independent(model.replaced(made))
-    return plain_model, {path: errors[path] for path in model.layers if path in errors}
-
-
-def _norm(x: Array) -> float:
-    return float(xp_of(x).sqrt((x * x).sum()).item())
