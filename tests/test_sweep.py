@@ -583,13 +583,31 @@ def test_settings_that_are_no_numbers_are_places_and_lines_too():
     assert len(plot(rows, "loss", x="of", by="to").axes[0].lines) == 2
 
 
+@pytest.mark.parametrize("low", [1e-3, 1e-4])  # 3 * 1e-4 > 3e-4
+def test_ticks_are_at_the_values_and_a_lone_point_has_its_interval(low):
+    rates = [low, float(f"{3 * low:g}")]
+    rows = rows_of({(4, lr, seed): 2 + seed for lr in rates for seed in range(3)})
+    (axes,) = plot(rows, "loss", x="lr").axes
+    assert axes.get_xscale() == "log" and [label.get_text() for label in axes.get_xticklabels()] == [f"{rate:g}" for rate in rates]
+    assert axes.get_xticks().tolist() == rates and not axes.get_xticks(minor=True).size
+    (axes,) = plot(rows[:3], "loss", x="lr").axes
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx([3 - 2.4841, 3 + 2.4841], abs=1e-3)
+    many = rows_of({(4, lr, 0): 2 for lr in range(1, 31)})
+    assert len(plot(many, "loss", x="lr").axes[0].get_xticks()) < 12, "labels that do not meet"
+
+
 def test_a_point_without_some_of_its_runs_is_hollow():
     rows = rows_of(LOSSES)
     rows[3]["loss"] = None  # of r 8, lr 0.001, seed 0
     (axes,) = plot(rows, "loss", x="lr", by="r").axes
     (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert hollow.get_xydata().tolist() == [[1e-3, pytest.approx(2.915)]], "the mean of the other two"
-    assert axes.get_title() == "hollow (or missing): in some (or all) runs loss is not finite"
+    assert axes.get_title() == "hollow (or missing): loss is not finite in 1 of 12"
+    rows[6] = {name: v for name, v in rows[6].items() if name != "loss"} | {"error": "ValueError: no", "traceback": ""}
+    (axes,) = plot(rows, "loss", x="lr", by="r").axes
+    assert axes.get_title() == "hollow (or missing): 1 of 12 runs failed, loss is not finite in 1 of 12"
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_markerfacecolor() == "white"] == [1, 1]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["r 4", "r 8"]
 
 
