@@ -395,7 +395,7 @@ def test_an_experiment_keeps_its_rows_and_compares_them(tmp_path):
     rows = experiment.compute(tmp_path, 1, lambda line: None)
     assert experiment.compute(tmp_path, 1, lambda line: None) == rows == experiment.rows(tmp_path) and calls == [0, 1, 2]
     assert experiment.path(tmp_path) == tmp_path / "mine.jsonl"
-    other = [row | {"loss": row["loss"] * 1.01, "date": "tomorrow"} for row in rows]
+    other = [row | {"loss": row["loss"] * 1.01, "date": "tomorrow", "source_digest": "0"} for row in rows]
     assert experiment.differences(rows, other) == [], "within the tolerance"
     other[1]["curve"] = [1.0, 3.5]
     other[2]["loss"] = float("nan")

@@ -145,6 +145,12 @@ def test_each_line_of_the_picture_has_its_name_and_its_look(comparison):
     assert min(b - a for a, b in pairwise(heights)) > 0.05, "a name stands on another"
 
 
+def test_the_picture_of_a_short_comparison_has_ticks_at_whole_steps():
+    _, (axes,) = panels(1, 6, 4)
+    plot_learning(axes, [{"task_loss": 2.0}, {"task_loss": 1.0, "held_out_curve": [(1, 1.5), (2, 1.0)], "title": "LoRA"}])
+    assert all(tick.is_integer() for tick in axes.get_xticks().tolist())
+
+
 def test_the_environment_reduces_and_the_same_seed_gives_the_same_numbers(comparison, model, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIPEFT_REDUCED", "1")
     methods = ("full", "adalora", "qlora", "prefix")

@@ -496,6 +496,7 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
     rlhf.plot_run(run.history, tmp_path / "run.png")
     reward, kl, shares = drawn[0].axes
+    assert all(whole_steps(ax) for ax in (reward, kl, shares))
     assert [ax.get_title() for ax in (reward, kl, shares)] == ["Reward", "KL from the reference", "Shares"]
     assert [t.get_text() for t in reward.get_legend().get_texts()] == ["reward, optimized", "gold, watched"]
     assert shares.get_ylim() == (-0.02, 1.02) and len(shares.get_legend().get_texts()) == 2 and not kl.get_legend()
@@ -507,6 +508,7 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     rlhf.plot_calibration(np.array([0.2, 0.8]), np.array([0.3, 0.7]), np.array([3, 5]), [(1, 0.7), (2, 0.6)], tmp_path / "x.png")
     loss, calibration = drawn[2].axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 0.7], [2, 0.6]] and loss.get_title().startswith("Loss")
+    assert whole_steps(loss) and not whole_steps(calibration)
     assert loss.lines[2].get_ydata() == pytest.approx([math.log(2)] * 2), "a coin"
     assert calibration.lines[0].get_xydata().tolist() == [[0, 0], [1, 1]], "predicted is observed"
     assert calibration.lines[1].get_xydata().tolist() == [[0.2, 0.3], [0.8, 0.7]]
@@ -514,6 +516,11 @@ def test_what_is_watched_never_stops_a_run_is_asked_before_training_and_drawn(tm
     assert calibration.get_xlim() == calibration.get_ylim() == (0, 1)
     with pytest.raises(ValueError, match="watch 'gold' must give one score a response"):
         trainer(watch={"gold": lambda r: np.ones(3)}).step()
+
+
+def whole_steps(axes):
+    """Whether the ticks of a short run are at steps, not between them."""
+    return all(tick.is_integer() for tick in axes.get_xticks().tolist())
 
 
 def test_a_run_on_preferences_is_drawn_with_its_held_out_points(monkeypatch):
@@ -524,6 +531,7 @@ def test_a_run_on_preferences_is_drawn_with_its_held_out_points(monkeypatch):
     monkeypatch.setattr("minipeft.rlhf.curves.save_png", lambda figure, path: drawn.append(figure))
     rlhf.plot_preferences(steps + held_out, "x.png")
     loss, logps, accuracy = drawn[0].axes
+    assert all(map(whole_steps, drawn[0].axes))
     assert [len(ax.lines) for ax in drawn[0].axes] == [3, 6, 3], "the mean, each, held out"
     assert loss.lines[1].get_xydata().tolist() == [[1, 1.7], [2, 2.7]]
     for ax, value in ((loss, 0.7), (logps, -3.0), (accuracy, 0.5)):

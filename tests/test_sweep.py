@@ -25,7 +25,7 @@ import minipeft as mp
 from minipeft.evaluation.intervals import student_t
 from minipeft.executors import ExecutorLost
 from minipeft.experiments import interval, means, plot, read_rows, table
-from minipeft.experiments.rows import add_row, complete, described, qualname
+from minipeft.experiments.rows import add_row, complete, described, qualname, source_digest
 from minipeft.experiments.sweep import main
 from minipeft.files import FileError
 
@@ -44,6 +44,9 @@ GRID = mp.grid(x=[1, 2, 3], seed=range(2))
 
 def square(settings):
     return {"y": settings.x**2}
+
+
+OF_SQUARE = {"qualname": "test_sweep.square", "minipeft": mp.__version__, "source_digest": source_digest(square)}
 
 
 def where(x, seed):
@@ -98,7 +101,8 @@ def test_a_sweep_that_is_interrupted_goes_on_where_it_was(tmp_path):
     assert [row["x"] for row in read_rows(path)] == [1, 2, 3, 1]
     done[:] = [0, 0]
     rows = mp.sweep(run, RUNS, 1, path)
-    assert rows == read_rows(path) == [{**described(s), "qualname": qualname(run), "minipeft": mp.__version__, "y": s.x**2} for s in RUNS]
+    of = {"qualname": qualname(run), "minipeft": mp.__version__, "source_digest": source_digest(run)}
+    assert rows == read_rows(path) == [{**described(s), **of, "y": s.x**2} for s in RUNS]
     done[:] = range(4)
     assert mp.sweep(run, RUNS[::-1], 1, path) == rows[::-1], "nothing is computed twice"
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -119,7 +123,7 @@ def test_what_stands_in_the_store_stays_byte_for_byte(tmp_path):
     path, old = tmp_path / "rows.jsonl", '{"run":"Square", "x": 1.0, "seed": 0, "y": 1, "name": "\u00e9"}'
     path.write_text(old, encoding="utf-8")  # without a newline at the end, too
     mp.sweep(square, RUNS[:2], 1, path)
-    new = json.dumps({**described(RUNS[1]), "qualname": "test_sweep.square", "minipeft": mp.__version__, "y": 4})
+    new = json.dumps({**described(RUNS[1]), **OF_SQUARE, "y": 4})
     assert path.read_text(encoding="utf-8").splitlines() == [old, new]
 
 
@@ -147,7 +151,7 @@ def test_a_line_that_was_cut_off_is_no_row_and_gives_way_to_the_next(tmp_path):
         path.write_text(whole + whole[:cut])
         assert len(read_rows(path)) == 1
         mp.sweep(square, RUNS[:2], 1, path)
-        new = json.dumps({**described(RUNS[1]), "qualname": "test_sweep.square", "minipeft": mp.__version__, "y": 4})
+        new = json.dumps({**described(RUNS[1]), **OF_SQUARE, "y": 4})
         assert path.read_text().splitlines() == [whole.strip(), new]
     path.write_text(whole + "my notes")  # not the beginning of a row: it is not to be taken out
     with pytest.raises(FileError, match="line 2: not valid JSON"):
@@ -218,6 +222,44 @@ def test_settings_are_known_by_all_their_names(tmp_path):
     assert [row["y"] for row in mp.sweep(lambda x: 1 / 0, nan, 1, path, "1")] == ["nan", "(1, 2)"]
     kinds = mp.grid(x=[True, 1, 0, False, [], {}])
     assert [row["y"] for row in mp.sweep(lambda x: {"y": repr(x)}, kinds, 1, path, "2")] == ["True", "1", "0", "False", "[]", "{}"]
+
+
+def edited(directory, text):
+    """A function of a file that has just been edited."""
+    (directory / "mine.py").write_text(text)
+    exec(compile(text, directory / "mine.py", "exec"), space := {"__name__": "mine"})
+    return space["run"]
+
+
+@pytest.mark.parametrize("of", [lambda x: {"x": x}, Square])
+def test_rows_from_before_the_function_was_edited_are_used_with_a_warning(tmp_path, of):
+    path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    before = "def run(*s, **k):\n    return {'y': 1}\n"
+    quietly(edited(tmp_path, before), [of(1), of(2)], 1, path)
+    assert quietly(edited(tmp_path, f"import os\n\n{before}"), [of(1)], 1, path)[1] == [], "what is around it may change"
+    run = edited(tmp_path, before.replace("1", "2"))
+    rows, said = quietly(run, [of(1), of(2), of(3)], 1, path)
+    assert [row["y"] for row in rows] == [1, 1, 2]
+    assert said == [f"2 of the 3 rows are of mine.run before it was edited, and are read from {path}: to compute them anew, "
+                    "give another store, or version="]  # fmt: skip
+    for anew, version in ((path, "2"), (other, None)):
+        for _ in range(2):
+            rows, said = quietly(run, [of(1)], 1, anew, version)
+            assert rows[0]["y"] == 2 and not said and ("source_digest" in rows[0]) == (version is None)
+    for row in read_rows(other):
+        add_row(other, row | {"source_digest": "0"})
+    assert len(read_rows(other)) == 1, "no part of what identifies a row"
+
+
+def test_a_row_without_a_digest_or_a_function_without_a_source_gives_no_warning(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    add_row(path, {**described(RUNS[0]), "y": 1})
+    assert quietly(square, RUNS[:1], 1, path)[1] == []
+    exec("def run(x):\n    return {'y': x}", space := {"__name__": "typed"})
+    assert source_digest(space["run"]) is source_digest(len) is None
+    add_row(path, {**described({"x": 1}, space["run"]), "source_digest": "0", "y": 1})
+    rows, said = quietly(space["run"], mp.grid(x=[1, 2]), 1, path)
+    assert [row["y"] for row in rows] == [1, 2] and not said and "source_digest" not in rows[1]
 
 
 def test_what_a_partial_has_bound_is_in_no_row(tmp_path):
@@ -541,13 +583,31 @@ def test_settings_that_are_no_numbers_are_places_and_lines_too():
     assert len(plot(rows, "loss", x="of", by="to").axes[0].lines) == 2
 
 
+@pytest.mark.parametrize("low", [1e-3, 1e-4])  # 3 * 1e-4 > 3e-4
+def test_ticks_are_at_the_values_and_a_lone_point_has_its_interval(low):
+    rates = [low, float(f"{3 * low:g}")]
+    rows = rows_of({(4, lr, seed): 2 + seed for lr in rates for seed in range(3)})
+    (axes,) = plot(rows, "loss", x="lr").axes
+    assert axes.get_xscale() == "log" and [label.get_text() for label in axes.get_xticklabels()] == [f"{rate:g}" for rate in rates]
+    assert axes.get_xticks().tolist() == rates and not axes.get_xticks(minor=True).size
+    (axes,) = plot(rows[:3], "loss", x="lr").axes
+    (bar,) = axes.containers[0].lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx([3 - 2.4841, 3 + 2.4841], abs=1e-3)
+    many = rows_of({(4, lr, 0): 2 for lr in range(1, 31)})
+    assert len(plot(many, "loss", x="lr").axes[0].get_xticks()) < 12, "labels that do not meet"
+
+
 def test_a_point_without_some_of_its_runs_is_hollow():
     rows = rows_of(LOSSES)
     rows[3]["loss"] = None  # of r 8, lr 0.001, seed 0
     (axes,) = plot(rows, "loss", x="lr", by="r").axes
     (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert hollow.get_xydata().tolist() == [[1e-3, pytest.approx(2.915)]], "the mean of the other two"
-    assert axes.get_title() == "hollow (or missing): in some (or all) runs loss is not finite"
+    assert axes.get_title() == "hollow (or missing): loss is not finite in 1 of 12"
+    rows[6] = {name: v for name, v in rows[6].items() if name != "loss"} | {"error": "ValueError: no", "traceback": ""}
+    (axes,) = plot(rows, "loss", x="lr", by="r").axes
+    assert axes.get_title() == "hollow (or missing): 1 of 12 runs failed, loss is not finite in 1 of 12"
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_markerfacecolor() == "white"] == [1, 1]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["r 4", "r 8"]
 
 

@@ -425,6 +425,13 @@ def test_metrics_are_lines_of_json_and_the_curve_is_a_picture(tmp_path, rng, cap
     assert capsys.readouterr() == ("", ""), "nothing is printed by a run that is short"
 
 
+def test_the_curve_of_a_short_run_has_ticks_at_whole_steps(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("minipeft.train.metrics.save_png", lambda figure, path: drawn.append(figure))
+    mp.train.metrics.plot_loss([{"step": step, "loss": 1.0} for step in (1, 2)], "loss.png")
+    assert {1.0, 2.0} <= {*drawn[0].axes[0].get_xticks()} and all(tick.is_integer() for tick in drawn[0].axes[0].get_xticks().tolist())
+
+
 @pytest.mark.parametrize("place", ["terminal", "notebook"])
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_terminal_and_a_notebook_show_a_bar_with_loss_speed_and_time_left(place, monkeypatch, rng, progress):

@@ -43,7 +43,7 @@ HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
 )  # fmt: skip
 ROWS = Path(__file__).with_name("rows")
 EXPERIMENTS = "knowledge", "intrinsic_dimension", "memorization", "speed", "width"  # modules, each with its rule
-UNCOMPARED = ("processor", "date", "qualname", "minipeft")  # of a row: what is no measurement
+UNCOMPARED = ("processor", "date", "qualname", "minipeft", "source_digest")  # of a row: what is no measurement
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def plot_learning(axes: Any, rows: Rows) -> None:
     if start > 10 * min(row["task_loss"] for row in rows):
         axes.set_yscale("log")
     axes.set(title="Learning the task (held-out examples)", xlabel="step", ylabel="loss on the task")
+    axes.locator_params(axis="x", integer=True)
 
 
 def plot_trade(axes: Any, rows: Rows) -> None:

@@ -5,14 +5,17 @@
     {"run": "Precise", "method": "full", ..., "seed": 0, "qualname": "precision.run", "task_loss": 2.34}
 
 The second run failed. The third's settings are a dataclass, whose name stands in "run". "qualname" is the function that
-measured, and "minipeft", not shown here, the version of the package; older rows have neither. JSON has no number that is
-not finite: in the file it is the text "NaN", "Infinity" or "-Infinity", which is read as a float.
+measured; "minipeft", not shown here, the version of the package, and "source_digest" what the function's source was.
+Older rows have none of these. JSON has no number that is not finite: in the file it is the text "NaN", "Infinity" or
+"-Infinity", which is read as a float.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import inspect
 import json
 import math
 import operator
@@ -30,7 +33,7 @@ from ..options import fits
 
 Row = dict[str, Any]
 # that no setting and no measurement can be called
-FIELDS = ("run", "settings", "qualname", "minipeft", "version", "traceback")
+FIELDS = ("run", "settings", "qualname", "minipeft", "source_digest", "version", "traceback")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 SPECIAL = b"NaN", b"Infinity", b"\\u"  # a line without them is read as JSON has it
 
@@ -62,12 +65,25 @@ def qualname(run: Callable[..., Any]) -> str:
     The file is the module's last name, the same whether the module is imported or is the script that runs; a notebook
     has none. A partial goes by its function.
     """
-    function = run.func if isinstance(run, partial) else run
-    function = function if hasattr(function, "__qualname__") else type(function)
+    function = _defined(run)
     module = function.__module__ or ""
     if module == "__main__":
         module = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem
     return ".".join(filter(None, (module.rpartition(".")[2], function.__qualname__)))
+
+
+def source_digest(run: Callable[..., Any]) -> str | None:
+    """Twelve digits of the SHA-256 of a function's source, not of what it calls; None where no source can be read."""
+    try:
+        return hashlib.sha256(inspect.getsource(_defined(run)).encode()).hexdigest()[:12]
+    except (OSError, TypeError):  # typed at a prompt; written in C
+        return None
+
+
+def _defined(run: Callable[..., Any]) -> Any:
+    """What def or class made: a partial's function, a callable object's class."""
+    function = run.func if isinstance(run, partial) else run
+    return function if hasattr(function, "__qualname__") else type(function)
 
 
 def plain(value: Any, name: str = "") -> Any:
@@ -172,7 +188,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     find, found = finder(rows), {}
     for row in rows:
         known = {*FIELDS, *row["settings"]} if "settings" in row else {*row}  # which are a dataclass's, no row says
-        known -= {"minipeft", "error", "traceback"} if failed(row) else {"minipeft"}
+        known -= {"minipeft", "source_digest"} | ({"error", "traceback"} if failed(row) else set())
         run = {name: value for name, value in row.items() if name in known}
         if not failed(row):
             found.setdefault(key(run), row)

@@ -34,7 +34,7 @@ from typing import Any
 
 from ..options import reader
 from .executors import computed
-from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, qualname, read_rows
+from .rows import FIELDS, Row, add_row, described, failed, finder, key, plain, qualname, read_rows, source_digest
 
 
 def grid(**axes: Any) -> list[Row]:
@@ -92,7 +92,9 @@ def sweep(
 
     A row has in "qualname" the file and the name of its function, "my_sweep.run", and is used for this one alone; a
     row without that field, as of older stores, is used for any. So a lambda, which has no name, is stored with a
-    version only. "minipeft" is the version of this package that computed the row; any other uses it, too.
+    version only. "minipeft" is the version of this package that computed the row; any other uses it, too. A row without
+    a version has in "source_digest" what the source of `run` was; where `run` is edited, its rows are used still, with
+    one warning. What `run` calls is not in it.
 
     A run may return its settings again; where it returns another value of one, or no dictionary, no run of it can be a
     row: the sweep stops with TypeError at the first, and the rows so far are kept.
@@ -116,6 +118,8 @@ def sweep(
         raise ValueError("a lambda has no name that tells its rows in a store: define it by def, or give version=")
     if store is not None and version is None and isinstance(run, partial) and (run.args or run.keywords):
         raise ValueError("rows do not say what a partial has bound: make it a setting, or give version=")
+    source = source_digest(run) if version is None else None
+    of_source = {} if source is None else {"source_digest": source}
     there = [] if store is None else read_rows(store)
     find = finder(row for row in there if row.get("version") == version and row.get("qualname", function) == function)
     keys = [key(row) for row in wanted]
@@ -129,12 +133,15 @@ def sweep(
     differing = {name for row in wanted for name in row if key(row[name]) != key(wanted[0].get(name))}
     if len(tasks) < len(rows):
         show(f"{len(rows) - len(tasks)} of {len(rows)} rows are in the store")
+    if old := sum(bool(source and row) and row.get("source_digest", source) != source for row in rows.values()):
+        edited = f"{old} of the {len(rows)} rows are of {function} before it was edited, and are read from {store}"
+        warnings.warn(f"{edited}: to compute them anew, give another store, or version=", stacklevel=2)
     failures, began = [], time.perf_counter()
     with closing(computed(partial(measured, run), tasks, executor, len(rows), show)) as outcomes:
         for number, (k, outcome) in enumerate(outcomes, start=1):
             if isinstance(outcome, str):
                 raise TypeError(outcome)
-            rows[k] = {**begun[k], "qualname": function, "minipeft": package, **outcome}
+            rows[k] = {**begun[k], "qualname": function, "minipeft": package, **of_source, **outcome}
             if store is not None:
                 add_row(store, rows[k])
             varied = ", ".join(f"{name} {value}" for name, value in begun[k].items() if name in differing)

@@ -121,16 +121,17 @@ def table(rows: Sequence[Row], value: Names, by: Names | None = None) -> str:
 
 
 def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
-    """A matplotlib figure: the mean of `value` over the setting `x`, with its interval as a band; a line for each `by`.
+    """A matplotlib figure: the mean of `value` over the setting `x`, a line for each `by`; bars and bands are intervals.
 
-    Where the value is not finite in some runs, the mean is over the others, its marker is hollow, and the title says
-    so. The axis is logarithmic where the values of `x` are positive and span a factor of ten. Raises as `means`.
+    Where some runs failed, or the value is not finite, the mean is over the others, its marker is hollow, and the title
+    counts them. The axis is logarithmic where the values of `x` are positive and span a factor of three. Raises as
+    `means`.
     """
     from ..train.metrics import panels
 
     groups = _groups(rows, [value], [by, x] if by else [x])
     places = [group.settings[x] for group in groups]
-    numeric = all(type(place) in (int, float) for place in places)
+    numeric = all(type(place) in (int, float) and math.isfinite(place) for place in places)
     figure, (axes,) = panels(1, 6, 3.6)
     for line in _equal(lambda group: group.settings.get(by), groups):
         finite = [[number for number in group.numbers[value] if math.isfinite(number)] for group in line]
@@ -139,12 +140,20 @@ def plot(rows: Sequence[Row], value: str, x: str, by: str | None = None) -> Any:
         half = np.nan_to_num(half)
         (drawn,) = axes.plot(xs, mean, "o-", markersize=4, label=f"{by} {_cell(line[0].settings.get(by))}")
         axes.fill_between(xs, mean - half, mean + half, color=drawn.get_color(), alpha=0.2, linewidth=0)
-        if hollow := [i for i, group in enumerate(line) if len(finite[i]) < len(group.numbers[value])]:
+        axes.errorbar(xs, mean, half, fmt="none", ecolor=drawn.get_color(), elinewidth=1)  # a lone point has no band
+        if hollow := [i for i, group in enumerate(line) if len(finite[i]) < group.n]:
             marker = {"markersize": 7, "markerfacecolor": "white", "color": drawn.get_color(), "label": "_"}
             axes.plot([xs[i] for i in hollow], mean[hollow], "o", **marker)
-            axes.set_title(f"hollow (or missing): in some (or all) runs {value} is not finite", fontsize="small")
-    if numeric and 0 < 10 * min(places, default=0) <= max(places):
+    n, failures = sum(group.n for group in groups), sum(group.failed for group in groups)
+    infinite = sum(not math.isfinite(number) for group in groups for number in group.numbers[value])
+    counts = (failures, f"{failures} of {n} runs failed"), (infinite, f"{value} is not finite in {infinite} of {n}")
+    if missing := ", ".join(said for count, said in counts if count):
+        axes.set_title(f"hollow (or missing): {missing}", fontsize="small")
+    if numeric and 0 < 2.99 * min(places, default=0) <= max(places):  # 3 * 1e-4 is more than 3e-4
         axes.set_xscale("log")
+    if numeric and len(ticks := sorted(set(places))) <= 10:  # of more, the labels would meet
+        axes.set_xticks(ticks, [_cell(tick) for tick in ticks])
+        axes.minorticks_off()
     axes.set(xlabel=x, ylabel=value)
     if by:
         axes.legend(frameon=False)

@@ -30,6 +30,8 @@ def plot_run(history: Sequence[dict[str, Any]], path: str | os.PathLike, best_of
     for key, label in (("policy/clipfrac", "clipped ratios"), ("text/distinct_2", "distinct bigrams")):
         _line(axes[2], steps, [r[key] for r in history], label)
     axes[2].set(title="Shares", xlabel="update", ylim=(-0.02, 1.02))
+    for ax in axes[:3]:
+        ax.locator_params(axis="x", integer=True)
     if best_of:
         axes[3].plot(
             [r["objective/kl"] for r in history], [r["objective/raw_scores"] for r in history], ".", label="updates"
@@ -59,6 +61,7 @@ def plot_preferences(history: Sequence[dict[str, Any]], path: str | os.PathLike)
             if held_out := [(r["step"], r[f"eval_{key}"]) for r in history if f"eval_{key}" in r]:
                 ax.plot(*zip(*held_out), "o", color=ax.lines[-1].get_color(), markersize=4)
         ax.set(title=f"{title} (points: held out)", xlabel="step", ylabel=unit)
+        ax.locator_params(axis="x", integer=True)
     axes[1].legend(frameon=False, fontsize=8)
     axes[2].set(ylim=(-0.02, 1.02))
     save_png(figure, path)
@@ -75,6 +78,7 @@ def plot_calibration(
     _line(axes[0], [step for step, _ in losses], [loss for _, loss in losses], "loss")
     axes[0].axhline(np.log(2), color="grey", linestyle="--", linewidth=1)
     axes[0].set(title="Loss (dashed: a coin)", xlabel="step", ylabel="-log σ(r_chosen - r_rejected)")
+    axes[0].locator_params(axis="x", integer=True)
     axes[1].plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
     axes[1].plot(predicted, observed, "-", linewidth=1)
     axes[1].scatter(predicted, observed, s=10 + 90 * count / count.max())

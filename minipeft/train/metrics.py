@@ -114,6 +114,7 @@ def plot_loss(history: list[dict[str, Any]], path: str | os.PathLike) -> None:
         if points:
             axes.plot(*zip(*points), style, label=label, linewidth=1 if key == "loss" else 1.5, markersize=4)
     axes.set(xlabel="step", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
     if axes.lines:
         axes.legend(frameon=False)
     save_png(figure, path)
