@@ -113,20 +113,21 @@ def test_a_record_that_is_too_long_is_named_by_its_number_in_the_file(model, tmp
         (["finetune", "--data", "d.jsonl", "--output", "o", "--method", "heads"], "did you mean head?"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--lr", "nan"], "--lr: must be a number above 0"),
         (["finetune", "--data", "d.jsonl", "--output", "o", "--resume", "--overwrite"], "give one of them"),
-        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--bf16", "--fp16"], "bf16 and fp16 are two"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
         (["finetune", "--data", "{data}", "--output", "o", "extra"], "unknown argument 'extra'"),
         (["finetune", "--data", "missing.jsonl", "--output", "o"], "missing.jsonl"),
         (["finetune", "--data", "{data}", "--output", "{data}"], "is a file"),
         (["finetune", "--data", "{data}", "--output", "{model}"], "is not empty"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "nowhere"], "nowhere"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "999"], "192 posit"),
-        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "5"], "pairs.jsonl: 11 of 11 records are longer than 5"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--max-length", "5"], "pairs.jsonl: 11 of 11 records are longer than 5 tokens, the first of them record 1 with 9; raise --max-length, or give --overflow truncate or drop"),
         (["finetune", "--data", "{data}", "--output", "o", "--template", "alpacca"], "alpaca"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--template", "{{input}}"], "{input}"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "2"], "--validation"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "no.jsonl"], "no.jsonl"),
         (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--resume"], "no checkpoint"),
-        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--method", "bitfit"], "this model has none"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--method", "bitfit"], "this model has none; take LN tuning (ln), or a model"),
+        (["finetune", "--data", "{data}", "--output", "o", "--model", "{model}", "--method", "lora", "--target", "nope"], "--target: no module is called 'nope'"),
         (["finetune", "--data", "{bad}", "--output", "o"], "bad.jsonl:2: not valid JSON"),
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
         (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "--epochs and --steps exclude each other"),
@@ -299,8 +300,19 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(command, model, data, tmp_
         assert start("parts") == 130
     err = capsys.readouterr().err.splitlines()
     assert err[-1] == "minipeft: interrupted; the same command with --resume goes on from the last checkpoint"
+    if command in ("finetune", "dpo"):
+        option = "--adapter" if command == "dpo" else "--model"
+        assert run("generate", option, tmp_path / "parts", "--prompt", "a") == 2
+        assert capsys.readouterr().err == (
+            f"minipeft: error: {option} {tmp_path / 'parts'} holds a run that has not ended: "
+            "end it by its command with --resume\n"
+        )
     assert start("parts") == 2  # not silently over what is there
     assert start("parts", "--resume", "--seed", 5) == 2  # another run
+    capsys.readouterr()
+    if not online:
+        assert start("parts", "--resume", "--steps", 5) == 2
+        assert "other --steps (4 there, 5 here)" in capsys.readouterr().err
     assert start("parts", "--resume") == 0
     assert same_bytes(saved, tmp_path / "whole", tmp_path / "parts")
     if online:
@@ -335,6 +347,20 @@ def test_lora_saves_an_adapter_that_generate_puts_on_the_base(model, data, tmp_p
     argv = ["generate", "--model", model, "--adapter", output, "--prompt", "Q: one\nA:", "--max-new-tokens", "5"]
     assert run(*argv, "--completion-only") == 0
     assert capsys.readouterr().out == expected + "\n"
+
+
+def test_an_adapter_is_trained_further_in_its_template(model, data, tmp_path, capsys):
+    first, further, template = tmp_path / "first", tmp_path / "further", "Italian: {prompt}"
+    assert finetune(model, data, first, "--method", "lora", "--template", template, "--validation", data) == 0
+    assert finetune(model, data, further, "--adapter", first, "--validation", data) == 0
+    loss = [written(path)["held_out_loss"] for path in (first, further)]
+    assert loss[1]["before"] == pytest.approx(loss[0]["after"], abs=1e-6) and loss[1]["after"] < loss[1]["before"]
+    assert written(further)["options"]["template"] == template
+    assert not same(*[weights(path, "adapter_model.safetensors") for path in (first, further)])
+    capsys.readouterr()
+    assert finetune(first, data, tmp_path / "o") == 2 and "it is an adapter's" in capsys.readouterr().err
+    assert finetune(model, data, tmp_path / "o", "--adapter", first, "-r", 4) == 2
+    assert "--rank does nothing with --adapter, which is trained further as it is" in capsys.readouterr().err
 
 
 def test_accumulated_batches_are_one_large_batch(model, data, tmp_path):

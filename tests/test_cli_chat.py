@@ -9,6 +9,7 @@ from cli_helpers import continued, jsonl, refused, run, written
 from test_text_chat import SYSTEM
 
 import minipeft as mp
+from minipeft.cli.models import save_template
 from minipeft.nn.transformer import TransformerConfig
 from minipeft.text.datasets import Message
 from minipeft.text.tokenizer import Tokenizer
@@ -97,6 +98,18 @@ def test_a_conversation_keeps_what_was_said(end, model, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == "".join(text + "\n" for text in expected) and err == ""
     assert expected[1] != answer(own, tokenizer, [Message("user", "And then?")]), "the first answer is in view"
+
+
+@pytest.mark.parametrize("trained, noted", [("chat", False), ("alpaca", True), ("chatml", True), ("Q: {prompt}", True)])
+def test_a_chat_in_another_template_than_that_of_the_training_is_noted(trained, noted, model, tmp_path, capsys, monkeypatch):
+    mp.get_peft_model(mp.from_pretrained(model)[0], mp.LoraConfig(r=1)).save_pretrained(tmp_path)
+    save_template(tmp_path, trained)
+    note = f"{tmp_path} was trained in the template {trained!r}, and --chat asks in the tokenizer's chat template: "
+    note += "for answers as trained, leave --chat out\n"
+    for more in ((), ("--prompt", "Hello")):
+        say(monkeypatch, "Hello\n")
+        assert run("generate", "--adapter", tmp_path, "--chat", "--max-new-tokens", 2, *more) == 0
+        assert capsys.readouterr().err == note * noted
 
 
 def test_a_conversation_in_json_and_one_without_words(model, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_every_method_has_a_row_after_the_frozen_base(comparison):
     _, content, printed = comparison
     rows = content["methods"]
     assert [row["method"] for row in rows] == ["frozen", *(key for key in METHODS if key != "bitfit")]
-    why = "BitFit trains biases, and this model has none"
+    why = "BitFit trains biases, and this model has none; take LN tuning (ln), or a model with biases, such as GPT-2"
     assert content["settings"]["left_out"] == {"bitfit": why} and f"left out: BitFit: {why}" in printed
     for row in rows:
         assert row["title"] in printed and f"{row['trainable']:,}" in printed and f"{row['task_loss']:.3f}" in printed

@@ -77,7 +77,8 @@ def test_an_adapter_is_asked_as_it_was_taught_and_scores_better(model, data, tmp
     before = reported(
         capsys, "evaluate", "--data", data, "--model", model, "--loss-only", "--template", "Q: {prompt}\\nA:"
     )
-    after = reported(capsys, "evaluate", "--data", data, "--model", model, "--adapter", adapter, "--loss-only")
+    after = reported(capsys, "evaluate", "--data", data, "--adapter", adapter, "--loss-only")
+    assert before["model"] == after["model"] == str(model), "the adapter's directory names it"
     assert before["template"] == after["template"] == "Q: {prompt}\nA:" and list(after["scores"]) == ["loss"]
     assert after["scores"]["loss"]["value"] < before["scores"]["loss"]["value"]
     base, tokenizer = mp.from_pretrained(model)
@@ -104,8 +105,10 @@ def test_a_metric_of_ones_own(model, data, tmp_path, capsys, monkeypatch):
 
 
 def test_the_shipped_items(capsys, tmp_path):
-    status, out, _ = output(capsys, "evaluate", "--data", "general-cloze", "--limit", 8, "--batch-size", 8)
-    assert status == 0 and out.startswith("8 records\nacc") and out.endswith("0.2500\n")
+    argv, file = ("evaluate", "--data", "general-cloze", "--limit", 8, "--batch-size", 8), tmp_path / "scores.json"
+    status, out, _ = output(capsys, *argv, "--json", file)
+    assert status == 0 and out.startswith("8 records\nacc") and out.endswith(f"0.2500\nsaved: {file}\n")
+    assert json.loads(file.read_text())["model"] == "minipeft:base"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_the_shipped_items(capsys, tmp_path):
         (["--json", "no/such/file.json"], "--json no/such/file.json: there is no directory no/such"),
         (["--json", "."], "--json .: is a directory; name a file"),
         (["--json", "pipe"], "--json pipe: is a device, a pipe or an open file; name a file"),
-        (["--max-length", "500"], "max_length 500 is more than the 192 positions"),
+        (["--max-length", "500"], "--max-length 500 is more than the 192 positions"),
         (["--max-new-tokens", "500"], "this model has 192 positions"),
         (["--template", "alpacca"], "alpaca"),
         (["--adapter", "nowhere"], "nowhere"),
@@ -145,6 +148,6 @@ def test_options_that_do_nothing_with_the_records_are_refused(model, tmp_path, c
 
 def test_preference_pairs_are_no_answers(model, tmp_path, capsys):
     file = jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert "{prompt, chosen, rejected} records have no single answer" in refused(
+    assert f"{file}: preferences have no single right answer to score; minipeft reward and dpo tell" in refused(
         capsys, "evaluate", "--data", file, "--model", model
     )

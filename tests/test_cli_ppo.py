@@ -94,7 +94,7 @@ def test_what_goes_wrong_is_one_sentence(model, judge, prompts, tmp_path, capsys
     def error(*more):
         return refused(capsys, "ppo", *QUICK, "--model", model, "--output", tmp_path / "out", *more)
 
-    assert "a multiple of mini_batch_size, 3, got 8" in error("--mini-batch-size", 3)
+    assert "--batch-size must be a multiple of --mini-batch-size, 3, got 8" in error("--mini-batch-size", 3)
     assert "--kl-target does nothing with --algorithm grpo" in error("--algorithm", "grpo", "--kl-target", 3)
     assert "--generations does nothing with --algorithm ppo" in error("--generations", 2)
     assert "the model has room for 2" in error("--prompts", prompts, "--response-length", 62)

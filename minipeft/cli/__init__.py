@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     open_closed_streams()
+    args: Arguments | None = None
     try:
         with safe_output(), warnings.catch_warnings():
             args = _parse(argv)
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if debug:
             traceback.print_exc()
-        print(f"minipeft: error: {printable(describe(error))}", file=sys.stderr)
+        message = args.in_flags(describe(error)) if args else describe(error)
+        print(f"minipeft: error: {printable(message)}", file=sys.stderr)
         return 2
 
 

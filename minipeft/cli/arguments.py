@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -23,6 +24,13 @@ class Arguments(argparse.Namespace):
     def flag(self, name: str) -> str:
         """--name-of-the-option"""
         return f"--{self.flags[name].replace('_', '-')}"
+
+    def in_flags(self, message: str) -> str:
+        """A message of the library, in which the options that are given are called as on the command line."""
+        for name in self.given & self.flags.keys():
+            if "_" in name:  # else it may be a plain word; and a path, or what is quoted, is no option
+                message = re.sub(rf"(?<![\w./'\"-]){name}(?![\w=(]|\.\w)", self.flag(name), message)
+        return message
 
     def next_command(self, *words: str) -> str:
         """A command line of minipeft to copy into a shell, with the plugins of this one."""

@@ -28,7 +28,8 @@ from ..options import from_arguments
 from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
 from . import outputs, runs
 from .arguments import Arguments, Parser
-from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, load_trained, template_of
+from .models import load_trained
+from .preferences import add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
 
 # What a loss's accuracy is the share of.
 PREFERS = {

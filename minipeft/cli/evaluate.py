@@ -42,7 +42,7 @@ from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .bars import print_json
 from .foreign import load_function
-from .models import load_model, usual_template
+from .models import base_of, load_model, usual_template
 
 GENERAL = "general-cloze"
 
@@ -73,6 +73,9 @@ def run(args: Arguments) -> None:
         outputs.check_file(args, Path(args.json), "--json")
     datasets = mp.text.datasets
     records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
+    if isinstance(records[0], (datasets.Preference, datasets.UnpairedPreference)):
+        judges = "minipeft reward and dpo tell how many held-out pairs a model judges right"
+        raise datasets.DatasetError(args.data, None, f"preferences have no single right answer to score; {judges}")
     unasked = {datasets.Document: "running text", datasets.MultipleChoice: "multiple choice"}.get(type(records[0]))
     if unasked:
         args.refuse(("loss_only",), f"with {unasked}, for which no answers are generated")
@@ -84,7 +87,7 @@ def run(args: Arguments) -> None:
         max_length=args.max_length, **{"batch_size": config.batch_size, **given},
     )  # fmt: skip
     record = {
-        "data": args.data, "model": args.model, "adapter": args.adapter, "template": template,
+        "data": args.data, "model": base_of(args) or mp.hub.base.NAME, "adapter": args.adapter, "template": template,
         "records": len(found.details), "tokens": found.tokens, "chance": found.chance,
         "scores": {name: score._asdict() for name, score in found.scores.items()}, "details": found.details,
     }  # fmt: skip

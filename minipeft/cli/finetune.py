@@ -20,6 +20,7 @@ examples:
   minipeft finetune --data my.jsonl --output tuned
   minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
+  minipeft finetune --data more.jsonl --adapter adapter --output further    the adapter learns on, in its template
   minipeft finetune --data my.jsonl --method lora -r 16 --alpha 32 --dropout 0.05 --output adapter
   minipeft finetune --data my.jsonl --method lora --target q_proj v_proj --set use_rslora=true --output adapter
   minipeft finetune --data my.jsonl --optimizer adamw_8bit --output tuned      moments of 2 bytes a parameter, not 8
@@ -42,10 +43,11 @@ from ..options import REQUIRED, configuration, option
 from . import outputs, runs
 from .arguments import Arguments, Common, Parser
 from .data import encode, longest, read_records
-from .method_options import add_method, method_of
-from .models import chosen_template, load_model
+from .method_options import add_method
+from .models import chosen_template, load_trained, usual_template
 from .report import sampled, show_samples
 
+OVERLONG = "raise --max-length, or give --overflow truncate or drop"
 LARGE = 50_000_000  # parameters, above which a batch of 8 x 256 tokens would hold gigabytes of activations
 
 
@@ -66,7 +68,7 @@ def add_arguments(parser: Parser) -> None:
 
 def add_training_arguments(parser: Parser, **defaults: Any) -> None:
     """All options but --data; `defaults` of FinetuneOptions."""
-    parser.options(Common, "model")
+    parser.options(Common, "model", "adapter", adapter="an adapter directory to train further")
     add_method(parser)
     template = "plain, alpaca, chatml, chat or a text with {prompt}; None: by the form of the records"
     parser.options(Common, "template", group="data", template=template)
@@ -94,15 +96,17 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     `held_out` is records, or a fraction of `records` to split off; `tests` are more records by name, tested apart.
     Raises ValueError for a method or a --max-length that takes more positions than the model has.
     """
-    key, method = method_of(args)
-    base, tokenizer = load_model(args, method.quantized)
-    name, template = chosen_template(args.template, records[0], tokenizer)
-    max_length = longest(base, method.virtual_tokens, args.max_length, insisted="max_length" in args.given)
+    key, method, base, tokenizer = load_trained(args)
+    further = method is None and not isinstance(records[0], mp.text.datasets.Document)
+    name, template = chosen_template(usual_template(args) if further else args.template, records[0], tokenizer)
+    virtual_tokens = method.virtual_tokens if method else base.virtual_tokens
+    max_length = longest(base, virtual_tokens, args.max_length, insisted="max_length" in args.given)
     try:
         data = encode(records, held_out, tokenizer, max_length, template, args.overflow)
     except ValueError as error:
         split = args.data and isinstance(held_out, float)  # else it may be a record of another file
-        raise ValueError(f"{args.data}: {error}" if split else str(error)) from error
+        message = str(error).replace("raise max_length, or truncate or drop them", OVERLONG)
+        raise ValueError(f"{args.data}: {message}" if split else message) from error
     if not data.held_out:
         args.refuse(("eval_steps", "early_stopping_patience"), "without held-out examples")
     sets = {"": data.held_out} if data.held_out else {}  # what the loss is measured on, before and after
@@ -115,7 +119,7 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
         per_device_train_batch_size=batch_size or (2 if large else 8),
         gradient_accumulation_steps=args.gradient_accumulation_steps or (4 if large and not batch_size else 1),
     )  # fmt: skip
-    model = method.prepare(base, arguments.max_steps, args.seed)
+    model = method.prepare(base, arguments.max_steps, args.seed) if method else base
     if large if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trainer = mp.Trainer(model, data.train, data.held_out or None, arguments, tokenizer.pad_token_id or 0)
@@ -123,6 +127,9 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     runs.announce(trainer, "examples", f"method {key}: {trainable:,} of {total:,} parameters; ")
     runs.note(data.note)
 
+    asked = {"tokenizer": tokenizer, "data": data, "n": 1, "template": template}
+    asked["room"] = base.config.max_position_embeddings - virtual_tokens
+    samples = sampled({"before": base}, **asked)  # now, as an adapter is trained in its place
     before = {what: trainer.evaluate(of) for what, of in sets.items()}
     result = outputs.run_training(args, trainer)
     after = {what: trainer.evaluate(of) for what, of in sets.items()}
@@ -145,8 +152,8 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
         print(f"    {what:16} before {before[what]:.4f}  after {after[what]:.4f}  ({len(sets[what])} examples)")
     if result.stopped_early:
         print(f"stopped early, after {result.steps} steps; the weights are those of step {result.best_step}")
-    room = base.config.max_position_embeddings - method.virtual_tokens
-    show_samples(sampled({"before": base, "after": model}, tokenizer, data, 1, room, template))
+    pairs = zip(samples, sampled({"after": model}, **asked))
+    show_samples([old._replace(answers={**old.answers, **new.answers}) for old, new in pairs])
     print(saved)
 
 

@@ -9,9 +9,9 @@ Several adapters on one model answer every prompt, all in one batch, each as it 
 (with --json "adapter" is a field).
 
 With --chat a prompt is a message to the model, put in the chat template that comes with it (ChatML where there is
-none). Without a prompt it is a conversation: each line of standard input is a message, answered before the next is
-read; it ends with /exit or at the end of the input (Ctrl-D). Where it outgrows the model's positions, the oldest
-messages are left out, with their answers.
+none); a note says where it was trained in another template. Without a prompt it is a conversation: each line of
+standard input is a message, answered before the next is read; it ends with /exit or at the end of the input (Ctrl-D).
+Where it outgrows the model's positions, the oldest messages are left out, with their answers.
 
 examples:
   minipeft generate --prompt "It was a fine morning"
@@ -38,6 +38,7 @@ import minipeft as mp
 
 from ..evaluation.config import GenerationConfig
 from ..options import configuration, from_arguments, option
+from . import runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .models import load_model, usual_template
 
@@ -77,6 +78,8 @@ def run(args: Arguments) -> None:
         raise ValueError("a conversation is with one --adapter; several answer what --prompt or --prompts ask")
     asked = None if conversation else _prompts(args)
     model, tokenizer = load_model(args)
+    for adapter in (args.adapter or [None]) if args.chat else ():
+        _note_other_template(args, adapter, tokenizer)
     if asked is None:
         return _converse(args, config, model, tokenizer)
 
@@ -167,6 +170,16 @@ def _template(args: Arguments, adapter: str | None, tokenizer: Any) -> Any:
     """The one asked for, or that the adapter or model was trained in; None for the usual one of each prompt's form."""
     name = "chat" if args.chat else usual_template(args, adapter)
     return name and mp.text.templates.get_template(name, tokenizer)
+
+
+def _note_other_template(args: Arguments, adapter: str | None, tokenizer: Any) -> None:
+    """A line on standard error where --chat does not ask in the template that the adapter or model was trained in."""
+    trained, templates = usual_template(args, adapter), mp.text.templates
+    own = templates.chat(tokenizer)
+    if trained not in (None, "chat") and templates.get_template(trained, tokenizer) is not own:
+        asked = "ChatML" if own is templates.chatml else "the tokenizer's chat template"
+        what = f"{adapter or args.model} was trained in the template {trained!r}, and --chat asks in {asked}"
+        runs.note(f"{what}: for answers as trained, leave --chat out")
 
 
 def print_pieces(pieces: Iterable[str]) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import minipeft as mp
 
+from ..peft.methods import Method
 from .arguments import Arguments
+from .method_options import FLAGS, method_of
 
 TEMPLATE = "template.json"
 
@@ -22,10 +24,12 @@ def load_model(args: Arguments, load_in_4bit: bool = False, is_trainable: bool =
     """
     path, adapters = args.model, getattr(args, "adapter", None) or []
     adapters = [adapters] if isinstance(adapters, str) else adapters
+    _check_finished("--model", path)
     load_in_4bit = load_in_4bit or getattr(args, "load_in_4bit", False)
     for directory in adapters:
         if not Path(directory).is_dir():
             raise ValueError(f"--adapter {directory}: there is no such directory")
+        _check_finished("--adapter", directory)
     if adapters:
         from ..peft.provenance import recorded_base
 
@@ -50,6 +54,33 @@ def load_model(args: Arguments, load_in_4bit: bool = False, is_trainable: bool =
     for number, directory in enumerate(adapters[1:], start=1):
         model.load_adapter(directory, str(number))
     return model, tokenizer
+
+
+def _check_finished(option: str, directory: str | None) -> None:
+    """ValueError for the directory of a run that has left checkpoints, and not yet the model or adapter."""
+    if directory and mp.train.last_checkpoint(directory):
+        if not any((Path(directory) / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{option} {directory} holds a run that has not ended: end it by its command with --resume")
+
+
+def load_trained(args: Arguments) -> tuple[str, Method | None, Any, Any]:
+    """(what a report calls the method, the method, model, tokenizer); the method is None for a model with --adapter.
+
+    Raises ValueError for --adapter together with a method or its options, and as `method_of` and `load_model`.
+    """
+    if args.adapter is None:
+        name, method = method_of(args)
+        return name, method, *load_model(args, method.quantized)
+    args.refuse(("method", "adapter_config", *FLAGS), "with --adapter, which is trained further as it is")
+    return "adapter", None, *load_model(args, is_trainable=True)
+
+
+def base_of(args: Arguments, adapter: str | None = None) -> str | None:
+    """--model, else the base that the directory of an adapter names (by default --adapter's), else None."""
+    from ..peft.provenance import recorded_base
+
+    adapter = adapter or args.adapter
+    return args.model or (recorded_base(adapter)[0] if adapter else None)
 
 
 # ---------------------------------------------------------------------------------------------------------- templates
@@ -94,9 +125,6 @@ def usual_template(args: Arguments, adapter: str | None = None) -> str | None:
     `adapter`: which one, for a command that takes several. Its model is the base that its directory names, unless
     --model says another.
     """
-    from ..peft.provenance import recorded_base
-
     adapter = adapter or args.adapter or None
-    base = args.model or (adapter and recorded_base(adapter)[0])
-    option = getattr(args, "template", None) or saved_template(adapter) or saved_template(base)
+    option = getattr(args, "template", None) or saved_template(adapter) or saved_template(base_of(args, adapter))
     return option and option.replace("\\n", "\n")

@@ -29,6 +29,7 @@ def check_output(args: Arguments) -> Path:
     """
     args.only_one("resume", "overwrite")
     args.only_one("num_train_epochs", "max_steps")
+    args.only_one("bf16", "fp16")
     output, hint = Path(args.output), ", or give --resume or --overwrite" if "resume" in args else ""
     hold(args, output)
     empty = not any(path.name != mp.directory.LOCK for path in output.iterdir())

@@ -38,7 +38,8 @@ from . import outputs, runs
 from .arguments import Arguments, Parser
 from .data import split_off
 from .foreign import load_function
-from .preferences import OPENING, add_trained, encoded_prompts, load_trained, stop_tokens, template_of
+from .models import load_trained
+from .preferences import OPENING, add_trained, encoded_prompts, stop_tokens, template_of
 
 BASELINE = 64  # held-out prompts of --best-of
 MISSING_EOS = {"replace": {"missing_eos_score": -1.0}, "penalize": {"missing_eos_penalty": 1.0}, "ignore": {}}

@@ -12,12 +12,11 @@ import minipeft as mp
 
 from .. import rlhf
 from ..options import configuration, option
-from ..peft.methods import Method
 from . import runs
 from .arguments import Arguments, Common, Parser
 from .data import longest, split_off
-from .method_options import FLAGS, add_method, method_of
-from .models import load_model, usual_template
+from .method_options import add_method
+from .models import usual_template
 
 OPENING = 4  # words of a sentence that a generated pair continues
 Sides = tuple[list[Any], list[Any]]  # for training, held out
@@ -53,18 +52,6 @@ def add_trained(parser: Parser, purpose: str = "to train further") -> None:
     adapter = f"an adapter directory, such as of minipeft sft, {purpose}"
     parser.options(Common, "model", "adapter", "template", adapter=adapter)
     add_method(parser)
-
-
-def load_trained(args: Arguments) -> tuple[str, Method | None, Any, Any]:
-    """(what a report calls the method, the method, model, tokenizer); the method is None for a model with --adapter.
-
-    Raises ValueError for --adapter together with a method or its options, and as `method_of` and `load_model`.
-    """
-    if args.adapter is None:
-        name, method = method_of(args)
-        return name, method, *load_model(args, method.quantized)
-    args.refuse(("method", "adapter_config", *FLAGS), "with --adapter, which is trained further as it is")
-    return "adapter", None, *load_model(args, is_trainable=True)
 
 
 def template_of(args: Arguments, tokenizer: Any) -> tuple[str, Any]:

@@ -59,8 +59,10 @@ class BitFitConfig(PeftConfig):
     def resolve(self, modules: dict[str, Module]) -> dict[str, Module]:
         found = {path: m for path, m in super().resolve(modules).items() if getattr(m, "bias", None) is not None}
         if not found:
-            whose = "this model has" if self.target_modules is None else "the modules it was asked for have"
-            raise PeftError(f"BitFit trains biases, and {whose} none")
+            whose = "the modules it was asked for have none"
+            if self.target_modules is None:
+                whose = "this model has none; take LN tuning (ln), or a model with biases, such as GPT-2"
+            raise PeftError(f"BitFit trains biases, and {whose}")
         return found
 
     def parameter_shapes(self, name: str, kind: str, shape: Shape) -> dict[str, Shape]:
