@@ -34,7 +34,7 @@ from minipeft.claims.chain_tuning import TUNED, rivals
 from minipeft.evaluation.intervals import student_t
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
-from minipeft.rlhf.ppo import clipped
+from minipeft.rlhf.ppo import clipped_objective
 
 F = mp.functional
 REDUCED = os.environ.get("MINIPEFT_REDUCED") == "1"
@@ -300,7 +300,7 @@ clipping.clip_picture().savefig(OUT / "10_ppo_clip.png", dpi=120)
 def pushed(A_t, ratio):
     """-d loss / d log pi: above 0, the token is made more probable."""
     logp = mp.Tensor(np.log([ratio]), requires_grad=True)
-    clipped(logp.exp(), A_t).sum().backward()
+    clipped_objective(logp.exp(), A_t).sum().backward()
     return 0 - logp.grad[0]
 
 

@@ -124,11 +124,14 @@ def locked(directory: str | os.PathLike, file: str = "") -> Iterator[None]:
 
 
 def _open_lock(lock: Path, directory: Path, wait: bool) -> BinaryIO:
+    gone = 0
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
             file = open(lock, "a+b", opener=_no_link)
-        except FileNotFoundError:  # an empty directory has just been removed
+        except FileNotFoundError:  # an empty directory has just been removed; or, as in /proc, none takes a file
+            if (gone := gone + 1) == 100:
+                raise OSError(f"{directory}: no file can be made in this directory; choose another") from None
             continue
         taken, current = take(file), False
         with suppress(FileNotFoundError):  # its last holder has just removed it

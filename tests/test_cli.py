@@ -132,6 +132,16 @@ def test_a_record_that_is_too_long_is_named_by_its_number_in_the_file(model, tmp
         (["finetune", "--data", "{preferences}", "--output", "o"], "preference"),
         (["finetune", "--data", "{data}", "--output", "o", "--steps", "1", "--epochs", "1"], "--epochs and --steps exclude each other"),
         (["finetune", "--data", "{data}", "--output", "o", "--validation", "0", "--eval-steps", "1"], "--eval-steps does nothing"),
+        (["finetune", "--data", "{data}", "--output", "o", "--columns", "prompt"], "as prompt=question, each field once; 'prompt' is not so"),
+        (["evaluate", "--data", "{data}", "--columns", "text=a", "text=b"], "'text=b' has that field twice"),
+        (["evaluate", "--data", "{data}", "--columns", "text=body"], "1: columns: there is no field 'body'; the fields are"),
+        (["evaluate", "--data", "general-cloze", "--columns", "text=a"], "--columns does nothing with general-cloze"),
+        (["generate", "--prompt", "a", "--columns", "text=a"], "--columns does nothing without --prompts"),
+        (["compare", "--columns", "text=a"], "--columns does nothing without --data"),
+        (["sweep", "--output", "o", "--columns", "text=a"], "--columns does nothing without --data"),
+        (["sft", "--output", "o", "--columns", "text=a"], "--columns does nothing without --data"),
+        (["ppo", "--output", "o", "--columns", "text=a"], "--columns does nothing without --prompts"),
+        (["dpo", "--output", "o", "--columns", "text=a"], "--columns does nothing with generated pairs"),
         (["generate", "--prompts", "{bad}", "--escapes"], "--escapes does nothing without --prompt"),
         (["generate", "--prompt", ""], "prompt 1 is empty"),
         (["generate", "--prompt", "a", "--prompts", "f"], "--prompt and --prompts exclude each other"),
@@ -167,6 +177,22 @@ def test_debug_shows_the_traceback_wherever_it_stands():
         result = python("-m", "minipeft", *argv)
         assert result.returncode == 2
         assert result.stderr.startswith("Traceback") and result.stderr.splitlines()[-1].startswith("minipeft: error: ")
+
+
+def test_columns_are_what_fields_are_called_in_the_file(model, data, tmp_path, capsys):
+    """A file of other names gives the bytes that the usual names give."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    own = jsonl(tmp_path / "own.jsonl", [{"id": 1, "question": r["prompt"], "response": r["completion"]} for r in rows])
+    columns = ("--columns", "prompt=question", "completion=response")
+    options = ("--model", model, "--method", "lora", "--layers", 0, "-r", 1, "--steps", 1)
+    for directory, file, more in (("usual", data, ()), ("renamed", own, columns)):
+        assert run("finetune", "--data", file, "--validation", file, *options, "--output", tmp_path / directory, *more) == 0
+    assert same_bytes("adapter_model.safetensors", tmp_path / "usual", tmp_path / "renamed")
+    assert all("layers.0." in name for name in weights(tmp_path / "usual", "adapter_model.safetensors"))
+    for command in (("evaluate", "--loss-only", "--data"), ("generate", "--max-new-tokens", 2, "--prompts")):
+        capsys.readouterr()
+        assert [run(*command, data, "--model", model), out := capsys.readouterr().out] == [0, out] and out
+        assert [run(*command, own, "--model", model, *columns), capsys.readouterr().out] == [0, out]
 
 
 def test_divergence_is_one_line_too(model, data, tmp_path):

@@ -61,6 +61,7 @@ def test_the_bar_is_divided_as_the_parameters_are(capsys):
     # biases of BERT, with the pooler's
     ("bert-base --method bitfit", 102_912),
     ("roberta-base --num-labels 3 --method lora --target query value --modules-to-save classifier", 294_912 + 592_899),
+    ("gpt2 --method lora --layers 0 1", 2 * 8 * (768 + 2304 + 768 + 768 + 768 + 3072 + 3072 + 768)),
     ("gpt2 --method lora --target c_attn c_fc c_proj --layers 0 1 --exclude mlp.c_proj",
      2 * 8 * (768 + 2304 + 768 + 768 + 768 + 3072)),
 ])  # fmt: skip

@@ -106,6 +106,7 @@ def test_an_epoch_of_kto_has_both_answers_of_every_pair(model, data, tmp_path, c
         (("--loss", "orpo", "--undesirable-weight", "1"), "--undesirable-weight does nothing with --loss orpo"),
         (("--loss", "ipo", "--beta", "0"), "must be a number above 0"),
         (("--data", "no.jsonl"), "cannot be read"),
+        (("--data", "{data}", "--columns", "chosen=better"), "there is no field 'better'"),
         (("--data", "{data}", "--adapter", "x", "--method", "lora"), "--method does nothing with --adapter"),
     ],
 )

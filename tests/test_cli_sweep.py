@@ -45,6 +45,15 @@ def test_the_same_command_goes_on_and_computes_what_is_new(model, data, tmp_path
     assert (where / "rows.jsonl").read_bytes().startswith(before), "and nothing is deleted"
 
 
+def test_a_sweep_of_a_file_whose_fields_are_called_otherwise(model, tmp_path, capsys):
+    own = jsonl(tmp_path / "own.jsonl", [{"q": f"{i} ", "a": f"{i + 1}", "id": i} for i in range(30)])
+    options = ["--data", own, "--model", model, "--steps", 1, "--lr", 1e-3, "--seeds", 1, "--executor", 1, "--layers", 0]
+    columns = ["prompt=q", "completion=a"]
+    assert output(capsys, "sweep", *options, "--output", tmp_path / "s", "--columns", *columns)[0] == 0
+    (row,) = read_rows(tmp_path / "s" / "rows.jsonl")
+    assert row["columns"] == columns and row[LOSS] > 0
+
+
 def test_the_exit_status_says_that_a_run_failed(model, data, tmp_path, capsys, monkeypatch):
     def fine_tuned(lr, **settings):
         if lr > 0.01:

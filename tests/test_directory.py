@@ -280,6 +280,18 @@ def test_a_thread_may_hold_a_directory_twice_and_two_threads_may_not(tmp_path):
     assert not (tmp_path / "new").exists(), "it was made, and nothing was written"
 
 
+def test_a_place_that_takes_no_file_is_said_and_not_tried_forever(tmp_path, monkeypatch):
+    """As /proc, which answers that there is no such file."""
+    answers = iter([FileNotFoundError(2, "No such file or directory")] * 1000)
+
+    def refuse(*_, **__):
+        raise next(answers)
+
+    monkeypatch.setattr(mp.directory, "open", refuse, raising=False)
+    with pytest.raises(OSError, match=f"^{tmp_path}: no file can be made in this directory; choose another$"), locked(tmp_path):
+        pass
+
+
 # --------------------------------------------------------------------------------------------------------- leftovers
 
 

@@ -463,6 +463,22 @@ def test_layers_are_counted_as_in_peft(pattern):
     assert config.targets("blocks.0.fc", "linear") is (pattern == "blocks")
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3", "loha", "oft"])
+def test_all_linear_layers_of_some_blocks(method, tmp_path):
+    """Which PEFT refuses; so the file, which it is to read, has names."""
+    config = getattr(mp, {"lora": "LoraConfig", "ia3": "IA3Config", "loha": "LoHaConfig", "oft": "OFTConfig"}[method])
+    adapted = mp.get_peft_model(base(), config(target_modules="all-linear", layers_to_transform=[1]))
+    adapted.add_adapter("second", config(target_modules="all-linear", layers_to_transform=[1]))
+    paths = {path for path, module in base().named_modules() if isinstance(module, Linear) and ".layers.1." in path}
+    assert adapted.layers.keys() == paths and len(paths) == 7
+    names = sorted(path.rpartition(".")[2] for path in paths)
+    assert all(own.target_modules == names for own in adapted.peft_config.values())
+    adapted.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["target_modules"], saved["layers_to_transform"]) == (names, [1])
+    assert mp.PeftModel.from_pretrained(base(), tmp_path).layers.keys() == paths
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "ia3", "embedding", "vera", "adalora"])
 def test_merged_weights_are_used_while_their_adapters_are_and_dropped_exactly(method):
     adapted = train(mp.get_peft_model(base(), METHODS[method]("llama")))
@@ -807,6 +823,7 @@ HUGE = "(?:(?:a{1000}){,1000}){1000,}"  # a pattern that the package regex write
         ("Lora", dict(enable_lora=[True, False, True]), "fuses 3 projections"),
         ("Lora", dict(target_modules=["embed_tokens"], init_lora_weights="pissa"), "not for an embedding"),
         ("Lora", dict(target_modules=["q_proj"], layers_to_transform=[7]), "matches no module"),
+        ("Lora", dict(target_modules="all-linear", layers_to_transform=[7]), r"='all-linear' matches no .* in the layers \[7\]"),
         ("Lora", dict(target_modules=".*q_proj", layers_to_transform=[0]), "as names"),
         ("BitFit", {}, "BitFit trains biases, and this model has none"),
         ("BitFit", dict(target_modules=["q_proj"]), "the modules it was asked for have none"),
@@ -829,7 +846,7 @@ HUGE = "(?:(?:a{1000}){,1000}){1000,}"  # a pattern that the package regex write
         ("Lora", dict(lora_alpha=None), "lora_alpha must be a finite number, got None"),
         ("Lora", dict(lora_alpha=0, init_lora_weights="pissa"), "lora_alpha must be positive, got 0"),
         ("AdaLora", dict(total_step=5, deltaT=0), "deltaT must be an integer of at least 1, got 0"),
-        ("BitFit", dict(layers_to_transform=[0]), "give names to target_modules, too"),
+        ("BitFit", dict(layers_to_transform=[0]), r"\(--layers\) chooses among target_modules \(--target\): give that, too"),
     ],
 )
 def test_a_method_that_does_not_fit_is_a_clear_error(method, options, message):

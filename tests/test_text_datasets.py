@@ -1,6 +1,8 @@
 """Reading data sets: each form, and one clear sentence with file and line for each thing that can be wrong."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -14,6 +16,7 @@ from minipeft.text.datasets import (
     MultipleChoice,
     Preference,
     read_dataset,
+    read_prompts,
 )
 
 GOOD = {"prompt": "a", "completion": "b"}
@@ -94,7 +97,10 @@ def test_text_file_is_one_document(tmp_path):
         (ASKED | {"answer": -1}, "or the text of one, got -1"),
         (ASKED | {"answer": True}, "or the text of one, got True"),
         (ASKED | {"answer": "c"}, "or the text of one, got 'c'"),
-        ({"question": "a"}, "field 'choices' is missing, field 'answer' is missing; the form is {question, choices, answer}"),
+        ({"choices": ["a"]}, "field 'question' is missing, field 'answer' is missing; the form is {question, choices, answer}"),
+        ({"question": "a", "answer": "b"}, "{text}, {prompt, completion}, {instruction, input, output}, "),
+        ({"question": "a", "answer": "b"}, "; --columns FIELD=NAME, in Python columns={FIELD: NAME}, renames fields and drops"),
+        ({"prompt": "a", "completion": "b", "id": 3}, "; --columns FIELD=NAME, in Python columns="),
         ({"messages": "a"}, "field 'messages' must be a list of at least two messages, got a string"),
         ({"messages": []}, "got an empty list"),
         ({"messages": ["a"]}, f"{NO_MESSAGE}, got a string"),
@@ -132,12 +138,34 @@ def test_not_utf8(tmp_path):
     [
         ("a.jsonl", "\n \n", "the file is empty; it must hold at least one record"),
         ("a.txt", " \n", "the file is empty; it must hold some text"),
-        ("a.csv", "a,b", "a data set is a .jsonl or .txt file, this one ends in '.csv'"),
+        ("a.tsv", "a\tb", "a data set is a .jsonl or .txt file, this one ends in '.tsv'$"),
     ],
 )
 def test_bad_file(tmp_path, name, content, reason):
     with pytest.raises(DatasetError, match=reason):
         read_dataset(write(tmp_path, content, name))
+
+
+@pytest.mark.parametrize("name, content", [("a b.csv", "prompt,completion\na,\"b\n\"\n"), ("a.json", '[{"prompt": "a", "completion": "b\\n"}]')])
+def test_the_command_that_the_error_gives_makes_a_data_set_of_another_file(tmp_path, name, content):
+    path = write(tmp_path, content, name)
+    with pytest.raises(DatasetError, match="this turns it into one: python -c ") as error:
+        read_dataset(path)
+    subprocess.run(error.value.reason.partition("one: ")[2].replace("python", sys.executable, 1), shell=True, check=True)
+    assert read_dataset(path.with_suffix(".jsonl")) == [Completion("a", "b\n")]
+
+
+def test_columns_rename_the_fields_that_they_name_and_drop_the_others(tmp_path):
+    path, columns = write(tmp_path, '{"question": "a", "response": "b", "id": 3}\n'), {"prompt": "question"}
+    assert read_dataset(path, {**columns, "completion": "response"}) == [Completion("a", "b")]
+    assert read_prompts(path, columns) == ["a"]
+    with pytest.raises(DatasetError, match=r"1: columns: there is no field 'answer'; the fields are \['id', 'question', 'response'\]"):
+        read_dataset(path, {**columns, "completion": "answer"})
+    with pytest.raises(DatasetError, match=r"columns: 'prompts' is no field of a form; those are text, prompt, "):
+        read_dataset(path, {"prompts": "question"})
+    for read in (read_dataset, read_prompts):
+        with pytest.raises(DatasetError, match=r"only a \.jsonl file has columns"):
+            read(write(tmp_path, "a", "a.txt"), columns)
 
 
 def test_missing_file(tmp_path):

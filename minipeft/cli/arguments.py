@@ -101,11 +101,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+COLUMNS = "what fields are called in the file, as prompt=question completion=response; others are dropped"
+
+
 @configuration(kw_only=True)
 class Common:
     """Options of several commands, which mean the same in each."""
 
     data: str | None = option(None, "a .jsonl or .txt file to learn from", metavar="FILE")
+    columns: list[str] | None = option(None, COLUMNS, metavar="FIELD=NAME")
     model: str | None = option(None, "a Hugging Face directory or a .gguf file; None: the shipped base", metavar="PATH")
     adapter: str | None = option(None, "an adapter directory to put on the model", metavar="DIR")
     adapter_config: str | None = option(None, "the method of an adapter_config.json, or a directory", metavar="PATH")

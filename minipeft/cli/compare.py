@@ -133,6 +133,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> None:
     args.only_one("task", "data")
+    if not args.data:
+        args.refuse(("columns",), "without --data")
     task, options = from_arguments(TaskOptions, args), given_options(args)
     wanted = methods_of(args.methods or METHODS, options)
     if args.adapter_config:

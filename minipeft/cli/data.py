@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import minipeft as mp
 
 from ..options import configuration, option
+from .arguments import COLUMNS
 
 
 class Data(NamedTuple):
@@ -26,6 +27,7 @@ class TaskOptions:
 
     task: str = option("rewrite", "the shipped task", choices=("rewrite", "define", "use", "source"))
     data: str | None = option(None, "or your .jsonl or .txt file; a tenth, 96 at most, is held out", metavar="FILE")
+    columns: list[str] | None = option(None, COLUMNS, metavar="FIELD=NAME")
 
     def examples(self, seed: int, tokenizer: Any, max_length: int, n: int, held_out: int, split: str) -> Data:
         """The examples: of the user's file, or `n` of a shipped task, chosen by the seed.
@@ -37,7 +39,7 @@ class TaskOptions:
 
         shipped = mp.experiments.shipped
         if self.data:
-            data = encode(read_records(self.data), 0.1, tokenizer, max_length, on_overflow="drop")
+            data = encode(read_records(self.data, self.columns), 0.1, tokenizer, max_length, on_overflow="drop")
             return data._replace(held_out=shipped.spaced(data.held_out, held_out))
         records, test = (shipped.short(self.task, name) for name in ("train", split))
         chosen = [records[i] for i in np.random.default_rng(seed).permutation(len(records))[:n]]
@@ -58,10 +60,22 @@ def longest(base: Any, virtual_tokens: int = 0, wanted: int = 256, insisted: boo
     return min(wanted, positions - virtual_tokens)
 
 
-def read_records(path: str) -> list[mp.text.datasets.Record]:
-    """The records of a file to fine-tune on. Raises DatasetError, also for preference pairs."""
+def columns_of(given: Sequence[str] | None) -> dict[str, str]:
+    """--columns: {a form's field: its name in the file}. Raises ValueError for what is not FIELD=NAME, or there twice."""
+    columns: dict[str, str] = {}
+    for text in given or ():
+        field, _, name = text.partition("=")
+        if not (field and name) or field in columns:
+            wrong = "has that field twice" if name else "is not so"
+            raise ValueError(f"--columns takes FIELD=NAME, as prompt=question, each field once; {text!r} {wrong}")
+        columns[field] = name
+    return columns
+
+
+def read_records(path: str, columns: Sequence[str] | None = None) -> list[mp.text.datasets.Record]:
+    """The records of a file to fine-tune on; `columns` as of the command line. Raises DatasetError, also for pairs."""
     datasets = mp.text.datasets
-    records = datasets.read_dataset(path)
+    records = datasets.read_dataset(path, columns_of(columns))
     if isinstance(records[0], (datasets.Preference, datasets.UnpairedPreference)):
         raise datasets.DatasetError(path, None, "preferences are not something to imitate; give another form")
     return records

@@ -41,6 +41,7 @@ from ..options import REQUIRED, configuration, from_arguments, option
 from . import outputs, runs
 from .arguments import Arguments, Common, Parser, add_machine
 from .bars import print_json
+from .data import columns_of
 from .foreign import load_function
 from .models import base_of, load_model, usual_template
 
@@ -60,7 +61,7 @@ class EvaluationOptions:
 
 def add_arguments(parser: Parser) -> None:
     data = {"data": f"a .jsonl or .txt file; or {GENERAL}: 640 shipped items", "defaults": {"data": REQUIRED}}
-    parser.options(Common, "data", "model", "adapter", "load_in_4bit", "template", **data)
+    parser.options(Common, "data", "columns", "model", "adapter", "load_in_4bit", "template", **data)
     parser.options(EvaluationOptions)
     parser.options(GenerationConfig, group="generation")
     add_machine(parser)
@@ -72,7 +73,11 @@ def run(args: Arguments) -> None:
     if isinstance(args.json, str):
         outputs.check_file(args, Path(args.json), "--json")
     datasets = mp.text.datasets
-    records = mp.evaluation.general_cloze() if args.data == GENERAL else datasets.read_dataset(args.data)
+    if args.data == GENERAL:
+        args.refuse(("columns",), f"with {GENERAL}")
+        records = mp.evaluation.general_cloze()
+    else:
+        records = datasets.read_dataset(args.data, columns_of(args.columns))
     if isinstance(records[0], (datasets.Preference, datasets.UnpairedPreference)):
         judges = "minipeft reward and dpo tell how many held-out pairs a model judges right"
         raise datasets.DatasetError(args.data, None, f"preferences have no single right answer to score; {judges}")

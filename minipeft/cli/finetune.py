@@ -21,6 +21,7 @@ examples:
   minipeft finetune --data my.jsonl --output tuned --resume          after an interruption
   minipeft finetune --data qa.jsonl --template "Q: {prompt}\\nA:" --method head --lr 1e-3 --epochs 5 --output tuned
   minipeft finetune --data more.jsonl --adapter adapter --output further    the adapter learns on, in its template
+  minipeft finetune --data my.jsonl --columns prompt=question completion=response --output tuned
   minipeft finetune --data my.jsonl --method lora -r 16 --alpha 32 --dropout 0.05 --output adapter
   minipeft finetune --data my.jsonl --method lora --target q_proj v_proj --set use_rslora=true --output adapter
   minipeft finetune --data my.jsonl --optimizer adamw_8bit --output tuned      moments of 2 bytes a parameter, not 8
@@ -62,7 +63,7 @@ class FinetuneOptions:
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.options(Common, "data", defaults={"data": REQUIRED})
+    parser.options(Common, "data", "columns", defaults={"data": REQUIRED})
     add_training_arguments(parser)
 
 
@@ -87,7 +88,7 @@ def add_training_arguments(parser: Parser, **defaults: Any) -> None:
 
 def run(args: Arguments) -> None:
     outputs.check_output(args)
-    fine_tune(args, read_records(args.data), validation(args.validation), {})
+    fine_tune(args, read_records(args.data, args.columns), validation(args.validation, args.columns), {})
 
 
 def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[str, list[Any]]) -> None:
@@ -157,7 +158,7 @@ def fine_tune(args: Arguments, records: list[Any], held_out: Any, tests: dict[st
     print(saved)
 
 
-def validation(text: str) -> Any:
+def validation(text: str, columns: list[str] | None) -> Any:
     """--validation: a fraction as a float, or the records of the file that it names.
 
     Raises ValueError for a number outside of [0, 1), and as `read_records`.
@@ -165,7 +166,7 @@ def validation(text: str) -> Any:
     try:
         fraction = float(text)
     except ValueError:
-        return read_records(text)
+        return read_records(text, columns)
     if not 0 <= fraction < 1:
         raise ValueError(f"--validation takes a file or a fraction of at least 0 and below 1, not {text}")
     return fraction

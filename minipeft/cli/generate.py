@@ -40,6 +40,7 @@ from ..evaluation.config import GenerationConfig
 from ..options import configuration, from_arguments, option
 from . import runs
 from .arguments import Arguments, Common, Parser, add_machine
+from .data import columns_of
 from .models import load_model, usual_template
 
 
@@ -59,6 +60,7 @@ def add_arguments(parser: Parser) -> None:
     parser.options(Common, "model", "load_in_4bit")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be given again")
     parser.options(PromptOptions)
+    parser.options(Common, "columns")
     parser.options(Common, "template", "json", json='one line {"prompt": ..., "completion": ...} a prompt')
     parser.options(GenerationConfig, group="generation")
     add_machine(parser)
@@ -70,6 +72,8 @@ def run(args: Arguments) -> None:
     args.only_one("json", "completion_only")
     if not args.chat:
         args.refuse(("system",), "without --chat")
+    if not args.prompts:
+        args.refuse(("columns",), "without --prompts")
     if not args.prompt:
         args.refuse(("escapes",), "without --prompt: files and standard input have real line breaks")
     config, several = from_arguments(GenerationConfig, args), len(args.adapter or ()) > 1
@@ -152,7 +156,7 @@ def _prompts(args: Arguments) -> list[Any]:
     if args.prompt:
         prompts = [p.replace("\\n", "\n").replace("\\t", "\t") if args.escapes else p for p in args.prompt]
     elif args.prompts:
-        prompts = mp.text.datasets.read_prompts(args.prompts)
+        prompts = mp.text.datasets.read_prompts(args.prompts, columns_of(args.columns))
     else:
         if sys.stdin.isatty():
             print("(the prompt is read from standard input; end it with Ctrl-D)", file=sys.stderr)

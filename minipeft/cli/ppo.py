@@ -35,8 +35,8 @@ from .. import rlhf
 from ..options import configuration, from_arguments, option
 from ..rlhf.config import GroupConfig, PPOConfig
 from . import outputs, runs
-from .arguments import Arguments, Parser
-from .data import split_off
+from .arguments import Arguments, Common, Parser
+from .data import columns_of, split_off
 from .foreign import load_function
 from .models import load_trained
 from .preferences import OPENING, add_trained, encoded_prompts, stop_tokens, template_of
@@ -60,6 +60,7 @@ class OnlineOptions:
 def add_arguments(parser: Parser) -> None:
     add_trained(parser)
     parser.options(OnlineOptions)
+    parser.options(Common, "columns")
     parser.options(
         PPOConfig, "steps", "batch_size", "mini_batch_size", "num_epochs", "learning_rate", "kl_coef",
         "kl_target", "stop_kl", "max_kl", "max_equal_updates", "response_length", "temperature", "bf16", "save_steps", "seed",
@@ -71,6 +72,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> None:
     args.only_one("reward", "reward_function")
+    if not args.prompts:
+        args.refuse(("columns",), "without --prompts")
     output = outputs.check_output(args)
     own, other = (PPOConfig, GroupConfig) if args.algorithm == "ppo" else (GroupConfig, PPOConfig)
     args.refuse((f.name for f in fields(other) if not hasattr(own, f.name)), f"with --algorithm {args.algorithm}")
@@ -133,7 +136,7 @@ def _prompts(args: Arguments, tokenizer: Any, template: Any, room: int) -> tuple
     if room < 1:
         raise ValueError(f"{length} leaves no room for a prompt")
     read = mp.text.datasets.read_prompts
-    texts = read(args.prompts) if args.prompts else rlhf.sentence_openings("train", OPENING)
+    texts = read(args.prompts, columns_of(args.columns)) if args.prompts else rlhf.sentence_openings("train", OPENING)
     prompts = encoded_prompts(texts, tokenizer, template)
     for number, ids in enumerate(prompts, start=1):
         if len(ids) > room:

@@ -14,7 +14,7 @@ from .. import rlhf
 from ..options import configuration, option
 from . import runs
 from .arguments import Arguments, Common, Parser
-from .data import longest, split_off
+from .data import columns_of, longest, split_off
 from .method_options import add_method
 from .models import usual_template
 
@@ -37,7 +37,8 @@ class PairOptions:
 
 def add_pairs(parser: Parser) -> None:
     """Where preference pairs come from."""
-    parser.options(Common, "data", data="a .jsonl file of {prompt, chosen, rejected} (default: generated pairs)")
+    data = "a .jsonl file of {prompt, chosen, rejected} (default: generated pairs)"
+    parser.options(Common, "data", "columns", data=data)
     parser.options(PairOptions, group="data")
 
 
@@ -78,9 +79,9 @@ def check_pairs(args: Arguments) -> None:
     if args.data:
         args.refuse(("pairs", *generating), "with --data")
     elif args.human:
-        args.refuse(generating, "with --human")
+        args.refuse(("columns", *generating), "with --human")
     else:
-        args.refuse(("max_length",), "with generated pairs")
+        args.refuse(("columns", "max_length"), "with generated pairs")
 
 
 def load_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any, unpaired: bool = False) -> Sides:
@@ -94,7 +95,7 @@ def load_pairs(args: Arguments, policy: Any, tokenizer: Any, template: Any, unpa
     if args.human:
         records = rlhf.human_preferences(args.human, "train", args.pairs, args.seed)
     elif args.data:
-        records = datasets.read_dataset(args.data)
+        records = datasets.read_dataset(args.data, columns_of(args.columns))
         forms = (datasets.Preference, *[datasets.UnpairedPreference] * unpaired)
         if not isinstance(records[0], forms):
             wanted = "{prompt, chosen, rejected}" + " or {prompt, completion, label}" * unpaired

@@ -44,7 +44,8 @@ class InstructionOptions:
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.options(Common, "data", data="a .jsonl or .txt file to learn from (default: the shipped instructions)")
+    data = "a .jsonl or .txt file to learn from (default: the shipped instructions)"
+    parser.options(Common, "data", "columns", data=data)
     parser.options(InstructionOptions)
     finetune.add_training_arguments(parser, max_length=512)
 
@@ -53,6 +54,7 @@ def run(args: Arguments) -> None:
     if args.data is not None:
         args.refuse(("tasks", "per_task"), "with --data, being about the shipped instructions")
         return finetune.run(args)
+    args.refuse(("columns",), "without --data")
     args.refuse(("validation",), "without --data, as the shipped instructions have held-out records of their own")
     outputs.check_output(args)
     shipped = mp.text.instructions

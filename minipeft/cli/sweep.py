@@ -68,6 +68,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: Arguments) -> int:
     args.only_one("task", "data")
+    if not args.data:
+        args.refuse(("columns",), "without --data")
     output = Path(args.output)
     outputs.hold(args, output)
     task, options = from_arguments(TaskOptions, args), given_options(args)
@@ -80,6 +82,7 @@ def run(args: Arguments) -> int:
     home = type(method.config()).__module__  # which registers a method of your own
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
     settings = mp.grid(
+        **{"columns": [args.columns]} if args.columns else {},  # one value, a list
         task=None if args.data else args.task, data=args.data, model=args.model, method=name,
         adapter_config=args.adapter_config, options=options, steps=args.steps, batch_size=args.batch_size,
         r=sorted(set(ranks)),
@@ -146,12 +149,13 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
 def fine_tuned(
     task: str | None, data: str | None, model: str | None, method: str | None, adapter_config: str | None,
     options: dict[str, Any], steps: int, batch_size: int, r: int | None, lr: float, seed: int, backend: str | None,
-    home: str,
+    home: str, columns: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A run: its losses, and the number of parameters that it trained. `home` is the module of the method."""
     importlib.import_module(home)
     (base, tokenizer), tuned = loaded(model, backend), chosen(method, adapter_config, options, r)
-    found = examples(TaskOptions(task=task or "rewrite", data=data), model, backend, tuned, seed, steps * batch_size)
+    learned = TaskOptions(task=task or "rewrite", data=data, columns=columns)
+    found = examples(learned, model, backend, tuned, seed, steps * batch_size)
     general = mp.experiments.shipped.general_blocks(tokenizer, longest(base, tuned.virtual_tokens), 24)
     of = mp.experiments.run.TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
     settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed)

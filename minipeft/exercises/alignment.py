@@ -11,7 +11,7 @@ import numpy as np
 import minipeft as mp
 
 from .. import rlhf
-from ..rlhf.ppo import clipped
+from ..rlhf.ppo import clipped_objective
 from .foundations import normal
 from .kinds import Code, Number
 
@@ -129,7 +129,7 @@ gae = Code(
 clip = Code(
     "The clip",
     "clipped_loss(ratio, A, eps)",
-    lambda ratio, A, eps: clipped(mp.Tensor(ratio), A, eps).data,
+    lambda ratio, A, eps: clipped_objective(mp.Tensor(ratio), A, eps).data,
     lambda: {
         "near 1": (np.array([0.9, 1.0, 1.1]), np.array([1.0, -2, 3]), 0.2),
         "better than expected": (np.array([0.5, 1.5]), np.array([2.0, 2]), 0.2),

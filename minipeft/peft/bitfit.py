@@ -49,7 +49,7 @@ class BitFitConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_modules is None and self.layers_to_transform is not None:
-            raise PeftError("layers_to_transform chooses among target_modules: give names to target_modules, too")
+            raise PeftError("layers_to_transform (--layers) chooses among target_modules (--target): give that, too")
 
     def targets(self, name: str, kind: str) -> bool:
         if self.target_modules is None:

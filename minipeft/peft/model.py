@@ -248,6 +248,8 @@ class PeftModel(Module, Generic[M]):
         numbers = {path: i for i, path in enumerate(modules)}
         once = {path: module for path, module in modules.items() if first[id(module)] == path}
         targets, copied = config.resolve(once), config.resolve_saved(once)
+        if config.target_modules == "all-linear" and config.layers_to_transform is not None:  # PEFT reads names only
+            config.target_modules = sorted({path.rpartition(".")[2] for path in targets})
         for path in copied:
             if path in targets:
                 raise PeftError(f"{path} is a target and in modules_to_save: name it in one of them")

@@ -85,8 +85,9 @@ class Targets:
     """The options that say which layers a method is put on.
 
     A name in target_modules matches a path that is the name or ends in ".name"; all-linear is every linear layer but
-    the output head. layers_to_transform looks at the first number of a path, and goes with names only. A name in
-    modules_to_save may begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
+    the output head. layers_to_transform looks at the first number of a path, and goes with no regular expression; in a
+    model's adapter names then stand for all-linear, which PEFT does not read beside it. A name in modules_to_save may
+    begin in the middle of a word ("norm" matches input_layernorm), as in PEFT.
     Raises PeftError for options that contradict each other, and for what is no regular expression, or too long a one.
     """
 
@@ -114,8 +115,10 @@ class Targets:
             if isinstance(getattr(self, name), str):
                 check_patterns(name, getattr(self, name))
         check_patterns("layers_pattern", *as_list(self.layers_pattern))
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise PeftError("layers_to_transform needs target_modules given as names, not as a regular expression")
+        pattern = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if pattern and self.layers_to_transform is not None:
+            needs = "target_modules given as names or as all-linear, not as a regular expression"
+            raise PeftError(f"layers_to_transform needs {needs}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise PeftError("layers_pattern says where layers_to_transform counts; give layers_to_transform too")
 
@@ -143,15 +146,15 @@ class Targets:
         if not name or saved or matches(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
-            return kind in ("linear", "conv1d") and name.rpartition(".")[2] not in HEADS
-        if not matches(self.target_modules, name):
-            return False
+            found = kind in ("linear", "conv1d") and name.rpartition(".")[2] not in HEADS
+        else:
+            found = matches(self.target_modules, name)
         layers = as_list(self.layers_to_transform)
-        if not layers or name in self.target_modules:
-            return True
+        if not found or not layers or name in as_list(self.target_modules):
+            return found
         patterns = [rf"(?:^|.*?\.)(?:{p})\.(\d+)\." for p in as_list(self.layers_pattern)] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((m for p in patterns if (m := match(p, name))), None)
-        return found is not None and int(found.groups()[-1]) in layers
+        number = next((m for p in patterns if (m := match(p, name))), None)
+        return number is not None and int(number.groups()[-1]) in layers
 
     @property
     def trained_whole(self) -> list[str]:
@@ -188,8 +191,10 @@ class Targets:
                 if not any(matches(targets if isinstance(targets, str) else [name], path) for path in paths):
                     raise PeftError(f"{option_}: no module is called {name!r}{_near(name, paths)}")
         if (self.kinds or names) and not found:
-            hint = " (a string is a regular expression for whole paths; names go into a list)" * isinstance(names, str)
-            near = _near(str(names), paths)
+            pattern = isinstance(names, str) and names != "all-linear"
+            hint = " (a string is a regular expression for whole paths; names go into a list)" * pattern
+            layers = as_list(self.layers_to_transform)
+            near = f" in the layers {layers} of layers_to_transform" if layers else _near(str(names), paths)
             raise PeftError(f"target_modules={names!r}{hint} matches no module that may be adapted{near}")
 
     def check_target(self, name: str, module: Module) -> None:

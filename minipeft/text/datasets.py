@@ -14,11 +14,14 @@ A `.jsonl` file holds one JSON object per line, all of one form. The fields say 
 
 A `.txt` file is one Document: all of it, blank lines included. (For many documents, write `{"text": ...}` lines.)
 Both are UTF-8; a byte-order mark at the start and blank lines at the end are dropped. Anything else that is not as
-described raises DatasetError; no line is ever skipped.
+described raises DatasetError; no line is ever skipped. Where a file has other fields, `columns` says which are meant:
+{"prompt": "question", "completion": "response"}; those that it does not name are dropped.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,17 +98,25 @@ Record = Document | Completion | Instruction | Conversation | Preference | Unpai
 
 FORMS = (Document, Completion, Instruction, Conversation, Preference, UnpairedPreference, MultipleChoice)
 _OPTIONAL = {Instruction: {"input"}}  # fields that may be "" or left out
+Columns = Mapping[str, str]  # a form's fields, each with its name in the file
+_READ = {".json": "json.load(sys.stdin)", ".csv": "csv.DictReader(sys.stdin)"}  # the records of other files
 
 
-def read_dataset(path: str | Path) -> list[Record]:
+def read_dataset(path: str | Path, columns: Columns | None = None) -> list[Record]:
     """The records of a `.jsonl` or `.txt` file, all of one type. Raises DatasetError."""
     path = Path(path)
     if path.suffix not in (".jsonl", ".txt"):
-        raise DatasetError(path, None, f"a data set is a .jsonl or .txt file, this one ends in {path.suffix!r}")
+        reason = f"a data set is a .jsonl or .txt file, this one ends in {path.suffix!r}"
+        if path.suffix in _READ:
+            code = f"import csv, json, sys; [print(json.dumps(r)) for r in {_READ[path.suffix]}]"
+            read, written = (shlex.quote(str(p)) for p in (path, path.with_suffix(".jsonl")))
+            reason += f'; this turns it into one: python -c "{code}" < {read} > {written}'
+        raise DatasetError(path, None, reason)
+    _check_columns(path, columns)
     if path.suffix == ".txt":
         return [_read_text(path)]
     records: list[Record] = []
-    for number, record in enumerate(_parsed(path, parse_record, "record"), start=1):
+    for number, record in enumerate(_parsed(path, partial(parse_record, columns=columns), "record"), start=1):
         if records and type(record) is not type(records[0]):
             one, other = fields_of(type(record)), fields_of(type(records[0]))
             reason = f"the record has the form {one}, the lines before it {other}; one file holds one form"
@@ -114,13 +125,23 @@ def read_dataset(path: str | Path) -> list[Record]:
     return records
 
 
-def read_prompts(path: str | Path) -> list[str | Record]:
+def read_prompts(path: str | Path, columns: Columns | None = None) -> list[str | Record]:
     """The lines of a text file, or what every line of a .jsonl file asks: its field 'prompt', else the whole record.
 
     What is beside a 'prompt' does not matter, so that a line may hold a prompt alone. Raises DatasetError.
     """
     path = Path(path)
-    return list(_parsed(path, _prompt if path.suffix == ".jsonl" else _decoded, "prompt"))
+    _check_columns(path, columns)
+    return list(_parsed(path, partial(_prompt, columns=columns) if path.suffix == ".jsonl" else _decoded, "prompt"))
+
+
+def _check_columns(path: Path, columns: Columns | None) -> None:
+    """Raises DatasetError for columns of a file that has none, or that no form has."""
+    if columns and path.suffix != ".jsonl":
+        raise DatasetError(path, None, "only a .jsonl file has columns; leave them out")
+    known = dict.fromkeys(field for form in FORMS for field in form._fields)
+    if wrong := [field for field in columns or () if field not in known]:
+        raise DatasetError(path, None, f"columns: {wrong[0]!r} is no field of a form; those are {', '.join(known)}")
 
 
 def _parsed(path: Path, parse: Callable[[bytes], Any], what: str) -> Iterator[Any]:
@@ -160,16 +181,24 @@ def _json(line: bytes) -> Any:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
 
 
-def _prompt(line: bytes) -> str | Record:
-    value = _json(line)
+def _prompt(line: bytes, columns: Columns | None) -> str | Record:
+    value = _renamed(_json(line), columns)
     if isinstance(value, dict) and "prompt" in value:
         return _text(value["prompt"], "field 'prompt'")
     return record_of(value)
 
 
-def parse_record(line: bytes) -> Record:
+def parse_record(line: bytes, columns: Columns | None = None) -> Record:
     """One JSON line in UTF-8 as a record; ValueError says what is wrong with it."""
-    return record_of(_json(line))
+    return record_of(_renamed(_json(line), columns))
+
+
+def _renamed(value: Any, columns: Columns | None) -> Any:
+    if not columns or not isinstance(value, dict):
+        return value
+    if missing := [name for name in columns.values() if name not in value]:
+        raise ValueError(f"columns: there is no field {missing[0]!r}; the fields are {sorted(value)}")
+    return {field: value[name] for field, name in columns.items()}
 
 
 def record_of(value: Any) -> Record:
@@ -219,14 +248,17 @@ def _form_of(value: dict[str, Any]) -> type[Record]:
     for form in FORMS:
         if set(form._fields) - _OPTIONAL.get(form, set()) <= keys <= set(form._fields):
             return form
-    nearest = max(FORMS, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
+    forms = [form for form in FORMS if form is not MultipleChoice or "choices" in keys]  # else questions are prompts
+    nearest = max(forms, key=lambda form: len(keys & set(form._fields)) / len(keys | set(form._fields)))
     every = ", ".join(map(fields_of, FORMS))
+    columns = "; --columns FIELD=NAME, in Python columns={FIELD: NAME}, renames fields and drops the others"
     if not keys & set(nearest._fields):
-        raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {every}")
+        raise ValueError(f"the fields {sorted(keys)} are none of the known forms: {every}{columns}")
     missing = [field for field in nearest._fields if field not in keys | _OPTIONAL.get(nearest, set())]
     wrong = [f"field {field!r} is missing" for field in missing]
     wrong += [f"field {field!r} is unknown" for field in sorted(keys - set(nearest._fields))]
-    raise ValueError(f"{', '.join(wrong)}; the form is {fields_of(nearest)} (all forms: {every})")
+    columns *= not keys <= set(nearest._fields)
+    raise ValueError(f"{', '.join(wrong)}; the form is {fields_of(nearest)} (all forms: {every}){columns}")
 
 
 def _text(value: Any, what: str, may_be_empty: bool = False) -> str:

@@ -166,6 +166,18 @@ def close(a, b, tolerance=1e-7):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dialect", ["gpt2", "llama"])
+def test_peft_reads_a_file_of_all_linear_layers_of_one_block(dialect, tmp_path):
+    """It refuses the text beside layers_to_transform, so the file has names."""
+    model, twin = base(dialect)
+    config = mp.LoraConfig(r=4, target_modules="all-linear", layers_to_transform=[1])
+    ours = train_ours(mp.get_peft_model(model, config))
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path).eval()
+    close(logits(theirs), ours(IDS).data)
+    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(ours.layers)
+
+
 @pytest.mark.parametrize(("dialect", "case"), [*both, ("gpt2", "olora")])
 def test_our_file_gives_the_same_logits_gradients_and_step_in_peft(dialect, case, tmp_path):
     model, twin, tolerance = bases(dialect, case)
