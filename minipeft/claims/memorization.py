@@ -130,7 +130,7 @@ def of_method(rows: Rows, method: str) -> tuple[Mapping[str, Any], np.ndarray] |
 EXPERIMENT = ByItem("memorization", run, runs)
 
 
-@claim("full-7", lesson="03_full_finetuning.py", section="The memory bill", experiment=EXPERIMENT)
+@claim("full-7", lesson="06_soft_prompts.py", section="7 · How much can be remembered", experiment=EXPERIMENT)
 def verdict(rows: Rows) -> Verdict:
     """Holds if full fine-tuning memorizes clearly more bits of random answers (by more than a hundredth of all) than every method that
     trains fewer parameters, of 64 examples, in 32 passes over them and in 128; holds if than some of these; does not hold here if
