@@ -533,7 +533,7 @@ for method in memorization.METHODS:
     axes.annotate(method, (memory[method, 32]["trainable"], -0.53), rotation=90, fontsize=8, ha="center", va="bottom")
 axes.axhline(0, color="0.5", linestyle=":")
 axes.set(xlabel="trained numbers", ylabel="share of the bits memorized", ylim=(-0.55, 1.05), title="64 random answers")
-axes.legend(fontsize=8, loc="center right")
+axes.legend(fontsize=8, loc=(0.5, 0.2))
 figure.savefig(OUT / "06_soft_prompts_memory.png", dpi=120)
 
 # %% [markdown]
