@@ -519,7 +519,9 @@ twins = nearest < 0.2
 left = 1 - twins.mean() * np.log2(twins.sum()) / np.log2(len(E))
 print(f"{twins.sum()} of {len(E)} embeddings are within {apart[twins][:, twins].max():.2f} of each other; a token's nearest is at "
       f"{np.median(nearest):.2f} (median); the bits of who cannot tell these apart: {left:.1%}")
-assert all(abs(x.mean() - left) < 0.005 for x in lora) and apart[twins][:, twins].max() < 0.2, "LoRA's, of either rank"
+single = [tokenizer.decode([i]) for i in np.flatnonzero(twins)]  # half a character is one replacement sign
+assert sum(len(text) == 1 for text in single) > 0.9 * len(single) and apart[twins][:, twins].max() < 0.2
+assert all(abs(x.mean() - left) < 0.005 for x in lora), "LoRA's, of either rank"
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
@@ -541,12 +543,12 @@ figure.savefig(OUT / "06_soft_prompts_memory.png", dpi=120)
 # over 99.8 % after 32. So such shares tell of speed as well as of room: with four times the passes adapters come from
 # 23 % to 93 %, and LoRA of rank 1 from 38 % to 89 %.
 #
-# LoRA of rank 8 and of rank 64 end alike. What holds them back is not the rank. 172 of the 2,048 tokens, most of them
-# single bytes that the base's text hardly has, were never pulled apart: their embeddings lie within 0.2 of each other,
-# where a token's nearest neighbor is at 0.79 as a rule. Embeddings are frozen in LoRA, and so is the head, which here
-# is the same table (Lesson 2). Who knows that one of these tokens comes, and not which, lacks $\log_2 172 = 7.4$ of its
-# 11 bits. These are 8 % of the tokens, so 94.3 % of all bits are left, and LoRA has about as much. Full fine-tuning
-# trains the table, too.
+# LoRA of rank 8 and of rank 64 end alike, so the rank is not what holds them back. Of the 2,048 tokens 172, most of
+# them single bytes, have embeddings within 0.2 of each other; a token's nearest neighbor is at 0.79 as a rule.
+# Embeddings are frozen in LoRA, and so is the head, which here is the same table (Lesson 2). Who knows that one of
+# these tokens comes, and not which, lacks $\log_2 172 = 7.4$ of its 11 bits. These are 8 % of the tokens, so 94.3 % of
+# all bits are left, and LoRA has about as much. Full fine-tuning trains the table, too. (LoRA beside a trained table
+# was not run.)
 #
 # (IA)$^3$ remembers over half of the bits with 3,072 numbers: two bits a number. A prompt remembers nothing: it does
 # not even come to expect every token alike. (More passes, more examples, and tokens without these twins were not tried,
@@ -554,9 +556,9 @@ figure.savefig(OUT / "06_soft_prompts_memory.png", dpi=120)
 
 # %% [markdown]
 # > `full-7` the whole capacity of the model is available: **holds if**. 64 examples in 32 passes: full fine-tuning
-# > remembers 99.9% of 11,264 bits, clearly more than ia3, prompt, bottleneck, lora-r1 and lora-r64, and not than lora;
-# > 64 examples in 128 passes: full fine-tuning remembers 100.0% of 11,264 bits, clearly more than ia3, prompt,
-# > bottleneck, lora-r1, lora and lora-r64. (5 seeds)
+# > remembers 99.9% of 11,264 bits, clearly more than ia3, prompt, bottleneck, lora-r1 and lora-r64, and not clearly
+# > more than lora; 64 examples in 128 passes: full fine-tuning remembers 100.0% of 11,264 bits, clearly more than ia3,
+# > prompt, bottleneck, lora-r1, lora and lora-r64. (5 seeds)
 
 # %% [markdown]
 # ## 8 · Break it

@@ -119,11 +119,12 @@ assert [protocol.most_epochs(case.examples) for case in CASES[:3]] == [32, 4, 1]
 # *equal*, clear or not, where the interval lies within 0.02 of 0 (nats or shares, set by hand); if neither,
 # **undecided**.
 #
-# A statement's rule asks something of each comparison, mostly whether the first is better. This is *not told* where the
-# interval contains the limit asked about, mostly 0. (But *equal* is told: it counts as not better.) The verdict on $k$
-# comparisons is *holds* if all are as stated; *holds if* where one is, even at the level $1 - 0.05/k$; *does not hold
-# here* if all are told, none as stated; and else *cannot be tested here*. (Rules of other kinds are said below.) In the
-# pictures bars are 95 % intervals; lines without bars are on validation, under one seed.
+# A statement's rule asks something of each comparison, mostly whether the first way is better. The answer is yes (*as
+# stated*), no, or open (*not told*). It is open where the interval contains the limit that the rule asks about, mostly
+# 0; but where the two are *equal*, it is no. Of $k$ comparisons, a statement *holds* if all answers are yes. It *holds
+# if* one is yes even at the level $1 - 0.05/k$. It *does not hold here* if all are no. Else it *cannot be tested here*.
+# (Where a rule is of another kind, the text says so.) In the pictures bars are 95 % intervals; lines without bars are
+# on validation, under one seed.
 
 # %%
 def compared(pair):

@@ -159,7 +159,7 @@ def verdict(rows: Rows) -> Verdict:
         cases |= {f"{method}, {load}": value for method, value in ahead.items()}
         remembers = f"full fine-tuning remembers {most.mean() / full['bits']:.1%} of {full['bits']:,.0f} bits"
         parts = [f"{n} examples in {epochs} passes: {remembers}, clearly more than {those(ahead)}"]
-        parts += [f"and not than {those(ahead, False)}"] * (False in ahead.values())
+        parts += [f"and not clearly more than {those(ahead, False)}"] * (False in ahead.values())
         parts += [f"the data are too few to compare {those(ahead, None)}"] * (None in ahead.values())
         told.append(", ".join(parts))
     nearest = min(margins, key=lambda name: margins[name].value)
