@@ -9,7 +9,8 @@ largest resident set of the process (VmHWM) since it was ready, so the library's
 
 The product rate is that of NumPy's products at the shapes of the model's own layers, in the worker that is timed: what
 remains of the step would remain if everything else were free. `--json FILE` keeps the rows, a line each, in the place of
-older ones of the same work, peer and threads; `python tests/benchmarks/turns.py FILE` prints them as a table.
+older ones of the same work, peer, threads and processor; `python tests/benchmarks/turns.py FILE` prints a table of each
+processor's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PAUSE = 0.3  # seconds before a turn, in which the other process's spinning threads fall asleep
-SAME = ("work", "peer", "threads")  # what tells rows apart
+SAME = ("work", "peer", "threads", "processor")  # what tells rows apart
 
 
 # ------------------------------------------------------------------------------------------------------- in a worker
@@ -290,12 +291,15 @@ def in_turns(repeat: int, **calls: Callable) -> dict[str, list[float]]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, those of one work below each other."""
-    on = sorted({f"{row['processor']}; {row['cores']} cores" for row in rows})
-    lines = [*on, "", "| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: [r["work"] for r in rows].index(row["work"])):
-        figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}", share(row))
-        lines.append(f"| {' | '.join((row['work'], row['peer'], str(row['threads']), *figures))} |")
+    """The rows in Markdown: a table for each processor, those of one work below each other."""
+    lines = []
+    for on in dict.fromkeys(f"{row['processor']}; {row['cores']} cores" for row in rows):
+        found = [row for row in rows if on == f"{row['processor']}; {row['cores']} cores"]
+        lines += [on, "", "| work | peer | threads | ours | theirs | ratio, best | median | products |", "|---|---|---|---|---|---|---|---|"]
+        for row in sorted(found, key=lambda row: [r["work"] for r in found].index(row["work"])):
+            figures = (f"{row['ours']:.4g} {row['unit']}", f"{row['theirs']:.4g}", f"{row['ratio']:.2f}", f"{row['ratio_median']:.2f}", share(row))
+            lines.append(f"| {' | '.join((row['work'], row['peer'], str(row['threads']), *figures))} |")
+        lines.append("")
     return "\n".join(lines)
 
 
