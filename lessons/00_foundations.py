@@ -9,6 +9,10 @@
 # lessons/00_foundations.py` (under a minute), or open it as a notebook. Where a line begins with **Predict**, stop and
 # write down your answer. The next cell computes it.
 #
+# Where a lesson says what another library does, and names no version, it speaks of PyTorch 2.13, of Hugging Face's
+# libraries transformers 5.18 (models) and PEFT 0.21.2 (LoRA and its relatives), or of bitsandbytes 0.50 (quantization):
+# the oldest versions that `pyproject.toml` allows for `tests/oracles`, the tests that compare minipeft with them.
+#
 # Environment: `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
 # %%
@@ -411,8 +415,9 @@ assert np.allclose(path[0] - start, -0.1) and np.allclose(path, louder_path, ato
 # rate has a plain meaning: about how far a weight moves in a step (less where its gradient shrinks or changes sign,
 # more where it grows). A factor on the loss changes nothing, if the gradients are large beside $\epsilon$.
 #
-# How many steps does each of the three need until the valley's loss stays below 0.001, at its best rate of eight? And
-# in the same valley turned by 45 degrees, so that its steep direction is no longer that of a single weight?
+# How many steps does each of the three **optimizers** (descent, momentum, Adam) need until the valley's loss stays
+# below 0.001, at its best rate of eight? And in the same valley turned by 45 degrees, so that its steep direction is no
+# longer that of a single weight?
 
 # %%
 TURN = np.array([[1.0, -1.0], [1.0, 1.0]]) / math.sqrt(2)

@@ -149,8 +149,9 @@ print(f"\nwhich translation? {accuracy:.0%} of {len(kind)} held-out texts, after
 assert REDUCED or accuracy > 0.65, "chance is 0.5, and three standard errors of 128 texts are 0.13"
 
 # %% [markdown]
-# Far above chance. The new weights $W$, 128 for each of two classes, began at random, as they do in `transformers`. The
-# logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a one. For one text
+# Far above chance. The new weights $W$, 128 for each of two classes, began at random, as in `transformers`, Hugging
+# Face's library of models. The logits are $W h$, $p$ is their softmax, and $y$ the class as a vector of zeros and a
+# one. For one text
 #
 # $$\frac{\partial L}{\partial W} = (p - y)\, h^\top, \qquad \frac{\partial L}{\partial h} = W^\top (p - y),$$
 #
@@ -342,7 +343,7 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 #
 # Wide models want lower rates: an output sums over the width $d$, and if each of its weights moves by $\eta$ with the
 # sign of its input, it changes by $\eta\, d$ times the mean size of an input (Yang et al. 2022, arXiv:2203.03466). The
-# Trainer of `transformers` (5.24) begins at 5e-5 with no warm-up, and decays along a line. Like ours, it shortens the
+# Trainer of `transformers` begins at 5e-5 with no warm-up, and decays along a line. Like ours, it shortens the
 # gradient to norm 1 where it is longer (*clipping*). A factor that all gradients share cancels in
 # $\hat m / \sqrt{\hat v}$. Clipping's factor does not, as each batch has its own: it keeps a batch with a large
 # gradient from dominating the means.
@@ -382,8 +383,8 @@ print(full.LOOP)
 # %% [markdown]
 # ## Step 4 · Save: a whole model per task
 #
-# The result is a directory in the format of Hugging Face, which `transformers` loads. Read back, it is the same
-# model, bit for bit. To *go on* with a run takes more: the Trainer's checkpoints (exercise 03.1).
+# The result is a directory that `transformers` loads. Read back, it is the same model, bit for bit. To *go on* with
+# a run takes more: the Trainer's checkpoints (exercise 03.1).
 
 # %%
 folder = OUT / "03_rewriter"
@@ -525,9 +526,9 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #   over the examples) and the batch size until no neighbor's loss is lower by 0.002, on 256 validation records, under
 #   one seed.
 # - **Report.** The chosen setting runs under five *other* seeds, each with examples and an order of its own, and is
-#   measured once, on 512 test records. An interval (±, 95 %) allows for other seeds and other records (of `forgets`,
-#   for other seeds; Lesson 14). Two methods are compared by their *difference*, seed by seed and record by record: it
-#   can be clear where the two ± overlap.
+#   measured once, on 512 test records. An interval (±, 95 %) allows for other seeds and records (of `forgets`, for
+#   other seeds; Lesson 14). Methods are compared by their *difference*, seed by seed and record by record: its interval
+#   can exclude 0 (*clear*) where the two ± overlap.
 # - **Two tasks.** `rewrite` is this lesson's, judged by the loss. `source` asks which of three books a sentence is
 #   from, judged by the share of right choices. (Half of the test sentences are from one book, and all but one of the
 #   others from another: one fixed answer scores a half.)
@@ -551,7 +552,7 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # be tested here*. A difference above 0 says that the first method is better: its loss is lower, its share higher.
 # *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it reaches beyond, with 0 in it. *Not told*:
 # the difference is not equal, and the limit that the rule asks about (in `start-1` 0) is in its interval. *Within 4
-# epochs*: the worse method took the most epochs allowed; *both within*: both did.
+# epochs*: the worse method took the most epochs allowed; *both within*: both did. *Not tried yet*: no rule.
 #
 # With 50 examples the base is clearly behind on `source`: a hundredth was not enough. With 500 it is ahead on
 # `rewrite`, at a twentieth of the work, but not at the level for four comparisons. (And the random weights took all the

@@ -101,7 +101,8 @@ everywhere = mp.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 diagrams.block(base.config, everywhere).savefig(OUT / "04_lora_block.png")
 
 # %% [markdown]
-# `get_peft_model` replaces layers by name. Its model shares the base's arrays, and changes none.
+# `get_peft_model` replaces layers by name: an *adapter layer* takes the place of each, and wraps it (its *base layer*).
+# What one configuration adds to the model is an *adapter*. The model shares the base's arrays, and changes none.
 
 # %%
 untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the end
@@ -201,9 +202,10 @@ print(LAYER)
 # First, `super().__init__()` is missing, and PyTorch refuses to assign a module before it. (The library's `Module`
 # allows it: the verdict's layer, 256 by 256, stops at the second mistake.) Second, `alpha` is defined nowhere. Third,
 # the comment says "frozen", and nothing freezes `W`, a new matrix where the pretrained one belongs. The start: `randn`
-# has deviation 1, where the library and PEFT draw $A$ uniformly in $\pm 1/\sqrt{k}$. $A$ is a factor of $B$'s gradient,
-# and of $\Delta B\, A$, which a step adds to the product. Adam cancels $A$'s size in the gradient, but $\Delta B\, A$
-# grows with it: here about 28 times, the ratio of the deviations. (Not trained here.) All repaired:
+# has deviation 1, where minipeft and PEFT, Hugging Face's library for *parameter-efficient fine-tuning*, draw $A$
+# uniformly in $\pm 1/\sqrt{k}$. $A$ is a factor of $B$'s gradient, and of $\Delta B\, A$, which a step adds to the
+# product. Adam cancels $A$'s size in the gradient, but $\Delta B\, A$ grows with it: here about 28 times, the ratio of
+# the deviations. (Not trained here.) All repaired:
 
 # %%
 class LoRALayer(mp.nn.Module):
@@ -237,8 +239,9 @@ assert trained == ["A", "B"] and difference < 1e-5
 # %% [markdown]
 # ## 5 · Which layers
 #
-# `target_modules` says where the strips go: names, a regular expression, or "all-linear", every linear layer but the
-# head. The paper adapts attention alone, and mostly $q$ and $v$. The parameters that this costs follow from shapes:
+# `target_modules` says which layers get strips (the *targets*): names, a regular expression, or "all-linear", every
+# linear layer but the head. The paper adapts attention alone, and mostly $q$ and $v$. The parameters that this costs
+# follow from shapes:
 
 # %%
 print("adapters on, r = 8    layers   trained parameters")
@@ -533,8 +536,8 @@ print("a batch of", ", ".join(names), f"against one for all rows, each in turn: 
 assert difference < 1e-4 * np.abs(mixed).max() and (REDUCED or np.abs(mixed[0] - alone["__base__"][0]).max() > 0.1)
 
 # %% [markdown]
-# On the disk a task is its adapter, in the format of Hugging Face PEFT: two matrices per layer, and a small JSON file
-# with the layers, $r$ and $\alpha$.
+# On the disk a task is its adapter, in PEFT's format: two matrices per layer, and a small JSON file with the layers,
+# $r$ and $\alpha$.
 
 # %%
 folder = OUT / "04_adapters"

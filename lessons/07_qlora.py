@@ -95,10 +95,11 @@ assert 8 * (packed.nbytes + state.absmax.nbytes) / matrix.size == 4.5
 #
 # Evenly spaced ones (int4) are the obvious choice: the integers from -8 to 7, divided by 7 (-8/7 lies outside of $[-1,
 # 1]$, and is never the nearest). A float of four bits has points that are dense near zero. We try two: E2M1 has a sign,
-# two bits of exponent and one of fraction, and FP4 is bitsandbytes' variant of it, whose points next to zero are $\pm
-# 0.005$ in place of $\pm 0.083$. A float has two zeros; so each of these three has fifteen points to use, and the next
-# has sixteen. Trained matrices are close to normal (the paper, appendix F). **NormalFloat** (NF4) puts its points at
-# quantiles of the normal distribution $\Phi$ (a share $p$ of it lies below $\Phi^{-1}(p)$), divided by the largest:
+# two bits of exponent and one of fraction, and FP4 is its variant in the quantization library bitsandbytes, whose
+# points next to zero are $\pm 0.005$ in place of $\pm 0.083$. A float has two zeros; so each of these three has fifteen
+# points to use, and the next has sixteen. Trained matrices are close to normal (the paper, appendix F). **NormalFloat**
+# (NF4) puts its points at quantiles of the normal distribution $\Phi$ (a share $p$ of it lies below $\Phi^{-1}(p)$),
+# divided by the largest:
 #
 # $$q_k \propto \Phi^{-1}(p_k), \qquad p_k \text{ in 7 equal steps from } 1 - p \text{ to } \tfrac12, \text{ in 8 from } \tfrac12 \text{ to } p = 0.9677083 .$$
 #

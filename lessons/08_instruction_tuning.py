@@ -104,10 +104,10 @@ assert not any("{input}" in TASKS[name].phrasings[0] for name in TRAINED), "see 
 #
 # $$L = -\frac{1}{|A|} \sum_{t \in A} \log p(x_t \mid x_{<t}), \qquad A = \text{the answer's tokens and the end.}$$
 #
-# All other labels are $-100$. (TRL does so by default where the data are pairs of `prompt` and `completion`; of chats
-# it learns every token unless `assistant_only_loss=True`.) The sum runs over the answers of a whole *batch*, with all
-# its micro-batches where gradients are accumulated (Lesson 3), and $|A|$ counts their tokens: a mean of means would
-# give a token of a short answer more weight.
+# All other labels are $-100$. (TRL, Hugging Face's library for SFT and RLHF, does so by default for pairs of `prompt`
+# and `completion`; of chats it learns every token unless `assistant_only_loss=True`.) The sum runs over the answers of
+# a whole *batch*, with all its micro-batches where gradients are accumulated (Lesson 3), and $|A|$ counts their tokens:
+# a mean of means would give a token of a short answer more weight.
 
 # %%
 record = instructions(["synonym"], "validation", cap=5, phrasings=1)[0]
@@ -257,8 +257,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 # differences, and within a record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings;
 # there both matter.)
 #
-# Hugging Face's `transformers` can infer the records' boundaries from the positions, and then wrong positions mix
-# records in a Llama, too (huggingface.co/docs/transformers/padding_free).
+# `transformers` can infer the records' boundaries from the positions, and then wrong positions mix records in a Llama,
+# too (huggingface.co/docs/transformers/padding_free).
 #
 # ## 4 · Train: one task, three, seven
 #
@@ -423,7 +423,7 @@ if not REDUCED:
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
 # under it than under those of the other tasks with such inputs. Among the trained tasks, three share one form of input
 # and two another, so a guess has $(3 \cdot \frac13 + 2 \cdot \frac12) / 5 = 0.40$; among the three new ones, $\frac13$.
-# The control is the base tuned on the same records with *shuffled* instructions: each has that of another record.
+# The *control* differs in one thing alone: it was tuned on *shuffled* instructions, each that of another record.
 # Below, the tuned model beside it and the base (rows of `inst-1`).
 
 # %%

@@ -50,10 +50,10 @@ if "--full" in sys.argv:
     sweep(policies.measure, policies.RUNS, RESULTS)
 
 # %% [markdown]
-# *Reinforcement learning from human feedback* (InstructGPT, Ouyang et al. 2022, arXiv:2203.02155) has three stages:
-# fine-tuning on demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models: the
-# **policy**, which is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and a
-# **value model**, here a linear layer on the policy (section 5). The figure fills those that a stage holds in memory,
+# *Reinforcement learning from human feedback* (RLHF; InstructGPT, Ouyang et al. 2022, arXiv:2203.02155) has three
+# stages: fine-tuning on demonstrations (**SFT**, Lesson 8), a reward model (Lesson 9), and PPO. PPO needs four models:
+# the **policy**, which is trained; the **reference**, a frozen copy of its start; the **reward model**, or judge; and
+# a **value model**, here a linear layer on the policy (section 5). The figure fills those that a stage holds in memory,
 # in bytes of the shipped base without activations.
 
 # %%
@@ -218,8 +218,8 @@ assert found["near", "k2"][1] < found["near", "k3"][1] < found["near", "k1"][1] 
 # A token is pushed by the rewards from it on, since it cannot change earlier ones. Its baseline may depend on all that
 # stands before it: the **value** $V_t$ guesses, before $y_t$ is drawn, what is still to come. Here a linear layer on
 # the policy's last hidden states, the **value head**, gives it. It starts at 0, and its loss moves the policy's
-# weights, too; InstructGPT's value model starts from the reward model. *Generalized advantage estimation* (Schulman et
-# al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the answer:
+# weights, too; InstructGPT's value model starts from the reward model. *Generalized advantage estimation* (GAE;
+# Schulman et al. 2016, arXiv:1506.02438) sums what happened minus what was expected over the rest of the answer:
 #
 # $$\delta_t = r_t + \gamma V_{t+1} - V_t, \qquad A_t = \delta_t + \gamma\lambda A_{t+1}, \qquad R_t = A_t + V_t .$$
 #
@@ -507,8 +507,8 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 # after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
 # How do they compare, and with DPO (Lesson 20), which has no judge? A search under seed 0 chose each one's learning
-# rate: of factors of 2, the one with the most gold in answers to 512 prompts .
-# Then: five other seeds, each with its own judge, and 512 other prompts.
+# rate: of factors of 2, the one with the most gold in answers to 512 prompts. Then: five other seeds, each with its own
+# judge, and 512 other prompts.
 
 # %%
 beside = policies.show_comparison(rows, seed_of_samples=2)

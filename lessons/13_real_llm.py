@@ -138,8 +138,8 @@ assert len(tokenizer.encode("Lord")) == len(tokenizer.encode(" Lord")) == 1 and 
 # %% [markdown]
 # As a chat model it was trained on conversations in one form. Its **chat template**, a program in the file, writes that
 # form (here in a sandbox). What we ask is put in this form, up to the header of the turn that the model is to write,
-# the *generation prompt*. An answer ends when the model writes the token that ends a turn. Our tokenizer never makes
-# such a token of a user's text, whatever that spells.
+# the *generation prompt*. An answer ends when the model writes the token that ends a turn, a *stop token*. Our
+# tokenizer never makes such a token of a user's text, whatever that spells.
 #
 # **Predict:** what comes back without the template, and what with it, but without the generation prompt?
 

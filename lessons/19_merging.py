@@ -319,7 +319,7 @@ merging.sum_picture(curves, {task: loss("joint", task).mean() for task in TASKS}
 #
 # The two updates are nearly orthogonal, and yet each does something to the other's task. A quarter of either adapter
 # alone lowers the loss on the other's task by over a tenth of a nat. If effects added up, it would do so beside a
-# quarter of that task's own adapter, too; there it changes the loss by less than 0.02.  Their angle does not tell that.
+# quarter of that task's own adapter, too; there it changes the loss by less than 0.02. Their angle does not tell that.
 #
 # TIES' paper merges seven tasks and more, where more signs conflict; this experiment does not test that.
 #
@@ -371,7 +371,7 @@ merging.density_picture(kept, loss("base").mean()).savefig(OUT / "19_merging_den
 # The control: at each density the largest numbers, as they are, are better than as many random ones, divided by $d$.
 # (They also hold more of the update's length.) DARE's paper drops 90 % or even 99 % of the updates of large models with
 # hardly a loss (its abstract). It names as the reason that fine-tuning had changed each weight by little, mostly within
-# 0.002; after continued pretraining, with larger changes, it fails.  On this small model it costs.
+# 0.002; after continued pretraining, with larger changes, it fails. On this small model it costs.
 #
 # ## 7 · Subtracting
 #

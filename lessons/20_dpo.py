@@ -378,7 +378,7 @@ preferences.push_picture(differences, curves).savefig(OUT / "20_dpo_push.png", d
 # and the steps' pairs, each seen once, stood at 0.47. While $\sigma(-m)$ is about $\frac12$, as there, $\beta$ is a
 # factor of the whole gradient, which Adam all but divides out (Lesson 0, section 6): twice the $\beta$ should give
 # about the same $\Delta$ and twice the margin. (Rafailov et al., appendix B, and TRL take 0.1.) *Label smoothing*
-# (TRL's `label_smoothing`, $\varepsilon$) trains as if a share $\varepsilon$ of the raters had said the opposite: $-(1
+# (Mitchell 2023, ericmitchell.ai/cdpo.pdf) trains as if a share $\varepsilon$ of the raters had said the opposite: $-(1
 # - \varepsilon) \log \sigma(m) - \varepsilon \log \sigma(-m)$, so $q$ is at most $1 - \varepsilon$, and the best
 # difference is finite.
 #
@@ -418,8 +418,8 @@ assert pushes["DPO", -80.0] > 1.9 * pushes["DPO", 0.0]
 #
 # PPO holds a policy with a value head, a reference and a reward model, and samples. A step of DPO is a forward and a
 # backward pass of the policy over both answers. The reference's log-probabilities are computed once, before training
-# (in TRL with `precompute_ref_log_probs=True`; by default it computes them at each step). With an adapter they need no
-# second model: where no reference is given, TRL takes the policy with its adapter disabled.
+# (in TRL with `precompute_ref_log_probs=True`; by default it computes them at each step). With a new adapter
+# (`peft_config`) TRL needs no second model: it takes the policy with its adapter disabled.
 #
 # Lesson 10, section 9, has both, each at the rate that a search chose ($\beta$ was not tuned), from the same rater's
 # 1,000 rankings: DPO from the best and the worst of each, PPO from all six pairs, through a reward model, and from 512

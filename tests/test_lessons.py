@@ -6,6 +6,8 @@ import ast
 import math
 import os
 import re
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,11 @@ from minipeft.hub.smollm2 import HOW_TO_GET
 LESSONS = sorted((Path(__file__).parent.parent / "lessons").glob("*.py"))
 lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 EMPHASIS = {  # bold words that name nothing for later
-    "add", "direction", "input", "joint", "last real token", "learning the prompt too", "left", "more phrasings",
-    "more tasks", "nudge", "one batch element", "other text", "phrasings", "plain words", "principles", "revisions",
-    "standard pytorch loop", "subtract", "tasks", "the second gold turns", "this engine", "unit", "variance",
-    "whole matrices", "why warm up",
+    "add", "input", "last real token", "learning the prompt too", "left", "more phrasings", "more tasks", "nudge",
+    "one batch element", "other text", "phrasings", "plain words", "standard pytorch loop", "subtract", "tasks",
+    "the second gold turns", "this engine", "why warm up",
 }  # fmt: skip
+ORACLES = {"PyTorch": "torch", "transformers": "transformers", "PEFT": "peft", "bitsandbytes": "bitsandbytes"}
 
 
 def cells(path: Path) -> list[tuple[str, str]]:
@@ -112,13 +114,58 @@ def test_lesson_says_how_long_it_takes_to_read(path):
     assert stated <= 25, "what can be read at one sitting"
 
 
+@cache
+def prose(path: Path) -> str:
+    """What a lesson says up to its quiz, without the verdicts, which are not its own words."""
+    text = "\n".join(body for kind, body in cells(path) if kind == "markdown").partition("## Quiz\n")[0]
+    return re.sub(r"^>.*$", "", text, flags=re.MULTILINE)
+
+
 @lesson
 def test_what_a_lesson_defines_is_in_the_glossary(path):
     """A term is bold within a paragraph; what begins a list's item, or ends with a full stop or colon, is a heading."""
     words = {word.casefold() for entry, _ in glossary() for word in entry.split(", ")} | EMPHASIS
-    text = "\n".join(body for kind, body in cells(path) if kind == "markdown").partition("## Quiz\n")[0]
-    prose = re.sub(r"^[>|].*$", "", text, flags=re.MULTILINE)
-    for lead, bold in re.findall(r"(^(?:- |\d\. ))?\*\*([^*]+)\*\*", prose, re.MULTILINE):
+    text = re.sub(r"^\|.*$", "", prose(path), flags=re.MULTILINE)
+    for lead, bold in re.findall(r"(^(?:- |\d\. ))?\*\*([^*]+)\*\*", text, re.MULTILINE):
         term = " ".join(bold.split()).casefold()
         if not lead and term[-1] not in ".:?" and term != "predict":
             assert words & {term, term.removesuffix("s")}, f"{path.name}: {term!r}"
+
+
+def says(text: str, word: str) -> bool:
+    """Whether a word of the glossary is there: also in the plural or with -ed, and for its n or N also a number."""
+    parts = [r"\$?(?:n|\d+)\$?" if part in ("n", "N") else re.escape(part) for part in re.split(r"[\s-]", word)]
+    if re.fullmatch(r"\w+y", parts[-1]):
+        parts[-1] = parts[-1][:-1] + "(?:y|ies)"
+    return bool(re.search(rf"(?<!\w){'[ -]'.join(parts)}(?:e?s|ed)?(?!\w)", text, re.IGNORECASE))
+
+
+@pytest.mark.parametrize("words, meaning", glossary(), ids=[words for words, _ in glossary()])
+def test_the_lessons_that_an_entry_names_say_its_word(words, meaning):
+    """Each lesson says one of the words, one of them each word; of the lessons in which a word is bold, one is named."""
+    numbers = re.search(r"\((\d+(?:, \d+)*)\)$", meaning)
+    assert numbers, "it names no lesson"
+    named = [int(number) for number in numbers[1].split(", ")]
+    plain = {number: " ".join(prose(LESSONS[number]).replace("*", "").split()) for number in named}
+    for number, text in plain.items():
+        assert any(says(text, word) for word in words.split(", ")), f"Lesson {number} does not say it"
+    for word in words.split(", "):
+        assert any(says(text, word) for text in plain.values()), f"none of the lessons says {word!r}"
+        bold = rf"\*\*{re.escape(word)}s?\*\*"
+        defining = [n for n, path in enumerate(LESSONS) if re.search(bold, " ".join(prose(path).split()), re.IGNORECASE)]
+        assert not defining or set(defining) & set(named), f"{word!r} is bold in {defining}"
+
+
+def test_versions_of_other_libraries_are_the_oldest_that_the_oracles_allow():
+    """Lesson 0 says of which versions the lessons speak, so does the glossary, and no lesson names another one."""
+    project = tomllib.loads((LESSONS[0].parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    wanted = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in project["project"]["optional-dependencies"]["oracles"])
+    assert wanted.keys() == set(ORACLES.values())
+    meanings = dict(glossary())
+    for name, package in ORACLES.items():
+        version = wanted[package]
+        assert re.search(rf"version {re.escape(version)}(?![\d.])", meanings[name]), f"the glossary's {name}"
+        for path in LESSONS:
+            stated = re.findall(rf"(?<!\w)`?{name}`? \(?(\d+(?:\.\d+)+)", " ".join(prose(path).split()))
+            assert all(f"{version}.".startswith(f"{less}.") for less in stated), f"{path.name}: {name} {stated}"
+            assert path != LESSONS[0] or stated == [version], f"{path.name}: {name} {stated}"
