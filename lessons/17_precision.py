@@ -35,7 +35,8 @@ from experiments.items import below, spread, within
 from experiments.precision import CASES, FULL, trainer_of
 
 import minipeft as mp
-from minipeft import diagrams, functional as F
+from minipeft import diagrams
+from minipeft import functional as F
 from minipeft.accounting import memory_ledger
 from minipeft.autograd.autocast import FLOAT32, LOWER, rounded
 from minipeft.claims.statistics import crossed
