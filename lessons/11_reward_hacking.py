@@ -224,10 +224,9 @@ assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and all(a.low > 0.5 f
 assert [more.low > less.high for less, more in zip(*accuracies.values())] == [False, True, True], "more rankings help two of three"
 
 # %% [markdown]
-# No judge from 300 rankings is clearly better than a coin. Each from 1,000 is, and those of seeds 1 and 2 are clearly
-# better than all from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together. *Distinct-2*
-# is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log \pi_{\text{ref}}$ over the
-# policy's tokens.
+# No judge from 300 rankings is clearly better than a coin. Each from 1,000 is, and two are clearly better than all from
+# 300. Now one run, live, without a price, under seed 2: proxy and gold rise together. *Distinct-2* is the share of
+# bigrams in a batch that are different, *reference loss* the mean of $-\log \pi_{\text{ref}}$ over the policy's tokens.
 #
 # **Predict:** what does the policy write at the end? (Another machine draws other words; our claims are of recorded
 # runs.)
@@ -299,8 +298,7 @@ for rankings, c in ((WEAK, weak), (Run(0).rankings, columns)):
 for r in sorted((r for r in rows if r["beta"] == 0), key=lambda r: (r["rankings"], r["seed"])):
     print(f"{r['rankings']:5d}, seed {r['seed']}, at the end: {' '.join(r['samples'][2].split())}")
 good = sorted(agreed, key=agreed.get)[-2:]  # the two that agree most
-weak_first, weak_last = ends(weak)
-first, _ = ends(columns)
+(weak_first, weak_last), (first, _) = ends(weak), ends(columns)
 last = {beta: ends(found(beta))[1] for beta in BETAS}
 for a, z in ((weak_first, weak_last), (first, last[0.0])):
     assert (z["proxy"] > a["proxy"]).all(), "every proxy rises"
@@ -313,8 +311,8 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold with the two that agree most.** With these two it climbs to 0.99 and
-# 0.94, with the others no move is clear. Agreement is no promise: it is measured on pairs of the *base's* answers, and
-# need not hold for answers that the base would hardly give.
+# 0.94, with the others no move is clear. Agreement is no promise: it is measured on the *base's* answers, and need not
+# hold for others.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
 # the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
@@ -416,7 +414,7 @@ for beta, seed in ((beta, seed) for beta in BETAS[:2] for seed in np.flatnonzero
     print(f"beta = {beta}, seed {seed}: {at[0] + 5} and {at[1] + 5}, and {at[2] + 3}; second gold at these:",
           ", ".join(f"{best[i]:.2f}" for i in at) + f"; it {turned[-1]}")
     assert max(at[:2]) + 2 < at[2] and max(best[i] for i in at[:2]) < best.max() - CLEAR["second"], "both warn, and early"
-assert turned == ["turns", "turns", "turns", "climbs"], "one of four warnings is false"
+assert turned[:2] == ["turns"] * 2 and turned[2:].count("turns") == 1, "one of four warnings is false"
 assert (falls < -CLEAR["distinct_2"]).all(), "the bigrams fall in every run"
 assert (rises[3:][able] > CLEAR["ref_loss"]).all(), "the reference loss rises with a good judge"
 rose = [max(c - c[0]) > CLEAR["ref_loss"] for c in smooth(np.concatenate([weak["ref_loss"], columns["ref_loss"]]))]
@@ -426,12 +424,12 @@ assert all(text.endswith('"Oh!') for text in samples), "but not in every run, an
 
 # %% [markdown]
 # The distinct bigrams fall clearly in all six runs, also where no gold moves. The reference loss ends clearly higher
-# with the two good judges. In two other runs it never rises clearly. In two it does on the way. One of these ends
+# with the two good judges. In two other runs it never rises clearly; in two it does on the way, and one of these ends
 # clearly lower than it began: the base finds likely what the policy then writes (all four recorded answers end in
-# `"Oh!`). So watch its course: a low end is no proof of innocence. With the good judges both warn while the second gold
-# is still clearly below its best: a stop there gives some of it away. The distinct bigrams warn in part because they
-# are in it. At a price of 0.05 both warn, too, and one of the two runs does not turn: a warning is a reason to let
-# people compare some answers with the base's.
+# `"Oh!`). So watch its course: a low end proves nothing. With the good judges both warn while the second gold is still
+# clearly below its best: a stop there gives some of it away. The distinct bigrams warn in part because they are in it.
+# At a price of 0.05 both warn, too, and one of the two runs does not turn: a warning is a reason to let people compare
+# some answers with the base's.
 
 # %% [markdown]
 # ## 5 · What repairs what
@@ -451,13 +449,15 @@ for name, end in repairs.items():
         f"{name:26s}    {end['proxy'].mean():+.2f}        {end['second'].mean():+.2f}  {end['kl'].mean():6.1f}"
         f"  {end['distinct_2'].mean():10.2f}  {end['ended'].mean():8.0%}               {second_of_each}   {ended_of_each}"
     )
+one_seed = [r for r in rows if (r["seed"], r["rankings"]) == (2, Run(0).rankings)]
+one_seed.sort(key=lambda r: (r["missing_eos_score"] is not None, r["beta"]))  # as in repairs
+for name, r in zip(repairs, one_seed):
+    print(f"seed 2, {name}, at the end: {' '.join(r['samples'][2].split())}")
+assert [r["samples"][2].count("great") > 1 for r in one_seed] == [True, True, False, False], "what is read below"
 paid = {beta: np.array([end["proxy"] - beta * end["kl"] for end in ends(found(beta))]).T for beta in BETAS[1:]}
 print("proxy less beta KL, each seed's first and last:",
       "; ".join(f"beta = {beta}: {pairs.round(2).tolist()}" for beta, pairs in paid.items()))
 free_end, cheap, high = (last[beta] for beta in BETAS)
-for end, other in ((cheap, free_end), (high, cheap), (penalized, cheap)):
-    value, half_width = interval(end["second"] - other["second"])
-    assert abs(value) < half_width, "three seeds leave the mean difference of the second gold open"
 on_chain = {beta: crossed(items(those_of(chain, "ppo", beta=beta)) - before) for beta in BETAS}
 both = ((a, b["checks"]["32"]) for a, b in zip(those_of(chain, "sft"), those_of(chain, "ppo", beta=0.2)))
 chained = [[np.mean(of["proxy"]) + of["ended"] - 1 - 0.2 * np.mean(of["kl"]) for of in run] for run in both]
@@ -470,28 +470,27 @@ for (name, end), beta in zip([*repairs.items()][1:], (0.0, 0.0, 0.05)):
     print(f"{name}: second gold where beta = {beta} first has as much KL:", there.round(2), "and at the end", end["second"].round(2))
     assert ((there - end["second"] > CLEAR["second"]) if end is penalized else abs(there - end["second"]) < CLEAR["second"])[able].all()
 pairs = {"0.05 less 0": (cheap, free_end), "0.2 less 0.05": (high, cheap), "penalty less none": (penalized, cheap)}
-for name in ("proxy", "kl", "distinct_2"):
+for name in ("second", "proxy", "kl", "distinct_2"):  # three seeds leave most mean differences open
     lower = {what: interval(end[name] - other[name]) for what, (end, other) in pairs.items()}
     print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
-    assert [abs(value) > half for value, half in lower.values()] == [name != "kl", False, False], name
+    assert [abs(value) > half for value, half in lower.values()] == [name in ("proxy", "distinct_2"), False, False], name
 for name in ("proxy", "kl"):
     assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
 assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
-assert (cheap["second"] > free_end["second"]).all()
+assert (cheap["second"] > free_end["second"]).all() and (high["second"] < cheap["second"]).all()
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
-assert (high["second"] < cheap["second"]).all()
 assert sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high one below it, clearly in one seed"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
-assert (penalized["proxy"] < cheap["proxy"]).all() and max(penalized["kl"]) < 9 < 11 < min(cheap["kl"])
+assert (penalized["proxy"] < cheap["proxy"]).all() and (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all()
 assert [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
-assert (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all(), "whoever pays for not ending, ends"
 assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_none.low), "only the small price"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# The small one, in each seed. Over three seeds, one with a poor judge, no mean difference of the second gold is clear.
-# What follows is of these single runs; another training may differ.
+# The small one, in each seed. Would a reader see a difference? In the answers printed for seed 2, as we read them, yes:
+# *great* repeats at 0 and 0.05, not at 0.2 or with the penalty; none makes sense. Over three seeds, one with a poor
+# judge, no mean difference of the second gold is clear. What follows is of these runs; others may differ.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But an early

@@ -236,12 +236,18 @@ counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 # %% [markdown]
 # ## 4 · Bytes of a token
 #
-# Backward, the pass that computes gradients, needs values that forward computed: the *activations*. For $y = xW^\top$,
-# the gradient of $W$ needs $x$; for a softmax or a norm, the gradient of the input needs the result. How many bytes
-# does a block (attention, then an MLP) keep for each token? Let $h$ be the width, $a$ the heads, $s$ the tokens of a
-# sequence. On the left is a GPT in 16 bits, with dropout (which zeroes values at random, and keeps a mask of a byte a
-# value) and an MLP of width $4h$ with a curve, GELU, between its two layers (Korthikanti et al. 2022, eq. 1); on the
-# right, the same block in this engine, without dropout, in numbers of 4 bytes:
+# Backward, the pass that computes gradients, needs values that forward computed: the *activations*, orange in this step
+# of the base. They pile up in forward, and backward frees them.
+
+# %%
+counting.over_time_picture(mp.load_base()[0].config, 16, 64).savefig(OUT / "12_counting_over_time.png", dpi=120)
+
+# %% [markdown]
+# For $y = xW^\top$, the gradient of $W$ needs $x$; for a softmax or a norm, the gradient of the input needs the result.
+# How many bytes does a block (attention, then an MLP) keep for each token? Let $h$ be the width, $a$ the heads, $s$ the
+# tokens of a sequence. On the left is a GPT in 16 bits, with dropout (which zeroes values at random, and keeps a mask,
+# a byte a value) and an MLP of width $4h$ with a curve, GELU, between its two layers (Korthikanti et al. 2022, eq. 1);
+# on the right, the same block in this engine, without dropout, in numbers of 4 bytes:
 #
 # | kept | GPT, 2022: bytes | this engine: numbers |
 # |---|---|---|
@@ -509,9 +515,9 @@ assert round(1 / count_parameters("llama-7b", lora).share) == 43
 assert [round((8 + n * sft) / sft, 1) for n in (4, 2) for sft in (8, 6)] == [5.0, 5.3, 3.0, 3.3]
 
 # %% [markdown]
-# Not a 43rd: 0.70 of them. Backward has two products for each of forward's, for the
-# gradient of the input and for that of the weight. A frozen weight saves the latter alone, as gradients pass through it
-# to what is trained before it. A token and $N$ parameters take:
+# Not a 43rd: 0.70 of them. Backward has two products for each of forward's, for the gradients of the input and of the
+# weight. A frozen weight saves the latter alone, as gradients pass through it to what is trained before it. A token and
+# $N$ parameters take:
 #
 # | | forward | gradients of inputs | of weights | sum | with checkpointing, forward once more |
 # |---|---|---|---|---|---|

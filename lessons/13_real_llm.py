@@ -200,8 +200,9 @@ real_llm.bill_picture(bills, allowed=2e9).savefig(OUT / "13_real_llm_bill.png")
 # It is nearly all of the full column's working memory. Backward makes the others later, while it frees activations, so
 # the bill has no line for gradients. The blocks' gradients together take less than the activations, so no later moment
 # needs more. (With one such sequence activations are small. So the worst moment is the end, when all gradients are
-# there, as in Lesson 3.) Full fine-tuning exceeds the 2 GB that this lesson allows itself. LoRA needs about half of
-# full fine-tuning's sum: gone are the base's moments, and the one gradient of that moment, the embedding's. The
+# there, as in Lesson 3.) Full fine-tuning exceeds the 2 GB that this lesson allows itself. So no run of it stands
+# beside LoRA's here: how near LoRA comes to full fine-tuning on this model and task stays open. LoRA needs about half
+# of full fine-tuning's sum: gone are the base's moments, and the one gradient of that moment, the embedding's. The
 # activations stay, as every linear layer keeps its input for $A$. (LoRA on query and value alone saved about a quarter
 # of them, Lesson 12.) QLoRA puts the layers' weights in four bits; the embedding stays in float32. Checkpointing would
 # lower the activations: keep fewer, and compute forward again (Lesson 12).
@@ -366,8 +367,8 @@ for i in range(min(3, SHOWN)):
         print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
-# Before, these answers lose the verse and say something else. The tuned model keeps much of the verse, and puts plain
-# words for some of its. The count above the answers says how many changed nothing.
+# As we read these answers: before, they lose the verse and say something else; the tuned model keeps much of the verse,
+# and puts plain words for some of its. The count above the answers says how many changed nothing.
 #
 # ### Five runs, and 512 verses
 #

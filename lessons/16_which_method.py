@@ -65,12 +65,13 @@ print(f"the base has {N:,} parameters")
 # | QLoRA | LoRA on four-bit weights | the same |
 # | instruction tuning | every weight | examples of many tasks, each asked for in words |
 # | RLHF (PPO) | every weight, starting from a full fine-tuning | its own answers, and a score for each |
+# | DPO, in PPO's place (Lesson 20) | the same | pairs of a better and a worse answer |
 #
 # The first six are the same job done with different parameters. Instruction tuning is another job: one model that does
 # what it is asked. RLHF is a third: it needs no right answers, only a judge, a rule or a model that has learned from
-# comparisons (Lesson 9). DPO trains on pairs of a better and a worse answer, without a reward model (Lesson 20). It
-# holds two models, the policy and its start; PPO holds four, or three with a value head on the policy (Lesson 10). With
-# a fresh LoRA the start is the policy with its adapter off: no second copy of the weights.
+# comparisons (Lesson 9). DPO needs no reward model. It holds two models, the policy and its start; PPO holds four, or
+# three with a value head on the policy (Lesson 10). With a fresh LoRA the start is the policy with its adapter off: no
+# second copy of the weights.
 #
 # In the first verdict below, `ln_tuning` trains the norms' weights alone, `adalora` is LoRA with ranks that change, and
 # *surgery* is the code that puts a method's layers into a model. The second asks whether adapters can be swapped and
@@ -430,7 +431,9 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # imitate them first: PPO starts from SFT.
 #
 # Other runs have DPO beside PPO, each at the rate that a search chose (Lesson 10, section 9): another task and gold
-# (VADER: how kind the words are), five seeds, 512 prompts.
+# (VADER: how kind the words are), both from the base, five seeds, 512 prompts.
+#
+# **Predict:** which gains more gold, PPO or DPO? And are their answers better to read?
 
 # %%
 preferred = read_rows(HERE / "results" / "10_ppo.jsonl")
@@ -438,12 +441,14 @@ of = {m: policies.reports(preferred, m) for m in ("base", "PPO", "DPO")}
 less = {(one, other): policies.less(of[one], of[other]) for one, other in (("PPO", "base"), ("DPO", "base"), ("DPO", "PPO"))}
 for (one, other), found in less.items():
     print(f"{one} less {other}: {policies.said(found)}")
-print(", ".join(f"{m}: {of[m]['cpu_seconds'].mean():.0f} s of CPU" for m in ("PPO", "DPO")), "without what the judge took")
+for m, found in of.items():
+    gold, ended, drawn, seconds = (found[key].mean() for key in ("gold", "ended", "drawn", "cpu_seconds"))
+    print(f"{m:4s}  gold {gold:+.2f}, answers that end {ended:.2f}, answers drawn {drawn:.0f}, {seconds:.0f} s of CPU without the judge's")
 assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DPO", "PPO"]["gold"].low < 0 < less["DPO", "PPO"]["gold"].high
 
 # %% [markdown]
-# In these runs both clearly gain gold, and which gains more is open. This gold asks for kind words alone; the answers
-# that Lesson 10 prints read no better than the base's.
+# Both clearly gain gold, and which gains more is open. But as we read the answers that Lesson 10 prints of these runs,
+# neither PPO's nor DPO's are better than the base's. This gold asks for kind words alone.
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons 6 are as stated and 3 are not

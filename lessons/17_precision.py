@@ -35,6 +35,7 @@ from experiments.items import below, spread, within
 from experiments.precision import CASES, FULL, trainer_of
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft import functional as F
 from minipeft.accounting import memory_ledger
 from minipeft.autograd.autocast import FLOAT32, LOWER, rounded
@@ -72,7 +73,14 @@ def beside(what, how, than="float32"):
 # %% [markdown]
 # ## 1 · Two ways to spend sixteen bits
 #
-# A floating-point number has a sign $s$, an exponent $e$ and a fraction $f$ of $p$ bits:
+# A floating-point number has a sign, an exponent and a fraction. Here are the bits of three formats, each with its
+# largest number and the distance from 1 to the next:
+
+# %%
+diagrams.number_formats().savefig(OUT / "17_precision_formats.png")
+
+# %% [markdown]
+# With the sign $s$, the exponent $e$ and the fraction $f$ of $p$ bits the number is
 #
 # $$x = (-1)^s \left(1 + \frac{f}{2^p}\right) 2^{e} .$$
 #

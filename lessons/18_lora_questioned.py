@@ -24,6 +24,7 @@ sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in
 from experiments import ranks
 
 import minipeft as mp
+from minipeft import diagrams
 from minipeft.backend import asarray, one_blas_thread, to_numpy
 from minipeft.claims import data, intrinsic_dimension
 from minipeft.claims.comparison import KEYS, compare
@@ -471,8 +472,12 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 # **DoRA** (Liu et al. 2024, arXiv:2402.09353) splits each row of $W$, the weights of one output, into its length $m$
 # and its direction. LoRA's update then only turns the row; $m$, one more trained number a row, is the length. The
 # authors' reason: in their full fine-tunes lengths tend to change less where directions change more, and in LoRA the
-# two grow together:
-#
+# two grow together.
+
+# %%
+diagrams.dora().savefig(OUT / "18_lora_questioned_dora.png")
+
+# %% [markdown]
 # $$W' = m \cdot \frac{W + \frac{\alpha}{r} BA}{\lVert W + \frac{\alpha}{r} BA \rVert} \quad\text{(row by row)}, \qquad
 #   m = \lVert W \rVert \text{ at the start}.$$
 #

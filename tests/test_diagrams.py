@@ -16,7 +16,10 @@ import minipeft as mp
 from minipeft import diagrams
 from minipeft.accounting import count_parameters
 from minipeft.accounting.ppo import ppo_ledger
+from minipeft.autograd.autocast import rounded
 from minipeft.book.pictures import describe
+from minipeft.diagrams.directions import dora_row
+from minipeft.diagrams.formats import FORMATS, reach
 from minipeft.diagrams.graphs import gradients
 from minipeft.diagrams.losses import candidates
 from minipeft.diagrams.merging import ties_steps
@@ -48,6 +51,7 @@ FIGURES = {
     "surprise": lambda: diagrams.prediction(*mp.load_base(), "It is", " word"),
     "ties": lambda: diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)),
     "stages": lambda: diagrams.rlhf_stages(LLAMA), "stages 7B": lambda: diagrams.rlhf_stages(SEVEN_B),
+    "formats": diagrams.number_formats, "dora": diagrams.dora,
 }  # fmt: skip
 
 
@@ -218,3 +222,33 @@ def test_steps_of_ties_are_those_of_the_paper():
     assert steps["trim 1"].tolist() == [4, 0, -5, 0] and steps["trim 2"].tolist() == [0, 2, 3, 0]
     assert steps["sign"].tolist() == [1, 1, -1, 1] and steps["mean"].tolist() == [4, 2, -5, 0]
     assert "2 · elect: +, +, -, +; 3 · mean: 4, 2, -5, 0" in diagrams.ties((4, 1, -5, 0.5), (-1, 2, 3, 0.5)).alt
+
+
+def test_a_row_in_dora_is_the_library_s():
+    """Of a layer with one output: merged, it has LoRA's row and DoRA's."""
+    row, update = (12, 5), (-7, 3)
+    drawn = dict(zip((False, True), dora_row(row, update)))
+    for use_dora, wanted in drawn.items():
+        layer = mp.nn.Sequential(mp.nn.Linear(2, 1, bias=False))
+        layer.state_dict()["0.weight"][:] = row
+        model = mp.get_peft_model(layer, mp.LoraConfig(r=1, lora_alpha=1, target_modules=["0"], use_dora=use_dora))
+        part = model.layers["0"].adapters["default"]
+        part.lora_A.data[:], part.lora_B.data[:] = update, 1
+        (merged,) = model.merge_and_unload().parameters()
+        assert np.allclose(merged.numpy()[0], wanted, rtol=1e-6)
+    assert math.isclose(np.linalg.norm(drawn[True]), 13) and math.isclose(np.linalg.norm(drawn[False]), 89**0.5)
+    assert f"the sum, {89**0.5 / 13:.2f} m long" in diagrams.dora(row, update).alt
+
+
+def test_formats_reach_as_far_as_their_numbers():
+    alt = diagrams.number_formats().alt
+    for dtype, bits in FORMATS.items():
+        largest, step = reach(*bits)
+        if dtype == "bfloat16":
+            kept, lost = np.float32([largest, 1 + step]), np.float32([1 + step / 2])
+            assert np.array_equal(rounded(kept, dtype), kept) and rounded(lost, dtype) == 1
+            assert np.isinf(rounded(np.float32([largest * (1 + step / 2)]), dtype))
+        else:
+            assert (largest, step) == (np.finfo(dtype).max, np.finfo(dtype).eps)
+        assert f"{dtype}: {bits[0]} exponent bits, {bits[1]} fraction bits; up to " in alt
+    assert "up to 65,504;" in alt

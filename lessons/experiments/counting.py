@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 import minipeft as mp
-from minipeft.accounting import count_parameters, measure_peak
+from minipeft.accounting import count_parameters, measure_peak, timeline, timeline_shown
 from minipeft.accounting.footprints import WITHIN
 
 from .drawing import one_plot
@@ -87,6 +87,19 @@ def states_picture(states):
     axis.axvline(48, color="black", linestyle="--", linewidth=1)
     axis.set(title="LLaMA-65B: weights, gradients, states (dashed: 48 GB)", xlabel="GB", xlim=(0, 1200))
     axis.set(yticks=range(len(states)), yticklabels=list(states), ylim=(3.6, -0.6))
+    return figure
+
+
+def over_time_picture(config, batch, seq_len):
+    """What a step of full fine-tuning holds while it runs, op by op, from forward to the optimizer's step."""
+    course = timeline(config, batch=batch, seq_len=seq_len)
+    figure, axis = one_plot()
+    timeline_shown.draw(axis, course)
+    axis.set_title(f"What a step of full fine-tuning holds ({batch} x {seq_len} tokens; ▼ peak)", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    at_peak = ", ".join(f"{line} {n / 1e6:.1f}" for line, n in course.lines_at_peak.items())
+    phases = ", ".join(phase for phase, *_ in course.phases())
+    figure.alt = f"what a step of full fine-tuning holds, op by op, in {phases}; at its peak, in {course.at_peak}, in MB: {at_peak}."
     return figure
 
 

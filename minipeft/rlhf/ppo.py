@@ -11,7 +11,8 @@ Policy and values have an ε each.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The
 N+ implementation details of RLHF with PPO" (arXiv:2403.17031). As in Ziegler et al., policy and value head share one
-network, so the value loss moves the policy's weights, too. A `ValueModel` is a network of its own.
+network, so the value loss moves the policy's weights, too. A `ValueModel` is a network of its own. As in Huang et al.'s
+code, advantages (and rewards, if asked) are whitened over the whole batch; Ziegler et al.'s whitens each minibatch.
 
 Departures from Huang et al.:
 1. If all scores of an update are equal (and there are several), its advantages are 0. Whitening would scale up the
