@@ -1,4 +1,4 @@
-"""The pictures of Lesson 3: which tokens are learned; what each learning rate buys, and what it costs."""
+"""The pictures of Lesson 3: which tokens are learned (Lesson 8 has it, too); what each learning rate buys, and what it costs."""
 
 from __future__ import annotations
 
