@@ -498,7 +498,7 @@ assert {where(rows.rows()) for rows in (DECODING, MIXED, SWAP)} == {"AMD EPYC, c
 # that need different adapters (section 9), and a $W$ in few bits, as the sum is rounded to as few (Lesson 7, section
 # 7). In bfloat16 a change of less than 1/512 of a weight is lost (Lesson 17, section 3).
 #
-# The times in this lesson's verdicts were measured on 2026-11-27, on one thread of an AMD EPYC processor.
+# The verdicts' times are of 2026-11-27, on one thread of an AMD EPYC.
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
