@@ -5,7 +5,7 @@
 # decoder alone as in GPT-2, Radford et al. 2019). After this lesson you can write each part of a Llama in NumPy,
 # count its parameters, operations and cache, say what bounds its speed, and notice a missing mask or wrong padding.
 #
-# You need Lessons 0 and 1. Reading takes about 24 minutes (200 words or 25 lines of code a minute, up to the quiz).
+# You need Lessons 0 and 1. Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz).
 # Run it with `python lessons/02_transformer.py` (half a minute on two cores), or open it as a notebook.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
@@ -59,7 +59,20 @@ diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 # Layer norm (Lesson 1) also subtracts the mean and adds a bias. Both norms give the same for $x$ and $10x$, but for the
 # small $\epsilon$. Differentiate both sides: $10\,\mathrm{norm}'(10x) = \mathrm{norm}'(x)$. So at $10x$ the derivative
 # (Lesson 1's Jacobian) is a tenth.
-#
+
+# %%
+def norm(x, weight, eps):  # [T, d] -> [T, d]
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
+
+
+rng = np.random.default_rng(0)
+block = base.model.layers[0]
+x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
+scale, eps = block.input_layernorm.weight.numpy(), base.config.rms_norm_eps
+h, ours = norm(x, scale, eps), block.input_layernorm(mp.Tensor(x)).numpy()
+assert np.allclose(h, ours, atol=1e-5) and np.allclose(norm(10 * x, scale, eps), ours, atol=1e-3)
+
+# %% [markdown]
 # The **MLP** (multilayer perceptron) maps the $d$ numbers of a normed position, $h$, to $m$, applies a nonlinearity,
 # and maps back. This one (**SwiGLU**; Shazeer 2020, arXiv:2002.05202) makes two wide arrays. The first is a *gate*:
 # through $\mathrm{silu}(z) = z / (1 + e^{-z})$ it scales each number of the second.
@@ -67,23 +80,13 @@ diagrams.block(base.config).savefig(OUT / "02_transformer_block.png")
 # $$\mathrm{MLP}(h) = W_\text{down}\,\big(\mathrm{silu}(W_\text{gate}\, h) \cdot W_\text{up}\, h\big) .$$
 
 # %%
-def norm(x, weight, eps):  # [T, d] -> [T, d]
-    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight
-
-
 def mlp(h, gate, up, down):  # [T, d] -> [T, d]; weights are stored as [outputs, inputs]
     z = h @ gate.T  # [T, m]
     return (z / (1 + np.exp(-z)) * (h @ up.T)) @ down.T
 
 
-rng = np.random.default_rng(0)
-block = base.model.layers[0]
-x = rng.standard_normal((5, base.config.hidden_size)).astype(np.float32)
-scale, eps = block.input_layernorm.weight.numpy(), base.config.rms_norm_eps
-by_hand, ours = norm(x, scale, eps), block.input_layernorm(mp.Tensor(x)).numpy()
-assert np.allclose(by_hand, ours, atol=1e-5) and np.allclose(norm(10 * x, scale, eps), ours, atol=1e-3)
 weights = [getattr(block.mlp, f"{name}_proj").weight.numpy() for name in ("gate", "up", "down")]
-wide, ours = mlp(by_hand, *weights), block.mlp(mp.Tensor(by_hand)).numpy()
+wide, ours = mlp(h, *weights), block.mlp(mp.Tensor(h)).numpy()
 print("MLP, by hand against the library's:", np.abs(wide - ours).max())
 assert np.allclose(wide, ours, atol=1e-5)
 
@@ -101,7 +104,16 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 # for?), a **key** (what is here?) and a **value** (what do I hand over?):
 #
 # $$q_t = W_q h_t, \qquad k_t = W_k h_t, \qquad v_t = W_v h_t .$$
-#
+
+# %%
+attention, D = block.self_attn, base.config.head_dim
+projections = attention.q_proj, attention.k_proj, attention.v_proj
+W_q, W_k, W_v = (projection.weight.numpy()[:D] for projection in projections)  # [D, d]: of the first head, see below
+q, k, v = h @ W_q.T, h @ W_k.T, h @ W_v.T  # [T, D]
+print("\nnormed stream", h.shape, "-> query, key, value", q.shape, k.shape, v.shape)
+assert all(np.allclose(a, p(mp.Tensor(h)).numpy()[:, :D], atol=1e-5) for a, p in zip((q, k, v), projections))
+
+# %% [markdown]
 # Position $t$ receives an average of the values it may see. A value weighs more if its key fits the query:
 #
 # $$o_t = \sum_{s \le t} a_{ts}\, v_s, \qquad
@@ -117,9 +129,6 @@ diagrams.attention_mask().savefig(OUT / "02_transformer_masks.png")
 # Keys and values may have fewer heads, $K$: query head $h$ reads key and value head $\lfloor h / (H/K) \rfloor$. This
 # *grouped-query attention* is close to $K = H$ in quality and to $K = 1$ (*multi-query*) in speed, report Ainslie et
 # al. (2023, arXiv:2305.13245).
-#
-# **Predict:** the numbers of $q$ and $k$ are independent, with mean 0 and variance 1, and $D = 64$. How large is
-# $q \cdot k$, typically?
 
 # %%
 def attention_by_hand(q, k, v):
@@ -141,6 +150,13 @@ op = F.scaled_dot_product_attention(*one_batch, is_causal=True).data[0].swapaxes
 print("\nattention, our loops against the library's op:", np.abs(attention_by_hand(q, k, v) - op).max())
 assert np.allclose(attention_by_hand(q, k, v), op, atol=1e-14)
 
+# %% [markdown]
+# Why divide by $\sqrt D$?
+#
+# **Predict:** the numbers of $q$ and $k$ are independent, with mean 0 and variance 1, and $D = 64$. How large is
+# $q \cdot k$, typically?
+
+# %%
 scores = (rng.standard_normal((1000, 16, 64)) * rng.standard_normal((1000, 1, 64))).sum(axis=-1)  # 1000 queries, 16 keys
 largest = [F.softmax(mp.Tensor(s)).numpy().max(axis=-1).mean() for s in (scores, scores / math.sqrt(64))]
 print(f"standard deviation of q·k: {scores.std():.2f}; largest of 16 weights: {largest[0]:.2f}, from q·k / 8: {largest[1]:.2f}")
@@ -245,6 +261,9 @@ assert np.allclose(by_hand, logits, atol=1e-5)
 # block without passing through the branch of another. The first transformers had the norm on the stream,
 # $x \leftarrow \mathrm{norm}(x + \mathrm{MLP}(x))$ (*post-norm*). What does this change at initialization, in blocks of
 # MLPs alone?
+#
+# **Predict:** from 4 blocks to 64, what becomes of the stream's size and of the last matrix's gradient in pre-norm, and
+# what in post-norm?
 
 # %%
 def at_the_start(L, post, d=64):

@@ -34,7 +34,9 @@ from minipeft.accounting import Loop, architecture, count_parameters, pytorch_le
 from minipeft.claims.comparison import KEYS, compare
 from minipeft.claims.league import MIDDLE, league
 from minipeft.claims.protocol import finder, report, search
+from minipeft.claims.qlora import STEPS as STEP_TIMES
 from minipeft.claims.standings import so_far
+from minipeft.claims.timing import where
 from minipeft.evaluation import mean
 from minipeft.peft.loftq import get_loftq_model
 from minipeft.quant.codebooks import fp4_code, int4_code, nf4_code
@@ -71,19 +73,27 @@ diagrams.block(base.config, "4bit").savefig(OUT / "07_qlora_block.png")
 # Now cut the weights into **blocks** of 64. Of each block keep the largest magnitude, its **scale** $m$, and
 # for each weight $w_i$ the nearest of sixteen points $q_0, \dots, q_{15}$, a **code book**:
 #
-# $$m = \max_i |w_i|, \qquad c_i = \arg\min_k \left|\frac{w_i}{m} - q_k\right|, \qquad \hat w_i = m \, q_{c_i}.$$
+# $$m = \max_i |w_i|, \qquad c_i = \arg\min_k \left|\frac{w_i}{m} - q_k\right| .$$
 #
-# The code $c_i$ takes four bits, and the 32 bits of $m$ are shared by 64 weights: $4 + 32/64 = 4.5$ bits a weight.
-# $\hat w_i$ is what comes back. This needs the weights alone; methods like GPTQ (Frantar et al. 2022, arXiv:2210.17323)
-# also use example texts. Below, one matrix by hand; the library gives the same numbers, two codes to a byte.
+# One matrix by hand, in blocks:
 
 # %%
 matrix = weights["model.layers.0.mlp.up_proj"]
 blocks = matrix.reshape(-1, 64)
 m = np.abs(blocks).max(axis=1, keepdims=True)
-codes = np.abs((blocks / m)[:, :, None] - nf4_code()).argmin(axis=2)  # [blocks, 64]
-by_hand = m * nf4_code()[codes]
+codes = np.abs((blocks / m)[:, :, None] - nf4_code()).argmin(axis=2)  # [blocks, 64]; section 2 says which points
 
+# %% [markdown]
+# What comes back is
+#
+# $$\hat w_i = m \, q_{c_i}.$$
+#
+# The code $c_i$ takes four bits, and the 32 bits of $m$ are shared by 64 weights: $4 + 32/64 = 4.5$ bits a weight. This
+# needs the weights alone; methods like GPTQ (Frantar et al. 2022, arXiv:2210.17323) also use example texts. The library
+# gives the same numbers, two codes to a byte.
+
+# %%
+by_hand = m * nf4_code()[codes]
 packed, state = mp.quant.quantize_4bit(matrix)
 print(f"one matrix: {matrix.nbytes:,} bytes as float32, {packed.nbytes:,} of codes and {state.absmax.nbytes:,} of scales")
 assert np.array_equal(packed.reshape(-1) >> 4, codes.reshape(-1)[::2])
@@ -308,9 +318,10 @@ assert frozen + 2 * (total - linear) + 16 * adapter > 48e9, "with what is not pa
 #
 # Dequantizing is work that a plain layer does not have, so a step of training takes longer. The more tokens it has, the
 # smaller this share should be: only the products' work grows with the tokens. (Both grow with the weights.) `qlora-4`,
-# below, times one number of tokens. Writing one token at a time is bound by reading the weights (Lesson 2, section 6),
-# and four bits are a quarter of sixteen to read. For one row bitsandbytes multiplies without storing $\hat W$; the
-# notes of its release 0.40.0 expect 2.2 to 4 times the speed of 16 bits, for matrices at least 4096 wide.
+# below, times one number of tokens (one thread of an AMD EPYC, 2026-11-27). Writing one token at a time is bound by
+# reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For one row bitsandbytes
+# multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the speed of 16 bits, for
+# matrices at least 4096 wide.
 #
 # Why not train the four-bit weights themselves? A step of Adam changes each weight by about the learning rate (Lesson
 # 0, section 6), and then the weight must be rounded to a code again.
@@ -325,6 +336,7 @@ for rate in (1e-3, 3e-3):
     print(f"a step of {rate:g} changes {moved:.2%} of the codes")
     assert moved == 0 if rate == 1e-3 else 0 < moved < 0.01
 assert (np.abs(blocks).max(axis=1) * 0.0796 / 2 > 3e-3).mean() > 0.98, "of each block, half of the narrowest gap"
+assert where(STEP_TIMES.rows()) == "AMD EPYC, cpu family 25, model 1, 1 thread, 2026-11-27"
 
 # %% [markdown]
 # None, and less than one in a hundred by one of 0.003, the rate of the adapter below: except in blocks with the

@@ -4,13 +4,14 @@
 # Two people who give marks from one to a hundred use two scales; asked which of two texts is better, they need none. A
 # reward model, or *judge*, turns such choices into a number. After this lesson you can derive its loss from a model of
 # how people choose, name choices that no such number explains, use rankings of more than two, and read the number at
-# the right place. You can say why more than one pass overfits, what few and noisy labels teach, and what accuracy
-# raters who disagree allow. You can put a model in the rater's place, and test and repair how sure a judge is.
+# the right place; say why more than one pass overfits, what few and noisy labels teach, and what accuracy raters who
+# disagree allow; put a model in the rater's place; and test and repair how sure a judge is.
 #
-# You need Lessons 3 and 4 (LoRA), and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes
-# (200 words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a
-# minute on two cores), or open it as a notebook. With `--full` it computes those of the curves' runs that are missing
-# in `lessons/results/09_reward_model.jsonl`, all in about ten minutes.
+# You need Lessons 3 and 4 (LoRA), and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Section 6 and the end of
+# section 5 use Lesson 10's chain, and say what they need of it. Reading takes about 25 minutes (200 words or 25 lines
+# of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
+# open it as a notebook. With `--full` it computes the runs missing in `lessons/results/09_reward_model.jsonl` (all: ten
+# minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -242,7 +243,7 @@ for decay in (0.0, 0.1):
 # Below, all weights are trained. A fresh head's scores have any scale, so `calibrate` gives them mean 0 and standard
 # deviation 1 before training, and again at the end: then rewards of two models have one mean and one scale on the
 # training texts. After the second time $\sigma(r_i - r_j)$ is no longer the probability that the loss has taught, so
-# section 7, about another kind of calibration, takes the rewards from before.
+# section 7 takes the rewards from before.
 
 # %%
 @cache
@@ -340,8 +341,11 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # 0.68$, as a variance is not negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure
 # of some pairs and toss a coin for the rest, and 0.84.
 #
-# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10: a model fine-tuned on demonstrations (the *SFT
-# model*), a reward model, then PPO, which trains a *policy* to please the reward model.
+# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10, which has its own gold (section 6): a model
+# fine-tuned on demonstrations (the *SFT model*), a reward model, then PPO, which trains a *policy* to please the reward
+# model.
+#
+# **Predict:** from 600 comparisons each, which orders the most pairs as the gold does?
 
 # %%
 chain = CHAIN.rows()
@@ -415,6 +419,8 @@ assert apart.low < 0 < apart.high, "PPO by the coin's labels: not clearly other 
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
+#
+# **Predict:** alone either is right in 0.75. And a majority of 25?
 
 # %%
 lead, longer = np.random.default_rng(0).standard_normal((2, 20000))  # of one text over another, in quality and in length
@@ -426,8 +432,9 @@ for votes in (1, 5, 25):
 assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 20000), "who errs alike votes alike"
 
 # %% [markdown]
-# More labels average out random errors, as more judges do. A systematic one, such as a liking for length, stays, and
-# the reward model learns it as quality, unless it is known and canceled, as the swap cancels the place.
+# Over 0.9 for careless ones, still 0.75 for the others. More labels average out random errors, as more judges do. A
+# systematic one stays, and the reward model learns it as quality, unless it is known and canceled, as the swap cancels
+# the place.
 #
 # The other half of Constitutional AI comes before: a model criticizes its own answers, rewrites them, and is trained on
 # these **revisions**. Here the judge rewrites the SFT model's.
@@ -458,7 +465,7 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # $\sigma(r_i - r_j)$ claims to be a probability. Of the pairs to which the model gives 0.7, do raters choose the first
 # in 70%? We let the rater label every held-out pair anew, and first ask section 5's judge of 300 rankings.
 #
-# **Predict:** back to our reward models, does one that has learned next to nothing say 0.5 everywhere?
+# **Predict:** does a reward model that has learned next to nothing say 0.5 everywhere?
 
 # %%
 model, rewards = train(run := live[1], LARGEST)
@@ -508,14 +515,15 @@ judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.pn
 # %% [markdown]
 # No: where judges of 100 rankings say 0.75, the rater agrees in about half of the pairs. A fresh head is surer still:
 # its rewards have deviation 1, the differences of independent ones $\sqrt 2$, and a $\sigma$ of these is 0.23 away from
-# 0.5 on average. Our heads are 0.21 away before training, and after 100 rankings still 0.17; after 500, 0.04. But the
-# judge of 100 does not just say what its fresh head said: the reward differences of the two correlate by only 0.29 (one
-# seed). Yet it is not clearly better than a coin.
+# 0.5 on average. Our heads are 0.21 away before training, after 100 rankings still 0.17; after 500, 0.04. But the judge
+# of 100 does not just say what its fresh head said: the reward differences of the two correlate by only 0.29 (one
+# seed).
 #
 # With two thousand clean rankings the rater agrees more often than the judge says, by 0.01 ± 0.03 over all pairs: not
 # clear. In one of the five bins from 0.5 on it is clear, also if all five intervals are to hold together (99 % each):
-# where the judge says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. The careless rater's two thousand taught
-# little, but honestly: these judges never say more than 0.6.
+# where the judge says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. (Why is open: neither another rate nor a
+# second pass was tried.) The careless rater's two thousand taught little, but honestly: these judges never say more
+# than 0.6.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on
 # held-out pairs (Guo et al. 2017, arXiv:1706.04599). We choose it for the judge of 300 rankings on half of the prompts,
@@ -533,9 +541,8 @@ for t, loss in losses.items():
 assert REDUCED or (fitted > 1 and losses[fitted] < losses[1.0]), "less sure, and better for it"
 
 # %% [markdown]
-# Now the judge of 300 rankings says little more than 0.5, as it knows next to nothing. Division changes no order, so
-# the accuracy and the best of 16 are what they were: a temperature repairs certainty and nothing else, and that for
-# texts like these.
+# Now the judge of 300 rankings says little more than 0.5. Division changes no order, so the accuracy and the best of 16
+# are what they were: a temperature repairs certainty and nothing else, and that for texts like these.
 
 # %% [markdown]
 # ## 8 · Break it: texts that nobody ever compared

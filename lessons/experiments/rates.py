@@ -1,11 +1,31 @@
-"""The picture of Lesson 3: what each learning rate buys, and what it costs."""
+"""The pictures of Lesson 3: which tokens are learned (Lesson 8 has it, too); what each learning rate buys, and what it costs."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+from minipeft.diagrams.drawing import box, cut, line, sheet, words
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+
+
+def labels_drawing(tokens, labels):
+    """What the model is to predict at each of some tokens but the last: the next token, with its label."""
+    axes, step, said = sheet(), 38 / (len(tokens) - 1), []
+    tokens = [token.strip() for token in tokens]
+    box(axes, 1, 13, 38, 3.6, "model")
+    for k, (token, following, label) in enumerate(zip(tokens, tokens[1:], labels[1:])):
+        x, ignored = 1 + k * step, bool(label == -100)
+        box(axes, x + 0.4, 6.8, step - 0.8, 3.4, token)
+        line(axes, [(x + step / 2, 10.2), (x + step / 2, 13)])
+        line(axes, [(x + step / 2, 16.6), (x + step / 2, 19.4)])
+        box(axes, x + 0.4, 19.4, step - 0.8, 5.2, f"{following}\n{label}", "absent" if ignored else "trained")
+        said.append(f"at {token} it is to predict {following}, whose label is {label}{': ignored' * ignored}")
+    words(axes, 20, 5.2, "the tokens that it has read", color=GREY)
+    words(axes, 20, 26.2, "the next token, which it is to predict, and its label", color=GREY)
+    words(axes, 20, 28.2, "orange: learned.   dashed: ignored.", color=GREY)
+    return cut(axes, 29.6, "Which predictions count", "; ".join(said) + ".")
 
 
 def picture(grid, curve, before, at, title):
