@@ -34,7 +34,7 @@ LESSON = """\
 # %% [markdown]
 # # Lesson 1 · A small one
 #
-# The engine is `minipeft/autograd/gradcheck.py`. An equation: $y = W x + \\\\frac{\\\\alpha}{r} B A x$.
+# The engine is `minipeft/autograd/gradcheck.py`, and `lessons/experiments/clipping.py` draws. An equation: $y = W x + \\\\frac{\\\\alpha}{r} B A x$.
 #
 # $$L = \\\\sum_{t} \\\\log p(x_t \\\\mid x_{<t})$$
 
@@ -42,9 +42,11 @@ LESSON = """\
 import matplotlib.pyplot as plt
 
 import minipeft as mp
+from experiments import clipping
 
 # %%
 print("the default rank is", mp.LoraConfig().r, mp.gradcheck.__name__)
+draw = clipping.clip_picture
 
 # %%
 figure, axes = plt.subplots()
@@ -53,7 +55,7 @@ axes.set(title="It rises", xlabel="step", ylabel="nats")
 figure.savefig("a.png")
 """
 README = "| [01 Small](lessons/01_small.py): small | [lora.py](minipeft/peft/lora.py) |\n"
-MODULES = ("minipeft.autograd.gradcheck", "minipeft.peft.lora")
+MODULES = ("minipeft.autograd.gradcheck", "minipeft.peft.lora", "experiments.clipping")
 
 
 def test_a_figure_in_words():
@@ -121,6 +123,13 @@ def test_a_docstring_as_restructured_text():
     ]  # fmt: skip
 
 
+def test_a_file_has_the_name_by_which_it_is_imported():
+    files = {"minipeft/peft/lora.py": "minipeft.peft.lora", "minipeft/accounting/": "minipeft.accounting", "minipeft/nn/__init__.py": "minipeft.nn"}
+    files |= {"lessons/experiments/ranks.py": "experiments.ranks", "lessons/experiments/__init__.py": "experiments"}
+    assert {file: links.module_name(file) for file in files} == files
+    assert {links.file_of(module) for module in files.values()} >= {"peft/lora.py", "lessons/experiments/ranks.py"}
+
+
 def test_every_verdict_is_in_the_glossary():
     words = {word for entry, _ in glossary() for word in entry.split(", ")}
     assert words >= {*VERDICTS, "as stated", "not told", "equal", "undecided"}
@@ -134,9 +143,11 @@ def test_every_lesson_explains_modules_and_uses_what_is_there():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A checkout with one small lesson, and a library of two modules and three claims."""
+    """A checkout with one small lesson and the experiment that it imports, and a library of two modules and three claims."""
     root = tmp_path_factory.mktemp("project")
-    (root / "lessons").mkdir()
+    (root / "lessons" / "experiments").mkdir(parents=True)
+    for name in ("__init__", "clipping"):
+        shutil.copy(PACKAGE.parent / "lessons" / "experiments" / f"{name}.py", root / "lessons" / "experiments")
     (root / "lessons" / "01_small.py").write_text(LESSON.replace("\\\\", "\\"), encoding="utf-8")
     (root / "README.md").write_text(README, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -220,6 +231,18 @@ def test_lessons_and_library_lead_to_each_other(book):
 
 
 @needs_extra
+def test_lessons_and_their_experiments_lead_to_each_other(book):
+    lesson, index = ((book / page).read_text(encoding="utf-8") for page in ("lessons/01_small.html", "api/index.html"))
+    library, _, beside = lesson[lesson.index('id="in-the-library"') :].partition('id="beside-the-lessons"')
+    assert "clipping" not in library and "lessons/experiments/clipping.py" in beside
+    assert "../_modules/experiments/clipping.html#clip_picture" in beside and "../api/experiments.clipping.html" in beside
+    assert '<a href="../_modules/experiments/clipping.html"><code>lessons/experiments/clipping.py</code></a>' in lesson, "in the text"
+    assert "experiments.clipping" in index[index.index('id="beside-the-lessons"') :]
+    for page in ("_modules/experiments/clipping.html", "api/experiments.clipping.html"):
+        assert "lessons/01_small.html" in (book / page).read_text(encoding="utf-8"), page
+
+
+@needs_extra
 def test_every_link_of_the_book_leads_somewhere_and_nothing_is_loaded_from_outside(site):
     assert broken(site) == []
 
@@ -242,7 +265,7 @@ def test_what_has_not_changed_is_not_made_again(book, project, capsys):
     notebook = json.loads((book / "notebooks" / "01_small.ipynb").read_text(encoding="utf-8"))
     assert notebook["cells"][2]["outputs"][0]["text"] == ["the default rank is 8 gradcheck\n"]
     assert sorted(path.name for path in project.iterdir()) == ["README.md", "lessons", "site"], "nothing else was written"
-    assert [path.name for path in (project / "lessons").iterdir()] == ["01_small.py"]
+    assert sorted(path.name for path in (project / "lessons").rglob("*")) == ["01_small.py", "__init__.py", "clipping.py", "experiments"]
 
 
 @needs_extra

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from cli_helpers import jsonl, refused, run, tiny
@@ -11,7 +11,7 @@ from cli_helpers import jsonl, refused, run, tiny
 import minipeft as mp
 from minipeft.cli.compare import Questions
 from minipeft.cli.data import TaskOptions, encode, longest, split_off
-from minipeft.cli.plots import plot_learning, styled
+from minipeft.cli.plots import name_points, plot_learning, plot_trade, styled
 from minipeft.hub.base import load_base
 from minipeft.peft.methods import METHODS
 from minipeft.text.datasets import Completion, Document
@@ -137,12 +137,35 @@ def test_each_line_of_the_picture_has_its_name_and_its_look(comparison):
     plot_learning(axes, rows)
     names = {text.get_text(): (text.xy, text.xyann[1], text.arrow_patch.get_edgecolor()) for text in axes.texts}
     looks = [(to_rgba(color), marker) for _, color, marker in styled(rows)]
-    assert len(set(looks)) == len(rows) and len({color for color, _ in looks[:13]}) == 13
+    assert len(set(looks)) == len(rows) and len({color for color, _ in looks[:13]}) == len({marker for _, marker in looks[:13]}) == 13
     assert list(names) == [row["title"] for row in sorted(rows[1:], key=lambda row: row["task_loss"])]
     for row, (color, _) in list(zip(rows, looks))[1:]:
         assert names[row["title"]][::2] == ((12, row["task_loss"]), color)
     heights = [height for _, height, _ in names.values()]
     assert min(b - a for a, b in pairwise(heights)) > 0.05, "a name stands on another"
+
+
+def test_each_point_of_the_picture_has_its_name_and_none_hides_another():
+    """Where points meet, a line of its color leads from each name to its point, and no two of these lines cross."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.path import Path
+    from matplotlib.text import Text
+
+    places = {"frozen": (0, 0), "full": (90, 0.9), "LoRA": (92, 0.50), "DoRA": (92, 0.51), "QLoRA": (91, 0.505), "IA3": (30, 0.4), "LoHa": (93, 4.2)}
+    rows = [{"title": title, "score": x, "forgotten": y, "scored": "right, %"} for title, (x, y) in places.items()]
+    figure, (axes,) = panels(1, 6, 4)
+    plot_trade(axes, rows)
+    name_points(axes, rows)
+    figure.draw_without_rendering()
+    assert {text.get_text(): text.xy for text in axes.texts} == places and len(axes.texts) == len(rows)
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without their lines
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes), "a name stands on another"
+    far = {text.get_text(): text for text in axes.texts if text.arrow_patch}
+    colors = {row["title"]: to_rgba(color) for row, color, _ in styled(rows)}
+    assert far.keys() == {"LoRA", "DoRA", "QLoRA"}, "the others have room"
+    assert all(text.arrow_patch.get_edgecolor() == colors[title] for title, text in far.items())
+    lines = [Path([axes.transData.transform(text.xy), axes.transAxes.transform(text.xyann)]) for text in far.values()]
+    assert not any(a.intersects_path(b) for a, b in combinations(lines, 2))
 
 
 def test_the_picture_of_a_short_comparison_has_ticks_at_whole_steps():

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from run_lessons import LessonRunner
 
 from minipeft.book.site import glossary
@@ -59,14 +60,21 @@ def runner():
 def test_lesson_runs_and_leaves_its_picture(path, runner, tmp_path):
     out, home, log = tmp_path / "out", tmp_path / "elsewhere", tmp_path / "log.txt"
     home.mkdir()
+    text = path.read_text(encoding="utf-8")
     status = runner.run(path, home, {"MINIPEFT_LESSONS_OUT": str(out)}, log)
     printed = log.read_text(encoding="utf-8")
     assert status == 0, f"{path.name} failed:\n{printed[-6000:]}"
     if HOW_TO_GET in printed:
         pytest.skip(HOW_TO_GET)
-    pictures = list(out.glob(f"{path.stem}*.png"))
+    assert ("REDUCED SETTING: " in printed) == ("MINIPEFT_REDUCED" in text), "a reduced lesson says so"
+    pictures = set(out.glob(f"{path.stem}*.png"))
     assert pictures, f"{path.name} saved no picture named {path.stem}*.png"
-    assert all(picture.read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    named = [re.sub(r"\{\w+\}", "*", name) for name in re.findall(r'OUT / f?"([^"]+\.png)"', text)]
+    assert set().union(*map(out.glob, named)) == pictures and all(map(list, map(out.glob, named))), "the reduced run saves all pictures"
+    for picture in pictures:
+        pixels = imread(picture)[::4, ::4]
+        assert min(pixels.shape[:2]) > 40, f"{picture.name} is small"
+        assert (pixels != pixels[0, 0]).any(axis=-1).mean() > 0.01, f"{picture.name} is blank"
     assert not list(home.iterdir()), f"{path.name} wrote outside its output folder"
 
 

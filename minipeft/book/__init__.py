@@ -2,7 +2,7 @@
 
     lessons.py    the lessons: found, executed in a Jupyter kernel, and kept for as long as nothing that they read changes
     pictures.py   what a figure shows, in words: its alternative text
-    links.py      from lessons to the library's lines and back; claims
+    links.py      from lessons to the lines of the library and of lessons/experiments, and back; claims
     glossary.txt  the words of the course
     site.py       the pages, written by Sphinx
     ranges.py     the lines at which the README says to start reading

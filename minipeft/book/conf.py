@@ -51,8 +51,8 @@ def docstring(app, what, name, obj, options, lines):
 
 def source_page(app, page, template, context, doctree):
     """Say on a page of source which lessons explain it."""
-    if page.startswith("_modules/minipeft"):
-        module, up = page.removeprefix("_modules/").replace("/", "."), "../" * page.count("/")
+    module, up = page.removeprefix("_modules/").replace("/", "."), "../" * page.count("/")
+    if page.startswith("_modules/") and module in links.modules():
         if lessons := links.from_lessons(links.lessons_of(module), up):
             context["body"] = context["body"].replace("</h1>", f"</h1><p>{lessons}</p>", 1)
 

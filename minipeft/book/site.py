@@ -66,8 +66,9 @@ def sphinx(work: Path) -> None:
     """Make html/ of pages/. Sphinx runs in a process of its own, for it keeps much in globals."""
     places = (str(work / name) for name in ("doctrees", "pages", "html"))
     command = [sys.executable, "-m", "sphinx", "-q", "-j", "auto", "-c", str(CONFIGURATION), "-d", *places]
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
+    lessons = next(iter(find_lessons().values())).parent  # where experiments/ is
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), str(lessons), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not (work / "html" / "index.html").exists():
         raise RuntimeError(f"Sphinx failed: {(done.stderr.strip() or 'it wrote no index.html').splitlines()[-1]}")
@@ -96,7 +97,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def lesson_page(path: Path, notebook: Any) -> Any:
-    """A lesson's notebook with alternative texts, links into the library, and the claims that it judges."""
+    """A lesson's notebook with alternative texts, links to the code, and the claims that it judges."""
     import nbformat
 
     page = nbformat.from_dict(notebook)
@@ -107,7 +108,7 @@ def lesson_page(path: Path, notebook: Any) -> Any:
         pictures = [output["data"]["text/plain"] for output in cell.outputs if "image/png" in output.get("data", {})]
         if pictures:
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(pictures)}}
-    end = [links.to_library(path, set(links.modules())), _claims_of(path)]
+    end = [links.to_code(path, set(links.modules())), _claims_of(path)]
     end.append(f'<p><a href="../notebooks/{path.stem}.ipynb" download>This lesson as a notebook</a>, executed.</p>')
     page.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, end)), id="end"))
     return page
@@ -123,12 +124,12 @@ def _claims_of(path: Path) -> str:
 
 def module_page(module: str) -> str:
     """The reference of a module."""
-    name = module.removeprefix("minipeft.")
+    name = links.file_of(module) if links.of_lessons(module) else module.removeprefix("minipeft.")
     return f"---\norphan: true\n---\n\n# {links.escape(name)}\n\n[All modules](index.md)\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
 
 
 def api_page() -> str:
-    """The public names of `mp`, and all modules."""
+    """The public names of `mp`, all modules, and those of lessons/experiments."""
     import minipeft as mp
 
     rows = []
@@ -140,10 +141,12 @@ def api_page() -> str:
             anchor = "" if target else f"#{module}.{value.__qualname__}"
             summary = re.split(r"(?<=[.:])\s", (value.__doc__ or "").strip().partition("\n\n")[0])[0]
             rows.append(f'<a href="{module}.html{anchor}"><code>mp.{name}</code></a>\n: {links.escape(" ".join(summary.split()))}\n')
-    every = [f"- [{links.escape(module)}]({module}.md): {links.escape(_summary(path))}" for module, path in links.modules().items()]
+    every: dict[bool, list[str]] = {False: [], True: []}
+    for module, path in links.modules().items():
+        every[links.of_lessons(module)].append(f"- [{links.escape(module)}]({module}.md): {links.escape(_summary(path))}")
     return "\n".join([
         "# Reference\n\nThe public names of `import minipeft as mp`; below, all modules, with their source.\n",
-        *rows, "## Modules\n", *every, "",
+        *rows, "## Modules\n", *every[False], "", *(["## Beside the lessons\n", *every[True], ""] if every[True] else []),
     ])  # fmt: skip
 
 
