@@ -6,7 +6,7 @@
 # Some of it holds in some cases; much these runs cannot decide. What you take along is the way of measuring: each side
 # tuned for itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 26 minutes (200 words or 25 lines of
 # code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
 # lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
 # 3), and 41 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first computes what is missing there
@@ -35,7 +35,7 @@ from minipeft.claims import data, judge, protocol
 from minipeft.claims.comparison import CASES, KEYS, compare, in_cases
 from minipeft.claims.large import Large, told
 from minipeft.claims.league import MAIN, league
-from minipeft.claims.practice import EQUAL_STEPS, HARD, HARDER, REPEATED, SKEWED, WARM
+from minipeft.claims.practice import ADVISED, EQUAL_STEPS, HARD, HARDER, REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search
 from minipeft.claims.register import statements
 from minipeft.claims.statistics import crossed
@@ -214,12 +214,6 @@ for (case, method), curve in curves.items():
     assert min(curve) < best[case, method].rate < max(curve), "it is inside what was tried"
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
-unlike = [case for case in CASES if len({(best[case, m].epochs, best[case, m].batch_size) for m in ("full", "lora")}) > 1]
-alike = along("rate", replace(best[CASES[3], "lora"], method="full"), tried[CASES[3], "full"][1])
-one, other = (best[CASES[4], m] for m in ("full", "lora"))
-assert unlike == [*CASES[3:5]] and one.epochs < other.epochs and one.batch_size > other.batch_size
-print(f"source, 50, at LoRA's epochs: {best[CASES[3], 'lora'].rate / min(alike, key=alike.get):g}")
-assert min(alike) < min(alike, key=alike.get) < best[CASES[3], "full"].rate, "the factor is larger at equal epochs"
 print("SmolLM2-135M:", told("full-3"))
 assert "and not within" in told("full-3") and (Large("full").examples, Large("full").validation) == (320, 64), "the law does not reach it"
 logs = np.log([*times.values()])
@@ -234,8 +228,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # A U: too low a rate learns little, too high does damage. In all six cases LoRA's rate is higher, 1.5 to 12 times full
 # fine-tuning's; the geometric mean is 4.2 [2.0, 9.1]. The estimate's 3.5 is inside. Ten is not, but would be if LoRA's
 # rate were one step higher with 500 of `rewrite`. (Steps are factors of two, under one seed; LoRA's searches start at
-# three times full fine-tuning's rate. Epochs and batch differ with 50 and 500 of `source`: with 50, at LoRA's epochs,
-# the factor is 3, not 1.5; with 500 LoRA took more epochs, in smaller batches. With 500 and 5,000 of `source` full
+# three times full fine-tuning's rate; each side has its own epochs and batch size. With 500 and 5,000 of `source` full
 # fine-tuning's U is nearly flat.) Full fine-tuning's best rates, 6e-5 to 1e-3, are all above the textbook's 1e-5 to
 # 5e-5. (`best-4` asks for these, and for clearly higher rates with each other method.)
 #
@@ -323,18 +316,13 @@ print(f"batch size that the 36 searches of the league chose: {sizes}; steps: up 
 # with 500?
 
 # %%
-over_epochs, turns = {}, {}  # (case, method) -> {epochs: (loss on validation, training loss)} at the rate and batch that were chosen
-print("\nepochs: loss on validation (training loss); by how much twice the best number is worse, in standard deviations over the seeds")
+over_epochs = {}  # (case, method) -> {epochs: (loss on validation, training loss)} at the rate and batch that were chosen
+print("\nepochs: loss on validation (training loss)")
 for (case, method), (at, seen) in tried.items():
     line = over_epochs[case, method] = {n: (y, find(replace(at, epochs=n))["train_loss"]) for n, y in along("epochs", at, seen).items()}
-    luck = np.std([find(replace(at, seed=seed, split="test"))["loss"] for seed in SEEDS], ddof=1)
-    turns[case, method] = (line[2 * at.epochs][0] - line[at.epochs][0]) / luck if 2 * at.epochs in line else np.nan
-    told = ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items())
-    print(f"  {case.name:23s}{method:5s} {told}; {turns[case, method]:.1f}")
+    print(f"  {case.name:23s}{method:5s}", ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items()))
     assert (np.diff([train for _, train in line.values()]) <= 0).all(), "the training loss falls on"
     assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
-    assert case.task == "source" or {t.rate for t in seen if t.epochs > at.epochs} <= {at.rate}, "no other rate for more epochs"
-assert all(not x <= 10 if case.task == "rewrite" else not (x >= 5 or x <= 0) for (case, _), x in turns.items())
 assert {(best[CASES[0], m].epochs, best[CASES[1], m].epochs) for m in ("full", "lora")} == {(16, 2)}, "on rewrite, 50 and 500"
 
 # %%
@@ -342,18 +330,48 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 
 # %% [markdown]
 # The training loss falls on. At the chosen rate twice as many epochs have a higher loss on validation wherever they
-# were allowed. This is nearly the search's own doing: it ends only where they are not better by more than 0.002. (On
-# `rewrite` no lower rate was tried with more epochs. LoRA on `source` with 500 chose four, and all with 5,000 one: no
-# more were allowed.) On `rewrite` both methods do best with 16 epochs of 50 examples and 2 of 500; twice as many are
-# worse by more than ten standard deviations over the seeds. On `source` they are worse by less than five, which may be
-# luck. So on `rewrite` "one to three" suits 500 examples, not 50. `peft-4` asks whether LoRA overfits less: it pairs
-# settings of both with equal training loss (within 0.05), seen by the searches with 50 and 500 examples. LoRA's loss on
-# validation must be clearly lower, in the mean of the four cases.
+# were allowed. (With 5,000, and for LoRA on `source` with 500, no more were.) This is nearly the search's own doing: it
+# ends only where they are not better by more than 0.002. On `rewrite` the loss turns after 16 epochs of 50 examples,
+# and after 2 of 500.
+#
+# But a rate suits a length. In `best-6` two more searches start from one epoch and from the most, four times as many as
+# the league allows. The best setting of 2 to 5 epochs stands beside the best of any number.
+#
+# **Predict:** with 50 verses, can 4 epochs do as well as 16, at another rate?
+
+# %%
+for pair in ADVISED:
+    few, any_number = (report(find, way, KEYS[pair.task]).trial for way in (pair.one, pair.other))
+    told = [f"{t.epochs:g} epochs at rate {t.rate:.2g}" for t in (few, any_number)]
+    print(f"{pair.where:29s} best of 2 to 5: {told[0]}; of any: {told[1]}; {compared(pair).word} ({compared(pair).interval})")
+    assert pair.one.start.examples == 50 or few == any_number, "with 500 the best is one of 2 to 5"
+quick, slow, slower = (report(find, way) for way in (ADVISED[0].one, search("rewrite", "full", 50), ADVISED[1].other.of[1]))
+same = compare(quick, slow, "nll"), compare(slower, report(find, ADVISED[1].other), "nll")
+print("full, 4 epochs beside 16; LoRA, 128 beside 16:", *(f"{d.word} ({d.interval})" for d in same))
+assert [d.word for d in same] == ["equal"] * 2 and slower.trial.epochs == 128 and compared(ADVISED[1]).clearly_worse
+assert (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.trial.rate * 4)
+
+# %% [markdown]
+# Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA cannot:
+# its best of 2 to 5 is 0.080 [0.048, 0.112] behind 16 epochs. (128, at a lower rate, equal 16.) On `source` with 50
+# nothing is told. With 500 the best of any number is itself one of 2 to 5, in all four cases.
+#
+# `peft-4` asks whether LoRA overfits less: it pairs settings of both with equal training loss (within 0.05), seen by
+# the searches with 50 and 500 examples. LoRA's loss on validation must be clearly lower, in the mean of the four cases.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. At equal training loss LoRA's loss on
 # > validation is +0.014 nats per token lower (-0.032 to +0.061 over 4 cases, with 34 pairs of settings). (256
 # > validation records)
+#
+# > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 5 are as stated, 1 is not and 2 are not told (5 equal, 2
+# > undecided and 1 worse):
+# >
+# > - 2 to 5 epochs beside any number, lora, rewrite, 50 examples: worse (-0.080 [-0.112, -0.048]).
+# > - 2 to 5 epochs beside any number, full, source, 50 examples: undecided (+0.026 [-0.090, +0.142]), not told.
+# > - 2 to 5 epochs beside any number, lora, source, 50 examples: undecided (-0.108 [-0.364, +0.147]), not told.
+# >
+# > (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · Warm-up

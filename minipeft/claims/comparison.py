@@ -37,7 +37,7 @@ from ..evaluation.intervals import Estimate
 from ..experiments.rows import read_rows
 from . import protocol
 from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder, search, trial_of, tuned, untrained
-from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, itemized, listed
+from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, followed, itemized, listed
 
 UNDECIDED = "undecided"
 MANY = 6  # comparisons of a statement: of more, all are counted, and those that come out otherwise than most are shown
@@ -393,7 +393,5 @@ def both(one: Verdict, other: Verdict) -> Verdict:
     parts = {one.verdict, other.verdict}
     verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
     numbers = [*one.evidence, *filter(None, [other.effect]), *other.evidence]
-    apart = "\n\n" if one.because.rpartition("\n")[2].startswith("- ") else " "  # behind a list
-    return Verdict(
-        verdict, f"{one.because}{apart}{other.because}", one.effect, numbers, one.seeds, one.items, one.base, one.task
-    )  # fmt: skip
+    because = followed(one.because, other.because)
+    return Verdict(verdict, because, one.effect, numbers, one.seeds, one.items, one.base, one.task)

@@ -101,7 +101,8 @@ def large_batches(rows: Rows) -> Verdict:
 
 
 def _advised(method: str, case: Case) -> Pair:
-    searches = tuple(search(case.task, method, case.examples, epochs=n, longer=4) for n in (1.0, 4.0 * most_epochs(case.examples)))
+    ends = (search(case.task, method, case.examples, epochs=n, longer=4) for n in (1.0, 4.0 * most_epochs(case.examples)))
+    searches = *ends, search(case.task, method, case.examples)
     return Pair(f"{method}, {case.name}", "2 to 5 epochs", Seen(searches, 2, 5), "any number", Seen(searches))
 
 
@@ -113,12 +114,11 @@ def epochs(rows: Rows) -> Verdict:
     """Holds if the best setting of 2 to 5 epochs is not inferior (interval above -0.02) to the best of any number of epochs, each with a
     schedule of its own length, in every case of task, number of examples (50 and 500), and full fine-tuning or LoRA; holds if in
     some; does not hold here if in none. More than 128 epochs of 50 examples and 16 of 500 are not tried. The settings are those
-    of two searches, from one epoch and from the most."""
+    of three searches: from one epoch, from the most, and the league's own, which starts between."""
     find = finder(rows)
-    best = {pair.where: chosen(find, pair.other)[0].epochs for pair in ADVISED}
     found = judged(find, ADVISED, not_inferior)
-    told = listed([f"{number:g} ({name})" for name, number in best.items()])
-    return replace(found, because=f"{found.because} The best numbers of epochs are {told}.")
+    best = [Number(f"best number, {pair.where}", chosen(find, pair.other)[0].epochs, "epochs") for pair in ADVISED]
+    return replace(found, evidence=[*found.evidence, *best])
 
 
 WARM = [pair for share in (0.05, 0.1) for pair in differing(f"{share:.0%} warm-up", {"warmup": share}, "none", {"warmup": 0.0})]

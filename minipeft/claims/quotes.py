@@ -11,7 +11,7 @@ import re
 import sys
 
 from ..files import rewrite
-from .register import UNTRIED, Statement, Verdict, filled, judge, rule_of, statements
+from .register import UNTRIED, Statement, Verdict, filled, followed, judge, rule_of, statements
 
 WIDTH = 120
 CELL = "# %% [markdown]\n"
@@ -24,8 +24,8 @@ def quotation(statement: Statement, verdict: Verdict) -> str:
     items = "validation records" if "validation" in verdict.task else "test items"
     sizes = [f"{n} {what}" for n, what in ((verdict.seeds, "seeds"), (verdict.items, items)) if n and n > 1]
     said = f"`{statement.id}` {statement.statement}: **{verdict.verdict}**. {verdict.because}"
-    end = "\n\n" if said.rpartition("\n")[2].startswith("- ") else " "
-    said += f"{end}({', '.join(sizes)})" * bool(sizes)
+    if sizes:
+        said = followed(said, f"({', '.join(sizes)})")
     return filled(said, WIDTH, "# > ", "# > ") + "\n"
 
 

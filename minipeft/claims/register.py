@@ -350,6 +350,12 @@ def itemized(items: Sequence[str]) -> str:
     return f"{items[0][0].upper()}{'; '.join(items)[1:]}."
 
 
+def followed(because: str, more: str) -> str:
+    """A reason and what is said behind it, apart from a list."""
+    listed_last = because.rstrip("\n").rpartition("\n")[2].startswith("- ")
+    return because.rstrip("\n") + ("\n\n" if listed_last else " ") + more
+
+
 def filled(text: str, width: int, first: str = "", rest: str = "") -> str:
     """Paragraphs and lists as lines of at most a width, the first line of all behind `first`, the others behind `rest`."""
     lines: list[str] = []
