@@ -30,7 +30,7 @@ def dora(row: Point = (12, 5), update: Point = (-7, 3)) -> Any:
     line(axes, [at(row), at(lora)], color=INK, ls="--")
     line(axes, [at((0, 0)), at(lora)], color=INK, lw=1.6)
     words(axes, *at(row, 0.8, -0.6), "a row of W,\nof length m", ha="left", color=BLUE)
-    words(axes, *at(np.add(row, lora) / 2, -1.2, 1.6), "LoRA's update")
+    words(axes, *at(np.add(row, lora) / 2, -2.6, 1.9), "LoRA's update")
     words(axes, *at(lora, -0.9, -0.6), "LoRA: the sum", ha="right")
     words(axes, *at(turned, 0.9, -0.8), "DoRA: the sum's\ndirection, length m", ha="left", color=ORANGE)
     words(axes, 20, START[1] + 2.5, "dotted: rows of length m, which is trained, too", color=GREY)
