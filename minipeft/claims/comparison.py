@@ -40,7 +40,7 @@ from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, Trial, finder
 from .register import HOLDS, IF, NOT, ROWS, UNTESTABLE, Experiment, Number, Verdict, followed, itemized, listed
 
 UNDECIDED = "undecided"
-MANY = 6  # comparisons of a statement: of more, all are counted, and those that come out otherwise than most are shown
+MANY = 6  # comparisons of a statement: of more, all are counted, and those unlike most are shown, if they are no more than this
 SPREADS = 4  # standard deviations
 AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
@@ -377,7 +377,7 @@ def told(
             notes.append(f"{ended} where the worse, or both, took the most epochs")
         counts += f" ({'; '.join(notes)})"
         usual, n = Counter(so).most_common(1)[0]
-        shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) else []
+        shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) and len(so) - n <= MANY else []
     because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]

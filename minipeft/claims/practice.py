@@ -49,8 +49,8 @@ NOISE = [
 @claim("best-1", lesson="14_best_practices.py", section="6 · Few clean examples, or many with mistakes?", experiment=Searches.pairs("league", NOISE))
 def clean_data(rows: Rows) -> Verdict:
     """Holds if training on the clean part alone clearly beats training on all 500 examples, of which a quarter or a half are spoiled
-    (answers of other questions, always the same wrong answer, records of another task), in every case; holds if in some; does
-    not hold here if in none. Both may take as many steps."""
+    (random: answers of other questions; systematic: a wrong answer by a rule, the verse as it is, or the next book; off-topic:
+    records of another task), in every case; holds if in some; does not hold here if in none. Both may take as many steps."""
     return judged(finder(rows), NOISE, better)
 
 
