@@ -57,11 +57,11 @@ train_records = data.asked("rewrite", "train", 160)
 held_out_records = data.asked("rewrite", "validation", 4 if REDUCED else 64)
 held_out_examples = data.encode(held_out_records)
 assert not {record.prompt for record in held_out_records} & {record.prompt for record in data.questions("rewrite", "train")}
-print(f"\n{train_records[0].prompt}{train_records[0].completion}")
+print(f"\n{tokenizer.decode(train_examples[0].input_ids)}")
 
 # %% [markdown]
 # What of this shall the model learn? Whoever asks will type the *prompt*, up to `Plain English:`. So each token has a
-# **label**: in the rest, the *completion*, the token itself; in the prompt $-100$, which the loss ignores. The token
+# **label**: in the rest, the *completion*, the token's id; in the prompt $-100$, which the loss ignores. The token
 # $x_t$ is predicted from those before it:
 
 # %%
@@ -366,8 +366,8 @@ print(f"\nstops by itself: before {stops[0]:.0%}, after {stops[1]:.0%}; the Bibl
 assert REDUCED or (stops[0] < 0.1 and stops[1] > 0.6 and round(math.exp(-best[0]), 2) == 0.09), "it learns to stop, though not always"
 
 # %% [markdown]
-# It now mostly knows when to stop. But it gives the Bible's tokens a probability of only 0.09 (geometric mean,
-# $e^{-L}$).
+# It now mostly knows when to stop. On (geometric) average it gives a token of the plain verse a probability of 0.09
+# ($e^{-L}$).
 #
 # The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. A
 # textbook prints the loop without that line (the verdict is on other verses; "The league", below, says how to read
@@ -491,11 +491,11 @@ timeline(base, batch=B, seq_len=T).plot(OUT / "03_full_finetuning_memory.png")
 #
 # ## A batch that does not fit: gradient accumulation
 #
-# The $16N$ bytes come with every weight; the batch's activations can come in parts. If 16 sequences are too many at
-# once, take 4 times 4 and add the gradients up. But the loss is a mean over the $n$ learned *tokens*, of which part $i$
-# has $n_i$. So weigh its gradient $g_i$ by these: $g = \sum_i \frac{n_i}{n}\, g_i$. The plain mean of the four,
-# $\frac14 \sum_i g_i$, is another gradient, in which a token counts for more if its part has few. Batches sorted by
-# length make it worse: the parts' counts differ more.
+# The $16N$ bytes stay; the batch's activations can come in parts. If 16 sequences are too many at once, take 4 times 4
+# and add the gradients up. But the loss is a mean over the $n$ learned *tokens*, of which part $i$ has $n_i$. So weigh
+# its gradient $g_i$ by these: $g = \sum_i \frac{n_i}{n}\, g_i$. The plain mean of the four, $\frac14 \sum_i g_i$, is
+# another gradient, in which a token counts for more if its part has few. Batches sorted by length make it worse: the
+# parts' counts differ more.
 
 # %%
 sixteen = sorted(train_examples[:16], key=lambda example: len(example.input_ids))  # as loaders that save padding do
@@ -555,7 +555,7 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # be tested here*. A difference above 0 says that the first method is better: its loss is lower, its share higher.
 # *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it reaches beyond, with 0 in it. *Not told*:
 # the difference is not equal, and the limit that the rule asks about (in `start-1` 0) is in its interval. *Within 4
-# epochs*: the worse method took the most epochs allowed; *both within*: both did. *Not tried yet*: no rule.
+# epochs*: the worse method took the most epochs allowed; *both within*: both did.
 #
 # With 50 examples the base is clearly behind on `source`: a hundredth was not enough. With 500 it is ahead on
 # `rewrite`, at a twentieth of the work, but not at the level for four comparisons. (And the random weights took all the

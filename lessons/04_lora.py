@@ -105,7 +105,7 @@ diagrams.block(base.config, everywhere).savefig(OUT / "04_lora_block.png")
 
 # %% [markdown]
 # `get_peft_model` replaces layers by name: an *adapter layer* takes the place of each, and wraps it (its *base layer*).
-# What one configuration adds to the model is an *adapter*. The model shares the base's arrays, and changes none.
+# What one configuration adds to the model is an *adapter*. The new model shares the base's arrays, and changes none.
 
 # %%
 untouched = [p.numpy().copy() for p in base.parameters()]  # compared at the end
@@ -123,7 +123,7 @@ assert np.array_equal(model(ids).numpy(), base(ids).numpy())
 # $$\frac{\partial L}{\partial B} = \frac{\alpha}{r}\, G A^\top, \qquad
 #   \frac{\partial L}{\partial A} = \frac{\alpha}{r}\, B^\top G .$$
 #
-# **Predict:** the adapters have 84 matrices. How many of them move in the first step, and how many in the second?
+# **Predict:** the adapter has 84 matrices. How many of them move in the first step, and how many in the second?
 
 # %%
 place = "model.layers.2.mlp.down_proj"

@@ -264,7 +264,7 @@ assert size < 0.2 and longest < length / 3
 # random vector by a third of its own. Which start is better may be a question of the rate. The task is Lesson 3's, with
 # three starts, two rates and five seeds, each with verses of its own. "Words" are embeddings of 20 tokens drawn from
 # the vocabulary (`SAMPLE_VOCAB`), not of a text that makes sense. "Small" are random vectors about as long as
-# embeddings: the *control*, which differs from words in one thing alone, the directions.
+# embeddings: the *control*, with the usual size of words and random directions.
 #
 # **Predict:** at rate 0.03 words win. At 0.3?
 

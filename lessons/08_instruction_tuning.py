@@ -123,7 +123,7 @@ names = [tokenizer.decode([i]).replace("<|endoftext|>", "end") for i in ids[arou
 rates.labels_drawing(names, labels[around]).savefig(OUT / "08_instruction_tuning_labels.png")
 
 # %% [markdown]
-# The loss is the mean over these:
+# The loss averages over the orange ones:
 #
 # $$L = -\frac{1}{|A|} \sum_{t \in A} \log p(x_t \mid x_{<t}), \qquad A = \text{the answer's tokens and the end.}$$
 #
@@ -157,7 +157,7 @@ assert len(typed) > 1 and tokenizer.token_to_id("<|im_end|>") not in typed, "typ
 
 # %% [markdown]
 # Where exactly does the answer begin? Not where its characters do: a token can hold characters of both. So prompt and
-# prompt + answer are both encoded, and it begins where the two *diverge*.
+# prompt + answer are both encoded; where they *diverge*, the answer begins.
 #
 # **Predict:** a prompt ends with a space. Where does its answer begin?
 
@@ -267,7 +267,7 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 #
 # ## 4 · Train: one task, three, seven
 #
-# A run takes 60 steps of 24 records, about equally many of each task: one, three, or all seven.
+# A run takes 60 steps of 24 records from one, three, or all seven tasks, about equally.
 
 # %%
 MIX = {1: ("rewrite",), 3: ("rewrite", "define", "source"), 7: TRAINED}

@@ -341,9 +341,8 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # 0.68$, as a variance is not negative. So the ceiling, $(1 + x)/2$ on average, is between 0.73, where raters are sure
 # of some pairs and toss a coin for the rest, and 0.84.
 #
-# **Head, LoRA, or all weights?** This we know on the chain of Lesson 10, which has its own gold (section 6): a model
-# fine-tuned on demonstrations (the *SFT model*), a reward model, then PPO, which trains a *policy* to please the reward
-# model.
+# **Head, LoRA, or all weights?** This we know on Lesson 10's chain (its gold: section 6): a model fine-tuned on
+# demonstrations (the *SFT model*), a reward model, then PPO, which trains a *policy* to please the reward model.
 #
 # **Predict:** from 600 comparisons each, which orders the most pairs as the gold does?
 
@@ -361,8 +360,8 @@ assert all(np.subtract(*interval(ordered[a, n] - ordered[b, m])) > 0 for a, n, b
 assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is None), "of no judge is another rate clearly better"
 
 # %% [markdown]
-# Over the seeds, more comparisons help clearly, LoRA clearly beats the head, and all weights are not clearly ahead of
-# LoRA. Each judge has a rate of its own; no other that was tried, on other prompts, is clearly better
+# Over the seeds, LoRA clearly beats the head, all weights are not clearly ahead of LoRA, and more comparisons help
+# clearly. Each judge has a rate of its own; no other that was tried, on other prompts, is clearly better
 # (`claims/chain_tuning.py`).
 #
 # ## 6 · Labels from a model that follows principles
@@ -420,7 +419,7 @@ assert apart.low < 0 < apart.high, "PPO by the coin's labels: not clearly other 
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
 #
-# **Predict:** alone either is right in 0.75. And a majority of 25?
+# **Predict:** one of either kind is right in 0.75. And a majority of 25?
 
 # %%
 lead, longer = np.random.default_rng(0).standard_normal((2, 20000))  # of one text over another, in quality and in length
@@ -521,8 +520,8 @@ judges.calibration_picture(curves).savefig(OUT / "09_reward_model_calibration.pn
 #
 # With two thousand clean rankings the rater agrees more often than the judge says, by 0.01 ± 0.03 over all pairs: not
 # clear. In one of the five bins from 0.5 on it is clear, also if all five intervals are to hold together (99 % each):
-# where the judge says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. (Why is open: neither another rate nor a
-# second pass was tried.) The careless rater's two thousand taught little, but honestly: these judges never say more
+# where the judge says 0.75 the rater agrees in 0.81, more by 0.06 ± 0.03. (The cause is open: neither another rate nor
+# a second pass was tried.) The careless rater's two thousand taught little, but honestly: these judges never say more
 # than 0.6.
 #
 # **Repair.** Divide all rewards by one number, the **temperature** (not the rater's $T$) that has the smallest loss on

@@ -488,9 +488,9 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# The small one, in each seed. Would a reader see a difference? In the answers printed for seed 2, as we read them, yes:
-# *great* repeats at 0 and 0.05, not at 0.2 or with the penalty; none makes sense. Over three seeds, one with a poor
-# judge, no mean difference of the second gold is clear. What follows is of these runs; others may differ.
+# The small one, in each seed. Would a reader see its lead? Not in the one answer of each printed for seed 2, as we read
+# them: *great(er)* repeats at 0 and 0.05, not at 0.2 or with the penalty. Over three seeds, one with a poor judge, no
+# mean difference of the second gold is clear. What follows is of these runs; others may differ.
 #
 # - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
 #   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But an early

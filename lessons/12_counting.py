@@ -236,8 +236,8 @@ counting.states_picture(states).savefig(OUT / "12_counting_states.png", dpi=120)
 # %% [markdown]
 # ## 4 · Bytes of a token
 #
-# Backward, the pass that computes gradients, needs values that forward computed: the *activations*, orange in this step
-# of the base. They pile up in forward, and backward frees them.
+# Backward, the pass that computes gradients, needs values that forward computed: the *activations*, dark orange in
+# Lesson 3's step, below. They pile up in forward, and backward frees them.
 
 # %%
 counting.over_time_picture(mp.load_base()[0].config, 16, 64).savefig(OUT / "12_counting_over_time.png", dpi=120)

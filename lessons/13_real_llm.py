@@ -367,7 +367,7 @@ for i in range(min(3, SHOWN)):
         print(f"{name:9s}  {results[name]['texts'][i]}")
 
 # %% [markdown]
-# As we read these answers: before, they lose the verse and say something else; the tuned model keeps much of the verse,
+# As we read these answers, those before lose the verse and say something else; the tuned model keeps much of the verse,
 # and puts plain words for some of its. The count above the answers says how many changed nothing.
 #
 # ### Five runs, and 512 verses

@@ -64,8 +64,7 @@ print(f"the base has {N:,} parameters")
 # | prefix tuning | 20 keys and values in every layer | the same |
 # | QLoRA | LoRA on four-bit weights | the same |
 # | instruction tuning | every weight | examples of many tasks, each asked for in words |
-# | RLHF (PPO) | every weight, starting from a full fine-tuning | its own answers, and a score for each |
-# | DPO, in PPO's place (Lesson 20) | the same | pairs of a better and a worse answer |
+# | RLHF (PPO; DPO: Lesson 20) | every weight, starting from a full fine-tuning | its own answers, and a score for each (DPO: pairs of a better and a worse one) |
 #
 # The first six are the same job done with different parameters. Instruction tuning is another job: one model that does
 # what it is asked. RLHF is a third: it needs no right answers, only a judge, a rule or a model that has learned from
@@ -430,8 +429,8 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # others were tried afterwards, to see whether PPO or what stands beside it was at a disadvantage. If you have answers,
 # imitate them first: PPO starts from SFT.
 #
-# Other runs have DPO beside PPO, each at the rate that a search chose (Lesson 10, section 9): another task and gold
-# (VADER: how kind the words are), both from the base, five seeds, 512 prompts.
+# Other runs have DPO beside PPO, both from the base, each at the rate that a search chose (Lesson 10, section 9):
+# another task and gold (VADER: how kind the words are), five seeds, 512 prompts.
 #
 # **Predict:** which gains more gold, PPO or DPO? And are their answers better to read?
 
@@ -448,7 +447,7 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 
 # %% [markdown]
 # Both clearly gain gold, and which gains more is open. But as we read the answers that Lesson 10 prints of these runs,
-# neither PPO's nor DPO's are better than the base's. This gold asks for kind words alone.
+# neither PPO's nor DPO's are better than the base's. This gold asks for kind words alone: of DPO's answers 1 % end.
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons 6 are as stated and 3 are not

@@ -478,7 +478,9 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 diagrams.dora().savefig(OUT / "18_lora_questioned_dora.png")
 
 # %% [markdown]
-# $$W' = m \cdot \frac{W + \frac{\alpha}{r} BA}{\lVert W + \frac{\alpha}{r} BA \rVert} \quad\text{(row by row)}, \qquad
+# Row by row:
+#
+# $$W' = m \cdot \frac{W + \frac{\alpha}{r} BA}{\lVert W + \frac{\alpha}{r} BA \rVert}, \qquad
 #   m = \lVert W \rVert \text{ at the start}.$$
 #
 # Backward takes the norm below the line as a constant, which saves memory. (So $BA$ is pushed along the row, too; the
