@@ -78,7 +78,7 @@ CASES = {
     "adapter-6": ({"bottleneck": 0.53, "full": 0.5}, {"bottleneck": LOW}),
     "adapter-8": ({"lora": HIGH, "lora-r1": HIGH}, {"lora": LOW, "lora-r1": LOW}),
     "soft-8": ({"prompt": LOW, "prefix": LOW}, {"prompt": HIGH, "prefix": HIGH}),
-    "soft-9": ({"prompt": HIGH}, {}),
+    "soft-9": ({"prompt": HIGH, "prompt-small": LOW}, {}),
     "which-1": ({"full": HIGH}, {"full": LOW}),
     "which-2": ({"lora": HIGH}, {"lora": LOW}),
     "lora-13": (lambda t: {"lora": 0.5}.get(t.method, 0.1), lambda t: 0.5),

@@ -181,6 +181,17 @@ class LoftQ(Method):
         return get_loftq_model(base, self.config(steps), seed=seed)
 
 
+@dataclass(frozen=True)
+class SmallPrompt(Method):
+    """A prompt that starts at random, cut to the size of the base's embeddings: PEFT's RANDOM has elements of deviation 1."""
+
+    def prepare(self, base: Any, steps: int, seed: int = 0) -> Any:
+        model = super().prepare(base, steps, seed)
+        embeddings = base.model.embed_tokens.weight.data
+        model.prompts["default"].prompt_embeddings.data *= (embeddings**2).mean() ** 0.5  # their root mean square
+        return model
+
+
 _bottleneck, _prompt, _prefix = METHODS["bottleneck"], METHODS["prompt"], METHODS["prefix"]
 TABLE: dict[str, Method] = {
     **{name: method for name, method in METHODS.items() if name != "bitfit"},  # the base has no bias to train
@@ -191,6 +202,7 @@ TABLE: dict[str, Method] = {
     # without He et al.'s factor of 4, so that it differs from "pfeiffer" in its place alone
     "parallel": _bottleneck.with_options(placement="parallel", bottleneck_size=32, scaling=1.0),
     "prompt-random": _prompt.with_options(prompt_tuning_init="RANDOM"),
+    "prompt-small": SmallPrompt(_prompt.label, _prompt.kind, _prompt.options | {"prompt_tuning_init": "RANDOM"}),
     "prefix-direct": _prefix.with_options(prefix_projection=False),
     **{f"lora-r{r}": lora_on(r=r) for r in (1, 2, 4, 16, 32, 64)},
     **{f"lora-alpha{alpha}": lora_on().with_options(lora_alpha=alpha) for alpha in (4, 64)},
@@ -199,6 +211,7 @@ TABLE: dict[str, Method] = {
     # as many parameters as rank 8 on all layers, and as rank 1: `test_claims_protocol` counts
     "lora-qv-r43": lora_on(Q, V, r=43), "bottleneck-m37": _bottleneck.with_options(bottleneck_size=37),
     "bottleneck-m4": _bottleneck.with_options(bottleneck_size=4),
+    **{f"bottleneck-{f}": _bottleneck.with_options(non_linearity=f) for f in ("gelu", "silu")},
 }  # fmt: skip
 
 
