@@ -21,6 +21,7 @@ import minipeft as mp
 from minipeft.autograd import cases
 from minipeft.book.ranges import RANGE, ranged
 from minipeft.cli import COMMANDS, _parse, main
+from minipeft.experiments.rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 F = mp.functional
@@ -370,3 +371,30 @@ def test_readme_python_runs(monkeypatch, tmp_path):
     exec(code.replace("[:2000]", "[:16]"), names)
     assert (tmp_path / "tuned" / "model.safetensors").is_file() and np.isfinite(names["loss"].item())
     assert [row["loss"] for row in names["rows"]] == [r * lr + seed for r in (4, 8) for lr in (1e-3, 3e-3) for seed in range(5)]
+
+
+def test_the_table_of_speed_is_that_of_the_rows():
+    rows, cells = read_rows(ROOT / "lessons/results/speed.jsonl"), 0
+    processors = {"Xeon": "Xeon", "EPYC, AVX2": "family 25", "EPYC, AVX-512": "family 26"}
+    works = {
+        "GPT-2 step, 64 channels": "GPT-2 step, V 512, d 64,", "GPT-2 step, 128 channels": "GPT-2 step, V 512, d 128,",
+        "GPT-2 step, 256 channels": "GPT-2 step, V 2048, d 256,", "LoRA step": "LoRA step", "QLoRA step": "QLoRA step",
+        "tokens a second, 135M": "decode, 135M Llama, batch 1", "tokens a second, batches": "decode, 135M Llama, batch 8",
+        "NF4 quantized": "NF4, quantize", "NF4 dequantized": "NF4, dequantize",
+    }  # fmt: skip
+    peers = {"JAX": "jax", "MyGrad": "mygrad", "HIPS autograd": "autograd", "tinygrad": "tinygrad"}
+    head, _, *lines = re.search(r"(?m)^\| ours / theirs.*\n(?:\|.*\n)+", README)[0].splitlines()
+    assert [name.strip() for name in head.split("|")[2:-1]] == [*processors]
+    for line in lines:
+        name, *found = (cell.strip() for cell in line.strip("|").split("|"))
+        name, _, peer = name.partition(", beside ")
+        work = next(work for start, work in works.items() if name.startswith(start))
+        for processor, cell in zip(processors.values(), found, strict=True):
+            of = [
+                row for row in rows if processor in row["processor"] and row["work"].startswith(work) and "tiles" not in row["work"]
+                and (row["peer"] == peers[peer] if peer else row["peer"] not in peers.values())
+            ]  # fmt: skip
+            median = {row["threads"]: f"{row['ratio_median']:.2f}" for row in of}
+            assert cell == (", ".join(median.get(n, "–") for n in (1, 2)) if of else ""), line
+            cells += len(of)
+    assert cells == len([row for row in rows if "tiles" not in row["work"]]), "every row stands in the table"
