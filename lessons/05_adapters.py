@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. At **Predict**,
 # write down an answer.
 
@@ -29,9 +29,11 @@ from minipeft import diagrams
 from minipeft.accounting import count_parameters, memory_ledger
 from minipeft.claims import data
 from minipeft.claims.comparison import KEYS, compare
+from minipeft.claims.decoding import DECODING, slowdown
 from minipeft.claims.league import MIDDLE, league
 from minipeft.claims.protocol import finder, report, search
 from minipeft.claims.standings import so_far
+from minipeft.claims.timing import where
 from minipeft.experiments.seeds import below, spread
 
 F = mp.functional
@@ -334,6 +336,8 @@ with mp.no_grad():
     slower["LoRA, merged"] = latency(lora.merge_and_unload())
 for name, ratio in slower.items():
     print(f"{name:15} {ratio:.2f} times the base's time for a token")
+recorded = {name: slowdown(DECODING.rows(), name)["width 128, batch 1"] for name in ("unmerged", "adapters")}  # LoRA, Houlsby
+assert recorded["unmerged"].low > recorded["adapters"].high and where(DECODING.rows()).endswith("1 thread, 2026-11-27")
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 3), layout="constrained")
@@ -346,12 +350,13 @@ axes.set(xlabel="time for a token, in units of the base's", title="Latency")
 figure.savefig(OUT / "05_adapters_latency.png", dpi=120)
 
 # %% [markdown]
-# LoRA. Unmerged it takes 1.81 times the base's time (`lora-10`, Lesson 4), Houlsby 1.39 times (`adapter-7`, below),
-# both at width 128 with one sequence. Houlsby has two adapters a block, LoRA on all layers a product beside each of
-# seven matrices. But LoRA can be merged. The parallel adapter's products need not wait for the MLP's result. That saves
-# no time where operations run one after the other: in NumPy (compare `parallel` with `pfeiffer` above), and in PyTorch
-# on a GPU, where all stand in one queue (a *stream*) unless a program opens a second (PyTorch's notes on CUDA
-# semantics). Seconds depend on the machine. The number of operations, counted in the engine's graph, does not:
+# LoRA. Recorded on 2026-11-27, on one thread of an AMD EPYC, unmerged it takes 1.81 times the base's time (`lora-10`,
+# Lesson 4), Houlsby 1.39 times (`adapter-7`, below), both at width 128 with one sequence. Houlsby has two adapters a
+# block, LoRA on all layers a product beside each of seven matrices. But LoRA can be merged. The parallel adapter's
+# products need not wait for the MLP's result. That saves no time where operations run one after the other: in NumPy
+# (compare `parallel` with `pfeiffer` above), and in PyTorch on a GPU, where all stand in one queue (a *stream*) unless
+# a program opens a second (PyTorch's notes on CUDA semantics). Seconds depend on the machine. The number of operations,
+# counted in the engine's graph, does not:
 
 # %%
 def operations(m):

@@ -6,11 +6,11 @@
 # Some of it holds in some cases; much these runs cannot decide. What you take along is the way of measuring: each side
 # tuned for itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4. Reading takes about 25 minutes (200 words or 25 lines of
-# code a minute, up to the quiz). Where a line begins with **Predict**, write down your answer. Run it with `python
-# lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads the rows of the league (Lesson
-# 3), and 22 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first computes what is missing there
-# (all: some five minutes).
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 25
+# minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
+# your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
+# the rows of the league (Lesson 3), and 22 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
+# computes what is missing there (all: some five minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -441,8 +441,9 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 #
 # *Advice: include hard examples.* Of 1,500 records that the seed draws, take the easiest third, those with the lowest
 # loss on the base, or half of these and half of the hardest third. The test has every kind, so the mixture is more like
-# it than the easy ones are: is that the reason? So it is also compared with 500 drawn at random, a third of them of the
-# hardest third.
+# it than easy ones are. So 500 drawn at random, a third of the hardest third, stand beside it, too.
+#
+# **Predict:** which set teaches most?
 
 # %%
 for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
