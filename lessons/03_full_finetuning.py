@@ -555,7 +555,7 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # be tested here*. A difference above 0 says that the first method is better: its loss is lower, its share higher.
 # *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it reaches beyond, with 0 in it. *Not told*:
 # the difference is not equal, and the limit that the rule asks about (in `start-1` 0) is in its interval. *Within 4
-# epochs*: the worse method took the most epochs allowed; *both within*: both did.
+# epochs*: the worse method took the most epochs allowed; *both within*: both did. *Not tried yet*: rows are missing.
 #
 # With 50 examples the base is clearly behind on `source`: a hundredth was not enough. With 500 it is ahead on
 # `rewrite`, at a twentieth of the work, but not at the level for four comparisons. (And the random weights took all the

@@ -24,10 +24,10 @@ from minipeft.experiments.rows import Row, read_rows
 from . import sweep
 
 
-def near(examples: int) -> Search:
+def near(examples: int = 500, **fixed: Any) -> Search:
     """Full fine-tuning on `rewrite` for 2 epochs in steps of 4 verses. The rate alone is tuned, from the best of the league's search
     over rates, epochs and batches of 500 examples."""
-    return search("rewrite", "full", examples, axes=("rate",), longer=500 / examples, rate=5e-4, epochs=2.0, batch_size=4)
+    return search("rewrite", "full", examples, axes=("rate",), longer=500 / examples, rate=5e-4, epochs=2.0, batch_size=4, **fixed)
 
 
 def _batches(size: int) -> Search:
