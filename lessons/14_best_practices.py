@@ -6,7 +6,7 @@
 # Some of it holds in some cases; much these runs cannot decide. What you take along is the way of measuring: each side
 # tuned for itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 25
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 26
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
 # your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
 # the rows of the league (Lesson 3), and 22 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
@@ -111,14 +111,14 @@ assert [protocol.most_epochs(case.examples) for case in CASES[:3]] == [32, 4, 1]
 # %% [markdown]
 # The loss depends on the records: with them its interval is about four times as wide as by the seeds alone. That of the
 # difference hardly widens, as both runs have the same records. A difference is **clear** where its interval excludes 0
-# (where nothing differs, one time in twenty, and this lesson makes dozens of comparisons); *equal*, clear or not, where
-# the interval lies within 0.02 of 0 (nats or shares, set by hand); if neither, **undecided**.
+# (where nothing differs, one time in twenty; here are dozens); *equal*, clear or not, where the interval lies within
+# 0.02 of 0 (nats or shares, set by hand); if neither, **undecided**.
 #
 # A statement's rule asks something of each comparison, mostly whether the first way is better. The answer is yes (*as
 # stated*), no, or open (*not told*). It is open where the interval contains the limit that the rule asks about, mostly
-# 0; but where the two are *equal*, it is no. Of $k$ comparisons, a statement *holds* if all answers are yes. It *holds
-# if* one is yes even at the level $1 - 0.05/k$. It *does not hold here* if all are no. Else it *cannot be tested here*.
-# In the pictures bars are 95 % intervals; lines without bars are on validation, under one seed.
+# 0; but where the two are *equal*, neither is better: no. Of all its $k$ comparisons, a statement *holds* if all
+# answers are yes. It *holds if* one is yes even at the level $1 - 0.05/k$. It *does not hold here* if all are no. Else
+# it *cannot be tested here*. In pictures bars are 95 % intervals; lines without are on validation, under one seed.
 
 # %%
 def compared(pair):
@@ -312,7 +312,7 @@ for (case, method), (at, seen) in tried.items():
     line = over_epochs[case, method] = {n: (y, find(replace(at, epochs=n))["train_loss"]) for n, y in along("epochs", at, seen).items()}
     print(f"  {case.name:23s}{method:5s}", ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items()))
     assert (np.diff([train for _, train in line.values()]) <= 0).all(), "the training loss falls on"
-    assert at.epochs == protocol.most_epochs(case.examples) or max(line) > at.epochs, "twice as many were tried, and no better"
+    assert at.epochs == protocol.most_epochs(case.examples) or line[2 * at.epochs][0] > line[at.epochs][0], "twice as many are worse"
 assert {(best[CASES[0], m].epochs, best[CASES[1], m].epochs) for m in ("full", "lora")} == {(16, 2)}, "on rewrite, 50 and 500"
 
 # %%
@@ -325,7 +325,8 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # examples, and after 2 of 500.
 #
 # But a rate suits a length. In `best-6` two more searches start from one epoch and from the most, four times as many as
-# the league allows. The best setting of 2 to 5 epochs stands beside the best of any number.
+# the league allows. The best setting of 2 to 5 epochs must not be worse by 0.02 than the best of any number, so *equal*
+# is yes.
 #
 # **Predict:** with 50 verses, can 4 epochs do as well as 16, at another rate?
 
@@ -335,16 +336,16 @@ for pair in ADVISED:
     told = [f"{t.epochs:g} epochs at rate {t.rate:.2g}" for t in (few, any_number)]
     print(f"{pair.where:29s} best of 2 to 5: {told[0]}; of any: {told[1]}; {compared(pair).word} ({compared(pair).interval})")
     assert pair.one.start.examples == 50 or few == any_number, "with 500 the best is one of 2 to 5"
-quick, slow, slower = (report(find, way) for way in (ADVISED[0].one, search("rewrite", "full", 50), ADVISED[1].other.of[1]))
-same = compare(quick, slow, "nll"), compare(slower, report(find, ADVISED[1].other), "nll")
-print("full, 4 epochs beside 16; LoRA, 128 beside 16:", *(f"{d.word} ({d.interval})" for d in same))
-assert [d.word for d in same] == ["equal"] * 2 and slower.trial.epochs == 128 and compared(ADVISED[1]).clearly_worse
+quick, slow = report(find, ADVISED[0].one), report(find, search("rewrite", "full", 50))
+same = compare(quick, slow, "nll")
+print(f"full, 4 epochs beside 16: {same.word} ({same.interval})")
+assert same.word == "equal" and compared(ADVISED[1]).clearly_worse
 assert (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.trial.rate * 4)
 
 # %% [markdown]
 # Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA did not:
-# its best of 2 to 5 (2) is 0.080 [0.048, 0.112] behind 16 epochs. (128, at a lower rate, equal 16.) On `source` with 50
-# nothing is told. With 500 the best of any number is itself one of 2 to 5, in all four cases.
+# its best of 2 to 5 (2) is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 nothing is told. With 500 the
+# best of any number is itself one of 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: it pairs settings of both with equal training loss (within 0.05), seen by
 # the searches with 50 and 500 examples. LoRA's loss on validation must be clearly lower, in the mean of the four cases.
@@ -383,8 +384,8 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 
 # %% [markdown]
 # Warm-up of 5 or 10 % is never clearly better than none: with 500 examples five of eight comparisons are equal, and
-# three, all of `source`, undecided; in 1,250 steps of 5,000 all four are equal. Not tested is one high rate on both
-# sides, at which a start without warm-up may fail.
+# three, all of `source`, undecided; in 1,250 steps of 5,000 all four are equal. Not tested: one high rate for both, at
+# which a run without warm-up may fail.
 
 # %% [markdown]
 # > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 5 are not
@@ -414,9 +415,9 @@ random, systematic, off_topic = (dict([*noise.items()][i : i + 8]) for i in (0, 
 assert sum(found.clearly_better for found in random.values()) == 7
 for of, task, least, most in ((random, "rewrite", 0.04, 0.08), (random, "source", 0.01, 0.18), (systematic, "source", 0.05, 0.39)):
     better = [d.better.value for (where, _), d in of.items() if task in where]
-    assert (round(min(better), 2), round(max(better), 2)) == (least, most)
+    assert (round(min(better), 2), round(max(better), 2), round(max(d.better.value for d in off_topic.values()), 3)) == (least, most, 0.019)
 assert all(found.clearly_better == ("source" in where) for (where, _), found in systematic.items())
-assert [found.word for found in systematic.values()].count("worse") == 2 and max(d.better.value for d in off_topic.values()) < 0.02
+assert [found.word for found in systematic.values()].count("worse") == 2 == sum(found.clearly_better for found in off_topic.values())
 spoiled, as_often = report(find, NOISE[4].other), report(find, practice.AS_OFTEN)  # half random; 250 clean ones, seen as often
 harm = crossed(spoiled.values - as_often.values)  # of an answer, not of a token
 print(f"half random costs {harm.value:.2f} [{harm.low:.2f}, {harm.high:.2f}] nats an answer; the best mixture, at most {np.log(2):.2f}")
@@ -427,10 +428,10 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 
 # %% [markdown]
 # On `rewrite` *random*, on `source` *systematic*. *Random* answers harm both: the clean part is better in all eight
-# comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.18 of the sentences. A *systematic*
-# mistake costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of
-# copies even helps, by 0.024 with both methods. (Why was not asked.) *Off-topic* records cost 0.019 nats at most, in
-# the mean.
+# comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.18 of the sentences. A *systematic* mistake
+# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies even
+# helps, by 0.024 with both methods. (Why was not asked.) *Off-topic* records cost 0.019 nats at most, in the mean,
+# clearly in two of eight.
 #
 # If a share $p$ of the answers is wrong, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{wrong}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
