@@ -252,15 +252,15 @@ print(f"uncorrected, Adam's step would be {too_long[0]:.1f} times as long at fir
 assert too_long.min() > 3 and too_long.max() < 7
 
 # %% [markdown]
-# Hardly at all. A weight's first step is about $\eta$ long, whatever the size of its gradient, and later ones are
-# shorter where signs change. So, unless its gradient grows, it moves in a run by about $\sum_t\eta_t$ at most. Judge
-# a rate beside the size of the weights: here 0.001 is about a fiftieth of a median weight.
+# Hardly at all. In the first step $\hat m / \sqrt{\hat v} = g / |g|$, so a weight's is about $\eta$ long, whatever its
+# gradient's size; later ones are shorter where signs change. So, unless its gradient grows, a weight moves in a run by
+# about $\sum_t\eta_t$ at most. Judge a rate beside the weights' size: here 0.001 is about a fiftieth of a median
+# weight.
 #
-# **Why warm up** weights that are trained already? In the first step $\hat m / \sqrt{\hat v} = g / |g|$. Each weight
-# goes the full $\eta$ by the sign that one batch gives it, and another batch has the other sign for about a third of
-# them. Later, where signs change from step to step, the mean $\hat m$ is small beside $\sqrt{\hat v}$, and so is the
-# step. Before that, warm-up's small rate keeps the moves small. (Here, with tuned rates, warm-up gains nothing clear:
-# Lesson 14, section 5.)
+# **Why warm up** weights that are trained already? At first each weight goes the full $\eta$ by the sign that one batch
+# gives it, and another batch has the other sign for about a third of them. Later, where signs change, the mean $\hat m$
+# is small beside $\sqrt{\hat v}$, and so is the step. Before that, warm-up's small rate keeps the moves small. (So may
+# a low rate: tuned, warm-up gains nothing clear, Lesson 14, section 5.)
 #
 # **Why a seed can fail.** On small data some seeds of BERT-large end no better than guessing the commonest class (Dodge
 # et al. 2020, arXiv:2002.06305). Mosbach et al. (2021, arXiv:2006.04884) find that early in failed runs the gradients
@@ -327,9 +327,9 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # %% [markdown]
 # General text gets worse first: at the best rate for the task its loss has risen by more than a tenth of a nat, and at
 # each larger rate by more. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
-# (McCloskey & Cohen 1989). A smaller rate reduces it, and need not learn less: 3.2e-04 ends below 3.2e-03 on the task,
-# and forgets less than a third as much. Lesson 15 measures remedies, such as *replay*, general text mixed into the
-# batches.
+# (McCloskey & Cohen 1989). A smaller rate reduces it. Above the best rate a smaller one also learns more; below it,
+# less. (3.2e-4 ends below 3.2e-3 and forgets less than a third as much.) Lesson 15 measures remedies, such as *replay*,
+# general text mixed into the batches.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
 # from 1e-4 to 3.2e-3, bring more than 60 % of the best gain. (Each point is one run, and the best rate is chosen and

@@ -6,7 +6,7 @@
 # Some of it holds in some cases; much these runs cannot decide. What you take along is the way of measuring: each side
 # tuned for itself, on validation; several seeds; a test that chose nothing; an interval over seeds and items.
 #
-# You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 26
+# You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 25
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
 # your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
 # the rows of the league (Lesson 3), and 22 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
@@ -116,7 +116,7 @@ assert [protocol.most_epochs(case.examples) for case in CASES[:3]] == [32, 4, 1]
 #
 # A statement's rule asks something of each comparison, mostly whether the first way is better. The answer is yes (*as
 # stated*), no, or open (*not told*). It is open where the interval contains the limit that the rule asks about, mostly
-# 0; but where the two are *equal*, neither is better: no. Of all its $k$ comparisons, a statement *holds* if all
+# 0. Where the two are *equal*, even clearly so, it is no. Of all its $k$ comparisons, a statement *holds* if all
 # answers are yes. It *holds if* one is yes even at the level $1 - 0.05/k$. It *does not hold here* if all are no. Else
 # it *cannot be tested here*. In pictures bars are 95 % intervals; lines without are on validation, under one seed.
 
@@ -282,9 +282,9 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # The parts give the same loss as the whole, here to five decimals, with less than half the memory. Batches of 64 are
 # worse than batches of 4, by 0.054 [0.048, 0.061] nats a token. The rate chosen for them is twice as high. ($\sqrt B$
 # would make it four times, but for the same epochs: it is not tested here.) Those of 64 took four epochs, the most
-# allowed, against two, and still made only 31 steps against 250. A control makes 62 steps of 64 or of 8 examples, each
-# at its own rate: there 64 is better on `rewrite`, by 0.033 [0.027, 0.038] (LoRA: 0.017 [0.003, 0.032]), and on
-# `source` undecided. So step for step a large batch was not found worse; but it computes eight times as much.
+# allowed, against two, and still made only 31 steps against 250. A control makes 62 steps of 64 or 8 examples, each at
+# its own rate: there 64 is better on `rewrite`, by 0.033 [0.027, 0.038] (LoRA: 0.017 [0.003, 0.032]), and on `source`
+# undecided. So step for step a large batch was not found worse; but it computes eight times as much.
 #
 # `best-5` asks that 64 is not worse by 0.02 than 4 and 16 (8 comparisons: both methods, both tasks), nor in the control
 # (4). Two of the six worse ones are not told: their intervals contain -0.02. *Holds if* rests on the control alone.
@@ -436,12 +436,12 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 # If a share $p$ of the answers is wrong, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{wrong}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
 # probability under $q_\text{right}$. It costs at most $-\ln(1 - p)$ nats more than there, however many tokens it has.
-# On `rewrite` (full fine-tuning, 26 tokens an answer), beside 250 clean ones seen as often, half random costs 2.02
-# [1.69, 2.35] nats an answer; the best mixture explains at most $\ln 2 = 0.69$.
+# On `rewrite` (full fine-tuning, 26 tokens an answer), beside 250 clean ones, each seen twice as there, half random
+# costs 2.02 [1.69, 2.35] nats an answer; the best mixture explains at most $\ln 2 = 0.69$.
 #
-# *Advice: include hard examples.* Of 1,500 records that the seed draws, take the easiest third, those with the lowest
-# loss on the base, or half of these and half of the hardest third. The test has every kind, so the mixture is more like
-# it than easy ones are. So 500 drawn at random, a third of the hardest third, stand beside it, too.
+# *Advice: include hard examples.* Of 1,500 drawn records take the easiest third, those with the lowest loss on the
+# base, or half of these and half of the hardest third. The test has every kind, so the mixture is more like it than
+# easy ones are. So 500 drawn at random, a third of the hardest third, stand beside it, too.
 #
 # **Predict:** which set teaches most?
 
