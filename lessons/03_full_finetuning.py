@@ -213,8 +213,8 @@ assert shorter < 0.1 and abs(as_far - 1) < 0.01
 # head alone (*linear probing*): full fine-tuning is 2 points more accurate on data like the training set, and 7 less on
 # data unlike it. Their explanation, proved for two linear layers: while the head learns, the layer below changes what
 # it makes of the training inputs, but not what it makes of inputs at right angles to them, as its gradient is a vector
-# times $x^\top$. So the head fits features that unlike inputs do not have. To train the head alone first, and then
-# everything (*LP-FT*), beats full fine-tuning by 1 and 10 points.
+# times $x^\top$. So the head fits moved features, which unlike inputs do not have. To train the head first, so that
+# they move less (*LP-FT*), beats full fine-tuning by 1 and 10 points.
 #
 # Or each part gets its own rate: `mp.optim.AdamW([{"params": head, "lr": 1e-2}, {"params": rest, "lr": 1e-4}])`.
 #
@@ -449,7 +449,7 @@ def two_steps(parts=1):
     optimizer = mp.optim.AdamW(model.parameters())
     for _ in range(2):
         for part in np.split(text, parts):
-            (model.loss(part, part) / parts).backward()  # adds to the gradient
+            (model.loss(part, part) / parts).backward()  # adds to the gradient; parts have equally many tokens
         optimizer.step()
         optimizer.zero_grad()
 
