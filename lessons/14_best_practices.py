@@ -344,7 +344,7 @@ assert (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.tr
 
 # %% [markdown]
 # Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA did not:
-# its best of 2 to 5 (2) is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 nothing is told. With 500 the
+# its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 nothing is told. With 500 the
 # best of any number is itself one of 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: it pairs settings of both with equal training loss (within 0.05), seen by

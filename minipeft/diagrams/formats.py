@@ -11,7 +11,7 @@ FILL = {"sign": "#FFFFFF", "exponent": "#DDE9F3", "fraction": "#FBD3B4"}
 
 
 def reach(exponent: int, fraction: int) -> tuple[float, float]:
-    """(the largest number, the step from 1 to the next) of a format with so many bits, as IEEE 754 has it."""
+    """(the largest number, the step from 1 to the next) of an IEEE 754 format with these numbers of bits."""
     step = 2.0**-fraction
     return (2 - step) * 2.0 ** (2 ** (exponent - 1) - 1), step
 
