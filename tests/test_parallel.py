@@ -15,7 +15,7 @@ from test_train import counting, tiny_model, weights
 import minipeft as mp
 from minipeft.executors import LocalProcesses
 from minipeft.train import Callback, Trainer, TrainingArguments
-from minipeft.train.batches import Batch, in_rows
+from minipeft.train.batches import Batch, collate, in_rows
 
 OPTIONS = {"max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
@@ -89,7 +89,7 @@ def test_threads_that_share_the_rows_of_a_batch_train_the_weights_of_one(kind, a
 
 def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_work(rng, monkeypatch, threads):
     threads(2)
-    examples, calls = counting(24, rng), []
+    examples, calls = counting(24, rng, shortest=8, longest=8), []
     monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
     trained(tiny_model(), examples)
     monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
@@ -99,6 +99,23 @@ def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_wor
     trained(tiny_model(), examples, bf16=True)
     monkeypatch.setattr("minipeft.train.parallel.GRADIENTS", 1000)
     trained(tiny_model(), examples)
+    assert not calls
+
+
+def test_one_thread_computes_long_and_short_rows_apart_where_much_would_be_padding(rng, monkeypatch, threads):
+    def run(examples, **options):
+        calls.clear()
+        return trained(adapted(0.1), examples, optim="sgd", **options)[0]
+
+    threads(1)
+    calls, lengths = [], [12, 5, 5, 5]
+    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    examples = [counting(1, rng, shortest=lengths[i % 4], longest=lengths[i % 4])[0] for i in range(24)]
+    whole, nothing = run(examples), list(calls)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
+    same(run(examples), whole)
+    assert not nothing and 3 <= len(calls) <= 9 and set(calls) == {2}
+    run(counting(24, rng, shortest=8, longest=8))
     assert not calls
 
 
@@ -130,9 +147,29 @@ def test_parts_hold_each_row_once_and_labels_that_count(counts, n):
         row[1 : 1 + count] = 7
     batch = Batch({"input_ids": np.arange(24).reshape(4, 6), "labels": labels, "attention_mask": None}, sum(counts), 24)
     parts = in_rows(batch, n)
-    np.testing.assert_array_equal(np.concatenate([part.arguments["input_ids"] for part in parts]), batch.arguments["input_ids"])
-    assert sum(part.weight for part in parts) == batch.weight and len(parts) in (1, n)
-    assert len(parts) == 1 or all(part.weight for part in parts)
+    assert sorted(row for rows, _ in parts for row in rows) == [0, 1, 2, 3] and len(parts) <= n
+    for rows, part in parts:
+        np.testing.assert_array_equal(part.arguments["input_ids"], batch.arguments["input_ids"][rows])
+    assert sum(part.weight for _, part in parts) == batch.weight and sum(part.tokens for _, part in parts) == 24
+    assert len(parts) == 1 or all(part.weight for _, part in parts)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "n", "parts"),
+    [
+        ([9, 3, 4, 4, 3], 2, [[9], [4, 4, 3, 3]]),  # 9 and 16 tokens with padding; the next best has 18
+        ([9, 3, 4, 4, 3], 1, [[9, 4, 4, 3, 3]]),
+        ([5, 5, 5, 5], 2, [[5, 5], [5, 5]]),
+        ([2, 8], 5, [[8], [2]]),
+    ],
+)
+def test_rows_of_about_one_length_are_padded_together(lengths, n, parts):
+    batch = collate([(np.full(m, m), np.full(m, m)) for m in lengths])
+    found = in_rows(batch, n)
+    assert [[lengths[row] for row in rows] for rows, _ in found] == parts
+    for rows, part in found:
+        assert part.arguments["input_ids"].shape == part.arguments["labels"].shape == (len(rows), lengths[rows[0]])
+        assert part.arguments["attention_mask"] is None
 
 
 def test_threads_each_have_a_model_of_their_own(rng):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,15 +70,35 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
     return Batch(arguments, counted(labels), sum(lengths))
 
 
-def in_rows(batch: Batch, n: int) -> list[Batch]:
-    """The batch of `collate` or `collate_packed` as n batches of its rows, in order; itself where in one of them no label counts."""
-    rows = batch.arguments["labels"].shape[0]
+def in_rows(batch: Batch, n: int) -> list[tuple[list[int], Batch]]:
+    """(rows, a batch of them alone), at most n times: the longest together, each part as short as its longest row.
+
+    Of a batch of `collate` or `collate_packed`. The largest part has as few tokens, padding included, as n parts allow.
+    Rows that are padded on the right need no mask: causality hides what follows a token. The batch stays whole where in
+    one of the parts no label counts.
+    """
+    labels, mask = batch.arguments["labels"], batch.arguments["attention_mask"]
+    padded, (size, longest) = mask is not None and mask.ndim == 2, labels.shape
+    lengths = mask.sum(axis=1) if padded else np.full(size, longest)
+    order = np.argsort(-lengths, kind="stable")
+
+    def cuts(room: int) -> list[int]:
+        """Where parts begin that have room for so many tokens, and where the last one ends."""
+        found = [0]
+        while found[-1] < size:
+            found.append(min(size, found[-1] + room // int(lengths[order[found[-1]]])))
+        return found
+
+    rooms = range(int(lengths.max()), size * longest + 1)
+    room = rooms[bisect_left(rooms, True, key=lambda room: len(cuts(room)) <= n + 1)]
     parts = []
-    for i in range(n):
-        where = slice(rows * i // n, rows * (i + 1) // n)
-        arguments = {name: array if array is None else array[where] for name, array in batch.arguments.items()}
-        parts.append(Batch(arguments, counted(arguments["labels"]), batch.tokens * (where.stop - where.start) // rows))
-    return parts if all(part.weight for part in parts) else [batch]
+    for start, stop in pairwise(cuts(room)):
+        rows = order[start:stop]
+        own = {name: array if array is None else array[rows] for name, array in batch.arguments.items()}
+        if padded:
+            own = {name: array[:, : lengths[rows[0]]] for name, array in own.items()} | {"attention_mask": None}
+        parts.append((rows.tolist(), Batch(own, counted(own["labels"]), int(lengths[rows].sum()))))
+    return parts if all(part.weight for _, part in parts) else [([*range(size)], batch)]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

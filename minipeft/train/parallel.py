@@ -51,6 +51,7 @@ class Part(NamedTuple):
 # with fewer they only wait for Python's lock: a whole batch with fewer has one thread. And where the threads' gradients
 # take no more bytes than this.
 WORK, GRADIENTS = 1 << 27, 1 << 26
+FILLED = 0.9  # of a batch, the tokens that are no padding, at most, where one thread computes it in two parts
 
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
 
@@ -60,16 +61,19 @@ def in_precision(precision: str | None) -> AbstractContextManager[None]:
     return autocast(precision) if precision else nullcontext()
 
 
-def parts_on_threads(model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None) -> int:
-    """In how many parts of its rows `add_gradients` should get a batch: one, or one for each thread.
+def parts_of(model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None) -> tuple[int, int]:
+    """(in how many parts of its rows a batch should be computed, how many of them at once, each on a thread).
 
-    One, too, where somebody looks on (`Module.watch`, `PrecisionReport`), who should see whole batches, one after the other.
+    There is a part for each thread; for one thread there are two, of long and of short rows, where much would be padding. A
+    batch stays whole where somebody looks on (`Module.watch`, `PrecisionReport`).
     """
-    n = min(get_num_threads(), batch.arguments["labels"].shape[0])
-    little = work_of(model, batch) < n * WORK
-    much = n * sum(p.data.nbytes for p in trainable) > GRADIENTS
-    alone = little or much or precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np
-    return 1 if alone else n
+    if precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np:
+        return 1, 1
+    rows, longest = batch.arguments["labels"].shape
+    n, work = min(get_num_threads(), rows), work_of(model, batch)
+    if n > 1 and work >= n * WORK and n * sum(p.data.nbytes for p in trainable) <= GRADIENTS:
+        return n, n
+    return (2, 1) if work >= 4 * WORK and batch.tokens < FILLED * rows * longest else (1, 1)
 
 
 def work_of(model: Module, batch: Batch) -> int:

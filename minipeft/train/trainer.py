@@ -37,7 +37,7 @@ from .evaluation import Collate, Loss, arrays_of, in_order, means, measure, mode
 from .grad_scaler import GradScaler
 from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, Optimizer, clipped, gradients_of, loraplus_groups
-from .parallel import Part, Workers, add_gradients, in_precision, parts_on_threads
+from .parallel import Part, Workers, add_gradients, in_precision, parts_of
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -63,19 +63,21 @@ def training_step(
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
-    total, L, first_row, parts = sum(batch.weight for batch in batches), 0.0, 0, []
+    total, L, first_row, together = sum(batch.weight for batch in batches), 0.0, 0, []
     scale, trained = scaler.get_scale() if scaler else 1.0, [*parameters.values()]
-    cut = workers.cut if workers else parts_on_threads(model, batches[0], trained, precision) if by_rows else 1
-    for own in [own for batch in batches for own in (in_rows(batch, cut) if cut > 1 else [batch])]:
-        if own.weight:
-            rng = Rng(seed, first_row=first_row).at(step - 1)
-            parts.append(Part(own, own.weight / total, rng, precision, scale))
-        first_row += max((v.shape[0] for v in own.arguments.values() if is_array(v)), default=0)  # the rows of this one
+    for batch in batches:
+        rng = Rng(seed, first_row=first_row).at(step - 1)
+        cut, at_once = (workers.cut, 1) if workers else parts_of(model, batch, trained, precision) if by_rows else (1, 1)
+        cuts = [(rng.take(rows), own) for rows, own in in_rows(batch, cut)] if cut > 1 else [(rng, batch)]
+        own = [Part(own, own.weight / total, rng, precision, scale) for rng, own in cuts if own.weight]
+        together += [own[i : i + at_once] for i in range(0, len(own), at_once)]
+        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)
+    parts = [part for own in together for part in own]
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         if workers:  # of each part b p.grad += scale · (w_b / Σ w) · dL_b/dp (parallel.py)
             results = workers.losses(parts)
         else:
-            results = [r for i in range(0, len(parts), cut) for r in add_gradients(model, loss, parts[i : i + cut], trained)]
+            results = [r for own in together for r in add_gradients(model, loss, own, trained)]
         if scaler:
             scaler.unscale_(optimizer, look=False)
         callbacks.before_step(step)
