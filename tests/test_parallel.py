@@ -15,7 +15,7 @@ from test_train import counting, tiny_model, weights
 import minipeft as mp
 from minipeft.executors import LocalProcesses
 from minipeft.train import Callback, Trainer, TrainingArguments
-from minipeft.train.batches import Batch, collate, in_rows
+from minipeft.train.batches import Batch, collate, collate_packed, in_rows, in_two
 
 OPTIONS = {"max_steps": 3, "learning_rate": 0.02, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
@@ -78,7 +78,7 @@ def test_threads_that_share_the_rows_of_a_batch_train_the_weights_of_one(kind, a
     alone, result = run(1)
     monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
     calls = []
-    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    monkeypatch.setattr("minipeft.train.parallel.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
     (together, spread), (again, _) = run(3), run(3)
     assert calls == [3] * 2 * 3 * accumulated
     same(together, alone)
@@ -90,7 +90,7 @@ def test_threads_that_share_the_rows_of_a_batch_train_the_weights_of_one(kind, a
 def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_work(rng, monkeypatch, threads):
     threads(2)
     examples, calls = counting(24, rng, shortest=8, longest=8), []
-    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    monkeypatch.setattr("minipeft.train.parallel.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
     trained(tiny_model(), examples)
     monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
     model = tiny_model()
@@ -102,21 +102,36 @@ def test_rows_are_not_cut_where_somebody_looks_on_or_threads_have_too_little_wor
     assert not calls
 
 
-def test_one_thread_computes_long_and_short_rows_apart_where_much_would_be_padding(rng, monkeypatch, threads):
-    def run(examples, **options):
-        calls.clear()
-        return trained(adapted(0.1), examples, optim="sgd", **options)[0]
+@pytest.mark.parametrize("many", [1, 2])
+def test_long_and_short_rows_are_computed_in_turn_where_much_would_be_padding(many, rng, monkeypatch, threads):
+    """By one thread, and where the gradients of several would take too much memory."""
 
-    threads(1)
+    def run(examples):
+        calls.clear()
+        return trained(adapted(0.1), examples, optim="sgd")[0]
+
+    threads(many)
     calls, lengths = [], [12, 5, 5, 5]
-    monkeypatch.setattr("minipeft.train.trainer.in_rows", lambda batch, n: calls.append(n) or in_rows(batch, n))
+    monkeypatch.setattr("minipeft.train.parallel.in_two", lambda batch: calls.append(in_two(batch)) or calls[-1])
+    monkeypatch.setattr("minipeft.train.parallel.GRADIENTS", 0)
     examples = [counting(1, rng, shortest=lengths[i % 4], longest=lengths[i % 4])[0] for i in range(24)]
     whole, nothing = run(examples), list(calls)
     monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
     same(run(examples), whole)
-    assert not nothing and 3 <= len(calls) <= 9 and set(calls) == {2}
+    assert not nothing and len(calls) == 9 and {len(parts) for parts in calls} == {1, 2}
     run(counting(24, rng, shortest=8, longest=8))
-    assert not calls
+    assert {len(parts) for parts in calls} == {1}
+
+
+def test_a_loss_of_ones_own_sees_whole_batches(rng, monkeypatch, threads):
+    class ByRow(mp.Transformer):
+        def loss(self, input_ids, labels, **arguments):
+            assert len(input_ids) == 4 and arguments["attention_mask"] is not None
+            return super().loss(input_ids, labels, **arguments)
+
+    threads(2)
+    monkeypatch.setattr("minipeft.train.parallel.WORK", 0)
+    trained(ByRow(tiny_model().config, seed=0), [one for n in (5, 6, 7, 12) for one in counting(6, rng, shortest=n, longest=n)])
 
 
 def test_a_step_with_little_work_wakes_no_thread_and_one_with_more_does(rng, monkeypatch, threads):
@@ -146,7 +161,7 @@ def test_parts_hold_each_row_once_and_labels_that_count(counts, n):
     for row, count in zip(labels, counts):
         row[1 : 1 + count] = 7
     batch = Batch({"input_ids": np.arange(24).reshape(4, 6), "labels": labels, "attention_mask": None}, sum(counts), 24)
-    parts = in_rows(batch, n)
+    parts = [([0, 1, 2, 3] if rows is None else rows, part) for rows, part in in_rows(batch, n)]
     assert sorted(row for rows, _ in parts for row in rows) == [0, 1, 2, 3] and len(parts) <= n
     for rows, part in parts:
         np.testing.assert_array_equal(part.arguments["input_ids"], batch.arguments["input_ids"][rows])
@@ -154,22 +169,36 @@ def test_parts_hold_each_row_once_and_labels_that_count(counts, n):
     assert len(parts) == 1 or all(part.weight for _, part in parts)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "n", "parts"),
-    [
-        ([9, 3, 4, 4, 3], 2, [[9], [4, 4, 3, 3]]),  # 9 and 16 tokens with padding; the next best has 18
-        ([9, 3, 4, 4, 3], 1, [[9, 4, 4, 3, 3]]),
-        ([5, 5, 5, 5], 2, [[5, 5], [5, 5]]),
-        ([2, 8], 5, [[8], [2]]),
-    ],
-)
-def test_rows_of_about_one_length_are_padded_together(lengths, n, parts):
+ALL = None
+LENGTHS = [
+    ([9, 3, 4, 4, 3], lambda batch: in_rows(batch, 2), [[9], [4, 4, 3, 3]]),  # at most 16 tokens; else 18 or more
+    ([5, 5, 5, 5], lambda batch: in_rows(batch, 2), [[5, 5], [5, 5]]),
+    ([2, 8], lambda batch: in_rows(batch, 5), [[8], [2]]),
+    ([5, 20, 5, 5, 5, 5], lambda batch: in_rows(batch, 2), [[20], [5, 5, 5, 5, 5]]),
+    ([20, 10, 10, 5, 5, 5, 5, 5], in_two, [[20, 10, 10], [5, 5, 5, 5, 5]]),  # 85 tokens; 90 with 20 alone
+    ([10, 10, 10, 9], in_two, ALL),
+]
+
+
+@pytest.mark.parametrize(("lengths", "cut", "parts"), LENGTHS)
+def test_rows_of_about_one_length_are_padded_together(lengths, cut, parts):
     batch = collate([(np.full(m, m), np.full(m, m)) for m in lengths])
-    found = in_rows(batch, n)
+    found = cut(batch)
+    if parts is ALL:
+        assert found == [(None, batch)]
+        return
     assert [[lengths[row] for row in rows] for rows, _ in found] == parts
     for rows, part in found:
         assert part.arguments["input_ids"].shape == part.arguments["labels"].shape == (len(rows), lengths[rows[0]])
-        assert part.arguments["attention_mask"] is None
+        assert part.arguments["attention_mask"] is None and part.tokens == sum(lengths[row] for row in rows)
+
+
+def test_packed_rows_keep_their_masks():
+    batch = collate_packed([(np.full(m, m), np.full(m, m)) for m in (8, 5, 3, 4, 4)])
+    assert in_two(batch) == [(None, batch)]
+    parts = in_rows(batch, 3)
+    assert len(parts) == 3 and sum(part.tokens for _, part in parts) == batch.tokens == 24
+    assert all(part.arguments["attention_mask"].shape == (1, 1, 8, 8) for _, part in parts)
 
 
 def test_threads_each_have_a_model_of_their_own(rng):

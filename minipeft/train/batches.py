@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IGNORE = -100  # the label that does not count, as in cross entropy's ignore_index
+SPARED = 0.15  # of a batch's tokens, padding included: at least so many pay for a second forward and backward pass
 
 
 class Batch(NamedTuple):
@@ -23,6 +24,9 @@ class Batch(NamedTuple):
     arguments: dict[str, Any]
     weight: int
     tokens: int
+
+
+RowsOf = tuple[list[int] | None, Batch]  # which rows of a batch (None: all of them), and a batch of these
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
@@ -70,35 +74,49 @@ def collate(examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
     return Batch(arguments, counted(labels), sum(lengths))
 
 
-def in_rows(batch: Batch, n: int) -> list[tuple[list[int], Batch]]:
-    """(rows, a batch of them alone), at most n times: the longest together, each part as short as its longest row.
+def in_rows(batch: Batch, n: int) -> list[RowsOf]:
+    """A batch of `collate` or `collate_packed` as at most n parts: rows of about one length together, padded to the longest of
+    them, so that the largest part has as few tokens as n parts allow. Whole where in a part no label counts."""
+    order, lengths = _longest_first(batch)
 
-    Of a batch of `collate` or `collate_packed`. The largest part has as few tokens, padding included, as n parts allow.
-    Rows that are padded on the right need no mask: causality hides what follows a token. The batch stays whole where in
-    one of the parts no label counts.
-    """
-    labels, mask = batch.arguments["labels"], batch.arguments["attention_mask"]
-    padded, (size, longest) = mask is not None and mask.ndim == 2, labels.shape
-    lengths = mask.sum(axis=1) if padded else np.full(size, longest)
-    order = np.argsort(-lengths, kind="stable")
-
-    def cuts(room: int) -> list[int]:
-        """Where parts begin that have room for so many tokens, and where the last one ends."""
+    def bounds(tokens: int) -> list[int]:
+        """Where parts begin, and the last one ends, if none may have more tokens, padding included."""
         found = [0]
-        while found[-1] < size:
-            found.append(min(size, found[-1] + room // int(lengths[order[found[-1]]])))
+        while found[-1] < len(order):
+            found.append(min(len(order), found[-1] + tokens // lengths[found[-1]]))
         return found
 
-    rooms = range(int(lengths.max()), size * longest + 1)
-    room = rooms[bisect_left(rooms, True, key=lambda room: len(cuts(room)) <= n + 1)]
-    parts = []
-    for start, stop in pairwise(cuts(room)):
-        rows = order[start:stop]
+    sizes = range(lengths[0], lengths[0] * len(order) + 1)
+    return _cut(batch, order, bounds(sizes[bisect_left(sizes, True, key=lambda tokens: len(bounds(tokens)) <= n + 1)]))
+
+
+def in_two(batch: Batch) -> list[RowsOf]:
+    """The same as two parts, of long rows and of short ones, with the fewest tokens; whole where that spares less than SPARED."""
+    order, lengths = _longest_first(batch)
+    n = len(order)
+    tokens, at = min((lengths[0] * i + lengths[i] * (n - i), i) for i in range(n))  # at 0: whole
+    return _cut(batch, order, [0, at, n]) if tokens <= (1 - SPARED) * n * lengths[0] else [(None, batch)]
+
+
+def _longest_first(batch: Batch) -> tuple[np.ndarray, list[int]]:
+    """(the rows of a batch in the order of their lengths, these lengths); packed rows are full."""
+    labels, mask = batch.arguments["labels"], batch.arguments["attention_mask"]
+    lengths = np.full(len(labels), labels.shape[1]) if mask is None or mask.ndim == 4 else mask.sum(axis=1)
+    order = np.argsort(-lengths, kind="stable")
+    return order, lengths[order].tolist()
+
+
+def _cut(batch: Batch, order: np.ndarray, bounds: Sequence[int]) -> list[RowsOf]:
+    """The parts; one of rows with padding on the right needs no mask, as causality hides what follows a token."""
+    mask, parts = batch.arguments["attention_mask"], []
+    for rows in (order[start:stop] for start, stop in pairwise(bounds)):
         own = {name: array if array is None else array[rows] for name, array in batch.arguments.items()}
-        if padded:
-            own = {name: array[:, : lengths[rows[0]]] for name, array in own.items()} | {"attention_mask": None}
-        parts.append((rows.tolist(), Batch(own, counted(own["labels"]), int(lengths[rows].sum()))))
-    return parts if all(part.weight for _, part in parts) else [([*range(size)], batch)]
+        tokens = batch.tokens * len(rows) // len(order)
+        if mask is not None and mask.ndim == 2:
+            tokens, longest = int(own["attention_mask"].sum()), own["attention_mask"].sum(axis=1).max()
+            own = {name: array[:, :longest] for name, array in own.items()} | {"attention_mask": None}
+        parts.append((rows.tolist(), Batch(own, counted(own["labels"]), tokens)))
+    return parts if all(part.weight for _, part in parts) else [(None, batch)]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

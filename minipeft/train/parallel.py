@@ -31,7 +31,7 @@ from ..backend import Array, Rng, is_array, xp_of
 from ..nn.module import Module, Parameter
 from ..nn.watch import is_watched
 from ..threads import get_num_threads, one_blas_thread, one_thread, run_tasks, set_num_threads
-from .batches import Batch
+from .batches import Batch, RowsOf, in_rows, in_two
 from .evaluation import Loss, Statistics, on_device, with_statistics
 
 _here = threading.local()  # .held: (key, model, loss) that this thread of a worker holds
@@ -51,7 +51,6 @@ class Part(NamedTuple):
 # with fewer they only wait for Python's lock: a whole batch with fewer has one thread. And where the threads' gradients
 # take no more bytes than this.
 WORK, GRADIENTS = 1 << 27, 1 << 26
-FILLED = 0.9  # of a batch, the tokens that are no padding, at most, where one thread computes it in two parts
 
 Result = tuple[Array, Statistics]  # L_b, a scalar, and the statistics of the batch: on the model's device
 
@@ -61,19 +60,22 @@ def in_precision(precision: str | None) -> AbstractContextManager[None]:
     return autocast(precision) if precision else nullcontext()
 
 
-def parts_of(model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None) -> tuple[int, int]:
-    """(in how many parts of its rows a batch should be computed, how many of them at once, each on a thread).
+def groups_of(
+    model: Module, batch: Batch, trainable: Sequence[Parameter], precision: str | None, workers: Workers | None
+) -> list[list[RowsOf]]:
+    """The parts of a batch's rows, in groups that are computed one after the other: the parts of a group at once.
 
-    There is a part for each thread; for one thread there are two, of long and of short rows, where much would be padding. A
-    batch stays whole where somebody looks on (`Module.watch`, `PrecisionReport`).
+    One part a worker, or a thread where that pays; else two in turn where much would be padding; else the whole batch, also
+    on a device, in a lower precision, and where somebody looks on (`Module.watch`, `PrecisionReport`).
     """
+    if workers:
+        return [[part] for part in in_rows(batch, workers.cut)] if workers.cut > 1 else [[(None, batch)]]
     if precision or is_watched() or xp_of(*[p.data for p in trainable]) is not np:
-        return 1, 1
-    rows, longest = batch.arguments["labels"].shape
-    n, work = min(get_num_threads(), rows), work_of(model, batch)
+        return [[(None, batch)]]
+    n, work = min(get_num_threads(), batch.arguments["labels"].shape[0]), work_of(model, batch)
     if n > 1 and work >= n * WORK and n * sum(p.data.nbytes for p in trainable) <= GRADIENTS:
-        return n, n
-    return (2, 1) if work >= 4 * WORK and batch.tokens < FILLED * rows * longest else (1, 1)
+        return [in_rows(batch, n)]
+    return [[part] for part in (in_two(batch) if work >= 4 * WORK else [(None, batch)])]
 
 
 def work_of(model: Module, batch: Batch) -> int:

@@ -26,9 +26,10 @@ import numpy as np
 from ..backend import Rng, is_array
 from ..executors import opened
 from ..nn.module import Module, Parameter
+from ..nn.transformer import Transformer
 from ..options import configuration, option
 from .arguments import TrainingArguments
-from .batches import Batch, check_examples, collate_packed, epoch_order, in_rows
+from .batches import Batch, check_examples, collate_packed, epoch_order
 from .batches import collate as collate_pairs
 from .callbacks import Callback, Callbacks, EarlyStopping
 from .checkpoint import adapter_options, arrays_in, check_shapes, fingerprint, frozen_fingerprint
@@ -37,7 +38,7 @@ from .evaluation import Collate, Loss, arrays_of, in_order, means, measure, mode
 from .grad_scaler import GradScaler
 from .metrics import picture, plot_loss
 from .optim import SGD, AdamW, AdamW8bit, Optimizer, clipped, gradients_of, loraplus_groups
-from .parallel import Part, Workers, add_gradients, in_precision, parts_of
+from .parallel import Part, Workers, add_gradients, groups_of, in_precision
 from .rates import with_learning_rate
 from .run import Run
 from .schedule import SCHEDULES
@@ -55,29 +56,28 @@ def training_step(
         L = Σ_b (w_b / Σ w) L_b        w_b: the labels that count in batch b, L_b: its mean loss
 
     Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches, else this
-    process does; `by_rows` (they are `collate`'s, and the loss is the model's own) they are cut into parts of their rows,
-    one for each thread or worker, where that pays. Returns the record of the step, with the means of the statistics that
+    process does; `by_rows` (they are `collate`'s or `collate_packed`'s, and the loss is the Transformer's own) they are cut
+    into parts of their rows where that pays (`groups_of`). Returns the record of the step, with the means of the statistics that
     the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient
     that is not finite.
 
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
     """
-    total, L, first_row, together = sum(batch.weight for batch in batches), 0.0, 0, []
+    total, L, first_row, groups = sum(batch.weight for batch in batches), 0.0, 0, []
     scale, trained = scaler.get_scale() if scaler else 1.0, [*parameters.values()]
     for batch in batches:
         rng = Rng(seed, first_row=first_row).at(step - 1)
-        cut, at_once = (workers.cut, 1) if workers else parts_of(model, batch, trained, precision) if by_rows else (1, 1)
-        cuts = [(rng.take(rows), own) for rows, own in in_rows(batch, cut)] if cut > 1 else [(rng, batch)]
-        own = [Part(own, own.weight / total, rng, precision, scale) for rng, own in cuts if own.weight]
-        together += [own[i : i + at_once] for i in range(0, len(own), at_once)]
-        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)
-    parts = [part for own in together for part in own]
+        for group in groups_of(model, batch, trained, precision, workers) if by_rows else [[(None, batch)]]:
+            parts = [(part, rng if rows is None else rng.take(rows)) for rows, part in group if part.weight]
+            groups.append([Part(part, part.weight / total, own, precision, scale) for part, own in parts])
+        first_row += max((v.shape[0] for v in batch.arguments.values() if is_array(v)), default=0)  # the rows of this one
+    parts = [part for group in groups for part in group]
     with np.errstate(all="ignore"):  # NaN and infinity are looked for
         if workers:  # of each part b p.grad += scale · (w_b / Σ w) · dL_b/dp (parallel.py)
             results = workers.losses(parts)
         else:
-            results = [r for own in together for r in add_gradients(model, loss, own, trained)]
+            results = [r for group in groups if group for r in add_gradients(model, loss, group, trained)]
         if scaler:
             scaler.unscale_(optimizer, look=False)
         callbacks.before_step(step)
@@ -224,7 +224,8 @@ class Trainer:
             self.args = with_learning_rate(self.args, model)
         self.optimizer = optimizer or self._make_optimizer()
         self._check_optimizer()
-        self._has_rows = collate is None and loss is None and hasattr(model, "lm_head")  # of which each gives its own loss
+        own = type(getattr(model, "base_model", model)) is Transformer  # whose loss is a mean over labels, row by row
+        self._has_rows = collate is None and loss is None and own
         self.precision = self.args.precision
         self.scaler = GradScaler() if self.args.fp16 else None
         self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
