@@ -427,10 +427,10 @@ if not REDUCED:
 # %% [markdown]
 # Does a tuned model follow the *instruction*, or do what was done to inputs of this form? Of "stone (noun)" the
 # meaning, a phrase, or a synonym may be asked. An instruction counts as *followed* if the right answer is likelier
-# under it than under those of the other tasks with such inputs. Among the trained tasks, three share one form of input
-# and two another, so a guess has $(3 \cdot \frac13 + 2 \cdot \frac12) / 5 = 0.40$; among the three new ones, $\frac13$.
-# The *control* differs in one thing alone: it was tuned on *shuffled* instructions, each that of another record.
-# Below, the tuned model beside it and the base (rows of `inst-1`).
+# under it than under those of the other tasks with such inputs. Of 774 questions of trained tasks 430 are of three that
+# share one form of input, 344 of two, so a guess has $(\frac{430}{3} + \frac{344}{2}) / 774 = 0.41$; among the three
+# new ones, $\frac13$. The *control* differs in one thing alone: it was tuned on *shuffled* instructions, each that of
+# another record. Below, the rows of `inst-1`.
 
 # %%
 told = following.experiment("base", "shuffled", "tuned").rows()
@@ -441,58 +441,57 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
         assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
 
 # %% [markdown]
-# In trained words the tuned model gives clearly more right answers than the control, if only by 0.024, and it follows
-# 0.60 of the instructions, clearly more than the control (0.37), the base and a guess. In new words it gives not
-# clearly more right answers, and follows 0.42, clearly more than the control (0.35), but not than the base (0.41) or a
-# guess. The control may have got worse; that tuning teaches following in new words, or at new tasks, is not shown. (The
+# In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
+# 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
+# clearly more than the control (0.37), but not than the base (0.40) or a guess. At new tasks it follows 0.31, just
+# clearly more than both, but a guess has 0.33. So that tuning teaches following is shown for trained words alone. (The
 # verdict's two "equal" show little: no model is right there.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
-# hypothesis* (Zhou et al. 2023, arXiv:2305.11206; their LIMA was tuned on 1,000 chosen records). A fact is what a word
-# means (`define`) or how a verse goes on (`continue`). A model *knows* it if, of four words or beginnings, the right
-# one makes the meaning or the end likeliest. A fact is *asked* by a trained instruction, or tested *in the base's own
-# text*: after "stone (noun):" or the verse's beginning alone. In its own text, the base does not know the facts that it
-# was trained on clearly better than those that it never read, of which it "knows" half or more: by this test, what is
-# known need not be memory. One model is tuned on the tested facts, and so *told* them; its control on *other* facts of
-# the same kinds.
+# hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on
+# (`continue`). A model *knows* it if, of four words or beginnings, the right one makes the meaning or the end
+# likeliest. A fact is *asked* by a trained instruction, or tested *in the base's own text*: after "stone (noun):" or
+# the verse's beginning alone. In its own text, the base does not know the facts that it was trained on clearly better
+# than those that it never read, of which it "knows" half or more: by this test, what is known need not be memory. One
+# model is tuned on the tested facts, and so *told* them; its control on *other* facts of the same kinds.
 #
-# - Of the facts that the base was trained on, the control, asked, knows clearly more than the base, asked. It may only
-#   have learned to be asked; whether it knows more than the base showed in its own text is open.
+# - Of the facts that the base was trained on, the control, asked, knows clearly more than the base: asked, asked after
+#   three answered questions, or (by 0.05) in its own text. There the control knows no more: it learned to be asked.
 # - Of the facts that the base never read, the model told them knows clearly more than the control, asked or in the
 #   base's own text. The control has learned to be asked, too; so tuning taught facts. (Each is tested in the words in
 #   which it was told.)
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons 5 are as stated, 2
-# > are not and 2 are not told (5 better, 2 undecided and 2 equal):
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons 6 are as stated, 2
+# > are not and 1 is not told (6 better, 2 equal and 1 undecided):
 # >
-# > - right answers, tuned beside shuffled, new phrasings: undecided (-0.005 [-0.025, +0.015]), not told.
+# > - right answers, tuned beside shuffled, new phrasings: undecided (-0.008 [-0.022, +0.005]), not told.
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
-# > - instructions followed, tuned beside shuffled, new tasks: undecided (+0.029 [-0.006, +0.065]), not told.
 # >
 # > Shares of instructions followed:
 # >
-# > - new inputs: tuned 0.603 [0.549, 0.656], shuffled 0.373 [0.315, 0.431], base 0.405, a guess 0.400.
-# > - new phrasings: tuned 0.422 [0.361, 0.483], shuffled 0.353 [0.300, 0.407], base 0.409, a guess 0.400.
-# > - new tasks: tuned 0.329 [0.258, 0.400], shuffled 0.299 [0.233, 0.365], base 0.264, a guess 0.333.
+# > - new inputs: tuned 0.616 [0.588, 0.644], shuffled 0.404 [0.368, 0.441], base 0.411, a guess 0.407.
+# > - new phrasings: tuned 0.417 [0.388, 0.447], shuffled 0.365 [0.333, 0.397], base 0.395, a guess 0.407.
+# > - new tasks: tuned 0.312 [0.278, 0.346], shuffled 0.290 [0.258, 0.323], base 0.266, a guess 0.333.
 # >
-# > Test items: 344 for answers, 215, 215 and 129 for instructions. (5 seeds, 129 test items)
+# > Test items: 602, 602 and 688 for answers, 774, 774 and 516 for instructions. (5 seeds, 516 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts are
 # > so:
 # >
 # > - the base knows facts of its own text better than others (define): not so (-3.1 [-10.9, +4.6] points).
 # > - the base knows facts of its own text better than others (continue): not told apart (+1.9 [-4.9, +8.7] points).
-# > - tuned on other facts, it knows more of those in the base's text than the base, both asked: so (+16.8 [+10.5,
-# >   +23.1] points).
-# > - asked, it knows no more of them than the base in its own text: not told apart (+1.6 [-3.3, +6.4] points).
-# > - told facts that were in none of its texts, it does not learn them: not so (+21.5 [+16.8, +26.1] points).
+# > - tuned on other facts, it knows more of those in the base's text than the base, both asked: so (+19.1 [+14.8,
+# >   +23.5] points).
+# > - asked, it knows no more of them than the base in its own text: not so (+4.7 [+1.1, +8.3] points).
+# > - told facts that were in none of its texts, it does not learn them: not so (+17.5 [+14.6, +20.3] points).
 # >
 # > "Better" and "more" are so where the interval lies above 0, not so where below 5 points; "no more" and "does not"
 # > the other way round. The last part compares a model told these facts with one told others, both asked; in the base's
-# > own text the difference is +14.2 [+10.9, +17.5]. Of facts in none of its texts the base knows, in its own text, 53 %
-# > of the meanings and 73 % of the verse ends; a guess 25 %. (5 seeds, 256 test items)
+# > own text the difference is +14.2 [+11.2, +17.1]. After 3 answered questions the base knows 50 % of the facts in its
+# > texts; who was told others knows, asked, +18.9 [+14.6, +23.3] points more. Of facts in none of its texts the base
+# > knows, in its own text, 53 % of the meanings and 73 % of the verse ends; a guess 25 %. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · How many tasks, in how many words?

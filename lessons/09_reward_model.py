@@ -349,20 +349,19 @@ assert agree <= best_possible <= ours and abs(theirs - 0.84) < 0.005
 # %%
 chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-5`"
-print("\ntrained   comparisons   pairs ordered as the gold does (mean of 5 seeds, 95 %)")
+print("\ntrained   comparisons   pairs ordered as the gold does (mean of 10 seeds, 95 %)")
 ordered = {}
 for size, n in (("head", 600), ("lora", 600), ("full", 100), ("full", 600), ("full", 2000)):
     ordered[size, n] = np.array([row["accuracy"][0] for row in those_of(chain, "best", judge=size, comparisons=n)])
     print("{:8s}  {:11,}   {:.3f} ± {:.3f}".format(size, n, *interval(ordered[size, n])))
-print("all weights less LoRA: {:.3f} ± {:.3f}".format(*(full_less_lora := interval(ordered["full", 600] - ordered["lora", 600]))))
-clearly = ("full", 2000, "full", 600), ("full", 600, "full", 100), ("lora", 600, "head", 600)
-assert all(np.subtract(*interval(ordered[a, n] - ordered[b, m])) > 0 for a, n, b, m in clearly) and np.subtract(*full_less_lora) <= 0
+print("all weights less LoRA: {:.3f} ± {:.3f}".format(*interval(ordered["full", 600] - ordered["lora", 600])))
+clearly = ("full", 2000, "full", 600), ("full", 600, "full", 100), ("lora", 600, "head", 600), ("full", 600, "lora", 600)
+assert all(np.subtract(*interval(ordered[a, n] - ordered[b, m])) > 0 for a, n, b, m in clearly)
 assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is None), "of no judge is another rate clearly better"
 
 # %% [markdown]
-# Over the seeds, LoRA clearly beats the head, all weights are not clearly ahead of LoRA, and more comparisons help
-# clearly. Each judge has a rate of its own; no other that was tried, on other prompts, is clearly better
-# (`claims/chain_tuning.py`).
+# Over the seeds, LoRA clearly beats the head, all weights, if by 0.01, LoRA, and more comparisons help clearly. Each
+# judge has a rate of its own; no other that was tried, on other prompts, is clearly better (`claims/chain_tuning.py`).
 #
 # ## 6 · Labels from a model that follows principles
 #
@@ -454,9 +453,9 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # >
 # > Shown to be at most 0.02 worse than by the rater's: none. As many labels of the rater gain over SFT: the best of 16
 # > +0.01 [-0.03, +0.05] and PPO -0.04 [-0.07, -0.00]. Trained on the judge's revisions, the SFT model has -0.06 [-0.11,
-# > -0.02] beside training on its own answers; a revision changes 73% of them. Of SFT, PPO, SFT on the preferred answers
-# > and the reward model, only SFT has clearly less loss at another rate: at 0.125 times the one used, though with less
-# > gold (-0.06). (5 seeds, 256 test items)
+# > -0.02] beside training on its own answers; a revision changes 73% of them. Of SFT, PPO, SFT on the preferred
+# > answers, DPO and the reward model, only SFT has clearly less loss at another rate: at 0.125 times the one used,
+# > though with less gold (-0.05). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · Does it know how sure it can be?

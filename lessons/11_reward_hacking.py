@@ -320,7 +320,7 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 # judges: from 0.56 to 0.23, and from 0.52 to 0.33. But we chose it after we had read the answers.
 #
 # **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, in
-# English, without repetition, kind. PPO runs there without a price against five judges, each under five seeds. A judge
+# English, without repetition, kind. PPO runs there without a price against five judges, each under ten seeds. A judge
 # is named by what of it is trained (the *head* alone, *lora*, the *full* model) and on how many comparisons. In the
 # picture the dashed line is the best of 1 to 16 answers by the same judge: 1.8 nats at most for 16.
 #
@@ -332,7 +332,7 @@ chain = CHAIN.rows()
 assert not CHAIN.missing(chain), "all runs are there: see `minipeft claims --run rlhf-8`"
 stages = ("ppo", 0.0), ("best", 0.05)
 judged = {(s, n): [those_of(chain, stage, judge=s, comparisons=n, beta=b) for stage, b in stages] for s, n in JUDGES}
-print("\njudge                    right   proxy: SFT, end, rise (5 seeds, 95 %)   gold: SFT, end, "
+print("\njudge                    right   proxy: SFT, end, rise (10 seeds, 95 %)   gold: SFT, end, "
       "change (seeds and prompts, 95 %)   best of 16 less the end")
 rises, moves, better, equal = {}, {}, {}, {}
 before = items(those_of(chain, "sft"))
@@ -353,9 +353,8 @@ for (size, n), (runs, many) in judged.items():
 poor = [judge for judge in JUDGES if judge[1] < 2000]
 assert all(value > half for value, half in rises.values()), "every proxy rises clearly"
 assert all(moves[judge].low < 0 for judge in JUDGES)
-assert {j for j in JUDGES if moves[j].high < 0} == {("head", 600), ("full", 100)}, "no judge clearly brings gold; with two it falls"
-clearly = [judge for judge in poor if better[judge].low > 0]
-assert clearly == [judge for judge in poor if judge[0] != "lora"], "the best of 16 has clearly more"
+assert [j for j in JUDGES if moves[j].high < 0] == [("head", 600)], "no judge clearly brings gold; with one it falls"
+assert all(better[judge].low > 0 for judge in JUDGES), "the best of 16 has clearly more"
 print("proxy where PPO has first spent the KL of the best of 16, of that, and at PPO's end:",
       "; ".join("{:.2f}, {:.2f}, {:.2f}".format(*each) for each in equal.values()))
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
@@ -368,27 +367,28 @@ for row in judged["full", 100][0]:
 hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
-# Every proxy rises clearly, the gold with no judge. With two the gold ends clearly below the SFT model's: full, 100
-# comparisons, and head, 600 (the latter not where all five intervals are to hold together). With all five the best of
-# 16 has more gold than PPO's end, clearly with these two and full, 600. With the four judges from 100 or 600
-# comparisons it has more proxy, too. So more proxy need not mean less gold. Did these judges mislead? If the gold fell
-# as much by a coin's labels, they need not have. PPO by a coin's was run at a price of 0.05 alone (Lesson 9, section
-# 6): not clearly different from PPO by the rater's. The few answers printed here cannot show the fall.
+# Every proxy rises clearly, the gold with no judge. With head, 600, the gold ends clearly below the SFT model's; with
+# full, 2,000, it clearly falls from where it was highest (below). With all five the best of 16 has clearly more gold
+# than PPO's end. With the four judges from 100 or 600 comparisons it has more proxy, too. So more proxy need not mean
+# less gold. Did these judges mislead? If the gold fell as much by a coin's labels, they need not have. PPO by a coin's
+# was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the rater's. The few answers
+# printed here cannot show the fall.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
 # > of 5 judges rises clearly from where the gold of training prompts has its peak; the gold falls clearly with head,
-# > 600 comparisons and full, 100 comparisons (with full, 100 comparisons, where all 5 intervals are to hold together):
+# > 600 comparisons and full, 2000 comparisons (with head, 600 comparisons and full, 2000 comparisons, where all 5
+# > intervals are to hold together):
 # >
-# > - head, 600: reward up by +0.29 [+0.23, +0.35] from the start, gold by -0.10 [-0.16, -0.03], from 0.34 to 0.25.
-# > - lora, 600: reward up by +0.27 [+0.17, +0.38] from the start, gold by +0.02 [-0.05, +0.08], from 0.34 to 0.36.
-# > - full, 600: reward up by +0.29 [+0.24, +0.33] from the start, gold by -0.04 [-0.09, +0.01], from 0.34 to 0.30.
-# > - full, 100: reward up by +0.31 [+0.16, +0.46] from the start, gold by -0.09 [-0.13, -0.04], from 0.34 to 0.25.
-# > - full, 2000: reward up by +0.32 [+0.10, +0.54] from update 16, gold by -0.09 [-0.25, +0.08], from 0.40 to 0.31.
+# > - head, 600: reward up by +0.26 [+0.23, +0.29] from the start, gold by -0.08 [-0.10, -0.05], from 0.33 to 0.26.
+# > - lora, 600: reward up by +0.33 [+0.26, +0.39] from the start, gold by -0.06 [-0.14, +0.02], from 0.33 to 0.27.
+# > - full, 600: reward up by +0.27 [+0.24, +0.30] from the start, gold by -0.03 [-0.08, +0.01], from 0.33 to 0.30.
+# > - full, 100: reward up by +0.34 [+0.26, +0.41] from the start, gold by -0.05 [-0.11, +0.00], from 0.33 to 0.28.
+# > - full, 2000: reward up by +0.37 [+0.16, +0.59] from update 16, gold by -0.13 [-0.22, -0.05], from 0.42 to 0.29.
 # >
 # > With 4 of 5 judges the best of 16 answers has more reward than this end, and more gold. Of SFT, PPO, SFT on the
-# > preferred answers and 5 reward models, only SFT has clearly less loss at another rate: at 0.125 times the one used,
-# > though with less gold (-0.06). (5 seeds, 256 test items)
+# > preferred answers, DPO and 5 reward models, only SFT has clearly less loss at another rate: at 0.125 times the one
+# > used, though with less gold (-0.05). (10 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Two witnesses who need no gold

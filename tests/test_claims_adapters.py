@@ -106,9 +106,9 @@ def test_the_nearest_mean_names_the_book():
 
 
 def test_a_cell_of_units(short):
-    row = units.run(Units("bottleneck", examples=8, batch_size=4, validation=6, tested=4, removed=3, seeds=(1,)))
+    row = units.run(Units("bottleneck", examples=8, batch_size=4, validation=6, tested=4, seeds=(1,)))
     assert {key: np.array(row[key]).shape for key in units.KEYS} == {
-        "trained": (1, 4), "untrained": (1, 4), "whole": (1, 3), "without": (1, 3),
+        "trained": (1, 4), "untrained": (1, 4), "whole": (1, 4), "without": (1, 4),
     }  # fmt: skip
 
 

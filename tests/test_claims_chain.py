@@ -97,7 +97,7 @@ def test_rows_of_all_kinds(small):
     assert [*found["best_of"]] == ["1", "2", "4"] and len(found["gold"]) == len(found["proxy"]) == 6
     assert found["best_of"]["4"]["proxy"] == pytest.approx(np.mean(found["proxy"]), abs=1e-3)
     assert found["best_of"]["1"]["kl"] == 0 < found["best_of"]["4"]["kl"]
-    for stage in ("base", "sft", "chosen"):
+    for stage in ("base", "sft", "chosen", "dpo"):
         row = chain.run(Chain(1, stage, "full", 8))
         assert len(row["gold"]) == len(row["kl"]) == len(row["proxy"]) == 6 and 0 <= row["ended"] <= 1
 
@@ -155,7 +155,7 @@ def test_rates_are_chosen_on_prompts_that_no_stage_learns_from_and_no_report_ask
         assert tuple(prompt) in chosen and one.labels[-1] == base()[1].eos_token_id
 
 
-@pytest.mark.parametrize("stage", [Stage("sft"), Stage("chosen"), Stage("ppo"), Stage("judge", "lora", 4)], ids=lambda s: s.stage)
+@pytest.mark.parametrize("stage", [Stage("sft"), Stage("chosen"), Stage("dpo"), Stage("ppo"), Stage("judge", "lora", 4)], ids=lambda s: s.stage)
 def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage, monkeypatch):
     for name in ("prompts", "demonstrations", "ordered"):
         monkeypatch.setattr(chain_tuning, name, cache(getattr(chain_tuning, name).__wrapped__))
@@ -169,7 +169,7 @@ def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage,
     assert len({one[measure] for one in row["tried"]}) == 3, "another rate is another policy or judge"
     (other,) = {one["rate"] for one in row["again"]} - {stage.rate}
     assert other == min((low, high), key=lambda one: one["loss"])["rate"]
-    if stage.stage in ("chosen", "ppo"):
+    if stage.stage in ("chosen", "dpo", "ppo"):
         assert usual["loss"] == pytest.approx(1 - usual["gold"], abs=2e-5) and usual["kl"] != 0
     assert usual["nats"] > 0 if stage.stage == "judge" else 0 <= usual["gold"] <= 1
 
@@ -194,14 +194,14 @@ def tuned(stage: Stage, lower: float, again: float) -> dict:
 
 
 def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
-    made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "judge": (0.0, 0.0)}
+    made = {"sft": (0.1, 0.2), "ppo": (0.1, 0.0), "chosen": (-0.1, 0.1), "dpo": (0.0, 0.0), "judge": (0.0, 0.0)}
     rows = [tuned(stage, *made[stage.stage]) for stage in chain_tuning.runs()]
     assert [one.name for one in chain_tuning.rivals(rows) if one.clear] == ["SFT"]
-    own = "SFT, PPO, SFT on the preferred answers"
+    own = "SFT, PPO, SFT on the preferred answers, DPO"
     less = "only SFT has clearly less loss at another rate: at 2 times the one used, and with more gold (+0.15)"
     assert chain_tuning.told(chain.JUDGES, rows) == f"Of {own} and 5 reward models, {less}."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == f"Of {own} and the reward model, none has clearly less loss at another rate."
+    assert len(chain_tuning.rivals(rows)) == 9 and chain_tuning.told(rows=rows) == f"Of {own} and the reward model, none has clearly less loss at another rate."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows
@@ -268,7 +268,7 @@ def test_a_run_that_was_stopped_has_earned_nothing():
     assert both.shape == (2, ITEMS) and not both[1].any() and both[0].all()
     made = [one if not (one["broken"] and one["stage"] == "ppo") else one | {"checks": {}, "stopped": "NaN"} for one in rows()]
     found = RULES["rlhf-7"].judge(made)
-    assert found.verdict == HOLDS and "5 runs stopped" in found.because
+    assert found.verdict == HOLDS and "10 runs stopped" in found.because
 
 
 def test_exploitation_follows_its_rows():
@@ -303,7 +303,7 @@ def test_alignment_follows_its_rows():
     def above(*stages):
         return lambda run: {"gold": 0.6 if run.stage == "ppo" else 0.4 if run.stage in stages else 0.6}
 
-    assert verdict("which-7", above("base", "sft", "chosen", "best")) == HOLDS
+    assert verdict("which-7", above("base", "sft", "chosen", "dpo", "best")) == HOLDS
     assert verdict("which-7", above("base", "sft")) == IF
     assert verdict("which-7", above()) == NOT
 
@@ -349,4 +349,4 @@ def test_a_verdict_says_what_warned_and_how_often_in_vain():
     found = RULES["rlhf-7"].judge(rows(made))
     assert "(update 2: grad_norm; 6: value_loss)" in found.because
     assert re.search(r"What 6 ways .*- ten times the rate, less what it costs SFT \([+-]0\.00 .*\): \+0\.30 .*all 7 intervals", found.because, re.S)
-    assert "Of 5 unbroken runs, each held against the others, 0 would have been warned of." in found.because
+    assert "Of 10 unbroken runs, each held against the others, 0 would have been warned of." in found.because

@@ -72,8 +72,13 @@ def test_the_same_input_and_answer_stand_under_the_instructions_of_tasks_with_su
 
 def test_enough_questions_of_each_kind_of_new():
     n = Following("base").tested
-    assert all(len(asked("base", kind, n)) == 344 for kind in KINDS)
-    assert sum(len(following.alternatives(kind, n // 2)) for kind in KINDS) > 500
+    assert all(len(asked("base", kind, n)) > 500 for kind in KINDS)
+    found = {kind: following.alternatives(kind, n) for kind in KINDS}
+    assert all(len(of) > 500 for of in found.values())
+    tasks = [own[0].task for own in found["inputs"]]
+    by_hand = {"define": 1 / 3, "use": 1 / 3, "synonym": 1 / 3, "rewrite": 1 / 2, "continue": 1 / 2}
+    assert following.guess("inputs", n) == pytest.approx(np.mean([by_hand[task] for task in tasks]))
+    assert following.guess("tasks", n) == pytest.approx(1 / 3)
 
 
 def test_absent_facts_are_in_no_text_of_the_base_and_present_ones_are():
@@ -112,10 +117,17 @@ def test_a_cell_of_following(short):
         "inputs": (2, 8), "phrasings": (2, 8), "tasks": (2, 8),
     }  # fmt: skip
     assert len(base["answers"]["tasks"]) == 1 and "rate" not in base
-    assert [len(base["followed"][kind][0]) for kind in KINDS] == [5, 5, 3]
+    assert [len(base["followed"][kind][0]) for kind in KINDS] == [10, 10, 6]
     assert tuned["rate"] in dict(tuned["rates"])
     assert sum(tuned["nll"]["inputs"][0]) < sum(base["nll"]["inputs"][0]), "it has learned something"
     assert described(Following("base"))["base"] == version()
+
+
+def test_answered_questions_are_of_no_fact_that_is_tested():
+    for kind in knowledge.KINDS:
+        told = knowledge.shown(kind)
+        assert told.count("Answer:") == following.SHOTS and told.endswith("\n\n")
+        assert not any(output in told for where in knowledge.SPLITS for _, output in facts_of(kind, where, 256))
 
 
 def test_a_cell_of_knowledge(short, monkeypatch):
@@ -124,7 +136,7 @@ def test_a_cell_of_knowledge(short, monkeypatch):
     base, tuned = (knowledge.run(Knowledge(arm, **small)) for arm in ("base", "these"))
     assert base["known"].keys() == tuned["known"].keys() and len(base["known"]) == 8
     assert all(np.array(values).shape == (1, 4) for values in tuned["known"].values())
-    assert base["read"].keys() == {"define, present", "define, absent", "continue, present", "continue, absent"}
+    assert base["read"].keys() == base["shown"].keys() == {"define, present", "define, absent", "continue, present", "continue, absent"}
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -139,6 +151,7 @@ def following_rows(id: str, right: dict[str, dict[str, float]]) -> list[dict]:
         nll = {kind: [[3.0 - r for r in own] for own in of] for kind, of in answers.items()}
         tasks = {kind: ["source", "use"] * (ITEMS // 2) for kind in KINDS}
         made = {"tasks": tasks, "tokens": {kind: [2] * ITEMS for kind in KINDS}, "answers": answers, "nll": nll}
+        made |= {"guess": everywhere(1 / 3)} if one.arm in following.INSTRUCTED else {}
         rows.append(described(one) | made | ({"followed": answers} if one.arm in following.INSTRUCTED else {}))
     return rows
 
@@ -189,7 +202,7 @@ def knowledge_rows(read: float, base_text: float, base_asked: float, others: flo
         known = {", ".join(c): shares(base_text if c[2] == "text" else share, seeds) for c in cells}
         cells = [(kind, where) for kind in knowledge.KINDS for where in knowledge.SPLITS]
         own = {", ".join(c): shares(0.5 + read * (c[1] == "present"), 1)[0] for c in cells}
-        rows.append(described(one) | {"known": known} | ({"read": own} if one.arm == "base" else {}))
+        rows.append(described(one) | {"known": known} | ({"read": own, "shown": own} if one.arm == "base" else {}))
     return rows
 
 

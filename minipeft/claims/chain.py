@@ -36,23 +36,23 @@ from ..experiments.rows import Row
 from ..experiments.shipped import base, rounded
 from ..peft import LoraConfig, get_peft_model
 from ..rlhf.baseline import best_of_n_kl
-from ..text.examples import Example, example_of
+from ..text.examples import Example, PreferencePair, example_of
 from ..train import Trainer, TrainingArguments
 from .kindness import form, gold, sentences
 from .protocol import version
 
-SEEDS = (1, 2, 3, 4, 5)
+SEEDS = (1, 2, 3, 4, 5, 7, 8, 9, 10, 11)  # 6 has selected rates: `chain_tuning`
 SIZES = ("head", "lora", "full")  # what of a reward model is trained
 COMPARISONS = (100, 600, 2000)
 BETAS = (0.0, 0.05, 0.2)
 CHARACTERS = 90  # of a demonstration's verse, at most
-DEMONSTRATIONS, HELD_OUT, BEST_OF, SHOWN = 1000, 256, 16, 4
+DEMONSTRATIONS, HELD_OUT, BEST_OF, SHOWN = 1000, 512, 16, 4
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
 UPDATES, CHECKS = 32, (8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
-RATES = {"sft": 1e-3, "ppo": 2e-4}  # held against others in `chain_tuning`, as the judges'
+RATES = {"sft": 1e-3, "ppo": 2e-4, "dpo": 4e-4}  # held against others in `chain_tuning`, as the judges'
 JUDGE_RATES = {  # by what is trained and on how many comparisons; 200 are the labels of `constitution`
-    ("head", 600): 1e-2, ("lora", 600): 8e-3, ("full", 600): 1e-3,
-    ("full", 100): 4e-3, ("full", 200): 1e-3, ("full", 2000): 1e-3,
+    ("head", 600): 0.32, ("lora", 600): 8e-3, ("full", 600): 1e-3,
+    ("full", 100): 4e-3, ("full", 200): 2e-3, ("full", 2000): 1e-3,
 }  # fmt: skip
 
 # One thing that is done otherwise. Options of PPO, or what `Broken` does
@@ -71,8 +71,8 @@ PUSHES = [("sft", "ten times the rate"), *(("ppo", what) for what in BROKEN)]
 class Chain:
     """What a row is the result of.
 
-    stage        "base", "sft"; "chosen": the SFT model, trained further on the preferred answers; "best": the best of
-                 BEST_OF answers of the SFT model by the judge; "ppo"
+    stage        "base", "sft"; "chosen": the SFT model, trained further on the preferred answers; "dpo": on both answers of
+                 the comparisons; "best": the best of BEST_OF answers of the SFT model by the judge; "ppo"
     judge        what of the reward model was trained, one of SIZES, on this number of comparisons
     beta         the price of KL
     broken       of PPO, one of BROKEN; of SFT, "ten times the rate"
@@ -94,7 +94,7 @@ def of_seed(seed: int) -> list[Chain]:
     """All runs of a seed."""
     made = partial(Chain, seed, base=version())
     return [
-        *map(made, ("base", "sft", "chosen")),
+        *map(made, ("base", "sft", "chosen", "dpo")),
         *(made("best", *judge) for judge in JUDGES),
         *(made("ppo", *judge, beta=0.0) for judge in JUDGES),
         *(made("ppo", beta=beta) for beta in BETAS[1:]),
@@ -165,13 +165,16 @@ def demonstrated(verses: Mapping[str, str]) -> list[Example]:
 # ----------------------------------------------------------------------------------------------------------- the stages
 
 
-def fitted(model: Any, examples: Sequence[Any], rate: float, epochs: float, seed: int, **options: Any) -> Any:
-    """The model, trained in place."""
-    arguments = TrainingArguments(
+def arguments(rate: float, epochs: float, seed: int) -> TrainingArguments:
+    return TrainingArguments(
         learning_rate=rate, num_train_epochs=epochs, per_device_train_batch_size=16, warmup_ratio=0.1, seed=seed,
         progress=False,
     )  # fmt: skip
-    Trainer(model, examples, args=arguments, pad_token_id=base()[1].pad_token_id, **options).train()
+
+
+def fitted(model: Any, examples: Sequence[Any], rate: float, epochs: float, seed: int, **options: Any) -> Any:
+    """The model, trained in place."""
+    Trainer(model, examples, args=arguments(rate, epochs, seed), pad_token_id=base()[1].pad_token_id, **options).train()
     return model
 
 
@@ -186,6 +189,18 @@ def chosen(seed: int, faster: float = 1) -> Any:
     prompts, answers, order = comparisons(seed)
     preferred = [example_of(p, own[first]) for p, own, first in zip(prompts, answers, order[:, 0])]
     return fitted(sft(seed).copy(), preferred, faster * RATES["sft"], 1, seed)
+
+
+def dpo(seed: int, faster: float = 1) -> Any:
+    """The SFT model, trained further on the comparisons by DPO with its paper's β, 0.1 (its log-probabilities have no
+    temperature). It is its reference."""
+    pairs = [
+        PreferencePair(*(example_of(p, [*own[i]]) for i in order[:2])) for p, own, order in zip(*comparisons(seed))
+    ]
+    args = arguments(faster * RATES["dpo"], 1, seed)
+    policy = sft(seed).copy()
+    rlhf.dpo_trainer(policy, pairs, args=args).train()
+    return policy
 
 
 def sampled(seed: int, prompts: Sequence[Sequence[int]], k: int, stream: int) -> list[Any]:
@@ -376,6 +391,6 @@ def policy_of(settings: Chain) -> Any:
         return base()[0]
     if s.stage == "sft":
         return sft(s.seed, 10) if s.broken else sft(s.seed)
-    if s.stage == "chosen":
-        return chosen(s.seed)
+    if s.stage in ("chosen", "dpo"):
+        return {"chosen": chosen, "dpo": dpo}[s.stage](s.seed)
     return ppo(s, lambda policy: {})[0]

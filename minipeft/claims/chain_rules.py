@@ -27,7 +27,7 @@ from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, c
 from .statistics import crossed, spreads
 
 Rows = Sequence[Mapping[str, Any]]
-SPREADS = 6  # standard deviations of five seeds; two draws of a run differ by more about once in a hundred times
+SPREADS = 6  # standard deviations of ten seeds; two draws of a run differ by more about twice in a thousand times
 
 
 class Sampled(Experiment):
@@ -281,12 +281,13 @@ def exploited(rows: Rows) -> Verdict:
 @claim("which-7", lesson="16_which_method.py", section="5 · And the other two jobs", experiment=CHAIN)
 def aligned(rows: Rows) -> Verdict:
     """Holds if PPO (beta 0.05, the best judge) has clearly more gold on held-out prompts than the base, the SFT model, the SFT model at ten
-    times its rate, the SFT model trained on the preferred answers, and the best of 16 answers by the same judge; holds if than some of
-    these; does not hold here if it is less than 0.02 above each."""
+    times its rate, the SFT model trained on the preferred answers or by DPO on the comparisons, and the best of 16 answers by the same
+    judge; holds if than some of these; does not hold here if it is less than 0.02 above each."""
     policy = those_of(rows, "ppo")
     others = {
         "the base": those_of(rows, "base"), "SFT": those_of(rows, "sft"), "SFT at ten times the rate": those_of(rows, "sft", broken="ten times the rate"),
-        "SFT on the preferred answers": those_of(rows, "chosen"), "the best of 16": those_of(rows, "best"),
+        "SFT on the preferred answers": those_of(rows, "chosen"), "DPO": those_of(rows, "dpo"),
+        "the best of 16": those_of(rows, "best"),
     }  # fmt: skip
     over = {name: items(policy) - items(of) for name, of in others.items()}
     decision, found, _ = decided(over, NEAR["gold"])

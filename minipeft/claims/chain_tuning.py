@@ -5,6 +5,7 @@
     judge      the share of pairs of answers to a prompt that it orders otherwise than the rater. (Its loss in training
                depends on the scale of the rewards, which is calibrated afterwards.)
     chosen     1 - gold of its answers: SFT further, on the preferred answers
+    dpo        1 - gold of its answers: SFT further, on the comparisons
     ppo        1 - gold of its answers, at the best judge and beta 0.05
 
 Each is tuned as everything here (`mechanisms.best_rate`): from its rate in `chain` by factors of 2 to the better neighbor,
@@ -43,8 +44,8 @@ from .protocol import TUNING, version
 from .register import listed
 
 AGAIN = 6  # a second seed, which no report has
-SELECTING, ANSWERS = 1024, 4  # prompts; answers to each that judges put in order
-LEAST = {"sft": 0.002, "judge": 0.01, "chosen": 0.01, "ppo": 0.01}  # a rate that is better by less is not better
+SELECTING, ANSWERS = 924, 4  # prompts, all that no report asks; answers to each that judges put in order
+LEAST = {"sft": 0.002, "judge": 0.01, "chosen": 0.01, "dpo": 0.01, "ppo": 0.01}  # a rate that is better by less is not better
 KNOWN = ("gold", "kl", "proxy", "ended")  # of a policy
 
 
@@ -66,13 +67,13 @@ class Stage:
 
     @property
     def name(self) -> str:
-        names = {"sft": "SFT", "chosen": "SFT on the preferred answers", "ppo": "PPO"}
+        names = {"sft": "SFT", "chosen": "SFT on the preferred answers", "dpo": "DPO", "ppo": "PPO"}
         return names.get(self.stage) or f"the judge {self.judge}, {self.comparisons:,}"
 
 
 def runs() -> list[Stage]:
     """All stages."""
-    return [*map(Stage, ("sft", "ppo", "chosen")), *(Stage("judge", *one) for one in chain.JUDGE_RATES)]
+    return [*map(Stage, ("sft", "ppo", "chosen", "dpo")), *(Stage("judge", *one) for one in chain.JUDGE_RATES)]
 
 
 class Measured(NamedTuple):
@@ -123,8 +124,8 @@ def measured(s: Stage, seed: int, faster: float) -> Measured | None:
         if s.stage == "ppo":
             policy, row = chain.optimized(chain.Chain(seed, "ppo"), chain.judge(seed, *best()), lambda policy: {}, faster)
             return None if row["stopped"] else of_policy(policy, seed)
-        if s.stage == "chosen":
-            return of_policy(chain.chosen(seed, faster), seed)
+        if s.stage in ("chosen", "dpo"):
+            return of_policy((chain.chosen if s.stage == "chosen" else chain.dpo)(seed, faster), seed)
         policy = chain.sft(seed, faster)
         totals, weights = example_losses(policy, demonstrations(), 32, base()[1].pad_token_id)
         return Measured(totals, weights, of_policy(policy, seed).known)

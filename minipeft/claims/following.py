@@ -59,11 +59,11 @@ LEAST = 0.01  # nats per token: a rate that is better by less is not better
 
 @dataclass(frozen=True)
 class Following:
-    """A cell: how the base is prepared, and how many questions of a task it is asked (of a new task, of which fewer can be
-    checked, twice as many)."""
+    """A cell: how the base is prepared, and how many questions of a task it is asked, as far as there are (of a new task whose
+    answers can be checked, twice as many, as there are fewer such tasks)."""
 
     arm: str
-    tested: int = 86  # of the test split, a task has at least as many; half of them of those that are `followed`
+    tested: int = 172  # of the test split; the smallest task has 86
     steps: int = 60
     batch_size: int = 24
     validation: int = 32  # records of a task
@@ -154,17 +154,16 @@ def followed(model: Any, kind: str, n: int) -> list[int]:
     return [int(own[0] < own[1:].min()) for own in np.split(nll, np.cumsum([len(own) for own in asked])[:-1])]
 
 
-def guess(kind: str) -> float:
-    """How often a guess follows: the mean of 1 in as many tasks as have such inputs, over equally many questions of each task."""
-    groups = [group for group in ALIKE if group[0] in KINDS[kind][0]]
-    return len(groups) / sum(map(len, groups))
+def guess(kind: str, n: int) -> float:
+    """How often a guess follows: the mean over n questions of each task of 1 in as many tasks as have such inputs."""
+    return float(np.mean([1 / len(own) for own in alternatives(kind, n)]))
 
 
 def measure(model: Any, arm: str, n: int) -> dict[str, Any]:
     """{"answers", "nll", and of who is instructed "followed": {kind: [items]}}."""
     row: dict[str, Any] = {"answers": {}, "nll": {}}
     if arm in INSTRUCTED:
-        row["followed"] = {kind: followed(model, kind, n // 2) for kind in KINDS}
+        row["followed"] = {kind: followed(model, kind, n) for kind in KINDS}
     for kind in KINDS:
         questions = asked(arm, kind, n)
         written = answers(model, questions, arm)
@@ -184,10 +183,12 @@ def tune(s: Following, rate: float, seed: int) -> Any:
 
 
 def run(s: Following) -> Row:
-    """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items]; of an arm that is
-    tuned the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
+    """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items], and how often a
+    guess follows; of an arm that is tuned the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
     tokens = {kind: answer_tokens(asked(s.arm, kind, s.tested)) for kind in KINDS}
     row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.tested)] for kind in KINDS}, "tokens": tokens}
+    if s.arm in INSTRUCTED:
+        row["guess"] = {kind: guess(kind, s.tested) for kind in KINDS}
     if s.arm in UNTUNED:
         found = [measure(base()[0], s.arm, s.tested)]
     else:
@@ -238,7 +239,7 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> str:
     for kind in KINDS:
         arms = reports(rows, kind, "followed")
         found = [f"{arm} {_share(arms[arm].mean)}" for arm in ("tuned", "shuffled", "base") if arm in arms]
-        words.append(f"new {kind}: {', '.join(found)}, a guess {guess(kind):.3f}")
+        words.append(f"new {kind}: {', '.join(found)}, a guess {rows[0]['guess'][kind]:.3f}")
     right, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
     return f"Shares of instructions followed:{itemized(words)}Test items: {right} for answers, {followed} for instructions."
 

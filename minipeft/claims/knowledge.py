@@ -14,7 +14,7 @@ measure mostly that: Holtzman et al. 2021, Surface Form Competition, arXiv:2104.
 and is of one of two kinds: `present` in the text that the base was trained on, or `absent` from it (of the split "test"). The
 latter tell knowledge from what can be guessed: from the parts of a word, or from how verses are built. Three models:
 
-    base     as it is
+    base     as it is; also asked after three answered questions (of the split "validation")
     others   tuned on instructions: other facts of both kinds of task, each in four phrasings, and records of the other tasks
     these    the same, with these very facts in the place of the others: as many tokens
 
@@ -37,13 +37,13 @@ import numpy as np
 
 from ..evaluation.intervals import Estimate, student_t
 from ..experiments.rows import Row
-from ..experiments.shipped import base
+from ..experiments.shipped import base, spaced
 from ..peft.methods import METHODS
 from ..text.datasets import Completion
 from ..text.examples import encode_examples
 from ..text.instructions import TASKS, TRAINED, Pair, pairs
 from ..train.evaluation import example_losses
-from .following import LEAST, Question, drawn, encode
+from .following import LEAST, SHORT, SHOTS, Question, drawn, encode
 from .mechanisms import ByItem, best_rate, curve, judged, loss_on, train
 from .protocol import SEEDS, TUNING, version
 from .register import HOLDS, IF, NOT, UNTESTABLE, Verdict, claim, itemized, listed
@@ -52,7 +52,7 @@ from .statistics import crossed
 KINDS = {"define": "{}:", "continue": "{}"}  # a task whose records are facts, and how the base's own text asks
 FACTS = {"define": "the meanings", "continue": "the verse ends"}
 SPLITS = {"present": "train", "absent": "test"}
-WAYS = "text", "asked"
+WAYS = "text", "asked"  # and "shown": asked after SHOTS answered questions
 CHOICES = 4
 READ = 320  # facts of a kind, present and absent, that the base alone is asked for in its own text
 SAID = {True: "so", False: "not so", None: "not told apart"}
@@ -65,7 +65,7 @@ class Knowledge:
     """A cell: how the base is tuned, and how many facts of a kind, present and absent, are tested."""
 
     arm: str
-    facts: int = 128
+    facts: int = 256
     batch_size: int = 24
     validation: int = 32  # records of a task
     seeds: tuple[int, ...] = SEEDS
@@ -90,13 +90,21 @@ def keys(facts: Sequence[Pair], seed: int = 0) -> list[list[str]]:
 
 def known(model: Any, kind: str, facts: Sequence[Pair], way: str) -> list[int]:
     """[facts], whether each is known."""
-    records = []
+    records, before = [], shown(kind) if way == "shown" else ""
     for (_, output), given in zip(facts, keys(facts)):
         asked = [Question(kind, (key, output), TASKS[kind].phrasings[0]).prompt for key in given]
-        records += [Completion(p, f" {output}") for p in (asked if way == "asked" else map(KINDS[kind].format, given))]
+        asked = [*map(KINDS[kind].format, given)] if way == "text" else [f"{before}{prompt}" for prompt in asked]
+        records += [Completion(prompt, f" {output}") for prompt in asked]
     examples, pad = encode_examples(records, base()[1], 512).examples, base()[1].pad_token_id
     nll = example_losses(model, examples, 64, pad)[0].reshape(len(facts), CHOICES)
     return (nll[:, 0] < nll[:, 1:].min(axis=1)).astype(int).tolist()
+
+
+def shown(kind: str) -> str:
+    """SHOTS answered questions, none of which is tested."""
+    short = [pair for pair in pairs(kind, "validation") if sum(map(len, pair)) <= SHORT]
+    questions = [Question(kind, pair, TASKS[kind].phrasings[0]) for pair in spaced(short, SHOTS)]
+    return "".join(f"{q.prompt}{q.answer}\n\n" for q in questions)
 
 
 def measure(model: Any, n: int) -> dict[str, list[int]]:
@@ -126,13 +134,14 @@ def tune(s: Knowledge, rate: float, seed: int) -> Any:
 
 
 def run(s: Knowledge) -> Row:
-    """The row of a cell: what is known, {"kind, where, way": [seeds, facts]}; of the base also more facts asked for in its own
-    text, read {"kind, where": [facts]}; of an arm that is tuned the rate, and [[rate, loss on validation records of all tasks],
+    """The row of a cell: what is known, {"kind, where, way": [seeds, facts]}; of the base also what it knows after answered
+    questions, shown, and more facts asked for in its own text, read, {"kind, where": [facts]}; of an arm that is tuned the rate, and [[rate, loss on validation records of all tasks],
     ...]. A seed that diverged has None."""
     if s.arm == "base":
-        cells = product(KINDS, SPLITS)
-        read = {f"{kind}, {where}": known(base()[0], kind, facts_of(kind, where, READ), "text") for kind, where in cells}
-        return {"read": read, "known": {key: [one] for key, one in measure(base()[0], s.facts).items()}}
+        of = {f"{kind}, {where}": (kind, where) for kind, where in product(KINDS, SPLITS)}
+        read = {name: known(base()[0], kind, facts_of(kind, where, READ), "text") for name, (kind, where) in of.items()}
+        after = {name: known(base()[0], kind, facts_of(kind, where, s.facts), "shown") for name, (kind, where) in of.items()}
+        return {"read": read, "shown": after, "known": {key: [one] for key, one in measure(base()[0], s.facts).items()}}
     held_out, pad = encode(drawn(TRAINED, "validation", s.validation, 0)), base()[1].pad_token_id
 
     def loss(rate: float) -> float | None:
@@ -166,7 +175,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
     its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
     if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the last, and one that knows more when
-    asked than the base ever showed refutes the third. (Not tried: the base with examples in its prompt.)
+more when asked than the base ever showed refutes the third.
     """
     # facts of both kinds count together, but in the first part; "some parts" takes intervals that are clear among as many
     of = {row["arm"]: row["known"] for row in rows}
@@ -200,7 +209,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     if verdict == NOT and any(x is not False for _, x in found.values()):
         verdict = UNTESTABLE
     taught, own = found[TAUGHT][0], less("these", "others", "absent", "text", "text")
+    after = next(row["shown"] for row in rows if row["arm"] == "base")
+    after = {where: np.concatenate([np.array(after[f"{kind}, {where}"], float) for kind in KINDS]) for where in SPLITS}
+    told_others = np.concatenate([np.array(of["others"][f"{kind}, present, asked"], float) for kind in KINDS], axis=1)
+    beside = crossed(told_others - after["present"])
     evidence = {name: e for name, (e, _) in found.items()} | {
+        "present facts: told others and asked, less the base after answered questions": beside,
         "asked, present facts: told these, less told others": less("these", "others", "present"),
         "own text, absent facts: told these, less told others": own,
         "own text, present facts: told others, less the base": less("others", "base", "present", "text", "text"),
@@ -214,10 +228,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f'"Better" and "more" are so where the interval lies above 0, not so where below {100 * SMALL:g} points; "no more" and "does not" '
         f"the other way round. The last part compares a model told these facts with one told others, both asked; in the base's own text "
         f"the difference is {points(own)}. "
+        f"After {SHOTS} answered questions the base knows {100 * after['present'].mean():.0f} % of the facts in its texts; who was told "
+        f"others knows, asked, {points(beside)} points more. "
         f"Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
-    return judged(verdict, because, *effect, evidence, 256, "facts")
+    return judged(verdict, because, *effect, evidence, 2 * Knowledge.facts, "facts")
 
 
 def points(e: Estimate) -> str:

@@ -38,7 +38,7 @@ KEYS = "trained", "untrained", "whole", "without"
 
 @dataclass(frozen=True)
 class Units:
-    """A cell: a method, and how many sentences are read; `removed`: how many are answered without the unit."""
+    """A cell: a method, and how many sentences are read, and answered without the unit."""
 
     method: str
     examples: int = 500
@@ -46,7 +46,6 @@ class Units:
     batch_size: int = 8
     validation: int = 256
     tested: int = 512
-    removed: int = 256
     seeds: tuple[int, ...] = SEEDS
     base: str = field(default_factory=version)
 
@@ -137,10 +136,10 @@ def run(s: Units) -> Row:
         row["untrained"].append(best_unit(method.prepare(base()[0], steps, seed), s)[1])
         unit, right = (None, None) if model is None else best_unit(model, s)
         row["trained"].append(right)
-        row["whole"].append(None if model is None else score(model, TASK, s.removed))
+        row["whole"].append(None if model is None else score(model, TASK, s.tested))
         if model is not None:
             remove(model, s.method, unit)
-        row["without"].append(None if model is None else score(model, TASK, s.removed))
+        row["without"].append(None if model is None else score(model, TASK, s.tested))
     return row
 
 
