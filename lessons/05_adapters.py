@@ -130,15 +130,15 @@ assert difference < 1e-4
 # > (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
-# > options to 11. Whole, the adapters' models are right in 90% of the answers and LoRA's in 95%. Of 4 comparisons 0 are
-# > as stated, 2 are not and 2 are not told:
+# > options to 11. Whole, the adapters' models are right in 91% of the answers and LoRA's in 95%. Of 4 comparisons 0 are
+# > as stated, 1 is not and 3 are not told:
 # >
 # > - a unit beside a direction of LoRA, read: undecided (+0.014 [-0.024, +0.053]), not told.
 # > - a unit beside one before training, read: undecided (+0.126 [-0.002, +0.254]), not told.
-# > - a unit beside none, removed: equal (+0.002 [-0.005, +0.010]).
-# > - a unit beside a direction of LoRA, removed: equal (+0.002 [-0.004, +0.007]).
+# > - a unit beside none, removed: undecided (+0.002 [-0.017, +0.022]), not told.
+# > - a unit beside a direction of LoRA, removed: equal (+0.002 [-0.002, +0.005]).
 # >
-# > (5 seeds, 256 test items)
+# > (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 2 · The count

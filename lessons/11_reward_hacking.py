@@ -483,7 +483,7 @@ assert sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
 assert (penalized["proxy"] < cheap["proxy"]).all() and (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all()
 assert [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
-assert on_chain[0.05].low > 0 > max(on_chain[0.0].low, on_chain[0.2].low, over_none.low), "only the small price"
+assert min(on_chain[0.05].low, on_chain[0.2].low, over_none.low) > 0 > on_chain[0.0].low, "a price ends higher"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
@@ -498,8 +498,8 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #   is 0.49 and 0.46, that of the small price 0.47 and 0.50. And under one of these judges the small price's second gold
 #   turns, too, barely: from 0.59 to 0.47. The high price ends below the small one in every seed, clearly in one. But at
 #   the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the
-#   chain, which also charges for a missing end, in all five): PPO did not maximize it. On the chain only the small
-#   price ends clearly above the SFT model; it is not clearly better than none.
+#   chain, which also charges for a missing end, in all ten): PPO did not maximize it. On the chain either price ends
+#   clearly above the SFT model and none does not; the small one is clearly better than none, by 0.16.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as
