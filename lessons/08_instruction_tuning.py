@@ -443,9 +443,9 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
 # %% [markdown]
 # In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
 # 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
-# clearly more than the control (0.37), but not than the base (0.40) or a guess. At new tasks it follows 0.31, just
-# clearly more than both, but a guess has 0.33. So that tuning teaches following is shown for trained words alone. (The
-# verdict's two "equal" show little: no model is right there.)
+# clearly more than the control (0.37, itself below a guess), not than the base (0.40) or a guess. At new tasks it
+# follows 0.31; a guess has 0.33. So that tuning teaches following is shown for trained words alone. (The verdict's two
+# "equal" show little: no model is right there.)
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on
@@ -455,8 +455,8 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
 # than those that it never read, of which it "knows" half or more: by this test, what is known need not be memory. One
 # model is tuned on the tested facts, and so *told* them; its control on *other* facts of the same kinds.
 #
-# - Of the facts that the base was trained on, the control, asked, knows clearly more than the base: asked, asked after
-#   three answered questions, or (by 0.05) in its own text. There the control knows no more: it learned to be asked.
+# - Of the facts that the base was trained on, the control, asked, knows clearly more than the base asked, after three
+#   answered questions, or (by 0.05) in its own text. There it is not clearly apart: it learned to be asked.
 # - Of the facts that the base never read, the model told them knows clearly more than the control, asked or in the
 #   base's own text. The control has learned to be asked, too; so tuning taught facts. (Each is tested in the words in
 #   which it was told.)

@@ -373,14 +373,14 @@ for name, model in (("before", base), ("after", policy)):
 # %% [markdown]
 # ## 8 · One chain on one model
 #
-# Here is the chain as it is meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in
-# Basic English. The gold, from 0 to 1, is a rule for what a person would ask: *the answer ends its sentence, in
-# English, without repeating itself, kindly* (`claims/kindness.py`). The base is fine-tuned on 1,000 verses (SFT). A
-# rater compares two answers of *this* model to each of 2,000 prompts, with noise. A reward model that starts from the
-# SFT model learns from it. PPO, 32 updates of 32 answers, starts from the SFT model, its reference; an answer without
-# an end loses 1 of its score. Two things need no PPO: SFT on the answers that the rater preferred, and the best of 16
-# answers by the same judge, whose KL is at most $\log n - (n-1)/n$ (Lesson 11). DPO (Lesson 20) learns from the comparisons without a judge. Ten seeds, 512 held-out
-# prompts, temperature 0.7 (in log-probabilities, too).
+# Here is the chain as meant (`minipeft/claims/chain.py`). The prompt is the beginning of a verse of the Bible in Basic
+# English. The gold, from 0 to 1, is a rule for what a person would ask: *the answer ends, is long enough, has pairs of
+# words that verses have, repeats nothing, and is kind* (`claims/kindness.py`). The base is fine-tuned on 1,000 verses
+# (SFT). A rater compares two answers of *this* model to each of 2,000 prompts, with noise. A reward model, begun as the
+# SFT model, learns the choices. PPO, 32 updates of 32 answers, starts from the SFT model, its reference; an answer
+# without an end loses 1 of its score. Three things need no PPO: SFT on the answers that the rater preferred, the best
+# of $n = 16$ by the same judge, at a KL of at most $\log n - (n-1)/n$ (Lesson 11), and DPO (Lesson 20), without a
+# judge. Ten seeds, 512 held-out prompts, temperature 0.7 (DPO's loss: 1).
 #
 # **Predict:** which has the most gold: PPO, DPO, or the best of 16?
 
@@ -435,15 +435,15 @@ for name in ("SFT", "DPO", "best of 16", "PPO, beta = 0.05"):
     print(name, *(of["checks"]["32"] if "checks" in of else of)["samples"], sep="\n    ")
 
 # %% [markdown]
-# DPO, clearly; then the best of 16, then PPO. DPO needs no judge, and its $\beta$, the paper's 0.1, was not tuned. The
-# best of 16 costs 16 answers for each that is given; PPO pays once, with 1,024 answers. At $\beta = 0.05$ PPO earns
-# clearly more gold, 0.12, than the SFT model it starts from, and than SFT at ten times its rate and SFT on the
-# preferred answers (Lesson 16). Without a price it is not told from SFT.
+# By single intervals DPO, then the best of 16, then PPO. DPO's $\beta$, the paper's 0.1, was not tuned. The best of 16
+# costs 16 answers for each that is given; PPO pays once, with 1,024 answers. At $\beta = 0.05$ PPO earns clearly more
+# gold than SFT, its start (by 0.12), than SFT at ten times its rate (0.07) and on the preferred answers (0.08). Without
+# a price it is not told from SFT.
 #
 # As we read the printed answers, the gain does not show as sense: PPO's, DPO's and those of the best of 16 make no more
-# than SFT's. What one can see is kinder words: glad, glory, peace. All sixteen end (of the 512, 92 % of SFT's, 99 % of
+# than SFT's. What one can see is kinder words: glad, faith, peace. All sixteen end (of the 512, 92 % of SFT's, 99 % of
 # PPO's, 4 % of the base's). Of the gold's three parts PPO clearly gains ends and kinder words (VADER, from -1 to 1),
-# and a little in *form*, English without repetition.
+# and a little in *form*, the middle three.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there. In
@@ -561,8 +561,8 @@ assert ((usual[:, 8:] > 0.44).sum(), usual[:, 8:].size) == (9, 240) and usual[:,
 
 # %% [markdown]
 # One half: its targets differ from its values by the whitened advantages, whose mean square is 1. In section 8's chain,
-# broken so, it stays there. Unbroken, from the ninth update on, it is as high 9 times in 240 updates, but goes from
-# 0.006 to 1.7, too wide for the rule below.
+# broken so, it stays there, at no clear cost of gold. Unbroken, from the ninth update on, it is above 0.44 in 9 of 240
+# updates, and ranges from 0.006 to 1.7: too wide to warn by.
 #
 # A warning is given where a logged number is, at two updates in a row (or the last), more than 4 standard deviations
 # (pooled over updates) from the unbroken runs' mean at that update (of `kl` the root, of `approxkl`, `value_loss`,

@@ -319,10 +319,10 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 # from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
 # judges: from 0.56 to 0.23, and from 0.52 to 0.33. But we chose it after we had read the answers.
 #
-# **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, in
-# English, without repetition, kind. PPO runs there without a price against five judges, each under ten seeds. A judge
-# is named by what of it is trained (the *head* alone, *lora*, the *full* model) and on how many comparisons. In the
-# picture the dashed line is the best of 1 to 16 answers by the same judge: 1.8 nats at most for 16.
+# **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, of
+# words that verses have, without repetition, kind. PPO runs there without a price of KL against five judges, each under
+# ten seeds. A judge is named by what of it is trained (the *head* alone, *lora*, the *full* model) and on how many
+# comparisons. In the picture the dashed line is the best of 1 to 16 answers by the same judge: 1.8 nats at most for 16.
 #
 # **Predict:** with which of the five does the gold end above the SFT model's, and with which does the best of 16 do
 # better?
@@ -360,19 +360,19 @@ print("proxy where PPO has first spent the KL of the best of 16, of that, and at
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
 assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor
 assert all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
-for row in judged["full", 100][0]:
-    print(f"full, 100 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
+for row in judged["full", 2000][0]:
+    print(f"full, 2,000 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
 
 # %%
 hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png", dpi=120)
 
 # %% [markdown]
 # Every proxy rises clearly, the gold with no judge. With head, 600, the gold ends clearly below the SFT model's; with
-# full, 2,000, it clearly falls from where it was highest (below). With all five the best of 16 has clearly more gold
-# than PPO's end. With the four judges from 100 or 600 comparisons it has more proxy, too. So more proxy need not mean
-# less gold. Did these judges mislead? If the gold fell as much by a coin's labels, they need not have. PPO by a coin's
-# was run at a price of 0.05 alone (Lesson 9, section 6): not clearly different from PPO by the rater's. The few answers
-# printed here cannot show the fall.
+# full, 2,000, it clearly falls from update 16 on (below), and as we read the answers, it shows: "God is God to God to
+# God". With all five the best of 16 has clearly more gold than PPO's end. With head, 600, and full, 600, it clearly has
+# more proxy, too. So more proxy need not mean less gold. Did these judges mislead? If the gold fell as much by a coin's
+# labels, they need not have. PPO by 200 of a coin's ran at a price of 0.05 (Lesson 9, section 6): not clearly different
+# from PPO by the rater's.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
@@ -498,8 +498,8 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #   is 0.49 and 0.46, that of the small price 0.47 and 0.50. And under one of these judges the small price's second gold
 #   turns, too, barely: from 0.59 to 0.47. The high price ends below the small one in every seed, clearly in one. But at
 #   the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the
-#   chain, which also charges for a missing end, in all ten): PPO did not maximize it. On the chain either price ends
-#   clearly above the SFT model and none does not; the small one is clearly better than none, by 0.16.
+#   chain, which also charges for a missing end, in all ten): PPO did not maximize it. On the chain PPO ends
+#   clearly above the SFT model with either price, without not; with the small one clearly above none, by 0.16.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as

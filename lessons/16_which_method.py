@@ -429,8 +429,8 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # others were tried afterwards, to see whether PPO or what stands beside it was at a disadvantage. If you have answers,
 # imitate them first: PPO starts from SFT.
 #
-# Other runs have DPO beside PPO, both from the base, each at the rate that a search chose (Lesson 10, section 9):
-# another task and gold (VADER: how kind the words are), five seeds, 512 prompts.
+# Other runs start both PPO and DPO from the base, each at the rate that a search chose (Lesson 10, section 9): another
+# task and gold (VADER: how kind the words are), five seeds, 512 prompts.
 #
 # **Predict:** which gains more gold, PPO or DPO? And are their answers better to read?
 
@@ -446,9 +446,9 @@ for m, found in of.items():
 assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DPO", "PPO"]["gold"].low < 0 < less["DPO", "PPO"]["gold"].high
 
 # %% [markdown]
-# Both clearly gain gold, and which gains more is open. (On the chain of `which-7` DPO clearly does.) But as we read the
-# answers that Lesson 10 prints of these runs, neither PPO's nor DPO's are better than the base's. This gold asks for
-# kind words alone: of DPO's answers 1 % end.
+# Both clearly gain gold, and which gains more is open. (On the chain of `which-7` DPO clearly gains more.) But as we
+# read the answers that Lesson 10 prints of these runs, neither PPO's nor DPO's are better than the base's. This gold
+# asks for kind words alone: of DPO's answers 1 % end.
 
 # %% [markdown]
 # > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons 5 are as stated, 3 are not and

@@ -439,14 +439,14 @@ assert beside["DPO", "PPO"]["gold"].high > 0 > beside["DPO", "PPO"]["reward"].hi
 assert on["DPO"]["ended"].max() < 0.03 < 0.3 < on["base"]["ended"].min(), "fewer of DPO's answers end"
 
 # %% [markdown]
-# Both gain gold, clearly; which gains more is not told. PPO's judge, which DPO never met, gives it clearly less reward,
-# at a larger KL. (Of the nine intervals printed, one may exclude 0 by chance.) Hardly any of its answers end within 20
-# tokens, so a part of its gold may be length: kind words need room. This was not separated.
+# Both gain gold, clearly; which gains more is not told. PPO's judge, which DPO never met, gives DPO clearly less
+# reward, at a larger KL. (Of the nine intervals printed, one may exclude 0 by chance.) Hardly any of its answers end
+# within 20 tokens, so a part of its gold may be length: kind words need room. This was not separated.
 #
-# The chain of Lesson 10, section 8, asks otherwise. Its gold wants answers that end, in English without repetition, and
-# kindly; both begin with a model fine-tuned on demonstrations, SFT; both learn from the same 2,000 comparisons, PPO
-# through a reward model and with 1,024 answers of its own. No other rate that was tried gives either clearly more gold,
-# on other prompts.
+# The chain of Lesson 10, section 8, asks otherwise. Its gold wants answers that end, are long enough, have pairs of
+# words that verses have, repeat nothing, and are kind; both begin with a model fine-tuned on demonstrations, SFT; both
+# learn from the same 2,000 comparisons, PPO through a reward model and with 1,024 answers of its own. No other rate
+# that was tried gives either clearly more gold, on other prompts.
 #
 # **Predict:** which one has more gold there?
 
