@@ -344,8 +344,8 @@ assert (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.tr
 
 # %% [markdown]
 # Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA did not:
-# its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 nothing is told. With 500 the
-# best of any number is itself one of 2 to 5, in all four cases.
+# its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 examples neither is told. With
+# 500 the best number of epochs is itself 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: it pairs settings of both with equal training loss (within 0.05), seen by
 # the searches with 50 and 500 examples. LoRA's loss on validation must be clearly lower, in the mean of the four cases.

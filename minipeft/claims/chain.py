@@ -194,13 +194,13 @@ def chosen(seed: int, faster: float = 1) -> Any:
 def dpo(seed: int, faster: float = 1) -> Any:
     """The SFT model, trained further on the comparisons by DPO with its paper's β, 0.1 (its log-probabilities have no
     temperature). It is its reference."""
-    pairs = [
-        PreferencePair(*(example_of(p, [*own[i]]) for i in order[:2])) for p, own, order in zip(*comparisons(seed))
-    ]
-    args = arguments(faster * RATES["dpo"], 1, seed)
+    pairs = [PreferencePair(*(example_of(p, [*own[i]]) for i in order)) for p, own, order in zip(*comparisons(seed))]
     policy = sft(seed).copy()
-    rlhf.dpo_trainer(policy, pairs, args=args).train()
+    rlhf.dpo_trainer(policy, pairs, args=arguments(faster * RATES["dpo"], 1, seed)).train()
     return policy
+
+
+FURTHER = {"chosen": chosen, "dpo": dpo}  # what trains the SFT model further without a judge
 
 
 def sampled(seed: int, prompts: Sequence[Sequence[int]], k: int, stream: int) -> list[Any]:
@@ -391,6 +391,6 @@ def policy_of(settings: Chain) -> Any:
         return base()[0]
     if s.stage == "sft":
         return sft(s.seed, 10) if s.broken else sft(s.seed)
-    if s.stage in ("chosen", "dpo"):
-        return {"chosen": chosen, "dpo": dpo}[s.stage](s.seed)
+    if s.stage in FURTHER:
+        return FURTHER[s.stage](s.seed)
     return ppo(s, lambda policy: {})[0]

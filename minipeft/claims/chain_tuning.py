@@ -124,8 +124,8 @@ def measured(s: Stage, seed: int, faster: float) -> Measured | None:
         if s.stage == "ppo":
             policy, row = chain.optimized(chain.Chain(seed, "ppo"), chain.judge(seed, *best()), lambda policy: {}, faster)
             return None if row["stopped"] else of_policy(policy, seed)
-        if s.stage in ("chosen", "dpo"):
-            return of_policy((chain.chosen if s.stage == "chosen" else chain.dpo)(seed, faster), seed)
+        if s.stage in chain.FURTHER:
+            return of_policy(chain.FURTHER[s.stage](seed, faster), seed)
         policy = chain.sft(seed, faster)
         totals, weights = example_losses(policy, demonstrations(), 32, base()[1].pad_token_id)
         return Measured(totals, weights, of_policy(policy, seed).known)

@@ -135,8 +135,8 @@ def tune(s: Knowledge, rate: float, seed: int) -> Any:
 
 def run(s: Knowledge) -> Row:
     """The row of a cell: what is known, {"kind, where, way": [seeds, facts]}; of the base also what it knows after answered
-    questions, shown, and more facts asked for in its own text, read, {"kind, where": [facts]}; of an arm that is tuned the rate, and [[rate, loss on validation records of all tasks],
-    ...]. A seed that diverged has None."""
+    questions, shown, and more facts asked for in its own text, read, {"kind, where": [facts]}; of an arm that is tuned the rate,
+    and [[rate, loss on validation records of all tasks], ...]. A seed that diverged has None."""
     if s.arm == "base":
         of = {f"{kind}, {where}": (kind, where) for kind, where in product(KINDS, SPLITS)}
         read = {name: known(base()[0], kind, facts_of(kind, where, READ), "text") for name, (kind, where) in of.items()}
@@ -175,7 +175,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
     its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
     if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the last, and one that knows more when
-more when asked than the base ever showed refutes the third.
+    asked than the base ever showed refutes the third.
     """
     # facts of both kinds count together, but in the first part; "some parts" takes intervals that are clear among as many
     of = {row["arm"]: row["known"] for row in rows}
@@ -209,10 +209,10 @@ more when asked than the base ever showed refutes the third.
     if verdict == NOT and any(x is not False for _, x in found.values()):
         verdict = UNTESTABLE
     taught, own = found[TAUGHT][0], less("these", "others", "absent", "text", "text")
-    after = next(row["shown"] for row in rows if row["arm"] == "base")
-    after = {where: np.concatenate([np.array(after[f"{kind}, {where}"], float) for kind in KINDS]) for where in SPLITS}
+    base_shown = next(row["shown"] for row in rows if row["arm"] == "base")
+    after = np.concatenate([np.array(base_shown[f"{kind}, present"], float) for kind in KINDS])
     told_others = np.concatenate([np.array(of["others"][f"{kind}, present, asked"], float) for kind in KINDS], axis=1)
-    beside = crossed(told_others - after["present"])
+    beside = crossed(told_others - after)
     evidence = {name: e for name, (e, _) in found.items()} | {
         "present facts: told others and asked, less the base after answered questions": beside,
         "asked, present facts: told these, less told others": less("these", "others", "present"),
@@ -228,7 +228,7 @@ more when asked than the base ever showed refutes the third.
         f'"Better" and "more" are so where the interval lies above 0, not so where below {100 * SMALL:g} points; "no more" and "does not" '
         f"the other way round. The last part compares a model told these facts with one told others, both asked; in the base's own text "
         f"the difference is {points(own)}. "
-        f"After {SHOTS} answered questions the base knows {100 * after['present'].mean():.0f} % of the facts in its texts; who was told "
+        f"After {SHOTS} answered questions the base knows {100 * after.mean():.0f} % of the facts in its texts; who was told "
         f"others knows, asked, {points(beside)} points more. "
         f"Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 IGNORE = -100  # the label that does not count, as in cross entropy's ignore_index
-SPARED = 0.15  # of a batch's tokens, padding included: at least so many pay for a second forward and backward pass
+SPARED = 0.15  # the least share of a batch's tokens, padding included, whose sparing is worth a second forward and backward pass
 
 
 class Batch(NamedTuple):

@@ -57,9 +57,9 @@ def training_step(
 
     Dropout draws from (seed, step - 1, place of the row in the step). With `workers` they compute the batches, else this
     process does; `by_rows` (they are `collate`'s or `collate_packed`'s, and the loss is the Transformer's own) they are cut
-    into parts of their rows where that pays (`groups_of`). Returns the record of the step, with the means of the statistics that
-    the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a gradient
-    that is not finite.
+    into parts of their rows where that pays (`groups_of`). Returns the record of the step, with the means of the statistics
+    that the loss gives; a callback's wish to stop is in `callbacks.stopped`. Raises TrainingDiverged for a loss or a
+    gradient that is not finite.
 
     With `precision`, the losses are computed in `autocast`; with `scaler` they are scaled, and a gradient that is not
     finite leaves out the update and the callbacks after it: such a record has the step's "loss_scale", and no "grad_norm".
