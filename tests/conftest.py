@@ -81,6 +81,14 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)  # behind the end of the file's fixtures
+def pytest_runtest_teardown(item, nextitem):
+    """So does what the tests of a file have loaded, such as rows and modules."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_generate_tests(metafunc):
     if "xp" in metafunc.fixturenames:
         names = metafunc.config.getoption("device") or ["numpy", "strict"]

@@ -6,6 +6,7 @@ rows, before it does what no other does. Here one process does that, and is fork
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -69,6 +70,9 @@ def script(path: str, folder: str, environment: dict[str, str], log: str) -> int
 
 def main() -> None:
     load()
+    gc.collect()
+    gc.freeze()  # of what is loaded nothing becomes garbage: no lesson looks for it there
+    gc.set_threshold(10_000)
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             os._exit(script(*json.loads(line)))
