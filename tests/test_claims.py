@@ -374,7 +374,7 @@ def test_a_shipped_row_says_which_version_of_the_package_and_of_the_base_it_is_o
     if path.stem in {one.name for one in EXPERIMENTS.values() if one.timed}:
         assert all(re.fullmatch("[0-9a-f]{8}", base) for base in bases), "a base of another day is as fast"
     else:
-        assert bases == {"SmolLM2-135M-Instruct" if path.stem in ("smollm2", "13_real_llm") else version()}
+        assert bases == {"SmolLM2-135M-Instruct" if path.stem in ("smollm2", "smollm2_speed", "13_real_llm") else version()}
 
 
 def test_rows_that_are_not_all_there_are_no_verdict():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from minipeft.claims import large
-from minipeft.claims.large import METHODS, QUESTIONS, UNMEASURED, Large, best_rates, compared, told
+from minipeft.claims.large import METHODS, QUESTIONS, Large, Seconds, best_rates, compared, told
 from minipeft.claims.register import HOLDS, Number, Verdict, statements
 from minipeft.experiments.rows import described
 from minipeft.experiments.shipped import base
@@ -50,7 +50,7 @@ def test_what_is_told_of_each_statement(monkeypatch):
     given = rows(lora=1.5, full=2.0)
     assert told("lora-12", given).startswith("lora beside full, 320 examples of source: better (+0.50")
     assert told("forget-1", given).count("general text") == len(METHODS)
-    assert told("best-4", given) == "The best rate of full fine-tuning is 1.0e-03; times this, the others': lora 1.0, lora-qv 1.0, qlora 1.0 and prompt 1.0."
+    assert told("best-4", given) == "The best rate of full fine-tuning is 1.0e-03; times this, the others': lora 1.0, lora-qv 1.0, qlora 1.0, prompt 1.0 and prefix 1.0."
     law = Verdict(HOLDS, "so")
     monkeypatch.setattr(large, "judge", lambda id: law)
     assert told("full-3", given) == "The best rate of full fine-tuning is 1.0e-03."
@@ -60,12 +60,23 @@ def test_what_is_told_of_each_statement(monkeypatch):
     law = replace(law, evidence=[replace(law.evidence[0], value=3e-3)])
     assert told("full-3", given).endswith("0.33 times that, and not within a factor of 2.")
     assert told("lora-6", given) == "" == told("lora-6", given[:1]), "of other statements nothing"
-    assert told("peft-3").startswith("Speed was not measured on SmolLM2-135M") and not any("seconds" in row for row in given)
-    for id, lacking in {"soft-8": "prompt", "forget-1": "prompt", "best-4": "prompt", "full-3": "full"}.items():
+    for id, lacking in {"soft-8": "prefix", "forget-1": "prompt", "best-4": "prompt", "full-3": "full"}.items():
         rest = [row for row in given if row["method"] != lacking]
         assert told(id, rest) == f"On SmolLM2-135M: nothing is said; not computed so far: {lacking}."
     assert told("lora-12", given[:3]) == told("lora-12", given), "a statement needs only the settings that it compares"
-    assert {*QUESTIONS, *UNMEASURED} < {*statements()}
+    assert {*QUESTIONS} < {*statements()}
+
+
+def test_the_seconds_of_a_step_are_told_beside_full_fine_tuning(monkeypatch):
+    monkeypatch.setattr(large, "smollm2", base)
+    measured = large.seconds(Seconds(1, ("full", "lora"), steps=1, rounds=1, batch_size=2))["seconds"]
+    assert measured.keys() == {"full", "lora"} and min(measured.values()) > 0
+    machine = {"processor": "P", "threads": 2, "date": "2026-11-30"}
+    times = {name: 0.5 for name in METHODS} | {"full": 1.0}
+    rows = [{"batch_size": 8, "seconds": {name: x * luck for name, x in times.items()}} | machine for luck in (0.9, 1.0, 1.1)]
+    found = told("peft-3", rows)
+    assert found.startswith("A step of full fine-tuning takes 1.00 seconds on 8 examples of source; the others take of that: lora 0.50 [0.50, 0.50], lora-qv")
+    assert found.endswith("(P, 2 threads, 2026-11-30).") and "nothing is said" in told("peft-3", [])
 
 
 def test_a_seed_that_diverged_is_said():

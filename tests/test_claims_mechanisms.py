@@ -424,7 +424,7 @@ def test_the_rule_of_speed_comes_out_each_way():
 
 
 def test_a_cell_of_a_curve_and_one_of_seconds(short):
-    row = speed.run(Curve("ia3", task="source", steps=2, every=1, batch_size=2, validation=2, seeds=(1, 2)))
+    row = speed.run(Curve("ia3", task="source", steps=2, every=1, batch_size=2, validation=2, items=2, seeds=(1, 2)))
     assert np.array(row["curves"]).shape == (2, 2)
     assert row["flops"] > 0
     assert row["rate"] in dict(row["rates"])

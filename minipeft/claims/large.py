@@ -5,6 +5,7 @@
                to the better neighbor, until none is better by LEAST; judged on validation under TUNING
     report     the best rate under the five SEEDS: the nats of each test answer, and of a token of each block of general text
     difference over seeds and items, as everywhere (`statistics.crossed`); above 0 the first is better, in nats per token
+    seconds    of a step of each method, in turns, as `speed.paces` has them
 
 So what `protocol` asks of the shipped base in six cases, with epochs and batches tuned too, is asked here in one. That is
 what hours on two cores allow: it says whether a comparison comes out alike on a model that others have pretrained, and no
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,21 +34,24 @@ from .comparison import NEAR, Difference
 from .inputs import smollm2
 from .mechanisms import ByItem, best_rate, curve, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS, TABLE, TUNING
-from .register import judge, listed
+from .register import Experiment, judge, listed
+from .speed import Pace, paces, ratio
 from .statistics import crossed
+from .timing import where
 from .width import SMALL, vertex
 
-METHODS = ("full", "lora", "lora-qv", "qlora", "prompt")
+METHODS = ("full", "lora", "lora-qv", "qlora", "prompt", "prefix")
 QUESTIONS = {  # statements, and who is compared with whom in what
     "lora-12": [("lora", "full", "nll")],
+    "lora-7": [("lora-qv", "lora", "nll")],
     "lora-8": [("lora", "lora-qv", "nll")],
     "qlora-5": [("qlora", "lora", "nll")],
-    "soft-8": [("prompt", "lora", "nll")],
+    "soft-8": [("prompt", "lora", "nll"), ("prefix", "lora", "nll")],
     "forget-1": [(method, "base", "general") for method in METHODS],
+    "forget-5": [(method, "full", key) for method in METHODS[1:4] for key in ("general", "nll")],
 }
 
 TWICE = 2  # a rate within this factor of a predicted one was predicted
-UNMEASURED = {"peft-3": "Speed was not measured on SmolLM2-135M: its rows have losses, and no seconds."}
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Large:
     task: str = "source"
     examples: int = 320
     batch_size: int = 8
-    validation: int = 64
-    items: int = 256
+    validation: int = 256
+    items: int = 512
     blocks: int = 8  # of each of the four corpora of general text
     length: int = 128
     seeds: tuple[int, ...] = SEEDS
@@ -114,6 +119,25 @@ def run(settings: Large) -> Row:
 EXPERIMENT = ByItem("smollm2", run, runs)
 
 
+@dataclass(frozen=True)
+class Seconds(Pace):
+    """A repeat, as in `speed`, on this model."""
+
+    methods: tuple[str, ...] = METHODS
+    task: str = "source"
+    steps: int = 3
+    rounds: int = 2
+    base: str = "SmolLM2-135M-Instruct"
+
+
+def seconds(settings: Seconds) -> Row:
+    """The seconds of a step of every method, in turns. Raises FileNotFoundError where the model is not on this machine."""
+    return paces(settings, smollm2)
+
+
+PACE = Experiment("smollm2_speed", seconds, lambda: [*map(Seconds, SEEDS)], timed=True)
+
+
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -135,8 +159,10 @@ def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     """What the rows (default: those shipped) say of what a statement is about, or that they say nothing; "" of a statement
     that they are not about."""
+    if id == "peft-3":
+        return faster(PACE.rows() if rows is None else rows)
     if id not in (*QUESTIONS, "best-4", "full-3"):
-        return UNMEASURED.get(id, "")
+        return ""
     rows = EXPERIMENT.rows() if rows is None else rows
     needed = {"full"} if id == "full-3" else {name for a, b, _ in QUESTIONS.get(id, ()) for name in (a, b)} or {*METHODS}
     if lacking := (needed | {"base"}) - {row["method"] for row in rows}:
@@ -161,14 +187,29 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
     return "; ".join(lines) + "."
 
 
+def faster(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the seconds of a step say of methods that train fewer parameters."""
+    if not rows:
+        return "On SmolLM2-135M: nothing is said; no seconds were measured so far."
+    of = {name: [row["seconds"][name] for row in rows] for name in METHODS}
+    found = {name: ratio(times, of["full"]) for name, times in of.items() if name != "full"}
+    each = listed([f"{name} {x.value:.2f} [{x.low:.2f}, {x.high:.2f}]" for name, x in found.items()])
+    usual = f"A step of full fine-tuning takes {statistics.mean(of['full']):.2f} seconds on {rows[0]['batch_size']} examples of source"
+    return f"{usual}; the others take of that: {each} ({where(rows)})."
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compute the rows, in hours; what is there already is not computed again, method by method."""
     parser = argparse.ArgumentParser(prog="python -m minipeft.claims.large", description=main.__doc__)
-    parser.add_argument("directory", type=Path, help="where smollm2.jsonl is, or is made")
-    cells = ("base", *METHODS)
-    parser.add_argument("--methods", nargs="+", choices=cells, default=cells, metavar="METHOD", help="default: all")
+    parser.add_argument("directory", type=Path, help="where smollm2.jsonl and smollm2_speed.jsonl are, or are made")
+    which, cells = parser.add_mutually_exclusive_group(), ("base", *METHODS)
+    which.add_argument("--seconds", action="store_true", help="only the seconds of a step, on a machine that does nothing else")
+    which.add_argument("--methods", nargs="+", choices=cells, default=cells, metavar="METHOD", help="default: all")
     args = parser.parse_args(argv)
-    sweep(run, [Large(method) for method in args.methods], 1, EXPERIMENT.path(args.directory))
+    if args.seconds:
+        PACE.compute(args.directory)
+    else:
+        sweep(run, [Large(method) for method in args.methods], 1, EXPERIMENT.path(args.directory))
 
 
 if __name__ == "__main__":

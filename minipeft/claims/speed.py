@@ -11,15 +11,15 @@ a machine that does nothing else. So the curves are the same everywhere, and the
 
 Sources: Hu et al. 2021, LoRA (arXiv:2106.09685), section 4.2: 25 % faster on GPT-3 175B; Biderman et al. 2024, LoRA
 Learns Less and Forgets Less (arXiv:2405.09673), for learning per example. Departures: a CPU, small models, and float32
-throughout; no time for reading data or for saving. The curves are of the validation records by which the rates were
-chosen, under other seeds; their luck is in no interval.
+throughout; no time for reading data or for saving. The rates are chosen on validation; the curves that are compared are
+of test records, under other seeds. The records' luck, which all methods share, is in no interval.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class Curve:
     steps: int = 240
     every: int = 12
     batch_size: int = 8
-    validation: int = 96
+    validation: int = 256
+    items: int = 512
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -71,23 +72,20 @@ def runs() -> list[Curve | Pace]:
     return [*(Curve(method) for method in METHODS), *map(Pace, SEEDS)]
 
 
-def _drawn(s: Curve | Pace, seed: int, steps: int) -> list[Example]:
-    return data.drawn(s.task, steps * s.batch_size, seed)
-
-
 def run(settings: Curve | Pace) -> Row:
     """The row of a cell: of a curve or of seconds."""
     return falls(settings) if isinstance(settings, Curve) else paces(settings)
 
 
 def falls(s: Curve) -> Row:
-    """trainable, flops (of a step), rate, rates ([[rate, mean of the curve], ...]), before (the held-out loss of the model as
-    it is), and curves [seeds][steps / every]: the held-out losses; None for a seed whose training diverged."""
+    """trainable, flops (of a step), rate, rates ([[rate, mean of the curve], ...]), before (the loss on test of the model as
+    it is), and curves [seeds][steps / every]: the losses on test; None for a seed whose training diverged."""
     model, tokenizer = base()
-    method, held_out = TABLE[s.method], data.encode(data.asked(s.task, "validation", s.validation))
+    method = TABLE[s.method]
+    validation, test = (data.encode(data.asked(s.task, *of)) for of in (("validation", s.validation), ("test", s.items)))
 
-    def losses(rate: float, seed: int) -> list[float] | None:
-        trained, examples = method.prepare(model, s.steps, seed), _drawn(s, seed, s.steps)
+    def losses(rate: float, seed: int, held_out: list[Example]) -> list[float] | None:
+        trained, examples = method.prepare(model, s.steps, seed), data.drawn(s.task, s.steps * s.batch_size, seed)
         found = train(
             trained, examples, rate, s.steps, s.batch_size, seed,
             pad_token_id=tokenizer.pad_token_id, held_out=held_out, every=s.every, schedule="constant",
@@ -95,26 +93,27 @@ def falls(s: Curve) -> Row:
         return None if found is None else [loss for _, loss in found.losses("eval_loss")]
 
     def score(rate: float) -> float | None:
-        found = losses(rate, TUNING)
+        found = losses(rate, TUNING, validation)
         return None if found is None else statistics.mean(found)
 
     rate, tried = best_rate(score, method.learning_rate, LEAST)
-    examples = _drawn(s, TUNING, s.steps)
+    examples = data.drawn(s.task, s.steps * s.batch_size, TUNING)
     lengths = [max(len(e.input_ids) for e in examples[i : i + s.batch_size]) for i in range(0, len(examples), s.batch_size)]
     prepared, arch = method.prepare(model, s.steps), architecture(model.config)
     flops = step_flops(arch, method.config(s.steps), s.batch_size, round(statistics.mean(lengths)), checkpointing=False)
     return {
         "trainable": sum(p.size for p in prepared.parameters() if p.requires_grad), "flops": flops.total, "rate": rate,
-        "rates": curve(tried), "before": rounded(loss_on(model, held_out, tokenizer.pad_token_id)),
-        "curves": rounded([losses(rate, seed) for seed in s.seeds]),
+        "rates": curve(tried), "before": rounded(loss_on(model, test, tokenizer.pad_token_id)),
+        "curves": rounded([losses(rate, seed, test) for seed in s.seeds]),
     }  # fmt: skip
 
 
-def paces(s: Pace) -> Row:
+def paces(s: Pace, of: Callable[[], tuple[Any, Any]] = base) -> Row:
     """seconds: the least over the rounds of the median of a round's steps, by method; the first step of a round is left out.
-    Beside it the processor, the threads and the day."""
-    model, tokenizer = base()
-    examples, medians = _drawn(s, 0, s.steps + 1), {name: [] for name in s.methods}
+    Beside it the processor, the threads and the day. `of` loads the model and its tokenizer."""
+    model, tokenizer = of()
+    examples = data.drawn(s.task, (s.steps + 1) * s.batch_size, 0, tokenizer=tokenizer)
+    medians: dict[str, list[float]] = {name: [] for name in s.methods}
     for _ in range(s.rounds):
         for name, found in medians.items():
             arguments = TrainingArguments(
@@ -188,8 +187,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     because = f"Clearly faster than full fine-tuning are, of {len(curves) - 1} methods, in {'; '.join(told)}."
     effect = "seconds a step of the slowest, over full fine-tuning's", slowest, "times"
     every = {f"{name} {what}": so for what, of in cases.items() for name, so in of.items()}
-    task = f"rewrite, {full['validation']} validation records; {where([row for row in rows if 'seconds' in row])}"
-    return judged(graded(every), because, *effect, evidence, full["validation"], task)
+    task = f"rewrite, {full['items']} test records; {where([row for row in rows if 'seconds' in row])}"
+    return judged(graded(every), because, *effect, evidence, full["items"], task)
 
 
 def product(a: Estimate, b: Estimate) -> Estimate:

@@ -303,7 +303,7 @@ def beside() -> list[Experiment]:
     """Those quoted beside verdicts: the rates of the chain, and SmolLM2-135M, where it is on this machine."""
     if find_smollm2() is None:
         print(HOW_TO_GET, file=sys.stderr)
-    return [chain_tuning.TUNED, *[large.EXPERIMENT] * (find_smollm2() is not None)]
+    return [chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
 
 
 def of_checkout() -> list[OfLesson]:
