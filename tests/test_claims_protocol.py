@@ -164,7 +164,11 @@ def searches_of(choice: protocol.Choice) -> list[protocol.Search]:
     """Those that a choice is made from."""
     if isinstance(choice, protocol.Search):
         return [choice]
-    return [choice.of, choice.beside] if isinstance(choice, protocol.Gentle) else [*getattr(choice, "of", ())]
+    if isinstance(choice, protocol.Gentle):
+        return [choice.of, choice.beside]
+    if isinstance(choice, protocol.Fits):
+        return [choice.of, *([] if choice.like is None else searches_of(choice.like))]
+    return [*getattr(choice, "of", ())]
 
 
 def test_every_search_that_ended_has_tried_all_its_neighbors_and_none_is_better():

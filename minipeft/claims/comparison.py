@@ -1,8 +1,8 @@
 """Comparisons of tuned methods as evidence: an experiment made of searches, and what differences say.
 
-    Search, Gentle, Seen ──► Trial ──► Report ─────────► Difference ────► Verdict
-    how one is chosen        chosen    on test, of each  of a Pair of     of a rule, from
-    on validation                      seed and item     reports          its pairs (`judged`)
+    a Choice ──────────────► Trial ──► Report ─────────► Difference ────► Verdict
+    how one is chosen,       chosen    on test, of each  of a Pair of     of a rule, from
+    mostly on validation               seed and item     reports          its pairs (`judged`)
 
     a case        one task and number of examples
     difference    a - b on the test items under the five seeds, with its 95 % interval (`protocol.difference`);
@@ -321,10 +321,12 @@ class Beside(NamedTuple):
         return f"{self.a} beside {self.b}, {self.where}: {found.word}{self.limit} ({found.interval}{task})"
 
 
-def judged(find: Find, pairs: Sequence[Pair], holds: Question, key: str = "", beside: int = 0) -> Verdict:
+def judged(
+    find: Find, pairs: Sequence[Pair], holds: Question, key: str = "", beside: int = 0, apart: Sequence[str] = ()
+) -> Verdict:  # fmt: skip
     """The verdict on a statement that says something of each of these pairs; `holds` tells of a difference whether it is so.
-    `beside` is how many comparisons the statement has elsewhere (see `both`)."""
-    found, failed = [], []
+    `beside` is how many comparisons the statement has elsewhere (see `both`); `apart`, why others are not told."""
+    found, failed = [], [*apart]
     for pair in pairs:
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
@@ -357,7 +359,7 @@ def _ended(of: Choice, found: Report) -> str:
 def told(
     found: Sequence[Beside], holds: Question, tasks: str, failed: Sequence[str] = (), beside: int = 0
 ) -> Verdict:  # fmt: skip
-    """The same of reports. `failed`: of pairs without a report, why; they are not told."""
+    """The same of reports. `failed`: of pairs that cannot be compared, why; they are not told."""
     so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
     surely = [each.so(holds, 1 - 0.05 / (len(so) + beside)) for each in found]
     words = [each.told + ", not told" * (one is None) for each, one in zip(found, so)] + [*failed]
@@ -371,7 +373,7 @@ def told(
     counts = f"Of {len(so)} comparisons {listed(parts)}"
     shown = words
     if len(so) + beside > MANY:
-        alike = Counter([each.difference().word for each in found] + ["diverged"] * len(failed))
+        alike = Counter([each.difference().word for each in found] + ["not compared"] * len(failed))
         notes = [listed([f"{n} {word}" for word, n in alike.most_common()])]
         if ended := sum(bool(each.limit) for each in found):
             notes.append(f"{ended} where the worse, or both, took the most epochs")

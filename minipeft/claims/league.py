@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..experiments.seeds import interval
+from . import protocol
 from .comparison import (
     CASES,
     KEYS,
-    NEAR,
     SIZES,
+    Beside,
     Case,
     Pair,
     Searches,
@@ -30,11 +31,12 @@ from .comparison import (
     much_better,
     much_worse,
     not_inferior,
+    told,
     way,
     worse,
 )  # fmt: skip
-from .protocol import SEEDS, SHOTS, TABLE, VALIDATION, finder, search, tuned, untrained
-from .register import HOLDS, NOT, UNTESTABLE, Number, Verdict, claim, graded, listed, measured, those
+from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, Fits, chosen, finder, reported, search, tuned, untrained
+from .register import Number, Verdict, claim, graded, listed, measured, those
 from .standings import flops
 
 Rows = Sequence[Mapping[str, Any]]
@@ -53,11 +55,6 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
 
 
 UNTRAINED = Searches.of("league", [untrained(task, n) for task in KEYS for n in (0, *SHOTS)])  # the base, asked
-
-
-def above_zero(nats: Number) -> str:
-    """The verdict on what is said to be more than nothing."""
-    return HOLDS if nats.low > 0 else NOT if nats.high < NEAR["nll"] else UNTESTABLE
 
 
 # ------------------------------------------------------------------------------------------------------------- overview
@@ -245,39 +242,33 @@ def rates(rows: Rows) -> Verdict:
     )  # fmt: skip
 
 
-@claim("best-8", lesson="14_best_practices.py", section="1 · What is a run, and when is a difference one?", experiment=league(MAIN))
+BLIND = {case: [(way(method, case), Fits(way(method, case))) for method in MAIN] for case in CASES}
+
+
+@claim(
+    "best-8",
+    lesson="14_best_practices.py",
+    section="1 · What is a run, and when is a difference one?",
+    experiment=Searches.of("league", [choice for ways in BLIND.values() for both in ways for choice in both]),
+)
 def selection(rows: Rows) -> Verdict:
-    """Holds if, of the trials that a search saw, the one with the lowest training loss has a clearly higher loss on validation than the one
-    that was chosen there: so that who has no validation set pays. The losses are such that chose nothing: of the first under the
-    search's own seed, of the second under the five others; where both are one trial, nothing is paid. Does not hold here if the
-    interval over the cases, of the mean over methods, lies below 0.02; cannot be tested here if it is too wide to tell."""
-    find, costs, flattery = finder(rows), [], []
-    for case in CASES:
-        blind, luck = [], []  # of the methods of a case, which share the records and depend on each other
-        for method in MAIN:
-            seen: dict[Any, float] = {}
-            trial, _ = tuned(find, search(case.task, method, case.examples), seen)
-            again = [find(replace(trial, seed=seed, split="test"))["loss"] for seed in SEEDS]
-            trained = {one: find(one)["train_loss"] for one in seen}
-            fitted = {one: loss for one, loss in trained.items() if loss is not None}
-            if None not in again and fitted:
-                first = min(fitted, key=lambda one: fitted[one])
-                blind.append(0.0 if first == trial else seen[first] - float(np.mean(again)))
-                luck.append(float(np.mean(again)) - seen[trial])
-        if not blind:
-            return Verdict(UNTESTABLE, f"Every method diverged under one of the seeds ({case.name}).")
-        costs.append(float(np.mean(blind)))
-        flattery.append(float(np.mean(luck)))
-    paid = measured("loss on validation of the setting with the lowest training loss, less that of the one chosen", costs, "nats per token")
-    each = listed([f"{cost:+.3f} of {case.name}" for case, cost in zip(CASES, costs)])
-    lucky = measured("loss under other seeds, less the loss that was chosen by", flattery, "nats per token")
-    return Verdict(
-        above_zero(paid), f"Chosen by its training loss, a setting ends {paid.value:+.3f} nats per token above the one chosen on validation "
-        f"(95 % {paid.low:+.3f} to {paid.high:+.3f} over {len(costs)} cases: {each}). Under other seeds the one chosen on validation has a "
-        f"loss {lucky.value:+.3f} higher than under the seed that chose it ({lucky.low:+.3f} to {lucky.high:+.3f}).",
-        paid, [lucky, *(Number(f"paid, {case.name}", cost, "nats per token") for case, cost in zip(CASES, costs))], len(SEEDS), VALIDATION,
-        "the shipped base", f"rewrite and source, {VALIDATION} validation records",
-    )  # fmt: skip
+    """Holds if in every case of task and number of examples the settings chosen on validation clearly have a lower loss on test than those
+    with the lowest training loss, and the two are not equal; holds if in some; does not hold here if in none. Both are of the trials
+    that the searches saw; a case is the mean over six methods, and is not told where one of them diverges under some seed."""
+    find, found, failed, lucky = finder(rows), [], [], []
+    for case, ways in BLIND.items():
+        one, other = ([protocol.report(find, choice) for choice in choices] for choices in zip(*ways))
+        if diverged := [m for m, *of in zip(MAIN, one, other) if None in of]:
+            failed.append(f"{case.name}: {listed(diverged)} diverged under one of the seeds")
+            continue
+        means = [protocol.Report(None, np.mean([report.values for report in of], axis=0), of[0].weights) for of in (one, other)]
+        found.append(Beside(case.name, "validation", means[0], "training loss", means[1], "nll"))
+        lucky.append(float(np.mean([find(again)["loss"] - find(of.trial)["loss"] for of in one for again in reported(of.trial)])))
+    verdict = told(found, better, listed(sorted(KEYS)), failed)
+    if len(lucky) < 2:
+        return verdict
+    luck = measured("loss on validation under other seeds, less the loss that was chosen by", lucky, "nats per token")
+    return replace(verdict, evidence=[*verdict.evidence, luck])
 
 
 @claim("forget-1", lesson="15_forgetting.py", section="1 · Two numbers", experiment=league(MAIN, MIDDLE))
@@ -299,32 +290,34 @@ def less_by_peft(rows: Rows) -> Verdict:
     return judged(finder(rows), EQUAL, better, "cloze")
 
 
-@claim("peft-4", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=league(("lora", "full"), FEW + MIDDLE))
+FITTED = [
+    Pair(f"{where}, {case.name}", "lora", lora, "full", Fits(way("full", case), lora))
+    for case in FEW + MIDDLE
+    for where, lora in (("at its best", way("lora", case)), ("at its lowest training loss", Fits(way("lora", case))))
+]
+
+
+@claim("peft-4", lesson="14_best_practices.py", section="4 · Epochs, and the gap", experiment=Searches.pairs("league", FITTED))
 def overfitting(rows: Rows) -> Verdict:
-    """Holds if, where LoRA and full fine-tuning have the same training loss (within 0.05), LoRA's loss on validation is clearly lower, over
-    such settings that the searches saw (the mean of each of the four cases of task, and 50 or 500 examples, is one value); does
-    not hold here if it is lower by less than 0.02, with the whole interval; cannot be tested here if the interval is too wide to tell."""
-    find, gaps, pairs = finder(rows), [], 0
-    for case in FEW + MIDDLE:
-        seen: dict[str, dict[Any, float]] = {"lora": {}, "full": {}}
-        for method, losses in seen.items():
-            tuned(find, search(case.task, method, case.examples), losses)
-        trained = {m: [(find(t)["train_loss"], loss) for t, loss in losses.items()] for m, losses in seen.items()}
-        own = []
-        for fit, loss in trained["full"]:
-            near = [(abs(other - fit), value) for other, value in trained["lora"] if other is not None and fit is not None]
-            if near and min(near)[0] < 0.05:
-                own.append(loss - min(near)[1])
-        gaps += [float(np.mean(own))] if own else []
-        pairs += len(own)
-    if len(gaps) < 2:
-        return Verdict(UNTESTABLE, f"The searches saw {pairs} pairs of settings with equal training loss, in {len(gaps)} cases.")
-    found = measured("validation loss of full fine-tuning, less LoRA's, at equal training loss", gaps, "nats per token")
-    return Verdict(
-        above_zero(found), f"At equal training loss LoRA's loss on validation is {found.value:+.3f} nats per token lower ({found.low:+.3f} to "
-        f"{found.high:+.3f} over {len(gaps)} cases, with {pairs} pairs of settings).",
-        found, (), 1, VALIDATION, "the shipped base", f"rewrite and source, {VALIDATION} validation records",
-    )  # fmt: skip
+    """Holds if LoRA clearly has a lower loss on test than full fine-tuning with the same training loss, and the two are not equal, in
+    eight cases: LoRA's setting that is best on validation, or has the lowest training loss, with 50 or 500 examples of either task;
+    holds if in some; does not hold here if in none. Full fine-tuning's is the setting with the nearest training loss of those that its
+    search saw; where the means over the five seeds differ by 0.05 nats, or by a factor of 2, nothing is told."""
+    find, alike, apart, fits = finder(rows), [], [], []
+    nats, times = ALIKE
+    for pair in FITTED:
+        seeds = [[find(trial) for trial in reported(chosen(find, of)[0])] for of in (pair.one, pair.other)]
+        if any(row["loss"] is None for of in seeds for row in of):
+            alike.append(pair)  # `judged` says which has diverged
+            continue
+        lora, full = (float(np.mean([row["train_loss"] for row in of])) for of in seeds)
+        fits += [Number(f"training loss of {m}, {pair.where}", fit, "nats per token") for m, fit in (("lora", lora), ("full", full))]
+        if abs(lora - full) < nats and max(lora, full) < times * min(lora, full):
+            alike.append(pair)
+        else:
+            apart.append(f"lora beside full, {pair.where}: their training losses are {lora:.2g} and {full:.2g}")
+    found = judged(find, alike, better, "nll", apart=apart)
+    return replace(found, evidence=[*found.evidence, *fits])
 
 
 # -------------------------------------------------------------------------------------------------------- which method?

@@ -54,6 +54,7 @@ TUNING, SEEDS = 0, (1, 2, 3, 4, 5)
 VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
+ALIKE = 0.05, 2.0  # nats per token, and times: equal training losses differ by less than either
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
 PASSES = {100: 32, 1000: 4, 10000: 1}  # examples at most: epochs at most. What two cores can pay for
@@ -128,6 +129,18 @@ class Gentle(NamedTuple):
 
     of: Search
     beside: Search
+
+    @property
+    def start(self) -> Trial:
+        return self.of.start
+
+
+class Fits(NamedTuple):
+    """Chosen by the training loss: of the trials that a search saw, the one with the lowest; or, with `like`, the one whose
+    training loss is nearest that of another choice (in its logarithm). Validation has no say."""
+
+    of: Search
+    like: Choice | None = None
 
     @property
     def start(self) -> Trial:
@@ -352,7 +365,7 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
-Choice = Search | Gentle | Seen | Trial  # how a trial is chosen; one without training, as it is
+Choice = Search | Gentle | Fits | Seen | Trial  # how a trial is chosen; one without training, as it is
 
 
 def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
@@ -366,6 +379,8 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
         unknown = [trial for one in of.of for trial in tuned(find, one, seen)[1]]
         allowed = [trial for trial in seen if of.least <= trial.epochs <= of.most]
         return (of.start if unknown else min(allowed, key=lambda trial: seen[trial])), unknown
+    if isinstance(of, Fits):
+        return _fitted(find, of)
     (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
     if unknown or more:
         return mine, unknown + more
@@ -374,6 +389,18 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
     equal = [trial for trial, loss in seen.items() if loss <= enough]
     kept = [trial for trial in equal if find(trial)["loss"] is not None] or [mine]
     return min(kept, key=lambda trial: (sum(find(trial).get("general", {}).values()), seen[trial])), []
+
+
+def _fitted(find: Find, of: Fits) -> tuple[Trial, list[Trial]]:
+    seen: dict[Trial, float] = {}
+    unknown = tuned(find, of.of, seen)[1]
+    other, more = (None, []) if of.like is None else chosen(find, of.like)
+    if unknown or more:
+        return of.start, unknown + more
+    fits = {trial: fit for trial in seen if (fit := find(trial)["train_loss"]) is not None}
+    aim = 0.0 if other is None else find(other)["train_loss"]
+    far = (lambda fit: fit) if not aim else lambda fit: abs(math.log(fit / aim))
+    return min(fits, key=lambda trial: far(fits[trial]), default=of.start), []
 
 
 def reported(best: Trial) -> list[Trial]:
