@@ -33,7 +33,7 @@ from minipeft.accounting import memory_ledger
 from minipeft.claims import data, judge, protocol
 from minipeft.claims.comparison import CASES, KEYS, Searches, compare, in_cases
 from minipeft.claims.large import Large, told
-from minipeft.claims.league import MAIN, league
+from minipeft.claims.league import FITTED, MAIN, league
 from minipeft.claims.practice import ADVISED, EQUAL_STEPS, HARD, HARDER, LONG, NOISE, REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search
 from minipeft.claims.statistics import crossed
@@ -136,15 +136,14 @@ def compared(pair):
 
 # %%
 found = judge("best-8")
-luck, price = found.evidence[-1], {n.name.partition("loss, ")[2]: n for n in (found.effect, *found.evidence[:-1])}
+price = {n.name.partition("loss, ")[2]: n for n in (found.effect, *found.evidence)}
 each = (f"{n.value:+.3f} [{n.low:+.3f}, {n.high:+.3f}] ({case})" for case, n in price.items())
 print("\nchosen by the training loss, nats a token more on test:", *each, sep="\n  ")
 blind = {(case, m): protocol.chosen(find, protocol.Fits(search(case.task, m, case.examples)))[0] for case in CASES for m in MAIN}
 times = {key: blind[key].rate / trial.rate for key, (trial, _) in searched(find, CASES, MAIN).items()}
 print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {times[CASES[0], m]:g}" for m in MAIN))
-print(f"under other seeds what was chosen has a loss on validation {luck.value:.3f} [{luck.low:.3f}, {luck.high:.3f}] higher")
-assert [n.low > 0 for n in price.values()] == [True] * 3 + [False] * 3 and luck.low > 0, "rewrite, source"
-assert found.effect.value == max(n.value for n in price.values()) > 0.5 and sorted(times[CASES[0], m] for m in MAIN)[1] == 4
+assert [round(n.value, 3) for n in price.values()][:3] == [0.642, 0.048, 0.003] and min(n.low for n in [*price.values()][:3]) > 0
+assert all(n.low < 0 < n.high for n in [*price.values()][3:]) and sorted(times[CASES[0], m] for m in MAIN)[1::4] == [4, 32]
 
 # %% [markdown]
 # It costs most with 50 examples of `rewrite`: 0.64 [0.61, 0.68] nats in the mean of six methods. With five of them the
@@ -152,8 +151,8 @@ assert found.effect.value == max(n.value for n in price.values()) > 0.5 and sort
 # seen twice, 0.003. On `source` (by its loss, too) no price is clear. (Validation led these searches; who is
 # led by the training loss may end further away, and pay more.)
 #
-# `best-8` asks for more than *equal* in each case. (The search is flattered: under five other seeds what it chose has a
-# validation loss 0.009 higher.)
+# `best-8` asks that validation's choice is clearly better, and not *equal*, in each case. The gap, and diverse tests,
+# it does not judge.
 
 # %% [markdown]
 # > `best-8` hold out a validation set; watch the gap; test on diverse examples: **holds if**. Of 6 comparisons 2 are as
@@ -212,7 +211,8 @@ for (case, method), curve in curves.items():
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
 print("SmolLM2-135M:", told("full-3"))
-assert "and not within" in told("full-3") and (Large("full").examples, Large("full").validation) == (320, 256), "the law does not reach it"
+assert all(part in told("full-3") for part in ("is 1.4e-04", "0.1 times that", "and not within")), "the law does not reach it"
+assert (Large("full").examples, Large("full").validation) == (320, 256)
 logs = np.log([*times.values()])
 assert logs.min() > 0 and mean(logs).low < np.log(3.5) and mean(logs).high < np.log(10) < mean(logs + np.log(2) * (np.arange(6) == 1)).high
 beside = {pair.where: compared(pair) for pair in in_cases("lora", CASES, "full")}
@@ -343,25 +343,23 @@ same = compare(quick, slow, "nll")
 print(f"full, 4 epochs beside 16: {same.word} ({same.interval})")
 assert same.word == "equal" and compared(ADVISED[1]).clearly_worse
 assert (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.trial.rate * 4)
+fitted = [compared(pair) for pair in FITTED[:2]]
+print("LoRA beside full at the nearest training loss, rewrite, 50:", *(f"{d.word} ({d.interval})" for d in fitted))
+assert [round(d.better.value, 3) for d in fitted] == [0.032, -0.28] and fitted[0].clearly_better and fitted[1].clearly_worse
 
 # %% [markdown]
 # Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA did not:
 # its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 examples neither is told. With
 # 500 the best number of epochs is itself 2 to 5, in all four cases.
 #
-# `peft-4` asks whether LoRA overfits less: whether its loss on test is lower than full fine-tuning's at the same
-# training loss. With 50 of `rewrite` it is at LoRA's best setting, but not where both know the examples nearly by
-# heart.
+# `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within
+# 0.02, and a factor of 2). On `rewrite` the searches saw no such pair. In the nearest ones of 50 examples LoRA fits
+# less: at its best (1.75; full 1.71) it is better on test, by 0.032; nearly by heart (0.094; 0.055) worse, by 0.280.
 
 # %% [markdown]
-# > `peft-4` frozen weights reduce overfitting: **holds if**. Of 8 comparisons 1 is as stated, 2 are not and 5 are not
-# > told (3 not compared, 2 undecided, 1 better, 1 worse and 1 equal):
-# >
-# > - lora beside full, at its best, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
-# > - lora beside full, at its lowest training loss, rewrite, 50 examples: worse (-0.280 [-0.334, -0.226]).
-# > - lora beside full, at its lowest training loss, source, 500 examples: equal (+0.005 [-0.001, +0.012]).
-# >
-# > (5 seeds, 512 test items)
+# > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. Of 8 comparisons 0 are as stated, 1 is not
+# > and 7 are not told (5 not compared, 2 undecided and 1 equal). Lora beside full, at its lowest training loss, source,
+# > 500 examples: equal (+0.005 [-0.001, +0.012]). (5 seeds, 512 test items)
 #
 # > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 5 are as stated, 1 is not and 2 are not told (5 equal, 2
 # > undecided and 1 worse):

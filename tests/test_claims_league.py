@@ -165,7 +165,7 @@ def test_overfitting_is_compared_at_equal_training_loss():
     rule = RULES["peft-4"]
     higher, equal = (filled(rule.experiment, {"full": skill}, {}) for skill in (0.2, 0.5))
     assert [rule.judge(rows).verdict for rows in (higher, equal)] == [HOLDS, NOT]
-    for fit, said in ((1.94, "1.9"), (0.9, "0.9")):
+    for fit, said in ((1.94, "1.94"), (0.9, "0.9")):
         apart = [row | {"train_loss": fit if row["method"] == "full" and row["split"] == "test" else 2.0} for row in higher]
         verdict = rule.judge(apart)
         assert verdict.verdict == UNTESTABLE and verdict.because.count(f"their training losses are 2 and {said}.") == 8
@@ -186,6 +186,8 @@ def test_what_fits_is_chosen_by_the_training_loss_alone():
     assert protocol.chosen(find, lowest) == (replace(one.start, rate=rates[one][2]), [])
     assert protocol.chosen(find, protocol.Fits(other, lowest)) == (replace(other.start, rate=rates[other][1]), []), "1.2 is near 1.0"
     assert protocol.chosen(find, protocol.Fits(other, best)) == (replace(other.start, rate=rates[other][1]), []), "and near 1.5"
+    exact = [r | {"train_loss": 0.0} if r["train_loss"] == 1.0 else r for r in rows]
+    assert protocol.chosen(protocol.finder(exact), protocol.Fits(other, lowest))[0].rate == rates[other][1], "a loss may round to 0"
     lacking = protocol.finder(rows[:-1])
     assert protocol.chosen(lacking, protocol.Fits(other, lowest))[1] == [replace(other.start, rate=rates[other][2])]
     assert protocol.chosen(protocol.finder(rows[1:]), protocol.Fits(other, lowest))[1] == [replace(one.start, rate=rates[one][0])]
@@ -222,17 +224,15 @@ def test_who_has_no_validation_set_pays():
     """A setting's training loss says the same as its loss on validation, or the opposite."""
     rule = RULES["best-8"]
 
-    def rows(sign: int) -> list[dict]:
+    def rows(opposite: bool) -> list[dict]:
         found: list[dict] = []
         while trials := rule.experiment.missing(found):
             made = [described(trial) | row(trial, {}, {}) for trial in trials]
-            found += [r | {"train_loss": sign * r["loss"]} for r in made]
+            found += [r | {"train_loss": 10 - r["loss"] if opposite else r["loss"]} for r in made]
         return found
 
-    told, misled = rows(1), rows(-1)
+    told, misled = rows(False), rows(True)
     assert [rule.judge(of).verdict for of in (told, misled)] == [NOT, HOLDS]
-    flattered = rule.judge([r | {"loss": r["loss"] + 0.1 * (r["split"] == "test")} for r in told])
-    assert flattered.evidence[-1].value == pytest.approx(0.1)
     lost = rule.judge([r | {"loss": None} if r["seed"] == 3 and (r["method"], r["task"]) == ("prompt", "source") else r for r in misled])
     assert lost.verdict == IF and lost.because.count("prompt diverged under one of the seeds") == 3
 

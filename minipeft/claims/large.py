@@ -1,15 +1,16 @@
 """The main comparisons once more, on a real language model: SmolLM2-135M-Instruct, ninety times the shipped base.
 
     a row      a method learns the task "source" from `examples` records that the seed draws, once through, in batches of 8
-    tuning     of the rate alone, by `mechanisms.best_rate`: from the method's usual one at the model's width, by factors of 2
-               to the better neighbor, until none is better by LEAST; judged on validation under TUNING
+    tuning     of the rate alone, by `mechanisms.best_rate`: from the power of 2 near the method's usual one at the model's width,
+               by factors of 2 to the better neighbor, until none is better by LEAST; judged on validation under TUNING
     report     the best rate under the five SEEDS: the nats of each test answer, and of a token of each block of general text
     difference over seeds and items, as everywhere (`statistics.crossed`); above 0 the first is better, in nats per token
     seconds    of a step of each method, in turns, as `speed.paces` has them
 
-So what `protocol` asks of the shipped base in six cases, with epochs and batches tuned too, is asked here in one. That is
-what hours on two cores allow: it says whether a comparison comes out alike on a model that others have pretrained, and no
-verdict rests on it.
+So what `protocol` asks of the shipped base in two to six cases, with epochs and batches tuned too, is asked here in one, always
+by losses in nats: also of `source`, which is judged there by right answers, and of what is forgotten, which is judged there by
+general items, and for forget-5 at equal quality of the task. That is what hours on two cores allow: it says whether a
+comparison comes out alike on a model that others have pretrained, and no verdict rests on it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.intervals import Estimate
 from ..experiments.rows import Row
 from ..experiments.shipped import rounded
 from ..experiments.sweep import sweep
@@ -181,20 +183,25 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         return f"{found}; full-3's law predicts {law.value:.1e} [{law.low:.1e}, {law.high:.1e}]: {hit}."
     lines = []
     for a, b, key in QUESTIONS[id]:
-        found, what = compared(rows, a, b, key), "general text, " * (key == "general")
+        found, what = compared(rows, a, b, key), "loss on general text, each at its best rate, " * (key == "general")
         said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
         lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
     return "; ".join(lines) + "."
 
 
+def paces_over_full(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
+    """{method: the seconds of a step over those of full fine-tuning}."""
+    of = {name: [row["seconds"][name] for row in rows] for name in METHODS}
+    return {name: ratio(times, of["full"]) for name, times in of.items() if name != "full"}
+
+
 def faster(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the seconds of a step say of methods that train fewer parameters."""
-    if not rows:
+    if len(rows) < 2:
         return "On SmolLM2-135M: nothing is said; no seconds were measured so far."
-    of = {name: [row["seconds"][name] for row in rows] for name in METHODS}
-    found = {name: ratio(times, of["full"]) for name, times in of.items() if name != "full"}
-    each = listed([f"{name} {x.value:.2f} [{x.low:.2f}, {x.high:.2f}]" for name, x in found.items()])
-    usual = f"A step of full fine-tuning takes {statistics.mean(of['full']):.2f} seconds on {rows[0]['batch_size']} examples of source"
+    each = listed([f"{name} {x.value:.2f} [{x.low:.2f}, {x.high:.2f}]" for name, x in paces_over_full(rows).items()])
+    full = statistics.mean(row["seconds"]["full"] for row in rows)
+    usual = f"A step of full fine-tuning takes {full:.2f} seconds on {rows[0]['batch_size']} examples of source"
     return f"{usual}; the others take of that: {each} ({where(rows)})."
 
 

@@ -54,7 +54,7 @@ TUNING, SEEDS = 0, (1, 2, 3, 4, 5)
 VALIDATION, ITEMS = 256, 512  # items of the split that is named
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
-ALIKE = 0.05, 2.0  # nats per token, and times: equal training losses differ by less than either
+ALIKE = 0.02, 2.0  # nats per token, and times: equal training losses differ by less than either
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
 PASSES = {100: 32, 1000: 4, 10000: 1}  # examples at most: epochs at most. What two cores can pay for
@@ -136,8 +136,8 @@ class Gentle(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """Chosen by the training loss: of the trials that a search saw, the one with the lowest; or, with `like`, the one whose
-    training loss is nearest that of another choice (in its logarithm). Validation has no say."""
+    """Chosen by the training loss, under TUNING: of the trials that a search saw, the one with the lowest; or, with `like`, the
+    one whose training loss is nearest that of another choice (in its logarithm). Validation has no say."""
 
     of: Search
     like: Choice | None = None
@@ -397,10 +397,11 @@ def _fitted(find: Find, of: Fits) -> tuple[Trial, list[Trial]]:
     other, more = (None, []) if of.like is None else chosen(find, of.like)
     if unknown or more:
         return of.start, unknown + more
-    fits = {trial: fit for trial in seen if (fit := find(trial)["train_loss"]) is not None}
-    aim = 0.0 if other is None else find(other)["train_loss"]
-    far = (lambda fit: fit) if not aim else lambda fit: abs(math.log(fit / aim))
-    return min(fits, key=lambda trial: far(fits[trial]), default=of.start), []
+    fits = {trial: max(fit, 1e-5) for trial in seen if (fit := find(trial)["train_loss"]) is not None}  # as rows are rounded
+    aim = 1e-5 if other is None else find(other)["train_loss"]
+    if aim is None:
+        return of.start, []
+    return min(fits, key=lambda trial: abs(math.log(fits[trial] / max(aim, 1e-5))), default=of.start), []
 
 
 def reported(best: Trial) -> list[Trial]:
