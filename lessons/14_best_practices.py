@@ -9,7 +9,7 @@
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 25
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
 # your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
-# the rows of the league (Lesson 3), and 22 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
+# the rows of the league (Lesson 3), and 9 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
 # computes what is missing there (all: some five minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).

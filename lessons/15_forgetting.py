@@ -11,7 +11,7 @@
 # You need Lessons 3 to 6 (full fine-tuning, LoRA, adapters, prompts and prefixes) and 14 (a clear difference, a
 # control). Reading takes about 25 minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins
 # with **Predict**, write down your answer. Run it with `python lessons/15_forgetting.py` (about a minute on two cores),
-# or open it as a notebook. It reads the rows of the league (Lesson 3), and of what is not among them 114 from
+# or open it as a notebook. It reads the rows of the league (Lesson 3), and of what is not among them 98 from
 # `lessons/results/15_forgetting.jsonl`. With `--full` (in a notebook `!python lessons/15_forgetting.py --full`) it
 # first computes what is missing there (all: about twenty minutes).
 #

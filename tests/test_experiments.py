@@ -13,6 +13,7 @@ from experiments import forgetting, items, practice, real_llm
 
 import minipeft as mp
 from minipeft.claims import data, protocol
+from minipeft.claims.register import ROWS
 from minipeft.claims.statistics import crossed
 from minipeft.experiments import seeds, shipped
 from minipeft.experiments.costs import latency, memory, merged
@@ -217,6 +218,8 @@ def test_the_shipped_rows_are_those_that_the_searches_need(name, searches):
     assert not protocol.wanted(protocol.finder(rows), searches)
     own = [row for row in read_rows(RESULTS / f"{name}.jsonl") if row["run"] == "Trial"]
     assert own and {row["minipeft"] for row in own} == {mp.__version__}
+    league = {protocol.trial_of(row) for row in read_rows(ROWS / "league.jsonl")}
+    assert league.isdisjoint(map(protocol.trial_of, own)), "the league has it: no run of the lesson would compute it again"
     for row in own:
         others = [other for other in rows if protocol.trial_of(other) != protocol.trial_of(row)]
         assert protocol.trial_of(row) in protocol.wanted(protocol.finder(others), searches), "nobody needs it"
