@@ -349,7 +349,7 @@ assert [(d.word, d.interval[:6]) for d in fitted] == [("better", "+0.032"), ("wo
 
 # %% [markdown]
 # Full fine-tuning can: a quarter of the epochs at four times the rate is equal, +0.002 [-0.011, 0.015]. LoRA did not:
-# its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 examples neither is told. With
+# its best, with 2 epochs, is 0.080 [0.048, 0.112] behind 16 epochs. On `source` with 50 examples both are open. With
 # 500 the best number of epochs is itself 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within

@@ -33,6 +33,7 @@ from minipeft.claims import judge, large
 from minipeft.claims.comparison import CASES, KEYS, Case, above, best, compare
 from minipeft.claims.league import MAIN, MIDDLE, OTHERS, UNTRAINED, league
 from minipeft.claims.protocol import SHOTS, finder, report, search, untrained
+from minipeft.claims.speed import paces_over_full
 from minipeft.claims.standings import as_text, pairs, so_far, standings
 from minipeft.experiments import shipped
 from minipeft.experiments.costs import latency, memory, merged
@@ -276,7 +277,7 @@ assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
 print("\nSmolLM2-135M:", *map(large.told, ("lora-12", "lora-8", "qlora-5", "soft-8", "forget-5", "peft-3")), sep="\n  ")
 smol = large.EXPERIMENT.rows()
 real = {pair: large.compared(smol, *pair) for pairs in large.QUESTIONS.values() for pair in pairs}
-rate, pace = {row["method"]: row.get("rate") for row in smol}, large.paces_over_full(large.PACE.rows())
+rate, pace = {row["method"]: row.get("rate") for row in smol}, paces_over_full(large.PACE.rows())
 assert [real[m, "lora", "nll"].word for m in ("prompt", "prefix", "qlora", "lora-qv")] == ["worse"] + ["undecided"] * 3
 assert real["lora", "full", "nll"].word == "undecided" and real["lora", "full", "general"].interval == "-1.114 [-1.731, -0.497]"
 assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) < 1 and round(pace["lora"].value, 2) == 0.55

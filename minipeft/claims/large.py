@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.intervals import Estimate
 from ..experiments.rows import Row
 from ..experiments.shipped import rounded
 from ..experiments.sweep import sweep
@@ -37,7 +36,7 @@ from .inputs import smollm2
 from .mechanisms import ByItem, best_rate, curve, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS, TABLE, TUNING
 from .register import Experiment, judge, listed
-from .speed import Pace, paces, ratio
+from .speed import Pace, paces, paces_over_full
 from .statistics import crossed
 from .timing import where
 from .width import SMALL, vertex
@@ -187,12 +186,6 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
         lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
     return "; ".join(lines) + "."
-
-
-def paces_over_full(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
-    """{method: the seconds of a step over those of full fine-tuning}."""
-    of = {name: [row["seconds"][name] for row in rows] for name in METHODS}
-    return {name: ratio(times, of["full"]) for name, times in of.items() if name != "full"}
 
 
 def faster(rows: Sequence[Mapping[str, Any]]) -> str:

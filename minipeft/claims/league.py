@@ -298,7 +298,7 @@ def overfitting(rows: Rows) -> Verdict:
     """Holds if LoRA clearly has a lower loss on test than full fine-tuning with the same training loss, and the two are not equal, in
     eight cases: LoRA's setting that is best on validation, or has the lowest training loss, with 50 or 500 examples of either task;
     holds if in some; does not hold here if in none. Full fine-tuning's is the setting with the nearest training loss of those that its
-    search saw; where the means over the five seeds differ by 0.02 nats, or by a factor of 2, nothing is told."""
+    search saw; where the means over the five seeds differ by 0.02 nats, or by a factor of 2, they are not compared."""
     find, alike, apart, fits = finder(rows), [], [], []
     nats, times = ALIKE
     for pair in FITTED:

@@ -151,6 +151,13 @@ def ratio(mine: Sequence[float], full: Sequence[float]) -> Estimate | None:
     return geometric(logs) if np.isfinite(logs).all() else None
 
 
+def paces_over_full(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate | None]:
+    """{method: the seconds of a step, over those of full fine-tuning}, of the rows of `paces` among these."""
+    times = [row["seconds"] for row in rows if "seconds" in row]
+    names = [name for name in times[0] if name != "full"]
+    return {name: ratio([one[name] for one in times], [one["full"] for one in times]) for name in names}
+
+
 EXPERIMENT = Experiment("speed", run, runs, timed=True)
 
 
@@ -160,10 +167,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     two fixed losses; holds if clearly faster in some of these; does not hold here if in none. A method that never reaches a loss
     is not faster to it."""
     curves = {row["method"]: row for row in rows if "curves" in row}
-    seconds = {name: [row["seconds"][name] for row in rows if "seconds" in row] for name in curves}
-    full, evidence = curves["full"], {}
+    full, evidence, pace = curves["full"], {}, paces_over_full(rows)
     cases: dict[str, dict[str, bool]] = {}
-    pace = {name: ratio(seconds[name], seconds["full"]) for name in curves}
     for name, row in curves.items():
         if row["trainable"] >= full["trainable"]:
             continue
