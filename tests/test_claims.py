@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -403,6 +404,11 @@ def test_an_experiment_keeps_its_rows_and_compares_them(tmp_path):
         "run 1, curve: [1.0, 3.5], and [1.0, 3.0] in the package", "run 2, loss: nan, and 2.5 in the package",
     ]  # fmt: skip
     assert Experiment("mine", run, [], timed=True).differences(rows, other) == []
+
+
+def test_times_are_taken_one_by_one(tmp_path):
+    timed = Experiment("times", lambda seed: {"process": os.getpid()}, lambda: mp.grid(seed=range(2)), timed=True)
+    assert {row["process"] for row in timed.compute(tmp_path, 2, lambda line: None)} == {os.getpid()}
 
 
 def test_rows_are_drawn_each_of_another_file_and_none_of_times(tmp_path, monkeypatch):

@@ -120,7 +120,8 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times, or differ otherwise from machine to machine, so that only verdicts can agree
+    timed      whether the rows are times, or differ otherwise from machine to machine, so that only verdicts can agree;
+               such runs are computed one by one, as a time beside other runs would be of a busy machine
     tolerance  relative, of a number that is computed again on another machine
     """
 
@@ -171,7 +172,7 @@ class Experiment:
         from ..experiments.sweep import sweep
 
         shown = {} if show is None else {"show": show}
-        return sweep(self.run, self.settings, executor, self.path(store), self.version, **shown)
+        return sweep(self.run, self.settings, 1 if self.timed else executor, self.path(store), self.version, **shown)
 
     def affordable(self, row: Mapping[str, Any]) -> bool:
         """Whether `check` takes a minute of a core, or little more."""
