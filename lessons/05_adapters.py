@@ -9,7 +9,7 @@
 # After this lesson you can write an adapter from its equation, count it, say why it starts as *nothing at all*, and
 # name the price that merged LoRA does not pay: an adapter cannot be merged, and costs time in every forward pass.
 #
-# You need Lesson 4. Reading takes about 23 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
+# You need Lesson 4. Reading takes about 22 minutes (200 words or 25 lines of code a minute, up to the quiz). Run it
 # with `python lessons/05_adapters.py` (a quarter of a minute on two cores), or open it as a notebook. At **Predict**,
 # write down an answer.
 
@@ -447,13 +447,13 @@ assert all(reported("rewrite", m, "nll").trial.epochs == 2 for m in ("lora", "lo
 assert all(reported("rewrite", m, "nll").trial.epochs == 4 for m in ("bottleneck-m37", "bottleneck-m4"))
 
 # %% [markdown]
-# On `rewrite` LoRA learns more, at both sizes. It takes half of the work (TFLOPs), as its tuning chose two epochs; the
-# adapters took four, the most that the protocol allows, and might gain from more. In right answers on `source` the
-# smaller pair is equal, the larger undecided. On `source` LoRA forgets less: the general loss rises by 0.50 (`lora`)
-# beside 2.00 (`bottleneck-m37`), and by 1.94 (`lora-r1`) beside 3.27 (`bottleneck-m4`). LoRA also picks the right
-# ending of clearly more general passages: 12 and 8 more of 100. The setting may be the cause, as each was tuned for the
-# task alone: `bottleneck-m37` has twice the rate and a quarter of the steps of `lora`, `bottleneck-m4` twice the steps
-# of `lora-r1`. (The ± of two rows overlap even on `rewrite`: Lesson 3 says why.)
+# On `rewrite` LoRA learns more, at both sizes. It takes half of the work (TFLOPs), as its tuning chose two epochs, the
+# adapters' four. In right answers on `source` the smaller pair is equal, the larger undecided. On `source` LoRA forgets
+# less: the general loss rises by 0.50 (`lora`) beside 2.00 (`bottleneck-m37`), and by 1.94 (`lora-r1`) beside 3.27
+# (`bottleneck-m4`). LoRA also picks the right ending of clearly more general passages: 12 and 8 more of 100. The
+# setting may be the cause, as each was tuned for the task alone: `bottleneck-m37` has twice the rate and a quarter of
+# the steps of `lora`, `bottleneck-m4` twice the steps of `lora-r1`. (The ± of two rows overlap even on `rewrite`:
+# Lesson 3 says why.)
 #
 # With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`. One beside the MLP is 0.016
 # nats behind, at the same setting, so the setting is not the cause. One after the MLP is 0.061 nats behind, but it took
@@ -474,9 +474,9 @@ assert all(reported("rewrite", m, "nll").trial.epochs == 4 for m in ("bottleneck
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and 1 is
 # > not told:
 # >
-# > - lora beside bottleneck-m37, rewrite, 500 examples: better, within 4 epochs (+0.067 [+0.056, +0.078]).
+# > - lora beside bottleneck-m37, rewrite, 500 examples: better (+0.067 [+0.056, +0.078]).
 # > - lora beside bottleneck-m37, source, 500 examples: undecided (+0.014 [-0.000, +0.028]), not told.
-# > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better, within 4 epochs (+0.040 [+0.030, +0.051]).
+# > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better (+0.040 [+0.030, +0.051]).
 # > - lora-r1 beside bottleneck-m4, source, 500 examples: equal (-0.001 [-0.012, +0.011]).
 # >
 # > (5 seeds, 512 test items)

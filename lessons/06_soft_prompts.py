@@ -17,7 +17,7 @@
 
 # %%
 import os
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # a script only saves its picture; a notebook has set its own
@@ -168,11 +168,11 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 
 # %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. 6 of 6 layers have keys and values of
-# > their own. Behind those that the base computes of 10 real tokens the logits differ by at most 8e-07 of the largest
+# > their own. Behind those that the base computes of 10 real tokens the logits differ by at most 6e-07 of the largest
 # > from those behind the tokens themselves.
 #
 # > `soft-5` no change of the architecture: **holds**. The base alone computes the same from embeddings in front of the
-# > input (to 5e-07) and from a cache (to 8e-07); its 84 modules are as they were with both, where LoRA replaces some by
+# > input (to 5e-07) and from a cache (to 6e-07); its 84 modules are as they were with both, where LoRA replaces some by
 # > its own.
 
 # %% [markdown]
@@ -334,8 +334,8 @@ figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 # size. What the direction adds, 0.022 ± 0.071, is undecided. If size is all, what counts is the rate *over the size of
 # the start's elements*. Then a random start needs nine times the rate of words, and random at 0.3 is as small at 0.033.
 # Section 6 has the tuned rates. The verdict below asks whether the three differ, each with its own rate. On `rewrite`
-# words and small are behind random by 0.012 and 0.017 nats: clear alone, but not at the level for six comparisons
-# (Lesson 3).
+# words are behind random by 0.021 nats, and behind small by 0.010: clear alone, but not at the level for six
+# comparisons (Lesson 3).
 #
 # LoRA and an adapter start as the base: what they add is zero at first.
 #
@@ -361,18 +361,20 @@ assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if 
 # starts at zero.
 
 # %% [markdown]
-# > `soft-9` sensitive to initialization: **cannot be tested here**. Of 6 comparisons 2 are as stated, 1 is not and 3
-# > are not told:
+# > `soft-9` sensitive to initialization: **cannot be tested here**. Of 6 comparisons 1 is as stated, 1 is not and 4 are
+# > not told:
 # >
-# > - prompt beside prompt-random, rewrite, 500 examples: worse, both within 4 epochs (-0.012 [-0.024, -0.000]).
-# > - prompt beside prompt-random, source, 500 examples: undecided, both within 4 epochs (-0.014 [-0.157, +0.130]), not
+# > - prompt beside prompt-random, rewrite, 500 examples: worse, both within 8 epochs (-0.021 [-0.036, -0.005]).
+# > - prompt beside prompt-random, source, 500 examples: undecided, both within 8 epochs (-0.022 [-0.144, +0.100]), not
 # >   told.
-# > - prompt beside prompt-small, rewrite, 500 examples: equal, both within 4 epochs (+0.005 [-0.008, +0.018]).
-# > - prompt beside prompt-small, source, 500 examples: undecided, both within 4 epochs (-0.083 [-0.210, +0.044]), not
+# > - prompt beside prompt-small, rewrite, 500 examples: worse, by less than 0.02, both within 8 epochs (-0.010 [-0.017,
+# >   -0.003]).
+# > - prompt beside prompt-small, source, 500 examples: undecided, both within 8 epochs (-0.019 [-0.149, +0.111]), not
 # >   told.
-# > - prompt-small beside prompt-random, rewrite, 500 examples: worse, both within 4 epochs (-0.017 [-0.032, -0.002]).
-# > - prompt-small beside prompt-random, source, 500 examples: undecided, both within 4 epochs (+0.070 [-0.040,
-# >   +0.179]), not told.
+# > - prompt-small beside prompt-random, rewrite, 500 examples: undecided, both within 8 epochs (-0.011 [-0.027,
+# >   +0.006]), not told.
+# > - prompt-small beside prompt-random, source, 500 examples: undecided, both within 8 epochs (-0.003 [-0.056,
+# >   +0.050]), not told.
 # >
 # > (5 seeds, 512 test items)
 
@@ -460,36 +462,35 @@ for task, key in KEYS.items():
     print(f"{task}: the direct prefix, at {direct.trial.rate / by_mlp.trial.rate:.0f} times the rate, "
           f"is better by {prefixes[task].interval}")
     assert direct.trial.rate > 5 * by_mlp.trial.rate
-    assert direct.trial.epochs == by_mlp.trial.epochs == 4, "the most that was allowed"
     networks[task] = compare(*(report(find, search(task, m, 500), key) for m in ("p-tuning", "prompt")), key)
     print(f"{task}: P-tuning is better than a prompt by {networks[task].interval}")
 assert (prefixes["rewrite"].word, prefixes["source"].word) == ("equal", "undecided")
-assert {found.word for found in networks.values()} == {"undecided"}
+assert [found.word for found in networks.values()] == ["better", "undecided"]
 chosen = {task: [report(find, search(task, m, 500)).trial.rate for m in ("prompt-random", "prompt-small", "prompt")] for task in KEYS}
 print(
     "tuned rate of a random start over that of words: "
     + ", ".join(f"{task} {random / word:.0f}, cut to size {small / word:.0f}" for task, (random, small, word) in chosen.items())
 )
-assert [random / word for random, _, word in chosen.values()] == [8, 4] and all(small == word for _, small, word in chosen.values())
+assert [(random / word, small / word) for random, small, word in chosen.values()] == [(16, 4), (1, 1)]
 prompts = "prompt", "prompt-random", "prompt-small", "p-tuning"
-most_lost = ("prefix", "prefix-direct", "head"), prompts, ("bottleneck",), ("full",), ("lora",)
+most_lost = (("prefix", "prefix-direct", "head"), prompts), (prompts[:2], ["bottleneck"]), (["bottleneck"], ["full"]), (["full"], ["lora"])
 kept = {name: report(find, search("source", name, 500), "cloze") for name in names}
-for more, less in pairwise(most_lost):
+for more, less in most_lost:
     assert all(compare(kept[b], kept[a], "cloze").clearly_better for a, b in product(more, less)), "each loses clearly more"
 assert all(line.cloze.high < 0 for line in standings(MIDDLE[0], names)), "all lose some after rewrite, too"
 
 # %% [markdown]
-# The tuned rate of a random start is 8 times that of words on `rewrite`, and 4 times on `source`; cut to their size, it
-# is theirs on both. So the rate goes with the size. (Each is from one tuning seed, in steps of two.) On `rewrite` the
-# direct prefix equals the one by an MLP, at 32 times its rate: within the 4 epochs at which both searches had to stop,
-# direct training does not end worse. On `source` the interval, ± 0.16, is too wide to tell. Whether direct training is
-# less stable was not asked. P-tuning and a prompt, which also start apart, are undecided on both tasks.
+# The tuned rate of a random start is 16 times that of words on `rewrite`, 4 times if cut to their size; on `source` all
+# three have one rate. So the rate need not go with the size. (One tuning seed, steps of two; all took eight epochs, the
+# most allowed.) On `rewrite` the direct prefix equals the one by an MLP, at 32 times its rate: direct training does not
+# end worse. On `source` the interval, ± 0.10, is too wide to tell. Whether direct training is less stable was not
+# asked. P-tuning is ahead of a prompt on `rewrite`, and undecided on `source`.
 #
 # `cloze` says what is lost with the trained numbers in place: how many fewer of 100 general passages are continued
 # rightly than by the base. After `source` prefixes and the head lose most, then prompts and P-tuning, then adapters,
-# full fine-tuning, and LoRA, each clearly more than the next (each comparison at 95 %). (They did not learn equally
-# well: of 100 sentences prompts and P-tuning name the right book for about 70, prefixes for about 80, full fine-tuning
-# for 94.) After `rewrite` all lose some. Without its prefix the base is whole.
+# full fine-tuning, and LoRA, each clearly more than the next (each comparison at 95 %; small and P-tuning are undecided
+# beside adapters). (They did not learn equally well: of 100 sentences prompts and P-tuning name the right book for
+# about 80, full fine-tuning for 94.) After `rewrite` all lose some. Without its prefix the base is whole.
 
 # %% [markdown]
 # ## 7 · How much can be remembered

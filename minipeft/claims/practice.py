@@ -13,7 +13,7 @@ from ..evaluation.intervals import Estimate
 from . import protocol
 from .comparison import CASES, NEAR, SIZES, Case, Pair, Searches, better, both, judged, not_inferior, way
 from .league import MAIN, league
-from .protocol import SEEDS, Find, Seen, chosen, finder, most_epochs, search, untrained
+from .protocol import SEEDS, Find, Seen, chosen, finder, passes, search, untrained
 from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, listed, measured
 from .statistics import crossed
 
@@ -101,7 +101,7 @@ def large_batches(rows: Rows) -> Verdict:
 
 
 def _advised(method: str, case: Case) -> Pair:
-    ends = (search(case.task, method, case.examples, epochs=n, longer=4) for n in (1.0, 4.0 * most_epochs(case.examples)))
+    ends = (search(case.task, method, case.examples, epochs=n, longer=2) for n in (1.0, 2.0 * passes(case.examples)[1]))
     searches = *ends, search(case.task, method, case.examples)
     return Pair(f"{method}, {case.name}", "2 to 5 epochs", Seen(searches, 2, 5), "any number", Seen(searches))
 

@@ -57,7 +57,7 @@ ROOM = 0.02  # nats per token: what counts as equal quality of the task
 ALIKE = 0.02, 2.0  # nats per token, and times: equal training losses differ by less than either
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
-PASSES = {100: 32, 1000: 4, 10000: 1}  # examples at most: epochs at most. What two cores can pay for
+PASSES = {100: (16.0, 64.0), 1000: (2.0, 8.0), 10000: (0.5, 1.0)}  # examples at most: epochs to begin with, and at most
 BATCHES = 4, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 
@@ -117,7 +117,7 @@ class Search(NamedTuple):
     most: float
 
 
-def most_epochs(examples: int) -> int:
+def passes(examples: int) -> tuple[float, float]:
     """PASSES, for any number of examples."""
     return next(epochs for most, epochs in PASSES.items() if examples <= most)
 
@@ -162,11 +162,11 @@ class Seen(NamedTuple):
 def search(
     task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, longer: float = 1, **fixed: Any
 ) -> Search:
-    """From the method's usual rate, half of the epochs that are allowed, and batches of 8. What is allowed is `longer`
-    times PASSES; from random weights four times as much again, as nothing is known yet."""
+    """From the method's usual rate, and batches of 8. The epochs are `longer` times PASSES; from random weights four times as
+    many again, as nothing is known yet."""
     rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
-    most = most_epochs(examples) * longer * (4 if method == "scratch" else 1)
-    begin = {"rate": rate, "epochs": most / 2, "batch_size": 8, "seed": TUNING}
+    first, most = (epochs * longer * (4 if method == "scratch" else 1) for epochs in passes(examples))
+    begin = {"rate": rate, "epochs": first, "batch_size": 8, "seed": TUNING}
     return Search(Trial(task, method, examples, **begin | fixed), axes, most)
 
 
