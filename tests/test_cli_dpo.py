@@ -24,7 +24,7 @@ def test_it_learns_to_prefer_the_chosen_answers(model, data, tmp_path, capsys, r
     assert (output / "dpo.png").read_bytes()[:4] == b"\x89PNG"
     record = written(output)
     assert record["accuracy"] == 1 and record["margin"] > 0 and record["loss"] < math.log(2)
-    assert "prefers the chosen answer, more than at the start, in 100.0% of 8 held-out pairs" in capsys.readouterr().out
+    assert "prefers the chosen answer, more than at the start, in 100.0% [67.6%, 100.0%] of 8 held-out pairs" in capsys.readouterr().out
     first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5), "the reference is the model as it was"
     tuned, tokenizer = mp.from_pretrained(output)

@@ -6,6 +6,7 @@ import pytest
 from cli_helpers import jsonl, refused, run, same_bytes, tiny, written
 
 import minipeft as mp
+from minipeft.cli.preferences import judged
 
 GOOD, BAD = ["good", "fine", "happy", "glad"], ["bad", "poor", "sad", "evil"]
 PAIRS = [
@@ -28,13 +29,20 @@ def reward(output, *more) -> int:
     return run("reward", "--output", output, "--batch-size", 8, "--lr", 0.02, *more)
 
 
+def test_the_accuracy_of_training_pairs_has_no_interval():
+    found = {"accuracy": 0.75, "accuracy_interval": None, "accuracy_of": "training pairs"}
+    assert judged(0.75, 8, held_out=False) == ("75.0% of 8 training", found)
+
+
 def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data, tmp_path, capsys, rendered):
     output = tmp_path / "a judge"
     assert reward(output, "--data", data, "--model", model, "--epochs", 4) == 0
     out = capsys.readouterr().out
     record = written(output)
     assert record["accuracy"] > 0.9 and f"{record['accuracy']:.1%}" in out and f"(minipeft ppo --reward '{output}' --output DIR)" in out
-    assert record["pairs"] == {"training": 72, "held_out": 8}
+    assert record["pairs"] == {"training": 72, "held_out": 8} and record["accuracy_of"] == "held-out pairs"
+    low, high = record["accuracy_interval"]
+    assert f"agrees with {record['accuracy']:.1%} [{low:.1%}, {high:.1%}] of 8 held-out preferences" in out and low < record["accuracy"]
     judge, tokenizer = mp.rlhf.RewardModel.from_pretrained(output)
     texts = [[*tokenizer.encode(f"The day was {word}."), tokenizer.eos_token_id] for word in ("good", "bad")]
     good, bad = judge.score_texts(texts)

@@ -49,7 +49,11 @@ def share(right: Any) -> Estimate:
 
     Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
     """
-    n, p = len(right), float(np.mean(right))
+    return wilson(float(np.mean(right)), len(right))
+
+
+def wilson(p: float, n: int) -> Estimate:
+    """The same of a share p of n records."""
     middle, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = (middle - spread) / (1 + Z**2 / n), (middle + spread) / (1 + Z**2 / n)
     return Estimate(p, max(0.0, low) if p else 0.0, min(1.0, high) if p < 1 else 1.0)
