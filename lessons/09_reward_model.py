@@ -35,7 +35,7 @@ from minipeft import diagrams, rlhf
 from minipeft.claims import constitution
 from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, crossed, shown, those_of
 from minipeft.claims.chain_tuning import TUNED, rivals
-from minipeft.claims.comparison import SPREADS
+from minipeft.claims.searches import SPREADS
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 

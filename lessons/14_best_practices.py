@@ -31,11 +31,12 @@ from experiments.practice import BATCHES, along, searched
 import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.claims import data, judge, protocol
-from minipeft.claims.comparison import CASES, KEYS, Searches, compare, in_cases
+from minipeft.claims.comparison import CASES, KEYS, compare, in_cases
 from minipeft.claims.large import Large, told
 from minipeft.claims.league import FITTED, MAIN, league
 from minipeft.claims.practice import ADVISED, EQUAL_STEPS, HARD, HARDER, LONG, NOISE, REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search
+from minipeft.claims.searches import Searches
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments import shipped

@@ -34,10 +34,10 @@ from experiments.forgetting import CHANGES, OTHERS, PAIRS, between
 
 import minipeft as mp
 from minipeft.claims import data, judge, protocol
-from minipeft.claims.comparison import SPREADS, Searches, spread
 from minipeft.claims.forgetting import LARGER, LOWER
 from minipeft.claims.league import EQUAL, MAIN, league
 from minipeft.claims.protocol import SEEDS, chosen, finder, search, tuned, untrained
+from minipeft.claims.searches import SPREADS, Searches, spread
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation.intervals import mean
 from minipeft.experiments import shipped

@@ -10,10 +10,11 @@ from random import Random
 import numpy as np
 import pytest
 
-from minipeft.claims import comparison, forgetting, league, practice, protocol
-from minipeft.claims.comparison import Case, Pair, judged, spread
+from minipeft.claims import comparison, forgetting, league, practice, protocol, searches
+from minipeft.claims.comparison import Case, Pair, judged
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number, Verdict
+from minipeft.claims.searches import spread
 from minipeft.claims.standings import as_text, matrix, pairs, so_far, standings
 from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import described
@@ -338,9 +339,9 @@ def test_means_over_items_are_compared_as_well():
 def test_rows_of_other_statements_in_a_store_are_not_these(monkeypatch):
     experiment = RULES["qlora-5"].experiment
     mine, other = [{"task": "source", "method": method, "examples": 500} for method in ("qlora", "prefix")]
-    monkeypatch.setattr(comparison, "_of_today", lambda path, changed: [mine, other])
+    monkeypatch.setattr(searches, "_of_today", lambda path, changed: [mine, other])
     monkeypatch.setattr(protocol, "compute", lambda *args, **options: [mine, other])
-    assert experiment.compute(comparison.ROWS) == [mine]
+    assert experiment.compute(searches.ROWS) == [mine]
 
 
 def test_the_league_table_has_what_was_chosen_what_it_costs_and_how_it_did():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from minipeft.claims import data, protocol
-from minipeft.claims.comparison import CASES, Searches
+from minipeft.claims.comparison import CASES
 from minipeft.claims.league import MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.register import rule_of, statements
+from minipeft.claims.searches import Searches
 from minipeft.claims.statistics import crossed, spreads
 from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import described

@@ -117,7 +117,7 @@ def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):
 
 
 def test_the_league_table(capsys, monkeypatch):
-    from minipeft.claims import comparison
+    from minipeft.claims import searches
 
     status, out, err = output(capsys, "claims", "--league", "source", "--examples", 50)
     head, *lines = out.splitlines()
@@ -128,7 +128,7 @@ def test_the_league_table(capsys, monkeypatch):
     assert "--league maths: the tasks are rewrite and source" in refused(capsys, "claims", "--league", "maths")
     assert "--league shows methods" in refused(capsys, "claims", "lora-6", "--league", "source")
     assert "--examples must be one of 50, 500, 5000" in refused(capsys, "claims", "--league", "source", "--examples", 7)
-    monkeypatch.setattr(comparison, "_of_today", lambda *_: [])
+    monkeypatch.setattr(searches, "_of_today", lambda *_: [])
     for more in ((), ("--pairs",)):
         assert "no method has all of its rows of rewrite with 500 examples" in refused(capsys, "claims", "--league", "rewrite", *more)
 

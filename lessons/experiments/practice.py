@@ -17,8 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from minipeft.claims import protocol
-from minipeft.claims.comparison import Case, Pair, Searches
+from minipeft.claims.comparison import Case, Pair
 from minipeft.claims.protocol import Choice, Find, Search, Trial, search
+from minipeft.claims.searches import Searches
 from minipeft.experiments.rows import Row, read_rows
 
 from . import sweep

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import protocol
-from .comparison import CASES, SIZES, Pair, Searches, better, judged, way
+from .comparison import CASES, SIZES, Pair, better, judged, way
 from .protocol import TABLE, Gentle, finder
 from .register import HOLDS, IF, Verdict, claim, listed
+from .searches import Searches
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -20,7 +20,6 @@ from .comparison import (
     Beside,
     Case,
     Pair,
-    Searches,
     against,
     at_equal_quality,
     best,
@@ -34,9 +33,10 @@ from .comparison import (
     told,
     way,
     worse,
-)  # fmt: skip
+)
 from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, Fits, chosen, finder, reported, search, tuned, untrained
 from .register import Number, Verdict, claim, graded, listed, those
+from .searches import Searches  # fmt: skip
 from .standings import flops
 
 Rows = Sequence[Mapping[str, Any]]

@@ -11,10 +11,11 @@ import numpy as np
 
 from ..evaluation.intervals import Estimate
 from . import protocol
-from .comparison import CASES, NEAR, SIZES, Case, Pair, Searches, better, both, judged, not_inferior, way
+from .comparison import CASES, NEAR, SIZES, Case, Pair, better, both, judged, not_inferior, way
 from .league import MAIN, league
 from .protocol import SEEDS, Find, Seen, chosen, finder, passes, search, untrained
 from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, listed, measured
+from .searches import Searches
 from .statistics import crossed
 
 Rows = Sequence[Mapping[str, Any]]

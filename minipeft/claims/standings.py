@@ -26,8 +26,9 @@ from ..accounting.flops import step_flops
 from ..evaluation.intervals import Estimate, mean
 from ..hub.base import BASE
 from . import data, protocol
-from .comparison import KEYS, NEAR, UNITS, Case, Difference, Searches, compare
+from .comparison import KEYS, NEAR, UNITS, Case, Difference, compare
 from .protocol import TABLE, finder, untrained
+from .searches import Searches
 
 
 class Standing(NamedTuple):

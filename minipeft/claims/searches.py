@@ -1,0 +1,113 @@
+"""The experiment whose runs depend on the rows so far: searches that tune, then report (`protocol`), over one file of rows.
+
+`minipeft claims --recompute` computes rows again, on any processor: how far two rows of one trial may lie apart is said
+here, too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..experiments.rows import read_rows
+from . import protocol
+from .protocol import Choice, Trial, finder, trial_of
+from .register import ROWS, Experiment
+
+SPREADS = 4  # standard deviations
+AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
+ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
+MEASURED = "loss", "nll", "right", "cloze"
+
+
+@dataclass(frozen=True)
+class Searches(Experiment):
+    """An experiment whose runs depend on the rows so far: each search tunes, then reports (`protocol`)."""
+
+    searches: tuple[Choice, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, searches: Iterable[Choice]) -> Searches:
+        return cls(name, protocol.run, (), searches=tuple(searches))
+
+    @classmethod
+    def pairs(cls, name: str, pairs: Iterable[Any]) -> Searches:
+        """What the two sides of these pairs need (`comparison.Pair`)."""
+        ways = dict.fromkeys(way for pair in pairs for way in (pair.one, pair.other))
+        return cls.of(name, ways)
+
+    def rows(self, store: Any = ROWS) -> list[dict[str, Any]]:
+        """The rows that are there, of today's base and of what is compared."""
+        compared = {(of.start.task, of.start.method, of.start.examples) for of in self.searches}
+        compared |= {(task, "base", 0) for task, _, _ in compared}
+        path = self.path(store)
+        rows = _of_today(path, path.stat().st_mtime_ns) if path.exists() else []
+        return [row for row in rows if (row["task"], row["method"], row["examples"]) in compared]
+
+    def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
+        """The trials that are needed next."""
+        return protocol.wanted(finder(rows), self.searches)
+
+    @property
+    def allowed(self) -> str:
+        return f"{SPREADS} standard deviations over the seeds, or {ALONE} nats where there are none"
+
+    def affordable(self, row: Mapping[str, Any]) -> bool:
+        """Not where more than AFFORDABLE examples are learned from."""
+        trial = trial_of(row)
+        return trial.rate is None or trial.steps * trial.batch_size <= AFFORDABLE
+
+    def settings_of(self, row: Mapping[str, Any]) -> Trial:
+        """The trial of a row."""
+        return trial_of(row)
+
+    def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What differs between the rows of trials that both have: their losses, and the means over items. Another processor
+        adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
+        the seeds, or, as long as no row has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may
+        lie near divergence, by a twentieth at least, and it may diverge."""
+        find, mine, found = finder(others), self.rows(), []
+        pairs = [(trial, row, other) for row in rows if (other := find(trial := trial_of(row)))]
+        for name in MEASURED:
+            usual = SPREADS * spread(mine, name) or ALONE
+            for trial, row, other in pairs:
+                a, b = measure(row, name), measure(other, name)
+                tuning = trial.split == "validation"
+                near = max(usual, abs(a) / 20) if tuning and a is not None else usual
+                if a != b and (not tuning if a is None or b is None else abs(a - b) > near):
+                    found.append(f"{trial}, {name}: {b}, and {a} in the package; {near:.4f} may be luck")
+        return found
+
+    def compute(self, store: Any, executor: Any = 1, show: Callable[[str], None] | None = None) -> list[Any]:
+        """All rows: those in `store`, and the others, computed and added there. Raises as `protocol.compute`."""
+        protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
+        return self.rows(store)
+
+
+@lru_cache(maxsize=2)
+def _of_today(path: Path, changed: int) -> list[dict[str, Any]]:
+    """The rows of a file that are of today's base: many statements read one file."""
+    return [row for row in read_rows(path) if row.get("version") == protocol.version()]
+
+
+def measure(row: Mapping[str, Any], name: str) -> float | None:
+    """A loss, or the mean over items, as far as the row has it."""
+    value = row.get(name)
+    return value if value is None else float(np.mean(value))
+
+
+def spread(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> float:
+    """The standard deviation of a measure over the seeds of a trial, pooled over all that are reported; 0 where none is."""
+    groups: dict[Trial, list[float]] = {}
+    for row in rows:
+        if row["split"] == "test" and row["rate"] is not None and (value := measure(row, name)) is not None:
+            groups.setdefault(replace(trial_of(row), seed=0), []).append(value)
+    variances = [statistics.variance(losses) for losses in groups.values() if len(losses) > 1]
+    return math.sqrt(statistics.mean(variances)) if variances else 0.0
