@@ -54,6 +54,15 @@ def test_a_sweep_of_a_file_whose_fields_are_called_otherwise(model, tmp_path, ca
     assert row["columns"] == columns and row[LOSS] > 0
 
 
+def test_options_of_training_are_in_the_rows_where_they_are_given(model, data, tmp_path, capsys):
+    options = ["--data", data, "--model", model, "--steps", 4, "--lr", 1e-2, "--seeds", 1, "--executor", 1, "--method", "full"]
+    for more in ((), ("--warmup-ratio", 1.0), ("--weight-decay", 0.5)):
+        assert output(capsys, "sweep", *options, *more, "--output", tmp_path / "s")[0] == 0
+    usual, warm, decayed = read_rows(tmp_path / "s" / "rows.jsonl")
+    assert "warmup" not in usual and warm["warmup"] == 1.0 and decayed["weight_decay"] == 0.5
+    assert len({row[LOSS] for row in (usual, warm, decayed)}) == 3
+
+
 def test_the_exit_status_says_that_a_run_failed(model, data, tmp_path, capsys, monkeypatch):
     def fine_tuned(lr, **settings):
         if lr > 0.01:

@@ -189,7 +189,7 @@ def run(args: Arguments) -> None:
             tuned, best = model, row
 
     record = {
-        "data": name, "model": args.model or "the shipped base", "steps": settings.steps,
+        "data": name, "columns": args.columns, "model": args.model or "the shipped base", "steps": settings.steps,
         "batch_size": settings.batch_size, "seed": settings.seed, "seeds": len(seeds), "reduced": reduced,
         "held_out_examples": len(data.held_out), "max_length": max_length, "left_out": left_out,
         "answers": len(questions.records) if questions else 0,

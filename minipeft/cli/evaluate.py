@@ -92,8 +92,8 @@ def run(args: Arguments) -> None:
         max_length=args.max_length, **{"batch_size": config.batch_size, **given},
     )  # fmt: skip
     record = {
-        "data": args.data, "model": base_of(args) or mp.hub.base.NAME, "adapter": args.adapter, "template": template,
-        "records": len(found.details), "tokens": found.tokens, "chance": found.chance,
+        "data": args.data, "columns": args.columns, "model": base_of(args) or mp.hub.base.NAME, "adapter": args.adapter,
+        "template": template, "records": len(found.details), "tokens": found.tokens, "chance": found.chance,
         "scores": {name: score._asdict() for name, score in found.scores.items()}, "details": found.details,
     }  # fmt: skip
     runs.note(found.note)

@@ -11,7 +11,6 @@ from typing import Any
 import minipeft as mp
 
 from .. import rlhf
-from ..evaluation.intervals import wilson
 from ..options import configuration, option
 from . import runs
 from .arguments import Arguments, Common, Parser
@@ -39,6 +38,8 @@ class PairOptions:
 def judged(accuracy: float, n: int, held_out: bool, what: str = "pairs") -> tuple[str, dict[str, Any]]:
     """(a share in words, for results): with Wilson's 95 % interval where the n are held out. Of those trained on no interval
     says how other ones would be judged."""
+    from ..evaluation.intervals import wilson
+
     of, interval = "held-out" if held_out else "training", wilson(accuracy, n)[1:] if held_out else None
     between = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
     return f"{accuracy:.1%}{between} of {n:,} {of}", {"accuracy": accuracy, "accuracy_interval": interval, "accuracy_of": f"{of} {what}"}

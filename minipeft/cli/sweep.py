@@ -11,8 +11,8 @@ values or seeds it computes what is new. Where the file, the model or a plugin's
 ever deleted. A picture, sweep.png, is beside it; `minipeft.experiments` has `read_rows`, `table` and `plot` for others.
 The exit status is 1 where a run failed; the same command tries it again.
 
-The other options of the method are the same in all runs. --rank leaves lora_alpha as it is, so a higher rank has a
-smaller scale, alpha / r.
+The other options, of the method and of training, are the same in all runs. --rank leaves lora_alpha as it is, so a
+higher rank has a smaller scale, alpha / r.
 
 examples:
   minipeft sweep --data my.jsonl --method lora --lr 1e-3 3e-3 1e-2 -r 4 8 --seeds 3 --output sweep
@@ -43,6 +43,7 @@ from .method_options import MethodOptions, add_method, given_options, method_nam
 from .models import load_model
 
 LOSS = "validation_loss"
+OTHERS = "warmup", "weight_decay"  # which rows name where they are given
 
 
 @configuration(kw_only=True)
@@ -60,7 +61,7 @@ def add_arguments(parser: Parser) -> None:
     add_method(parser, usual="lora", cls=GridOptions)
     parser.options(Common, "output", output="where rows.jsonl and sweep.png are")
     parser.options(GridOptions, "lr", "seeds", group="the grid")
-    parser.options(Settings, "steps", "batch_size", group="training", defaults={"steps": 48})  # as in `compare`
+    parser.options(Settings, "steps", "batch_size", *OTHERS, group="training", defaults={"steps": 48})  # as in `compare`
     add_machine(parser)
     where = "processes, which share the threads, or a Dask scheduler (default: one process a thread)"
     parser.add_argument("--executor", type=executor_of, metavar="N|ADDRESS", help=where)
@@ -83,6 +84,7 @@ def run(args: Arguments) -> int:
     own = None if home.partition(".")[0] == "minipeft" else getattr(sys.modules[home], "__file__", None)
     settings = mp.grid(
         **{"columns": [args.columns]} if args.columns else {},  # one value, a list
+        **{name: getattr(args, name) for name in OTHERS if name in args.given},
         task=None if args.data else args.task, data=args.data, model=args.model, method=name,
         adapter_config=args.adapter_config, options=options, steps=args.steps, batch_size=args.batch_size,
         r=sorted(set(ranks)),
@@ -149,7 +151,7 @@ def verdict(rows: list[dict[str, Any]], axes: list[str]) -> list[str]:
 def fine_tuned(
     task: str | None, data: str | None, model: str | None, method: str | None, adapter_config: str | None,
     options: dict[str, Any], steps: int, batch_size: int, r: int | None, lr: float, seed: int, backend: str | None,
-    home: str, columns: list[str] | None = None,
+    home: str, columns: list[str] | None = None, **others: float,
 ) -> dict[str, Any]:  # fmt: skip
     """A run: its losses, and the number of parameters that it trained. `home` is the module of the method."""
     importlib.import_module(home)
@@ -158,7 +160,7 @@ def fine_tuned(
     found = examples(learned, model, backend, tuned, seed, steps * batch_size)
     general = mp.experiments.shipped.general_blocks(tokenizer, longest(base, tuned.virtual_tokens), 24)
     of = mp.experiments.run.TaskData(found.train, found.held_out, general, [], tokenizer.pad_token_id or 0)
-    settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed)
+    settings = Settings(learning_rate=lr, steps=steps, batch_size=batch_size, seed=seed, **others)
     row, _ = mp.experiments.fine_tune(base, of, settings, tuned, progress=False)
     names = ("trainable", "train_loss", "general_loss")
     return {LOSS: row["task_loss"], **{name: row[name] for name in names}}

@@ -45,7 +45,7 @@ class Settings:
     steps: int = option(40, "optimizer steps", least=1)
     batch_size: int = option(16, "examples of the task in a step", least=1)
     accumulation: int = option(1, "the number of parts a step is computed in; their gradients are added", least=1)
-    warmup: float = option(0.05, "share of the steps over which the rate rises from 0", least=0, most=1)
+    warmup: float = option(0.05, "share of the steps over which the rate rises from 0", least=0, most=1, flag="--warmup-ratio")
     weight_decay: float = option(0.0, "decoupled, towards 0 (AdamW)", least=0)
     dropout: float = option(0.0, "in the base, on the embeddings and the residual branches", least=0, below=1)
     replay: float = option(0.0, "blocks of general text that are mixed in, per example of the task", least=0)
