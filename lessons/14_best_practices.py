@@ -107,7 +107,7 @@ for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values 
     print(f"{name:16s} {b.value:.3f}: by the seeds alone [{a.low:.3f}, {a.high:.3f}], with the records [{b.low:.3f}, {b.high:.3f}]")
     widths.append((a.high - a.low, b.high - b.low))
 assert widths[0][1] > 2 * max(widths[0][0], widths[1][1]) and widths[1][1] < 1.1 * widths[1][0], "the records' luck is common to both"
-assert [protocol.passes(case.examples)[1] for case in CASES[:3]] == [64, 8, 1] and protocol.BATCHES == (4, 64)
+assert [protocol.epochs_of(case.examples)[1] for case in CASES[:3]] == [64, 8, 1] and protocol.BATCHES == (4, 64)
 
 # %% [markdown]
 # The loss depends on the records: with them its interval is about four times as wide as by the seeds alone. That of the
@@ -316,7 +316,7 @@ for (case, method), (at, seen) in tried.items():
     line = over_epochs[case, method] = {n: (y, find(replace(at, epochs=n))["train_loss"]) for n, y in along("epochs", at, seen).items()}
     print(f"  {case.name:23s}{method:5s}", ", ".join(f"{n:g}: {loss:.3f} ({train:.3f})" for n, (loss, train) in line.items()))
     assert (np.diff([train for _, train in line.values()]) <= 0).all(), "the training loss falls on"
-    assert at.epochs == protocol.passes(case.examples)[1] or line[2 * at.epochs][0] > line[at.epochs][0], "twice as many are worse"
+    assert at.epochs == protocol.epochs_of(case.examples)[1] or line[2 * at.epochs][0] > line[at.epochs][0], "twice as many are worse"
 assert {(best[CASES[0], m].epochs, best[CASES[1], m].epochs) for m in ("full", "lora")} == {(16, 2)}, "on rewrite, 50 and 500"
 
 # %%

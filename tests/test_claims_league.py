@@ -213,6 +213,17 @@ def test_what_is_said_of_some_of_many_is_clear_among_that_many(better, verdict, 
     assert judged(lambda _: None, pairs, comparison.better).verdict == verdict
 
 
+def test_of_differences_that_nobody_would_notice_none_is_as_stated():
+    """At 95 % +0.0120 ± 0.0075 is clear, and equal; at the level for three it reaches beyond 0.02, and is clear still."""
+    base, luck = untrained("source"), np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
+    one = protocol.Report(base, 0.012 + 0.0076 * luck[:, None] * np.ones(4), None)
+    other = protocol.Report(base, np.zeros((5, 4)), None)
+    found = comparison.told([comparison.Beside("here", "a", one, "b", other, "right")] * 3, comparison.better, "source")
+    at = [comparison.compare(one, other, "right", level) for level in (0.95, 1 - 0.05 / 3)]
+    assert [(d.clearly_better, d.equal) for d in at] == [(True, True), (True, False)]
+    assert (found.verdict, found.because.partition(":")[0]) == (NOT, "Of 3 comparisons 0 are as stated and 3 are not")
+
+
 def test_the_best_rates_of_peft_are_above_those_of_full_fine_tuning():
     rows = filled(RULES["best-4"].experiment, {}, {})
     rates = RULES["best-4"].judge(rows)
@@ -245,7 +256,7 @@ def test_what_no_interval_can_tell_is_not_judged():
         r | {"nll": (np.array(r["nll"]) + 30 * rng.normal()).tolist(), "right": rng.integers(0, 2, ITEMS).tolist()}
         for r in rows
     ]  # fmt: skip
-    verdict = rule.judge([r | {"right": [int(x) for x in r["right"]]} for r in noisy])
+    verdict = rule.judge(noisy)
     assert verdict.verdict == UNTESTABLE and re.search(r": undecided \(.*\), not told", verdict.because)
 
 
@@ -279,6 +290,9 @@ def test_two_parts_of_a_statement():
     joined = {(a, b): comparison.both(parts[a], parts[b]).verdict for a in parts for b in parts}
     assert all(joined[a, a] == a for a in parts) and joined[NOT, UNTESTABLE] == UNTESTABLE
     assert joined[HOLDS, UNTESTABLE] == joined[HOLDS, NOT] == joined[IF, NOT] == IF
+    tried = replace(parts[HOLDS], seeds=5, items=512, task="source")
+    whole = comparison.both(Verdict(UNTESTABLE, "Nothing."), tried)
+    assert (whole.effect, whole.seeds, whole.items, whole.task) == (tried.effect, 5, 512, "source") and not whole.evidence
 
 
 def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_part_stands_behind_the_list():

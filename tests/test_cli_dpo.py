@@ -93,7 +93,9 @@ def test_kto_takes_answers_that_were_liked_or_not(model, tmp_path, capsys):  # n
 
 def test_an_epoch_of_kto_has_both_answers_of_every_pair(model, data, tmp_path, capsys):  # noqa: F811
     assert dpo(tmp_path / "out", "--data", data, "--model", model, "--epochs", 1, "--batch-size", 4, "--loss", "kto") == 0
-    pairs = written(tmp_path / "out")["pairs"]
+    record = written(tmp_path / "out")
+    pairs = record["pairs"]
+    assert (record["accuracy_of"], record["accuracy_interval"]) == ("held-out answers", None), "two answers depend on each other"
     assert f"{2 * pairs['training']} answers to learn from, {2 * pairs['held_out']} held out" in capsys.readouterr().err
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == math.ceil(2 * pairs["training"] / 4) and steps[-2]["epoch"] == 1.0

@@ -6,7 +6,7 @@ import pytest
 from cli_helpers import jsonl, refused, run, same_bytes, tiny, written
 
 import minipeft as mp
-from minipeft.cli.preferences import judged
+from minipeft.cli.preferences import accuracy_told
 
 GOOD, BAD = ["good", "fine", "happy", "glad"], ["bad", "poor", "sad", "evil"]
 PAIRS = [
@@ -31,7 +31,7 @@ def reward(output, *more) -> int:
 
 def test_the_accuracy_of_training_pairs_has_no_interval():
     found = {"accuracy": 0.75, "accuracy_interval": None, "accuracy_of": "training pairs"}
-    assert judged(0.75, 8, held_out=False) == ("75.0% of 8 training", found)
+    assert accuracy_told(0.75, 8, held_out=False) == ("75.0% of 8 training", found)
 
 
 def test_it_learns_the_users_pairs_and_saves_a_calibrated_classifier(model, data, tmp_path, capsys, rendered):

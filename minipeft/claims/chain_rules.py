@@ -51,7 +51,7 @@ class Sampled(Experiment):
 
 
 CHAIN = Sampled("chain", chain.run, chain.runs)
-CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, timed=True)  # a row has several policies
+CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, varied=True)  # a row has several policies, of sampled texts
 
 NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0, 1]; nats an answer
 LIMIT = 4.0  # standard deviations

@@ -5,8 +5,8 @@
     mostly on validation               seed and item     reports          its pairs (`judged`)
 
     a case        one task and number of examples
-    difference    a - b on the test items under the five seeds, with its 95 % interval (`protocol.difference`);
-                  of losses in nats per token, of choices in shares; in its direction, so that above 0 a is better
+    difference    b - a of losses, in nats per token, a - b of shares, so that above 0 a is better; on the test items under
+                  the five seeds, with its 95 % interval (`protocol.difference`)
     clear         the interval excludes 0 (statistically significant at 5 %)
     equal         the interval lies within ±NEAR, a difference that nobody would notice (equivalent; NEAR is the margin)
     undecided     neither clear nor equal (inconclusive); the interval says how large it may be
@@ -175,8 +175,8 @@ def in_cases(a: str, cases: Iterable[Case], b: str, **fixed: Any) -> list[Pair]:
 
 def at_equal_quality(a: str, cases: Iterable[Case], b: str) -> list[Pair]:
     """The same, each as it forgets least within ROOM of the weaker's best loss on the task."""
-    tuned = [(case.name, way(a, case), way(b, case)) for case in cases]
-    return [Pair(name, a, Gentle(one, two), b, Gentle(two, one)) for name, one, two in tuned]
+    ways = [(case.name, way(a, case), way(b, case)) for case in cases]
+    return [Pair(name, a, Gentle(one, two), b, Gentle(two, one)) for name, one, two in ways]
 
 
 def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) -> list[Pair]:
@@ -206,7 +206,7 @@ class Beside(NamedTuple):
 
     def so(self, holds: Question, level: float = 0.95) -> bool | None:
         """What the rule asks, of this difference. At equal quality of the task nobody's advantage may be that it learned
-        less: who is found better must not be inferior on the task."""
+        less: where the rule asks whether a is better, and it is so, a must not be inferior on the task; else b."""
         found = holds(self.difference(level))
         if self.learned is None or found is None:
             return found
@@ -232,7 +232,8 @@ def judged(
         of = key or KEYS[pair.task]
         one, other = protocol.report(find, pair.one, of), protocol.report(find, pair.other, of)
         if one is None or other is None:
-            failed.append(f"{pair.a} beside {pair.b}, {pair.where}: {pair.b if one else pair.a} diverged under one of the seeds")
+            diverged = listed([name for name, of in ((pair.a, one), (pair.b, other)) if of is None])
+            failed.append(f"{pair.a} beside {pair.b}, {pair.where}: {diverged} diverged under one of the seeds")
             continue
         learned = None
         if isinstance(pair.one, Gentle):
@@ -247,8 +248,8 @@ def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
     a, b, found = _ended(pair.one, one), _ended(pair.other, other), compare(one, other, key)
     if a and b:
         return f", both within {' and '.join(dict.fromkeys((a, b)))}"
-    worse = a if found.clearly_worse else b if found.clearly_better else ""
-    return f", within {worse}" * bool(worse)
+    behind = a if found.clearly_worse else b if found.clearly_better else ""
+    return f", within {behind}" * bool(behind)
 
 
 def _ended(of: Choice, found: Report) -> str:
@@ -262,11 +263,11 @@ def told(
 ) -> Verdict:  # fmt: skip
     """The same of reports. `failed`: of pairs that cannot be compared, why; they are not told."""
     so: list[bool | None] = [each.so(holds) for each in found] + [None] * len(failed)
-    surely = [each.so(holds, 1 - 0.05 / (len(so) + beside)) for each in found]
+    surely = [one is True and each.so(holds, 1 - 0.05 / (len(so) + beside)) is True for each, one in zip(found, so)]
     words = [each.told + ", not told" * (one is None) for each, one in zip(found, so)] + [*failed]
     if not found:
         return Verdict(UNTESTABLE, itemized(words))
-    undecided = None in so or any(one is True and sure is not True for one, sure in zip(so, surely))
+    undecided = None in so or any(one and not sure for one, sure in zip(so, surely))
     verdict = HOLDS if all(so) else IF if True in surely else UNTESTABLE if undecided else NOT
     items = min(each.one.values.shape[1] for each in found)
     answers = [(so.count(answer), answer, word) for answer, word in ((True, "as stated"), (False, "not"), (None, "not told"))]
@@ -295,6 +296,7 @@ def both(one: Verdict, other: Verdict) -> Verdict:
     part cannot be tested, what is found of the other is all that is known: it holds if, or cannot be tested either."""
     parts = {one.verdict, other.verdict}
     verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
-    numbers = [*one.evidence, *filter(None, [other.effect]), *other.evidence]
-    because = followed(one.because, other.because)
-    return Verdict(verdict, because, one.effect, numbers, one.seeds, one.items, one.base, one.task)
+    first, second = (one, other) if one.effect else (other, one)
+    numbers = [*first.evidence, *filter(None, [second.effect]), *second.evidence]
+    items = min(filter(None, [one.items, other.items]), default=None)
+    return Verdict(verdict, followed(one.because, other.because), first.effect, numbers, first.seeds, items, first.base, first.task)

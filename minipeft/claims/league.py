@@ -36,7 +36,7 @@ from .comparison import (
 )
 from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, Fits, chosen, finder, reported, search, tuned, untrained
 from .register import Number, Verdict, claim, graded, listed, those
-from .searches import Searches  # fmt: skip
+from .searches import Searches
 from .standings import flops
 
 Rows = Sequence[Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""Advice: which data, how many epochs, which batches, which warm-up. Each side of a comparison is tuned for itself."""
+"""Advice: which data, epochs, batches, warm-up; what measures forgetting. Each side of a comparison is tuned for itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..evaluation.intervals import Estimate
 from . import protocol
 from .comparison import CASES, NEAR, SIZES, Case, Pair, better, both, judged, not_inferior, way
 from .league import MAIN, league
-from .protocol import SEEDS, Find, Seen, chosen, finder, passes, search, untrained
+from .protocol import SEEDS, Find, Seen, chosen, epochs_of, finder, search, untrained
 from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, claim, listed, measured
 from .searches import Searches
 from .statistics import crossed
@@ -102,7 +102,7 @@ def large_batches(rows: Rows) -> Verdict:
 
 
 def _advised(method: str, case: Case) -> Pair:
-    ends = (search(case.task, method, case.examples, epochs=n, longer=2) for n in (1.0, 2.0 * passes(case.examples)[1]))
+    ends = (search(case.task, method, case.examples, epochs=n, longer=2) for n in (1.0, 2.0 * epochs_of(case.examples)[1]))
     searches = *ends, search(case.task, method, case.examples)
     return Pair(f"{method}, {case.name}", "2 to 5 epochs", Seen(searches, 2, 5), "any number", Seen(searches))
 
@@ -147,7 +147,7 @@ class Forgotten(NamedTuple):
     text: np.ndarray
     items: np.ndarray
 
-    def less(self, other: Forgotten, level: float = 0.95) -> tuple[Estimate, Estimate]:
+    def beyond(self, other: Forgotten, level: float = 0.95) -> tuple[Estimate, Estimate]:
         """How much more it has lost than the other, of text and of items."""
         text = np.tile((self.text - other.text)[:, None], 2)  # without luck of items: Student's interval over the seeds
         return crossed(text, level=level), crossed(self.items - other.items, level=level)
@@ -189,13 +189,13 @@ def general_tasks(rows: Rows) -> Verdict:
             return Verdict(UNTESTABLE, f"A method diverged under one of the seeds, tuned as it is ({case.name}).")
         base = Forgotten(np.zeros(len(SEEDS)), np.zeros_like(of[MAIN[0]].items))
         for method, own in of.items():
-            kept &= own.less(base)[1].high < NEAR["cloze"]
-            if _sign(own.less(base, level)[1]) > 0:
+            kept &= own.beyond(base)[1].high < NEAR["cloze"]
+            if _sign(own.beyond(base, level)[1]) > 0:
                 lost.append(f"{method}, {case.name}")
-                text = own.less(base)[0]
+                text = own.beyond(base)[0]
                 misled += [f"{lost[-1]}: items alone"] * (max(abs(text.low), abs(text.high)) < NEAR["nll"])
         for a, b in combinations(MAIN, 2):
-            text, items = map(_sign, of[a].less(of[b], level))
+            text, items = map(_sign, of[a].beyond(of[b], level))
             told, agree = told + abs(items), agree + (items != 0 and text == items)
             misled += [f"{a} beside {b}, {case.name}"] * (text * items < 0)
         falls = [[own.text.mean(), own.items.mean()] for own in of.values()]

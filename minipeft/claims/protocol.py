@@ -3,8 +3,9 @@
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
     tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to a better
                 neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned by
-                the same rule, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs have
-                an upper end, PASSES, what may be computed (`search` has the exceptions); the best may lie beyond it.
+                the same rule, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs are
+                half of one at least, and have an upper end, PASSES, what may be computed (`search` has the exceptions);
+                the best may lie beyond it.
                 Judged by the loss on validation under one seed, TUNING, the same for all neighbors; the loss also
                 where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
@@ -117,9 +118,12 @@ class Search(NamedTuple):
     most: float
 
 
-def passes(examples: int) -> tuple[float, float]:
-    """PASSES, for any number of examples."""
-    return next(epochs for most, epochs in PASSES.items() if examples <= most)
+def epochs_of(examples: int) -> tuple[float, float]:
+    """(epochs to begin with, epochs at most), of PASSES. Raises ValueError for more examples than it has."""
+    for most, epochs in PASSES.items():
+        if examples <= most:
+            return epochs
+    raise ValueError(f"searches have at most {max(PASSES):,} examples, got {examples:,}")
 
 
 class Gentle(NamedTuple):
@@ -162,10 +166,10 @@ class Seen(NamedTuple):
 def search(
     task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, longer: float = 1, **fixed: Any
 ) -> Search:
-    """From the method's usual rate, and batches of 8. The epochs are `longer` times PASSES; from random weights four times as
-    many again, as nothing is known yet."""
+    """From the method's usual rate, and batches of 8. The epochs are `longer` times PASSES; from random weights four times
+    that, as nothing is known yet."""
     rate = TABLE[method].learning_rate if method in TABLE else METHODS["full"].learning_rate
-    first, most = (epochs * longer * (4 if method == "scratch" else 1) for epochs in passes(examples))
+    first, most = (epochs * longer * (4 if method == "scratch" else 1) for epochs in epochs_of(examples))
     begin = {"rate": rate, "epochs": first, "batch_size": 8, "seed": TUNING}
     return Search(Trial(task, method, examples, **begin | fixed), axes, most)
 
@@ -374,13 +378,16 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
         return of, []
     if isinstance(of, Search):
         return tuned(find, of)
-    seen: dict[Trial, float] = {}
     if isinstance(of, Seen):
+        seen: dict[Trial, float] = {}
         unknown = [trial for one in of.of for trial in tuned(find, one, seen)[1]]
         allowed = [trial for trial in seen if of.least <= trial.epochs <= of.most]
         return (of.start if unknown else min(allowed, key=lambda trial: seen[trial])), unknown
-    if isinstance(of, Fits):
-        return _fitted(find, of)
+    return _fitted(find, of) if isinstance(of, Fits) else _gentlest(find, of)
+
+
+def _gentlest(find: Find, of: Gentle) -> tuple[Trial, list[Trial]]:
+    seen: dict[Trial, float] = {}
     (mine, unknown), (other, more) = tuned(find, of.of, seen), tuned(find, of.beside)
     if unknown or more:
         return mine, unknown + more
@@ -393,15 +400,16 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
 
 def _fitted(find: Find, of: Fits) -> tuple[Trial, list[Trial]]:
     seen: dict[Trial, float] = {}
+    least = 1e-5  # as rows are rounded
     unknown = tuned(find, of.of, seen)[1]
     other, more = (None, []) if of.like is None else chosen(find, of.like)
     if unknown or more:
         return of.start, unknown + more
-    fits = {trial: max(fit, 1e-5) for trial in seen if (fit := find(trial)["train_loss"]) is not None}  # as rows are rounded
-    aim = 1e-5 if other is None else find(other)["train_loss"]
+    fits = {trial: max(fit, least) for trial in seen if (fit := find(trial)["train_loss"]) is not None}
+    aim = least if other is None else find(other)["train_loss"]
     if aim is None:
         return of.start, []
-    return min(fits, key=lambda trial: abs(math.log(fits[trial] / max(aim, 1e-5))), default=of.start), []
+    return min(fits, key=lambda trial: abs(math.log(fits[trial] / max(aim, least))), default=of.start), []
 
 
 def reported(best: Trial) -> list[Trial]:

@@ -120,8 +120,9 @@ class Experiment:
     name       of the file in rows/
     run        computes a row from settings, as `experiments.sweep` takes it
     runs       the settings of all runs, or a function that gives them
-    timed      whether the rows are times, or differ otherwise from machine to machine, so that only verdicts can agree;
-               such runs are computed one by one, as a time beside other runs would be of a busy machine
+    timed      whether the rows are times: they are taken one by one, as beside other runs they would be of a busy machine, and
+               on another machine only verdicts can agree
+    varied     whether rows differ otherwise from machine to machine, so that only verdicts can agree
     tolerance  relative, of a number that is computed again on another machine
     """
 
@@ -129,6 +130,7 @@ class Experiment:
     run: Callable[..., Mapping[str, Any]]
     runs: Sequence[Any] | Callable[[], Sequence[Any]]
     timed: bool = False
+    varied: bool = False
     tolerance: float = 0.02
 
     @property
@@ -142,6 +144,11 @@ class Experiment:
         from .protocol import version
 
         return None if any(hasattr(one, "base") for one in self.settings) else version()
+
+    @property
+    def comparable(self) -> bool:
+        """Whether rows of another machine agree."""
+        return not (self.timed or self.varied)
 
     @property
     def allowed(self) -> str:
@@ -176,7 +183,7 @@ class Experiment:
 
     def affordable(self, row: Mapping[str, Any]) -> bool:
         """Whether `check` takes a minute of a core, or little more."""
-        return not self.timed
+        return self.comparable
 
     def settings_of(self, row: Mapping[str, Any]) -> Any:
         """What a row is the result of."""
@@ -191,8 +198,8 @@ class Experiment:
         return self.differences([row], [{**row, **(self.run(**settings) if isinstance(settings, Mapping) else self.run(settings))}])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs by more than the tolerance between rows of the same runs; of times, nothing is compared."""
-        if self.timed:
+        """What differs by more than the tolerance between rows of the same runs, where they are comparable."""
+        if not self.comparable:
             return []
         found = []
         for i, (row, other) in enumerate(zip(rows, others, strict=True)):

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..experiments.rows import read_rows
 from . import protocol
+from .comparison import Pair
 from .protocol import Choice, Trial, finder, trial_of
 from .register import ROWS, Experiment
 
@@ -38,8 +39,8 @@ class Searches(Experiment):
         return cls(name, protocol.run, (), searches=tuple(searches))
 
     @classmethod
-    def pairs(cls, name: str, pairs: Iterable[Any]) -> Searches:
-        """What the two sides of these pairs need (`comparison.Pair`)."""
+    def pairs(cls, name: str, pairs: Iterable[Pair]) -> Searches:
+        """What these pairs need."""
         ways = dict.fromkeys(way for pair in pairs for way in (pair.one, pair.other))
         return cls.of(name, ways)
 
@@ -69,7 +70,7 @@ class Searches(Experiment):
         return trial_of(row)
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs between the rows of trials that both have: their losses, and the means over items. Another processor
+        """What differs between the rows of trials that both have, in what MEASURED names, means over items. Another processor
         adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
         the seeds, or, as long as no row has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may
         lie near divergence, by a twentieth at least, and it may diverge."""

@@ -290,7 +290,7 @@ def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None 
         print(line)
     if differing:
         print(f"{len(differing)} numbers differ by more than {experiment.allowed} from the shipped rows")
-    elif not experiment.timed:
+    elif experiment.comparable:
         print(f"all {len(rows)} rows agree with the shipped ones within {experiment.allowed}")
     if rule is None:
         return 1 if differing else 0

@@ -8,8 +8,8 @@ pairs: it also takes lines of {"prompt": ..., "completion": ..., "label": true o
 The output directory is a model directory (an adapter directory of a method with adapters, or with --adapter), with
 metrics.jsonl, loss.png, dpo.png and dpo.json. The same command with --resume goes on from the last checkpoint. dpo.png
 shows the log-probabilities of chosen and rejected answers beside loss and accuracy: the chosen may fall, since only its
-difference from the rejected is trained, and most of what lowers one lowers the other (not so with orpo). The accuracy, of
-the held-out pairs, has its 95 % interval.
+difference from the rejected is trained, and most of what lowers one lowers the other (not so with orpo). The accuracy
+of held-out pairs has its 95 % interval.
 
 examples:
   minipeft dpo --output happier                                         generated pairs, the shipped base
@@ -30,7 +30,7 @@ from ..rlhf.config import OPTIONS_OF_LOSS, DPOConfig
 from . import outputs, runs
 from .arguments import Arguments, Parser
 from .models import load_trained
-from .preferences import add_pairs, add_trained, add_training, check_pairs, judged, load_pairs, template_of
+from .preferences import accuracy_told, add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
 
 # What a loss's accuracy is the share of.
 PREFERS = {
@@ -80,7 +80,7 @@ def run(args: Arguments) -> None:
 
     with mp.train.metrics.picture(output / "dpo.png") as path:
         rlhf.plot_preferences(result.history, path)
-    share, accuracy = judged(after["rewards/accuracies"], len(examples), bool(held_out), "answers" if loss == "kto" else "pairs")
+    share, accuracy = accuracy_told(after["rewards/accuracies"], len(examples), bool(held_out), "answers" if loss == "kto" else "pairs")
     margin = after.get("rewards/margins")
     results = {
         "pairs": counts,

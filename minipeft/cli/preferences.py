@@ -35,12 +35,12 @@ class PairOptions:
     response_length: int = option(24, "tokens of a generated answer", least=1)
 
 
-def judged(accuracy: float, n: int, held_out: bool, what: str = "pairs") -> tuple[str, dict[str, Any]]:
-    """(a share in words, for results): with Wilson's 95 % interval where the n are held out. Of those trained on no interval
-    says how other ones would be judged."""
+def accuracy_told(accuracy: float, n: int, held_out: bool, what: str = "pairs") -> tuple[str, dict[str, Any]]:
+    """(the accuracy in words, its entries in the results), with Wilson's 95 % interval where it is of n held-out pairs. None
+    where they were trained on, which says nothing of others; and of KTO's answers, which depend on each other."""
     from ..evaluation.intervals import wilson
 
-    of, interval = "held-out" if held_out else "training", wilson(accuracy, n)[1:] if held_out else None
+    of, interval = "held-out" if held_out else "training", wilson(accuracy, n)[1:] if held_out and what == "pairs" else None
     between = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
     return f"{accuracy:.1%}{between} of {n:,} {of}", {"accuracy": accuracy, "accuracy_interval": interval, "accuracy_of": f"{of} {what}"}
 

@@ -9,8 +9,8 @@ noisy rater prefers the answer that VADER scores higher (extra 'rlhf').
 
 The output directory is a Hugging Face directory (LlamaForSequenceClassification with one label) with the calibration
 that gives its rewards mean 0 and deviation 1, the tokenizer, metrics.jsonl, reward.png (loss; predicted against
-observed preferences) and reward.json. `minipeft ppo --reward DIR` optimizes it. The accuracy is the share of held-out pairs
-that it orders as they were labeled, with its 95 % interval.
+observed preferences) and reward.json. `minipeft ppo --reward DIR` optimizes it. The accuracy is the share of
+held-out pairs that it orders as they were labeled, with its 95 % interval; where none are held out, of those it learned.
 
 examples:
   minipeft reward --output judge                                        generated pairs, the shipped base
@@ -34,7 +34,7 @@ from . import outputs, runs
 from .arguments import Arguments, Parser
 from .method_options import method_of
 from .models import load_model
-from .preferences import add_pairs, add_trained, add_training, check_pairs, judged, load_pairs, template_of
+from .preferences import accuracy_told, add_pairs, add_trained, add_training, check_pairs, load_pairs, template_of
 
 
 def add_arguments(parser: Parser) -> None:
@@ -72,7 +72,7 @@ def run(args: Arguments) -> None:
     curve = rlhf.calibration_curve(chosen, rejected)
     with mp.train.metrics.picture(output / "reward.png") as path:
         rlhf.plot_calibration(*curve, result.losses(), path)
-    agrees, accuracy = judged(rlhf.reward_accuracy(chosen, rejected), len(pairs), bool(test))
+    agrees, accuracy = accuracy_told(rlhf.reward_accuracy(chosen, rejected), len(pairs), bool(test))
     model = model.merge_and_unload() if isinstance(model, mp.PeftModel) else model
     model.calibrate(texts)
     results = {

@@ -53,7 +53,7 @@ def share(right: Any) -> Estimate:
 
 
 def wilson(p: float, n: int) -> Estimate:
-    """The same of a share p of n records."""
+    """Wilson's interval (see `share`) of a share p of n records."""
     middle, spread = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = (middle - spread) / (1 + Z**2 / n), (middle + spread) / (1 + Z**2 / n)
     return Estimate(p, max(0.0, low) if p else 0.0, min(1.0, high) if p < 1 else 1.0)
