@@ -332,10 +332,10 @@ figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 # moved less than the bound above: one of words by 0.13, about its usual size, one of a random vector by 0.20, a fifth
 # of its own.) Cut to the length of embeddings, random vectors at 0.03 close most of the gap: most of it was one of
 # size. What the direction adds, 0.022 ± 0.071, is undecided. If size is all, what counts is the rate *over the size of
-# the start's elements*. Then a random start needs nine times the rate of words, and random at 0.3 is as small at 0.033.
-# Section 6 has the tuned rates. The verdict below asks whether the three differ, each with its own rate. On `rewrite`
-# words are behind random by 0.021 nats, and behind small by 0.010: clear alone, but not at the level for six
-# comparisons (Lesson 3).
+# the start's elements*. Then a random start needs nine times the rate of words, and random at 0.3 does as small at
+# 0.033. The verdict below asks whether words (`prompt`), random and small (`prompt-random`, `prompt-small`) differ,
+# each tuned (section 6). On `rewrite` words are clearly behind random, but not at the level for six comparisons (Lesson
+# 3).
 #
 # LoRA and an adapter start as the base: what they add is zero at first.
 #
@@ -482,9 +482,10 @@ assert all(line.cloze.high < 0 for line in standings(MIDDLE[0], names)), "all lo
 # %% [markdown]
 # The tuned rate of a random start is 16 times that of words on `rewrite`, 4 times if cut to their size; on `source` all
 # three have one rate. So the rate need not go with the size. (One tuning seed, steps of two; all took eight epochs, the
-# most allowed.) On `rewrite` the direct prefix equals the one by an MLP, at 32 times its rate: direct training does not
-# end worse. On `source` the interval, ± 0.10, is too wide to tell. Whether direct training is less stable was not
-# asked. P-tuning is ahead of a prompt on `rewrite`, and undecided on `source`.
+# most allowed, random on `rewrite` in smaller batches.) On `rewrite` the direct prefix equals the one by an MLP, at 32
+# times its rate: there direct training does not end worse. On `source` the interval, ± 0.10, is too wide to tell.
+# Whether direct training is less stable was not asked. P-tuning is ahead of `prompt` on `rewrite`, in twice the steps;
+# on `source` it is undecided.
 #
 # `cloze` says what is lost with the trained numbers in place: how many fewer of 100 general passages are continued
 # rightly than by the base. After `source` prefixes and the head lose most, then prompts and P-tuning, then adapters,

@@ -303,14 +303,15 @@ assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" i
 # attention were best after four epochs, all layers after two.)
 #
 # $q$ and $v$ at rank 8, with less than a fifth of the numbers, are behind all layers on `rewrite`, by 0.029 at most; at
-# rank 43, with as many numbers, the interval has both signs. On `source` $q$ alone is behind, by 1.4 to 15 points of
-# the books, in eight epochs, the most allowed; the other five intervals have both signs: $q$ and $v$ at rank 8 find up
-# to 3.6 points fewer, or 2.2 more. But they forget more there: 13 ± 4 points of `cloze`, all layers 7 ± 2.
+# rank 43, with as many numbers, the interval has both signs. On `source` $q$ alone is behind, by 1.4 to 15 of 100
+# sentences, in eight epochs, the most allowed; the other five intervals have both signs: $q$ and $v$ at rank 8 find up
+# to 3.6 fewer, or 2.2 more. But they forget more there, at four times the rate: 13 ± 4 points of `cloze`, all layers 7
+# ± 2.
 #
 # `lora-7` asks whether $q$ and $v$ are clearly better than their rival (all layers, which of rank 8 have the lowest
 # loss on validation, though on test attention's four are ahead on `rewrite`), `lora-8` whether all layers are clearly
 # better than $q$ and $v$. *Worse* is a no, and so is *equal*, within ±0.02. *Undecided*, wider with 0 inside, is *not
-# told*. *Holds if* takes one yes, in an interval wide enough for all four to hold together. `lora-7` has none, but one
+# told*. *Holds if* takes one yes, in an interval wide enough for all four to hold together. `lora-7` has none, but two
 # not told, so it *cannot be tested here*.
 
 # %% [markdown]

@@ -102,8 +102,8 @@ def large_batches(rows: Rows) -> Verdict:
 
 
 def _advised(method: str, case: Case) -> Pair:
-    ends = (search(case.task, method, case.examples, epochs=n, longer=2) for n in (1.0, 2.0 * epochs_of(case.examples)[1]))
-    searches = *ends, search(case.task, method, case.examples)
+    starts = 1.0, 4.0, 2.0 * epochs_of(case.examples)[1]
+    searches = *(search(case.task, method, case.examples, epochs=n, longer=2) for n in starts), search(case.task, method, case.examples)
     return Pair(f"{method}, {case.name}", "2 to 5 epochs", Seen(searches, 2, 5), "any number", Seen(searches))
 
 
@@ -115,7 +115,7 @@ def epochs(rows: Rows) -> Verdict:
     """Holds if the best setting of 2 to 5 epochs is not inferior (interval above -0.02) to the best of any number of epochs, each with a
     schedule of its own length, in every case of task, number of examples (50 and 500), and full fine-tuning or LoRA; holds if in
     some; does not hold here if in none. More than 128 epochs of 50 examples and 16 of 500 are not tried. The settings are those
-    of three searches: from one epoch, from the most, and the league's own, which starts between."""
+    of four searches: from one epoch, from four, from the most, and the league's own."""
     find = finder(rows)
     found = judged(find, ADVISED, not_inferior)
     best = [Number(f"best number, {pair.where}", chosen(find, pair.other)[0].epochs, "epochs") for pair in ADVISED]
