@@ -452,8 +452,8 @@ def _linear_4bit(op, x, packed, state, bias=None):
     threads = op.meter.threads if n_out * n_in * max(1, x.size // n_in // 64) >= SPLIT else 1
     absmax = 8 * blocks if state.nested else 0  # while they are made, twice
 
-    def work(tile: int) -> int:  # each thread's tile; the indices of its bytes and what is looked up, a piece at a time
-        return absmax + threads * 4 * (tile + size + 2 * min(tile, PIECE))
+    def work(tile: int) -> int:  # each thread's tile; the indices of its bytes, a piece at a time
+        return absmax + threads * 4 * (tile + size + min(tile, PIECE))
 
     y = op.new((*x.shape[:-1], n_out))
     rows = tile_size(n_out) * n_in

@@ -27,7 +27,9 @@ from .codebooks import CODES_4BIT, thresholds
 if TYPE_CHECKING:
     from .bitsandbytes import QuantState
 
-PIECE = 1 << 16  # numbers looked up together: with their bytes widened to indices they stay in a core's cache
+# Numbers looked up together: with their bytes widened to indices they stay in a core's cache, and the two calls for them
+# are so long that threads seldom wait for Python's lock between them.
+PIECE = 1 << 17
 TILE = 128  # rows (or columns) dequantized together: enough for the matrix product to run at full speed
 
 
@@ -94,19 +96,19 @@ def on_device(packed: Array, state: QuantState, dtype: Any) -> Array:
 
 def unpack(out: Array, codes: Array, scales: Array, pairs: Array) -> None:
     """out [R, C] = code[codes] * scales: codes [R, C/2] bytes; scales [R, S], each of C/S columns side by side."""
-    xp, rows, width = xp_of(codes), out.shape[0], out.shape[1] // max(1, scales.shape[1])
-    for s in _pieces(slice(0, rows), max(1, PIECE // max(1, out.shape[1])) if xp is np else max(1, rows)):
-        values, into = _numbers(codes[s], pairs), out[s]
-        factors = scales[s].repeat(width).reshape(into.shape)  # faster than to broadcast over short runs
-        xp.multiply(values.reshape(into.shape), factors, out=into, casting="same_kind")
-        del values, factors  # before the next are made
+    xp, (rows, columns), blocks = xp_of(codes), out.shape, scales.shape[1]
+    for s in _pieces(slice(0, rows), max(1, PIECE // max(1, columns)) if xp is np else max(1, rows)):
+        into = out[s]
+        shape = into.shape[0], blocks, columns // max(1, blocks)
+        values = _numbers(codes[s], pairs, into if into.dtype == np.float32 else None).reshape(shape)
+        xp.multiply(values, scales[s][..., None], out=into.reshape(shape), casting="same_kind")
 
 
-def _numbers(codes: Array, pairs: Array) -> Array:
-    """The numbers of bytes: codes [..., k], pairs [256, 2] float32 -> k pairs."""
+def _numbers(codes: Array, pairs: Array, out: Array | None = None) -> Array:
+    """The numbers of bytes: codes [..., k], pairs [256, 2] float32 -> [..., 2 k] float32, on the host in `out` where given."""
     if xp_of(codes) is not np:
-        return pairs.take(codes, axis=0)
-    found = np.empty(codes.shape, np.float64)  # a pair is moved as one number of 64 bits
+        return pairs.take(codes, axis=0).reshape(*codes.shape[:-1], -1)
+    found = np.empty(codes.shape, np.float64) if out is None else out.view(np.float64)  # a pair is moved as 64 bits
     pairs.view(np.float64)[:, 0].take(codes, out=found, mode="clip")  # no byte is out of range, and "raise" takes 4 times as long
     return found.view(np.float32)
 
