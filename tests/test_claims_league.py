@@ -343,11 +343,13 @@ def test_a_trial_that_sees_many_examples_is_not_drawn():
     assert [experiment.affordable(described(one)) for one in (few, many, untrained("source"))] == [True, False, True]
 
 
-def test_means_over_items_are_compared_as_well():
+def test_means_over_items_and_corpora_are_compared_as_well():
     experiment = RULES["qlora-5"].experiment
     row = next(row for row in filled(experiment, {}, {}) if row["split"] == "test" and row["task"] == "source" and row["rate"])
     (line,) = experiment.differences([row], [row | {"right": [2 for _ in row["right"]]}])
     assert "right:" in line
+    (line,) = experiment.differences([row], [row | {"general": {name: 99.0 for name in row["general"]}}])
+    assert "general: 99.0" in line, "what is forgotten decides choices, too"
 
 
 def test_rows_of_other_statements_in_a_store_are_not_these(monkeypatch):

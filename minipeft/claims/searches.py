@@ -25,7 +25,7 @@ from .register import ROWS, Experiment
 SPREADS = 4  # standard deviations
 AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
 ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
-MEASURED = "loss", "nll", "right", "cloze"
+MEASURED = "loss", "train_loss", "accuracy", "general", "nll", "right", "cloze"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Searches(Experiment):
         return trial_of(row)
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs between the rows of trials that both have, in what MEASURED names, means over items. Another processor
+        """What differs between the rows of trials that both have, in what MEASURED names, means over items and corpora. Another processor
         adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
         the seeds, or, as long as no row has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may
         lie near divergence, by a twentieth at least, and it may diverge."""
@@ -99,9 +99,9 @@ def _of_today(path: Path, changed: int) -> list[dict[str, Any]]:
 
 
 def measure(row: Mapping[str, Any], name: str) -> float | None:
-    """A loss, or the mean over items, as far as the row has it."""
+    """A loss, a share, or the mean over items or corpora, as far as the row has it."""
     value = row.get(name)
-    return value if value is None else float(np.mean(value))
+    return value if value is None else float(np.mean([*value.values()] if isinstance(value, Mapping) else value))
 
 
 def spread(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> float:
