@@ -70,10 +70,11 @@ class Searches(Experiment):
         return trial_of(row)
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What differs between the rows of trials that both have, in what MEASURED names, means over items and corpora. Another processor
-        adds in another order, and training magnifies the rest: each may differ by SPREADS of its standard deviations over
-        the seeds, or, as long as no row has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may
-        lie near divergence, by a twentieth at least, and it may diverge."""
+        """What differs between the rows of trials that both have, in what MEASURED names, means over items and
+        corpora. Another processor adds in another order, and training magnifies the rest: each may differ by SPREADS
+        of its standard deviations over the seeds, or, as long as no row has several seeds, by ALONE. Of a setting
+        that the tuning alone has tried, which may lie near divergence, by a twentieth at least, and it may
+        diverge."""
         find, mine, found = finder(others), self.rows(), []
         pairs = [(trial, row, other) for row in rows if (other := find(trial := trial_of(row)))]
         for name in MEASURED:
