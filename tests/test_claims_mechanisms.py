@@ -24,7 +24,7 @@ from minipeft.claims.intrinsic_dimension import (
     truncated,
     update_spectrum,
 )
-from minipeft.claims.mechanisms import HOLDS, IF, NOT, ByItem, best_rate, curve, geometric, train
+from minipeft.claims.mechanisms import HOLDS, IF, NOT, ByItem, best_rate, curve, geometric, spread, train
 from minipeft.claims.memorization import Memory, memorized, random_answers
 from minipeft.claims.protocol import SEEDS
 from minipeft.claims.register import UNTESTABLE, Number, Verdict
@@ -97,6 +97,17 @@ def test_a_cell_is_checked_under_one_seed_at_the_rate_that_was_tuned():
     (line,) = experiment.check(row | {"of": {"x": [11, 12, 13]}}, Random(0))
     assert line.startswith("run 0, of: ")
     best_rate(lambda rate: abs(rate - 4), 4.0)  # nothing is left of what was recorded
+
+
+def test_what_is_measured_again_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
+    rows = [described(Cell("full")) | {"share": [[0.8, x] for x in (0.4, 0.6, 0.8)], "size": 7} for _ in range(2)]  # 0.6, 0.7, 0.8
+    monkeypatch.setattr(ByItem, "rows", lambda self: rows)
+    experiment = ByItem("mine", None, [Cell("full")])
+    assert spread(rows) == {"share": pytest.approx(0.1)}
+    assert experiment.differences(rows, [rows[0] | {"share": [1.25]}, rows[1]]) == []
+    (line,) = experiment.differences(rows, [rows[0] | {"share": [1.35]}, rows[1]])
+    assert line.startswith("run 0, share: 1.35, and 0.7")
+    assert len(experiment.differences(rows, [rows[0] | {"size": 8}, rows[1]])) == 1
 
 
 def test_a_geometric_mean_has_an_interval_around_it():

@@ -8,6 +8,7 @@ settings name, of which no choice has been made.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -32,10 +33,17 @@ from .register import Experiment, Number, Verdict
 from .register import graded as graded
 from .register import those as those
 
+SPREADS = 6  # standard deviations, of a few seeds
+
 
 class ByItem(Experiment):
-    """An experiment whose rows have values item by item, in lists and dictionaries: computed again, their means may differ
-    by the tolerance, as another processor adds in another order and an answer may change."""
+    """An experiment whose rows have values item by item, in lists and dictionaries. Computed again, their means may differ by
+    the tolerance, as another processor adds in another order and an answer may change; and, as training magnifies the rest,
+    by SPREADS of their standard deviations over the seeds of a row, pooled over the rows."""
+
+    @property
+    def allowed(self) -> str:
+        return f"{self.tolerance:.0%}, and {SPREADS} standard deviations over the seeds"
 
     def check(self, row: Mapping[str, Any], rng: Random) -> list[str]:
         """A cell under one of its seeds, and its best rate under TUNING: what the other rates gave is taken from the row."""
@@ -51,8 +59,27 @@ class ByItem(Experiment):
         return self.differences([{key: row.get(key) if is_curve(key) else _of_seed(row.get(key), seed, n) for key in found}], [found])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        means = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
-        return super().differences(*means)
+        before, now = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
+        spreads = spread(self.rows())
+        for row, other in zip(before, now, strict=True):
+            other |= {key: row[key] for key, one in spreads.items() if _near(row.get(key), other.get(key), SPREADS * one)}
+        return super().differences(before, now)
+
+
+def spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The standard deviation over a row's seeds of what has a value for each, pooled over the rows."""
+    variances: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        n = len(row.get("seeds", ()))
+        for key, value in row.items():
+            each = [_mean(_of_seed(value, seed, n)) for seed in range(n)]
+            if n > 1 and key != "seeds" and not is_curve(key) and all(isinstance(one, float) for one in each):
+                variances[key].append(np.var(each, ddof=1))
+    return {key: float(np.sqrt(np.mean(found))) for key, found in variances.items()}
+
+
+def _near(a: Any, b: Any, distance: float) -> bool:
+    return isinstance(a, float) and isinstance(b, float) and abs(a - b) <= distance
 
 
 def _of_seed(value: Any, seed: int, n: int) -> Any:
