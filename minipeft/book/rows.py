@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from ..claims.register import ROWS, UNCOMPARED, Experiment
+from ..claims.register import ROWS, SPREADS, UNCOMPARED, Experiment
 from ..experiments.rows import Row, add_row, key, read_rows
 from .lessons import PACKAGE, REDUCED, LessonError, find_lessons
 
 FULL = re.compile(r'^if "--full" in sys\.argv:\n(?:    .*\n)+', re.MULTILINE)
-SPREADS = 6  # standard deviations of a few seeds; another processor rounds otherwise, and a policy then draws other words
 
 
 @dataclass(frozen=True)

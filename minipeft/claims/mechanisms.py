@@ -8,7 +8,6 @@ settings name, of which no choice has been made.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -29,17 +28,15 @@ from .protocol import climb
 from .register import HOLDS as HOLDS
 from .register import IF as IF
 from .register import NOT as NOT
-from .register import Experiment, Number, Verdict
+from .register import SPREADS, Experiment, Number, Verdict
 from .register import graded as graded
 from .register import those as those
-
-SPREADS = 6  # standard deviations, of a few seeds
 
 
 class ByItem(Experiment):
     """An experiment whose rows have values item by item, in lists and dictionaries. Computed again, their means may differ by
     the tolerance, as another processor adds in another order and an answer may change; and, as training magnifies the rest,
-    by SPREADS of their standard deviations over the seeds of a row, pooled over the rows."""
+    by SPREADS of their standard deviations over the seeds of the row."""
 
     @property
     def allowed(self) -> str:
@@ -56,30 +53,33 @@ class ByItem(Experiment):
             found = self.run(**one) if isinstance(one, Mapping) else self.run(one)
         finally:
             _recorded.clear()
-        return self.differences([{key: row.get(key) if is_curve(key) else _of_seed(row.get(key), seed, n) for key in found}], [found])
+        part = {key: row.get(key) if is_curve(key) else _of_seed(row.get(key), seed, n) for key in found}
+        mine, other = _alike(part, found, spread(row))
+        return super().differences([mine], [other])
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
-        before, now = ([{key: _mean(value) for key, value in row.items()} for row in one] for one in (rows, others))
-        spreads = spread(self.rows())
-        for row, other in zip(before, now, strict=True):
-            other |= {key: row[key] for key, one in spreads.items() if _near(row.get(key), other.get(key), SPREADS * one)}
-        return super().differences(before, now)
+        """What differs by more, of the means of rows with all of their seeds."""
+        pairs = [_alike(row, other, spread(row)) for row, other in zip(rows, others, strict=True)]
+        return super().differences([row for row, _ in pairs], [other for _, other in pairs])
 
 
-def spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The standard deviation over a row's seeds of what has a value for each, pooled over the rows."""
-    variances: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        n = len(row.get("seeds", ()))
-        for key, value in row.items():
-            each = [_mean(_of_seed(value, seed, n)) for seed in range(n)]
-            if n > 1 and key != "seeds" and not is_curve(key) and all(isinstance(one, float) for one in each):
-                variances[key].append(np.var(each, ddof=1))
-    return {key: float(np.sqrt(np.mean(found))) for key, found in variances.items()}
+def spread(row: Mapping[str, Any]) -> dict[str, float]:
+    """The standard deviation over a row's seeds of what has a value for each."""
+    n, found = len(row.get("seeds", ())), {}
+    for key, value in row.items():
+        each = [_mean(_of_seed(value, seed, n)) for seed in range(n)]
+        if n > 1 and key != "seeds" and not is_curve(key) and all(isinstance(one, float) for one in each):
+            found[key] = float(np.std(each, ddof=1))
+    return found
 
 
-def _near(a: Any, b: Any, distance: float) -> bool:
-    return isinstance(a, float) and isinstance(b, float) and abs(a - b) <= distance
+def _alike(row: Mapping[str, Any], other: Mapping[str, Any], spreads: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The means of two rows, those of the other that luck may explain replaced by the first's."""
+    a, b = ({key: _mean(value) for key, value in one.items()} for one in (row, other))
+    for key, one in spreads.items():
+        if isinstance(a.get(key), float) and isinstance(b.get(key), float) and abs(a[key] - b[key]) <= SPREADS * one:
+            b[key] = a[key]
+    return a, b
 
 
 def _of_seed(value: Any, seed: int, n: int) -> Any:
