@@ -359,7 +359,8 @@ def width_rows(at_4096: float, pretraining: float) -> list[dict]:
     rows = []
     for one in width.runs():
         rate = at_4096 * 4096 / one.width * 2 ** np.random.default_rng(one.seed + one.width).normal(scale=0.1)
-        rows.append(described(one) | {"full": rate, "pretraining": pretraining * rate})
+        tried = {name: [[r / 2, 2.0], [r, 1.0], [r * 2, 2.0]] for name, r in (("full", rate), ("pretraining", pretraining * rate))}
+        rows.append(described(one) | {name: of[1][0] for name, of in tried.items()} | {f"{name}_rates": of for name, of in tried.items()})
     return rows
 
 

@@ -35,7 +35,7 @@ from ..peft.methods import METHODS, at_width
 from ..text.corpora import general_text
 from ..text.examples import Example, chunk_text, encode_documents
 from . import data
-from .mechanisms import ByItem, best_rate, curve, geometric, graded, judged, loss_on, steps_of, train
+from .mechanisms import ByItem, best_rate, curve, curves, geometric, graded, judged, loss_on, steps_of, train
 from .protocol import LEAST, SEEDS
 from .register import Verdict, claim, listed
 
@@ -87,8 +87,8 @@ def text(split: str, n: int, length: int) -> list[Example]:
 
 
 def run(settings: Width) -> Row:
-    """The row of a cell. Of "pretraining" and of "full" fine-tuning: the best rate, between the lattice's, and the
-    [[rate, loss on validation], ...] of those tried: {"pretraining": 3e-3, "pretraining_rates": ..., "full": ..., ...}."""
+    """The row of a cell. Of "pretraining" and of "full" fine-tuning: the lattice's best rate, and the [[rate, loss on
+    validation], ...] of those tried: {"pretraining": 2**-8, "pretraining_rates": ..., "full": ..., "full_rates": ...}."""
     s, tokenizer, models = settings, base()[1], {}
     read = text("train", s.pretraining_steps * s.blocks, s.length)
     held_out = text("validation", 64, s.length)
@@ -100,7 +100,7 @@ def run(settings: Width) -> Row:
         return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
 
     best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
-    row, start = {"pretraining": vertex(tried, best), "pretraining_rates": curve(tried)}, models[best]
+    row, start = {"pretraining": best, "pretraining_rates": curve(tried)}, models[best]
     models.clear()
 
     steps, validation = steps_of(s.examples, s.epochs, s.batch_size), data.encode(data.asked("source", "validation", s.validation))
@@ -112,7 +112,7 @@ def run(settings: Width) -> Row:
         return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
 
     best, tried = best_rate(tune, 2.0 ** round(math.log2(at_width(METHODS["full"].learning_rate, start))), LEAST)
-    return row | {"full": vertex(tried, best), "full_rates": curve(tried)}
+    return row | {"full": best, "full_rates": curve(tried)}
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -153,9 +153,9 @@ class Law:
 
 
 def table(rows: Sequence[Mapping[str, Any]], of: str) -> tuple[list[int], np.ndarray]:
-    """(widths, best rates [seeds, widths]) of "pretraining" or "full" fine-tuning, of the models pretrained here."""
+    """(widths, best rates [seeds, widths], between the lattice's) of "pretraining" or "full" fine-tuning."""
     widths, seeds = (sorted({row[key] for row in rows}) for key in ("width", "seed"))
-    found = {(row["seed"], row["width"]): row[of] for row in rows}
+    found = {(row["seed"], row["width"]): vertex(curves({"rates": row[f"{of}_rates"]})[0], row[of]) for row in rows}
     return widths, np.array([[found[seed, width] for width in widths] for seed in seeds])
 
 
