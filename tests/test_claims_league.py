@@ -320,11 +320,14 @@ def test_a_loss_may_differ_by_the_luck_of_seeds_and_no_more(monkeypatch):
     lucky = [r | {"loss": r["loss"] + (r["seed"] - 3) / 100} if r["rate"] and r["split"] == "test" else r for r in rows]
     monkeypatch.setattr(type(experiment), "rows", lambda self: lucky)
     assert spread(lucky) == pytest.approx(np.std([0, 1, 2, 3, 4], ddof=1) / 100)
-    one, *others = [row for row in lucky if row["split"] == "test"]
-    assert experiment.differences([one], [one | {"loss": one["loss"] + 0.05}]) == []
-    for loss in (one["loss"] + 0.07, None):
+    one, *others = [row for row in lucky if row["split"] == "test" and row["rate"]]
+    assert experiment.differences([one], [one | {"loss": one["loss"] + 0.09}]) == []
+    for loss in (one["loss"] + 0.1, None):
         (line,) = experiment.differences([one], [one | {"loss": loss}])
-        assert "in the package; 0.0632 may be luck" in line
+        assert "in the package; 0.0949 may be luck" in line
+    wild = [r | {"loss": 100 * r["seed"]} if r["method"] != one["method"] else r for r in lucky]
+    monkeypatch.setattr(type(experiment), "rows", lambda self: wild)
+    assert len(experiment.differences([one], [one | {"loss": one["loss"] + 0.1}])) == 1, "no luck of another method"
     assert experiment.differences([one], others) == [], "other trials"
     tried = next(row for row in lucky if row["split"] == "validation")
     assert experiment.differences([tried], [tried | {"loss": None}]) == [], "a setting of the tuning may diverge"

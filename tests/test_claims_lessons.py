@@ -64,7 +64,7 @@ def test_a_row_is_computed_again_by_the_lesson_that_lacks_it_alone(lesson):
 
 
 def test_another_mean_is_told_beyond_the_seeds_and_the_tolerance(lesson):
-    (seeds,) = rows.spread(lesson.rows()).values()
+    (seeds,) = rows.spread([*rows.by_settings(lesson.rows()).values()]).values()
     assert seeds == pytest.approx(np.std([0, 0.5, 1], ddof=1)), "of the means [rate, rate + seed], at one rate"
     rewrite(lesson, lambda row: row | {"loss": {"task": [x + 100 * (row["seed"] == 1) for x in row["loss"]["task"]]}} | {"read": ["other"]})
     assert lesson.check(lesson.rows()[0], Random(0)) == []
@@ -73,6 +73,14 @@ def test_another_mean_is_told_beyond_the_seeds_and_the_tolerance(lesson):
     assert "loss task: 1.0, and 101.0 in lessons/results" in line and "'seed': 0" in line
     (line,) = lesson.differences([lesson.rows()[0]], [lesson.rows()[0] | {"loss": None}])
     assert "loss task: None" in line
+
+
+def test_the_spread_of_five_seeds_of_other_settings_does_not_count(lesson):
+    row = lesson.rows()[0]
+    made = [row | {"seed": seed, "rate": rate, "loss": {"task": [rate + seed * (rate > 2)]}} for seed in range(5) for rate in (2.0, 3.0)]
+    lesson.path().write_text("".join(json.dumps(one) + "\n" for one in made))
+    (line,) = lesson.differences(made[:2], [one | {"loss": {"task": [one["rate"] + 1]}} for one in made[:2]])
+    assert "'rate': 2.0" in line
 
 
 def test_a_row_that_no_run_of_the_lesson_gives_is_told(lesson):

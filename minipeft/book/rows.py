@@ -24,13 +24,15 @@ from ..claims.register import ROWS, SPREADS, UNCOMPARED, Experiment
 from ..experiments.rows import Row, add_row, key, read_rows
 from .lessons import PACKAGE, REDUCED, LessonError, find_lessons
 
+FEW = 5  # seeds: a standard deviation over fewer may be small by luck
 FULL = re.compile(r'^if "--full" in sys\.argv:\n(?:    .*\n)+', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class OfLesson(Experiment):
     """The rows of a lesson. Computed again, the mean of what a row has under a name may differ by SPREADS of its standard
-    deviations over the seeds, pooled over the file, and at least by the tolerance."""
+    deviations over the seeds of its settings, or, where these are fewer than FEW, pooled over the file; and at least by
+    the tolerance."""
 
     run: Any = None
     runs: Any = ()
@@ -74,10 +76,12 @@ class OfLesson(Experiment):
 
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs by more between rows of the same settings, as far as there are both."""
-        again, spreads, found = {key(parts(row)[0]): row for row in others}, spread(self.rows()), []
+        again, groups, found = {key(parts(row)[0]): row for row in others}, by_settings(self.rows()), []
+        pooled = spread([*groups.values()])
         both = [(*parts(row), again[same]) for row in rows if (same := key(parts(row)[0])) in again]  # a search may go elsewhere
         for settings, before, other in both:
-            now = parts(other)[1]
+            now, own = parts(other)[1], groups.get(_but_seed(settings), [])
+            spreads = pooled if len(own) < FEW else pooled | spread([own])
             for name in sorted({*before, *now}):
                 a, b = before.get(name), now.get(name)
                 if a is None or b is None or abs(a - b) > max(SPREADS * spreads.get(name, 0.0), self.tolerance * abs(a), 1e-4):
@@ -108,14 +112,23 @@ def means(value: Any, name: str = "") -> dict[str, float]:
     return {name: float(value)} if isinstance(value, (int, float)) else {}
 
 
-def spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The standard deviation over seeds of each name's mean, pooled over all settings."""
+def by_settings(rows: Sequence[Mapping[str, Any]]) -> dict[Any, list[dict[str, float]]]:
+    """The means of rows that differ in their seed alone."""
     groups: dict[Any, list[dict[str, float]]] = {}
     for row in rows:
         settings, measured = parts(row)
-        groups.setdefault(key(settings | {"seed": 0}), []).append(measured)
+        groups.setdefault(_but_seed(settings), []).append(measured)
+    return groups
+
+
+def _but_seed(settings: Row) -> Any:
+    return key(settings | {"seed": 0})
+
+
+def spread(groups: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """The standard deviation over seeds of each name's mean, pooled over groups of rows."""
     variances: dict[str, list[float]] = {}
-    for group in groups.values():
+    for group in groups:
         for name in group[0]:
             values = [one[name] for one in group if name in one]
             if len(values) > 1:

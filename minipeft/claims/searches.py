@@ -20,11 +20,10 @@ from ..experiments.rows import read_rows
 from . import protocol
 from .comparison import Pair
 from .protocol import Choice, Trial, finder, trial_of
-from .register import ROWS, Experiment
+from .register import ROWS, SPREADS, Experiment
 
-SPREADS = 4  # standard deviations
 AFFORDABLE = 8000  # examples, each as often as it is seen: a minute of a core, or little more
-ALONE = 0.05  # nats per token: what a loss may differ by where no row tells the spread over seeds
+ALONE = 0.05  # nats, or of a share: the same where no row tells the spread over seeds
 MEASURED = "loss", "train_loss", "accuracy", "general", "nll", "right", "cloze"
 
 
@@ -46,11 +45,11 @@ class Searches(Experiment):
 
     def rows(self, store: Any = ROWS) -> list[dict[str, Any]]:
         """The rows that are there, of today's base and of what is compared."""
-        compared = {(of.start.task, of.start.method, of.start.examples) for of in self.searches}
+        compared = {_kind(vars(of.start)) for of in self.searches}
         compared |= {(task, "base", 0) for task, _, _ in compared}
         path = self.path(store)
         rows = _of_today(path, path.stat().st_mtime_ns) if path.exists() else []
-        return [row for row in rows if (row["task"], row["method"], row["examples"]) in compared]
+        return [row for row in rows if _kind(row) in compared]
 
     def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Trial]:
         """The trials that are needed next."""
@@ -58,7 +57,7 @@ class Searches(Experiment):
 
     @property
     def allowed(self) -> str:
-        return f"{SPREADS} standard deviations over the seeds, or {ALONE} nats where there are none"
+        return f"{SPREADS} standard deviations over the seeds of its kind, or {ALONE} where there are none"
 
     def affordable(self, row: Mapping[str, Any]) -> bool:
         """Not where more than AFFORDABLE examples are learned from."""
@@ -72,14 +71,16 @@ class Searches(Experiment):
     def differences(self, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> list[str]:
         """What differs between the rows of trials that both have, in what MEASURED names, means over items and
         corpora. Another processor adds in another order, and training magnifies the rest: each may differ by SPREADS
-        of its standard deviations over the seeds, or, as long as no row has several seeds, by ALONE. Of a setting
-        that the tuning alone has tried, which may lie near divergence, by a twentieth at least, and it may
-        diverge."""
-        find, mine, found = finder(others), self.rows(), []
+        of the standard deviations over seeds of the same method, task and number of examples, or, as long as none of
+        these has several seeds, by ALONE. Of a setting that the tuning alone has tried, which may lie near divergence,
+        by a twentieth at least, and it may diverge."""
+        find, alike, found = finder(others), {}, []
+        for row in self.rows():
+            alike.setdefault(_kind(row), []).append(row)
         pairs = [(trial, row, other) for row in rows if (other := find(trial := trial_of(row)))]
         for name in MEASURED:
-            usual = SPREADS * spread(mine, name) or ALONE
             for trial, row, other in pairs:
+                usual = SPREADS * spread(alike.get(_kind(row), []), name) or ALONE
                 a, b = measure(row, name), measure(other, name)
                 tuning = trial.split == "validation"
                 near = max(usual, abs(a) / 20) if tuning and a is not None else usual
@@ -91,6 +92,10 @@ class Searches(Experiment):
         """All rows: those in `store`, and the others, computed and added there. Raises as `protocol.compute`."""
         protocol.compute(self.searches, self.path(store), executor, **{} if show is None else {"show": show})
         return self.rows(store)
+
+
+def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["task"], row["method"], row["examples"]
 
 
 @lru_cache(maxsize=2)
@@ -106,7 +111,7 @@ def measure(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def spread(rows: Sequence[Mapping[str, Any]], name: str = "loss") -> float:
-    """The standard deviation of a measure over the seeds of a trial, pooled over all that are reported; 0 where none is."""
+    """The standard deviation of a measure over the seeds of a trial, pooled over those reported; 0 where none is."""
     groups: dict[Trial, list[float]] = {}
     for row in rows:
         if row["split"] == "test" and row["rate"] is not None and (value := measure(row, name)) is not None:
