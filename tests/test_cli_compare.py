@@ -97,6 +97,20 @@ def test_answers_of_several_words_are_compared_by_chrf(model, tmp_path, capsys):
     assert all(row["scored"] == "chrF" and 0 <= row["score"] <= 100 for row in content["methods"])
 
 
+def test_without_sacrebleu_it_is_said_that_no_answers_are_scored(monkeypatch, capsys):
+    monkeypatch.setattr("minipeft.cli.compare.find_spec", lambda name: None)
+    records = [Completion("Again:", " word")]
+    data = encode(records, records, load_base()[1], 80, on_overflow="drop")
+    assert Questions.of(TaskOptions(data="mine.jsonl"), data, load_base()[1], 24, 80) is None
+    assert "no answers are scored: chrF needs sacreBLEU (pip install 'minipeft[hub]')" in capsys.readouterr().err
+    assert Questions.of(TaskOptions(task="source"), data, load_base()[1], 24, 80), "of a choice the share of right ones needs nothing"
+
+
+def test_what_a_constant_answer_scores():
+    asked = [Completion("Again:", word) for word in (" a", " b", " b", " c")]
+    assert Questions(asked, None, 1, True).baseline() == "to answer 'b' always is right in 50 %"
+
+
 def test_what_is_asked_was_held_out_and_fits_with_an_answer():
     _, tokenizer = load_base()
     short, dropped, long = (Completion("word " * n + "again:", " word") for n in (1, 300, 70))

@@ -89,10 +89,13 @@ class Questions(NamedTuple):
     def of(cls, task: TaskOptions, data: Data, tokenizer: Any, n: int, room: int) -> Questions | None:
         """Those of a task or a file that fit into `room` tokens with an answer.
 
-        None where none does, of running text, and of what takes chrF where sacreBLEU is not installed.
+        None where none does, of running text, and, which is noted, of what takes chrF where sacreBLEU is not installed.
         """
         records, exact = data.held_out_records, not task.data and task.task in mp.text.tasks.CHOICES
-        if not records or isinstance(records[0], mp.text.datasets.Document) or not (exact or find_spec("sacrebleu")):
+        if not records or isinstance(records[0], mp.text.datasets.Document):
+            return None
+        if not (exact or find_spec("sacrebleu")):
+            runs.note("no answers are scored: chrF needs sacreBLEU (pip install 'minipeft[hub]')")
             return None
         tokens = min(max(int((example.labels >= 0).sum()) for example in data.held_out), 64)
         records = [sample.record for sample in fitting(data, tokenizer, room - tokens, None)]
@@ -104,19 +107,28 @@ class Questions(NamedTuple):
 
     def score(self, answers: Sequence[str]) -> float:
         """Of answers in the order of the records."""
-        expected = [mp.text.templates.question_and_answer(record)[1].strip() for record in self.records]
         if self.exact:
-            return 100 * statistics.mean(answer.strip() == right for answer, right in zip(answers, expected))
-        return mp.train.metrics.chrf([answer.strip() for answer in answers], expected)
+            return 100 * statistics.mean(answer.strip() == right for answer, right in zip(answers, self.expected))
+        return mp.train.metrics.chrf([answer.strip() for answer in answers], self.expected)
+
+    @property
+    def expected(self) -> list[str]:
+        """The right answers."""
+        return [mp.text.templates.question_and_answer(record)[1].strip() for record in self.records]
 
     def asked_of(self, model: Any) -> float:
         """The score of a model."""
         return self.score(mp.ask(model, self.tokenizer, self.records, None, batch_size=32, max_new_tokens=self.tokens))
 
-    def copied(self) -> float:
-        """The score of giving back the question, without the words around it, as "King James:"."""
+    def baseline(self) -> str:
+        """What no learning scores: of choices the answer that is right most often, else the question given back, without the
+        words around it, as "King James:"."""
+        if self.exact:
+            common = statistics.mode(self.expected)
+            return f"to answer {common!r} always is right in {self.score([common] * len(self.records)):.0f} %"
         asked = [mp.text.templates.question_and_answer(record)[0] for record in self.records]
-        return self.score([text.partition(": ")[2].rpartition("\n")[0] or text for text in asked])
+        copied = self.score([text.partition(": ")[2].rpartition("\n")[0] or text for text in asked])
+        return f"to copy the question has chrF {copied:.1f}"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -171,10 +183,8 @@ def run(args: Arguments) -> None:
 
     room = base.config.max_position_embeddings - virtual
     questions = Questions.of(task, data, tokenizer, ANSWERED[reduced], room)
-    if questions and not questions.exact:
-        runs.note(
-            f"{len(questions.records)} answers are compared with the expected ones; to copy the question has chrF {questions.copied():.1f}"
-        )
+    if questions:
+        runs.note(f"{len(questions.records)} answers are compared with the expected ones; {questions.baseline()}")
     processes = at_a_time(base, 1 + len(methods))
     if processes:
         runs.note(f"{processes} methods at a time, each on one thread")
