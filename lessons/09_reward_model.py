@@ -368,7 +368,7 @@ assert not any(rival.clear for rival in rivals(TUNED.rows()) if rival.gold is No
 # Bai et al. 2022 (Constitutional AI, arXiv:2212.08073) let a model label harmlessness in people's place: it reads
 # written **principles**, and two answers, and says which follows them better. The rest of the chain stays as it is;
 # with such labels it is called RLAIF, for AI feedback. In this section *judge* means the labeler,
-# SmolLM2-135M-Instruct. The gold is not VADER's but that of Lesson 10's chain, which the principles put in words:
+# SmolLM2-135M-Instruct. The gold is that of Lesson 10's chain, which the principles put in words:
 
 # %%
 print(constitution.PRINCIPLES)
@@ -376,8 +376,7 @@ print(constitution.PRINCIPLES)
 # %% [markdown]
 # The judge gives log-probabilities, not words: it prefers A by $d = \log p(\text{A}) - \log p(\text{B})$. With the two
 # answers the other way round it gives $d'$. Suppose that $d$ is a preference for the place or its letter (A is always
-# first), the same in both orders, plus one for the answer, whose sign turns. Then $(d - d')/2$ is the latter alone. (We
-# did not test the supposition.)
+# first), the same in both orders, plus one for the answer, whose sign turns. Then $(d - d')/2$ is the latter alone.
 #
 # It first sees two solved examples, the best of four ways of asking on another seed
 # (`minipeft/claims/constitution.py`).
@@ -387,10 +386,13 @@ print(constitution.PRINCIPLES)
 
 # %%
 aided = CONSTITUTION.rows()
-labels = [row for row in aided if "forms" not in row]
+labels, bare = ([row for row in aided if row["form"] == form] for form in (constitution.FORM, constitution.BARE))
 found = {key: interval([np.mean(row[key]) for row in labels]) for key in ("first", "one order", "agreement")}
+found["examples alone"] = interval([np.mean(row["agreement"]) for row in bare])
+found["what principles add"] = interval([np.mean(row["agreement"]) - np.mean(other["agreement"]) for row, other in zip(labels, bare)])
 print(f"{constitution.FORM}, {len(labels)} seeds: " + ", ".join("{} {:.3f} ± {:.3f}".format(key, *x) for key, x in found.items()))
 assert found["first"][0] > 0.95 and abs(found["one order"][0] - 0.5) < 0.02 and found["agreement"][0] - found["agreement"][1] > 0.5
+assert found["what principles add"][0] < found["what principles add"][1], "not clear"
 
 print(f"\ngold on held-out prompts, after {labels[0]['labels']} labels of each, "
       f"less the SFT model's {np.mean([row['sft'] for row in labels]):.3f}")
@@ -405,15 +407,14 @@ apart = crossed(by["coin"]["ppo"] - by["rater"]["ppo"])
 assert apart.low < 0 < apart.high, "PPO by the coin's labels: not clearly other than by the rater's"
 
 # %% [markdown]
-# It takes the first in nearly all pairs. Asked once it therefore agrees with the gold in half of them: of the two
-# orders one is right. The mean over both is right in six of ten, with length averaged out, too. That the principles did
-# this is not shown: it was not asked without them, and the two solved examples show what the gold likes, too. A random
-# choice among 16 answers has on average the SFT model's gold, and choosing by a reward model of 200 such labels gains
-# nothing clear over that. One of 200 of the rater's does, 0.04, but the two are not clearly apart. PPO by either ends
-# clearly below the SFT model (each interval alone). By a coin's labels the best of 16 ends clearly below it, too (why
-# is open: a model that has learned nothing would choose at random), and PPO not clearly. With a large judge Lee et al.
-# 2023 (arXiv:2309.00267) find that people prefer summaries of a policy trained on AI's labels, or on people's, to the
-# SFT model's in some 70 %.
+# It takes the first in nearly all pairs, so asked once it agrees with the gold in half. The mean over both orders is
+# right in six of ten, with length averaged out, too. The principles add nothing clear: the examples alone give 0.58
+# (the principles alone, on another seed's 95 pairs, at most 0.45). So that it follows principles is not shown. Reward
+# models of 200 labels, its own or the rater's, order equally many pairs right. The best of 16 by the judge's gains
+# nothing clear over the SFT model, by the rater's 0.04, but the two are not clearly apart. PPO by either ends clearly
+# below the SFT model (each interval alone). By a coin's labels the best of 16 does, too, and PPO not clearly. With a
+# large judge, Lee et al. 2023 (arXiv:2309.00267) find, people prefer summaries of policies trained on AI's or people's
+# labels to the SFT model's in some 70 %.
 #
 # **Which errors does averaging repair?** Two kinds of judges are equally good one by one: careless ones, each with an
 # error of its own, and ones who all like length.
@@ -442,7 +443,8 @@ assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 2
 # > **cannot be tested here**. Asked about two answers, the judge takes the one that is shown first in 100%; over both
 # > orders it agrees with the gold in 60% [58%, 62%], and takes the longer answer in 55% [52%, 58%], the gold in 45%;
 # > with length averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it
-# > agrees in 61% [59%, 62%]. What a reward model of 200 labels gains of the gold:
+# > agrees in 61% [59%, 62%]. Shown the same examples and no principles, it agrees in 58% [55%, 61%]: what the
+# > principles add is +0.02 [-0.01, +0.06]. What a reward model of 200 labels gains of the gold:
 # >
 # > - the best of 16 over SFT: +0.03 [-0.03, +0.08].
 # > - the best of 16 over a coin's: +0.16 [+0.09, +0.22].

@@ -35,7 +35,7 @@ from experiments.hacking import at_kl, ends, smooth, three_errors, verdict
 import minipeft as mp
 from minipeft import diagrams, rlhf
 from minipeft.claims.chain import JUDGES
-from minipeft.claims.chain_rules import CHAIN, along, crossed, items, shown, those_of
+from minipeft.claims.chain_rules import CHAIN, along, crossed, gao_of, items, shown, those_of
 from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
@@ -264,10 +264,9 @@ if not REDUCED:
 # What changes the paper's curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a
 # better judge; those from fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
 # of $n$ for the same gain of gold, and for the same loss of it. An objective with a price does not ask for that: its
-# optimum has the most proxy of all policies at its KL. But PPO may fall short of it (section 5). Below, without a
-# price, it has less proxy (on training prompts) than the best of 16 (on held-out ones) at that one's KL. And KL counts
-# every change, also one that no score sees. So KL does not compare methods; plotted against the *proxy*, their gold is
-# more alike in the paper.
+# optimum has the most proxy of all policies at its KL. Below, without a price, it has less proxy (on training prompts)
+# than the best of 16 (on held-out ones) at that one's KL. And KL counts every change, also one that no score sees: it
+# does not compare methods.
 #
 # Single updates are noisy, so we read means over five. Two differ *clearly* if by more than three standard errors.
 # These are of the batches' noise alone, from second differences, which a smooth course hardly has; another training may
@@ -311,13 +310,12 @@ hacking.runs_picture({beta: found(beta) for beta in BETAS}, weak).savefig(OUT / 
 
 # %% [markdown]
 # **The proxy climbs with every judge, the gold with the two that agree most.** With these two it climbs to 0.99 and
-# 0.94, with the others no move is clear. Agreement is no promise: it is measured on the *base's* answers, and need not
-# hold for others.
+# 0.94, with the others no move is clear. Agreement, measured on the *base's* answers, need not hold for others.
 #
 # **Does the gold turn, as in the paper?** In no run clearly. With the two good judges it is highest at the end, while
-# the text has become "love love love", or "a great deal a great". VADER counts happy words, and the judge has learned
-# from it: this gold was only another measure, optimized through the proxy. **The second gold turns**, with both good
-# judges: from 0.56 to 0.23, and from 0.52 to 0.33. But we chose it after we had read the answers.
+# the text has become "love love love", or "a great deal a great". VADER counts happy words: this gold was only another
+# measure, optimized through the proxy. **The second gold turns**, with both good judges: from 0.56 to 0.23, and from
+# 0.52 to 0.33. But we chose it after we had read the answers.
 #
 # **And with a gold that asks for form, too?** The chain of Lesson 10, section 8, has one: answers are to be whole, of
 # words that verses have, without repetition, kind. PPO runs there without a price of KL against five judges, each under
@@ -360,6 +358,10 @@ print("proxy where PPO has first spent the KL of the best of 16, of that, and at
 assert all(a < b for a, b, _ in equal.values()), "at the same KL PPO has less proxy"
 assert [judge for judge, (_, b, c) in equal.items() if c < b] == poor
 assert all(e.value > 0 for e in better.values()), "the best of 16 has more of both"
+fits = {judge: gao_of(chain, *judge) for judge in JUDGES}
+print(*(f"{judge}, {how}: a {shown(a)}, b {shown(b)}" for judge, of in fits.items() for how, (a, b) in of.items()), sep="\n")
+assert all(e.low > 0 for of in fits.values() for e in of["best of n"])
+assert [judge for judge in JUDGES if all(e.low > 0 for e in fits[judge]["PPO"])] == [("full", 2000)], "rises, then turns"
 for row in judged["full", 2000][0]:
     print(f"full, 2,000 comparisons, seed {row['seed']}, at the end:", " / ".join(row["checks"]["32"]["samples"][:3]))
 
@@ -369,10 +371,10 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # %% [markdown]
 # Every proxy rises clearly, the gold with no judge. With head, 600, the gold ends clearly below the SFT model's; with
 # full, 2,000, it clearly falls from update 16 on (below), and as we read the answers, it shows: "God is God to God to
-# God". With all five the best of 16 has clearly more gold than PPO's end. With head, 600, and full, 600, it clearly has
-# more proxy, too. So more proxy need not mean less gold. Did these judges mislead? If the gold fell as much by a coin's
-# labels, they need not have. PPO by 200 of a coin's ran at a price of 0.05 (Lesson 9, section 6): not clearly different
-# from PPO by the rater's.
+# God". With all five the best of 16 has clearly more gold than PPO's end. Fitted to these runs, the paper's $a$ and $b$
+# are both clearly positive along the best of $n$ with every judge ($b$ of full: 0.04, 0.04 and 0.02 from 100, 600 and
+# 2,000), along PPO with full, 2,000, alone (0.04 and 0.02). So only there this form rises, then turns. That these
+# judges mislead is not shown: no coin's labels ran without a price.
 
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5

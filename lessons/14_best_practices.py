@@ -298,7 +298,7 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # %% [markdown]
 # > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 1 is as stated, 4 are not and 3 are not
 # > told (7 worse and 1 equal; 1 where the worse, or both, took the most epochs). Of 4 comparisons 2 are as stated and 2
-# > are not told (2 better and 2 undecided). (5 seeds, 512 test items)
+# > are not told (2 better and 2 undecided within [-0.03, +0.03]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -361,7 +361,7 @@ assert [(d.word, d.interval[:6]) for d in fitted] == [("better", "+0.032"), ("wo
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. Of 8 comparisons 0 are as stated and 8 are
-# > not told (6 not compared and 2 undecided). (5 seeds, 512 test items)
+# > not told (6 not compared and 2 undecided within [-0.02, +0.08]). (5 seeds, 512 test items)
 #
 # > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 6 are as stated and 2 are not told (6 equal and 2 undecided).
 # > 2 to 5 epochs beside any number, full, source, 50 examples: undecided (+0.026 [-0.090, +0.142]), not told; 2 to 5
@@ -463,11 +463,11 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 
 # %% [markdown]
 # > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons 13 are as stated, 5 are not
-# > and 6 are not told (13 better, 6 undecided, 3 equal and 2 worse). (5 seeds, 512 test items)
+# > and 6 are not told (13 better, 6 undecided within [-0.03, +0.06], 3 equal and 2 worse). (5 seeds, 512 test items)
 #
 # > `best-3` include hard examples: **holds if**. Of 4 comparisons 2 are as stated and 2 are not told (2 better and 2
-# > undecided). Of 4 comparisons 0 are as stated, 2 are not and 2 are not told (2 undecided and 2 equal). (5 seeds, 512
-# > test items)
+# > undecided within [-0.01, +0.04]). Of 4 comparisons 0 are as stated, 2 are not and 2 are not told (2 undecided within
+# > [-0.02, +0.02] and 2 equal). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare

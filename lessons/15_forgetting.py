@@ -513,9 +513,10 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # > (5 seeds, 640 test items)
 #
 # > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (6
-# > undecided and 2 better). 0.25 general blocks an example beside none, lora, rewrite, 500 examples: better (+0.030
-# > [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general block an example beside none, lora, rewrite,
-# > 500 examples: better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]). (5 seeds, 640 test items)
+# > undecided within [-0.02, +0.04] and 2 better). 0.25 general blocks an example beside none, lora, rewrite, 500
+# > examples: better (+0.030 [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general block an example
+# > beside none, lora, rewrite, 500 examples: better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]).
+# > (5 seeds, 640 test items)
 #
 # > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. Of 12 comparisons 0 are as stated, 11 are not
 # > and 1 is not told (9 equal and 3 worse). Weight decay 1 beside none, lora, rewrite, 500 examples: equal (-0.005

@@ -431,6 +431,7 @@ assert sizes["LoRA, r = 8, alpha = 16"] < 0.5 < sizes["full"]
 for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
 AGAINST = ranks.beside(RANKS.values(), "full")
+print(*(f"{m} beside full, {task}: {found.word} ({found.interval})" for task, of in AGAINST.items() for m, found in of.items()), sep="\n")
 assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] == ["lora", "lora-r16", "lora-r32", "lora-r64"]
 assert not any(found.clearly_worse for of in AGAINST.values() for found in of.values()), "at no rank, on neither task"
 assert {found.word for found in AGAINST["source"].values()} == {"undecided"}
@@ -550,7 +551,9 @@ assert np.abs(2 * pissa.start_B.numpy() @ pissa.start_A.numpy() - strongest).max
 # %%
 VARIANTS = ("rslora", "dora", "pissa", "olora")
 print(so_far(["lora", *VARIANTS]))
-signs = {task: " ".join(found.sign for found in of.values()) for task, of in ranks.beside(VARIANTS, "lora").items()}
+varied = ranks.beside(VARIANTS, "lora")
+print(*(f"{m} beside lora, {task}: {found.word} ({found.interval})" for task, of in varied.items() for m, found in of.items()), sep="\n")
+signs = {task: " ".join(found.sign for found in of.values()) for task, of in varied.items()}
 assert signs == {"rewrite": "-= += - -", "source": "? - ? ?"}
 
 # %% [markdown]

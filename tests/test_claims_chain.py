@@ -226,7 +226,7 @@ def row(run: Chain, gold=0.5, kl=3.0, checks=None, proxy=1.0, seen=lambda u: 0.4
         return {"gold": (gold + noise[0]).tolist(), "kl": (kl + noise[1]).tolist(), "proxy": (proxy + noise[2]).tolist(), "kind": 0.2, "form": 0.8, "ended": 0.9, "distinct_2": 0.5}
 
     if run.stage == "best":
-        return described(run) | {"accuracy": [0.7, 0.68, 0.72], "best_of": {"1": {"proxy": 0, "gold": 0.4}, "16": {"proxy": 1, "gold": gold}}, "gold": of(gold, 1)["gold"]}
+        return described(run) | {"accuracy": [0.7, 0.68, 0.72], "best_of": {"1": {"proxy": 0, "gold": 0.4, "kl": 0}, "16": {"proxy": 1, "gold": gold, "kl": 1.8}}, "gold": of(gold, 1)["gold"]}
     if run.stage != "ppo":
         return described(run) | of(gold, 0.0)
     at = dict.fromkeys(map(str, CHECKS), (gold, 0.0)) | {str(CHECKS[-1]): (gold, proxy)} | {k: (v, 0.0) for k, v in (checks or {}).items()}
@@ -290,6 +290,12 @@ def test_a_peak_is_chosen_on_the_training_prompts():
     made = [row(Chain(seed, "ppo", beta=0.0), seen=seen) for seed in (1, 2) for seen in (lambda u: -abs(u - 15),)]
     assert peak(made) == 16
     assert peak([row(Chain(1, "ppo", beta=0.0), seen=lambda u: -u)]) == 0
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_the_forms_of_gao_are_found_again(log):
+    d = np.linspace(0, 6, 20)
+    assert chain_rules.gao(d, 0.3 + d * (0.2 - 0.05 * (np.log(np.maximum(d, 1e-9)) if log else d)), 0.3, log) == pytest.approx([0.2, 0.05])
 
 
 def test_a_run_is_drawn_over_the_root_of_its_kl():

@@ -70,6 +70,9 @@ def rows(best=(0.5, 0.5, 0.3), ppo=(0.5, 0.5, 0.3), asked=FORM, spread=0.01) -> 
         if not run.form:
             found.append(described(run, constitution.run) | {"forms": {form: {"agreement": [1, 1, 1, form == asked]} for form in FORMS}})
             continue
+        if run.form == constitution.BARE:
+            found.append(described(run, constitution.run) | {"agreement": [1, 0, 0] if run.seed % 2 else [0, 0, 0]})
+            continue
         rng = np.random.default_rng(run.seed)
 
         def of(level, rng=rng):
@@ -97,6 +100,7 @@ def test_labels_by_principles_follow_their_rows(made, verdict):
     assert found.verdict == verdict and found.seeds == 5
     assert found.effect.low <= found.effect.value <= found.effect.high
     assert "Trained on the judge's revisions, the SFT model has" in found.because
+    assert "no principles, it agrees in 20% [-3%, 43%]: what the principles add is +0.47 [+0.24, +0.69]" in found.because
 
 
 def test_who_goes_by_length_alone_is_right_in_half():
@@ -112,5 +116,5 @@ def test_the_judge_is_asked_in_the_form_that_agrees_best():
 
 def test_without_all_rows_nothing_is_said():
     assert RULES["rlhf-9"].judge(rows()[:-1]).verdict == UNTRIED
-    assert len({str(described(run)) for run in constitution.runs()}) == len(constitution.runs()) == 6
+    assert len({str(described(run)) for run in constitution.runs()}) == len(constitution.runs()) == 11
     assert Constitution(1).form == FORM

@@ -11,7 +11,7 @@ import pytest
 
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import CASES
-from minipeft.claims.league import MAIN, UNTRAINED
+from minipeft.claims.league import AT_ONE_SETTING, MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.register import rule_of, statements
 from minipeft.claims.searches import Searches
@@ -145,6 +145,17 @@ def test_a_search_is_tuned_on_validation_and_reported_on_test_under_other_seeds(
     assert made.values.shape == (5, 4)
     gain = protocol.difference(made, report(finder(rows), untrained("rewrite")))
     assert gain.low < gain.value < gain.high < 0
+
+
+def test_another_method_is_reported_at_the_setting_that_a_search_ended_at():
+    of, rows = search("rewrite", "lora", 500), []
+    beside = protocol.At("full", of)
+    while trials := wanted(finder(rows), [beside]):
+        rows += [described(t) | simulated(t) for t in trials]
+    best, found = tuned(finder(rows), of)[0], report(finder(rows), beside)
+    assert found.trial == replace(best, method="full")
+    assert {(row["seed"], row["split"]) for row in rows if row["method"] == "full"} == {(seed, "test") for seed in protocol.SEEDS}
+    assert not AT_ONE_SETTING.missing(AT_ONE_SETTING.rows())
 
 
 def test_what_is_not_trained_is_reported_as_it_is():

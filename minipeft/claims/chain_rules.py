@@ -163,6 +163,24 @@ def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray,
     return np.sqrt(np.maximum(kl, 0)), values
 
 
+def gao(d: np.ndarray, gold: np.ndarray, start: float, log: bool) -> np.ndarray:
+    """(a, b) of Gao et al. (arXiv:2210.10760), least squares: gold = start + d (a - b log d) along PPO, start + d (a - b d) along the
+    best of n."""
+    slopes = np.stack([d, -d * (np.log(np.maximum(d, 1e-9)) if log else d)], axis=1)
+    return np.linalg.lstsq(slopes, gold - start, rcond=None)[0]
+
+
+def gao_of(rows: Rows, size: str, n: int) -> dict[str, list[Estimate]]:
+    """[a, b] of a judge, over the seeds: along PPO without a price of KL, and along the best of 1 to 16."""
+    runs, many = (those_of(rows, stage, judge=size, comparisons=n, **of) for stage, of in (("ppo", {"beta": 0.0}), ("best", {})))
+    starts = items(those_of(rows, "sft")).mean(axis=1)
+    found = {"PPO": [gao(*along(row, "gold"), start, True) for row, start in zip(runs, starts)], "best of n": []}
+    for row in many:
+        kl, gold = np.array([[one["kl"], one["gold"]] for one in row["best_of"].values()]).T
+        found["best of n"].append(gao(np.sqrt(kl), gold, gold[0], False))
+    return {how: [mean(x) for x in np.transpose(each)] for how, each in found.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
@@ -263,6 +281,7 @@ def exploited(rows: Rows) -> Verdict:
         evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise)]
         evidence += [Number(f"{name}: pairs ordered as the gold does", float(right.mean()), "share")]
         evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
+        evidence += [as_number(f"{name}: {x} of Gao et al., {how}", e) for how, ab in gao_of(rows, size, n).items() for x, e in zip("ab", ab)]
     if not falls:
         because = f"The reward of no judge rises clearly from the peak of the gold: nothing to exploit it by. {itemized(told)}"
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
@@ -308,7 +327,8 @@ def by_principles(rows: Rows) -> Verdict:
     the SFT model and than the same by a coin's labels, and are not worse than by the rater's (interval above -0.02); holds if one of the two
     clearly has more than both SFT and the coin's; does not hold here if each gains less than 0.02 over SFT; cannot be tested here
     otherwise. (A coin's labels may do harm: to be above it alone is no gain.)"""
-    forms, rows = next(row for row in rows if "forms" in row)["forms"], [row for row in rows if "forms" not in row]
+    forms, bare = next(row for row in rows if "forms" in row)["forms"], [row for row in rows if row["form"] == constitution.BARE]
+    rows = [row for row in rows if row["form"] == constitution.FORM]
     asked = {form: float(np.mean(of["agreement"])) for form, of in forms.items()}
     if max(asked, key=lambda form: asked[form]) != constitution.FORM:
         raise ValueError(f"the judge is asked by {constitution.FORM!r}, and not in the form that agrees best with the gold: {asked}")
@@ -337,11 +357,14 @@ def by_principles(rows: Rows) -> Verdict:
 
     people = [f"{name} {shown(crossed(gold(how, 'rater') - gold('sft')))}" for how, name in ways.items()]
     lengths = mean([even(row) for row in rows])
+    without = [float(np.mean(row["agreement"])) for row in bare]
+    added = mean([float(np.mean(row["agreement"])) - x for row, x in zip(rows, without)])
     first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}; with length "
         f"averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it agrees in {percent(lengths)}. "
+        f"Shown the same examples and no principles, it agrees in {percent(mean(without))}: what the principles add is {shown(added)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
         f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
         f"As many labels of the rater gain over SFT: {listed(people)}. "
@@ -352,6 +375,7 @@ def by_principles(rows: Rows) -> Verdict:
     evidence = [as_number(name, e, "gold") for name, e in found.items()] + [as_number("revisions over own answers", revised, "gold")]
     evidence += [as_number(name, share(key), "share") for key, name in SHARES.items()]
     evidence.append(as_number("judge and gold agree, length averaged out", lengths, "share"))
+    evidence += [as_number("judge and gold agree, examples alone", mean(without), "share"), as_number("what principles add", added, "share")]
     evidence += [Number(f"{form}, chosen among: agreement", value, "share") for form, value in asked.items()]
     evidence += [as_number(f"{name}, {arm}", crossed(gold(how, arm)), "gold") for how, name in ways.items() for arm in constitution.ARMS]
     evidence += [Number(f"reward model, {arm}: pairs ordered as the gold does", float(gold("right", arm).mean()), "share") for arm in constitution.ARMS]

@@ -275,13 +275,16 @@ def told(
     counts = f"Of {len(so)} comparisons {listed(parts)}"
     shown = words
     if len(so) + beside > MANY:
-        alike = Counter([each.difference().word for each in found] + ["not compared"] * len(failed))
-        notes = [listed([f"{n} {word}" for word, n in alike.most_common()])]
+        alike, notes = Counter([each.difference().word for each in found] + ["not compared"] * len(failed)), []
         if ended := sum(bool(each.limit) for each in found):
             notes.append(f"{ended} where the worse, or both, took the most epochs")
-        counts += f" ({'; '.join(notes)})"
         usual, n = Counter(so).most_common(1)[0]
         shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) and len(so) - n <= MANY else []
+        unsure = [each.difference().better for each, word in zip(found, words) if each.difference().word == UNDECIDED and word not in shown]
+        low, high = min((e.low for e in unsure), default=0), max((e.high for e in unsure), default=0)
+        said = {UNDECIDED: f" within [{low:+.2f}, {high:+.2f}]" * bool(unsure)}
+        notes = [listed([f"{k} {word}{said.get(word, '')}" for word, k in alike.most_common()]), *notes]
+        counts += f" ({'; '.join(notes)})"
     because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]

@@ -16,7 +16,8 @@
                  is trained further on these sentences, and for comparison on its own answers as they were
 
 How the judge is asked is chosen on comparisons of the seed TUNING, by agreement with the gold (`forms`): the choice that its
-author makes with a few labels of his own. No seed of the report has chosen anything.
+author makes with a few labels of his own. No seed of the report has chosen anything. Whether the principles matter then:
+the same comparisons with the two examples and no principles, BARE.
 
 Sources: Bai et al. 2022, Constitutional AI (arXiv:2212.08073); Lee et al. 2023, RLAIF (arXiv:2309.00267), who take the mean
 over both orders; Yang et al. 2023, RLCD (arXiv:2307.12950), whose two requests are the contrast.
@@ -54,6 +55,7 @@ EXAMPLES = (  # (A, B, which is better)
 )  # fmt: skip
 FORMS = ("choice", "few-shot", "opinion", "contrast")
 FORM = "few-shot"  # the best of `forms`; the rule holds it against the row
+BARE = "examples alone"  # FORM without the principles: a control, which labels nothing
 SIZE = "full"  # what of a reward model is trained
 ARMS = ("rater", "judge", "coin")  # who puts the comparisons in order
 WORDS = 40  # tokens of a criticism, at most
@@ -61,7 +63,7 @@ WORDS = 40  # tokens of a criticism, at most
 
 @dataclass(frozen=True)
 class Constitution:
-    """A row: of TUNING the agreement of all forms, of another seed all that is made of its labels."""
+    """A row: of TUNING the agreement of all forms, of another seed all that is made of its labels, or the agreement of BARE."""
 
     seed: int
     form: str = FORM
@@ -70,7 +72,7 @@ class Constitution:
 
 
 def runs() -> list[Constitution]:
-    return [Constitution(TUNING, "", ASKED), *map(Constitution, SEEDS)]
+    return [Constitution(TUNING, "", ASKED), *map(Constitution, SEEDS), *(Constitution(seed, BARE) for seed in SEEDS)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
@@ -101,9 +103,9 @@ def odds(rows: Sequence[Sequence[int]], words: tuple[str, str], batch_size: int 
     return found
 
 
-def choice(one: Sequence[str], other: Sequence[str], few: bool = False) -> np.ndarray:
+def choice(one: Sequence[str], other: Sequence[str], few: bool = False, principles: str = f"{PRINCIPLES} ") -> np.ndarray:
     """How much more the judge is for the one than for the other, [2, n]: with the one shown as A, and as B."""
-    encode, question = smollm2()[1].encode, f"{PRINCIPLES} Which of the two sentences is better?\n\nA: {{}}\nB: {{}}\n\n"
+    encode, question = smollm2()[1].encode, f"{principles}Which of the two sentences is better?\n\nA: {{}}\nB: {{}}\n\n"
     shown = "".join(f"{question.format(a, b)}Answer: {right}\n\n" for a, b, right in EXAMPLES)
 
     def odds_of(a: Sequence[str], b: Sequence[str]) -> np.ndarray:
@@ -136,6 +138,8 @@ def contrast(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
 def preferences(form: str, prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     """How much more the judge is for the first answer of each pair than for the second, [views, n]; with a choice in two views."""
     texts = [[p + pair[k] for p, pair in zip(prompts, pairs)] for k in (0, 1)]
+    if form == BARE:
+        return choice(*texts, few=True, principles="")
     if form in ("choice", "few-shot"):
         return choice(*texts, few=form == "few-shot")
     each = [opinion(texts[k]) if form == "opinion" else contrast(prompts, [pair[k] for pair in pairs]) for k in (0, 1)]
@@ -215,7 +219,7 @@ def examples(prompts: Sequence[str], answers: Sequence[str]) -> list[Example]:
 
 @np.errstate(all="ignore")  # of what breaks
 def run(settings: Constitution) -> Row:
-    """The row of TUNING: {"forms": {form: what `measured` gives}}. Of another seed what `measured` gives of FORM, and
+    """The row of TUNING: {"forms": {form: what `measured` gives}}. Of another seed what `measured` gives of BARE; or of FORM, and
 
     best, ppo     {arm: [HELD_OUT] the gold of the best of 16 answers by its reward model, and of its policy}
     right         {arm: the share of pairs of held-out answers that its reward model orders as the gold does}
@@ -228,6 +232,8 @@ def run(settings: Constitution) -> Row:
     if s.seed == TUNING:
         return rounded({"forms": {form: measured(form, prompts, pairs, gold)[1] for form in FORMS}})
     preferred, row = measured(s.form, prompts, pairs, gold)
+    if s.form == BARE:
+        return rounded(row)
     row |= {"best": {}, "ppo": {}, "right": {}}
     for arm in ARMS:
         model = chain.fit_judge(s.seed, SIZE, ordered(arm, s.seed, preferred))

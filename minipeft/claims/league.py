@@ -34,7 +34,7 @@ from .comparison import (
     way,
     worse,
 )
-from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, Fits, chosen, finder, reported, search, tuned, untrained
+from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, At, Fits, chosen, finder, reported, search, tuned, untrained
 from .register import Number, Verdict, claim, graded, listed, those
 from .searches import Searches
 from .standings import flops
@@ -54,6 +54,15 @@ def league(methods: Iterable[str], cases: Iterable[Case] = CASES) -> Searches:
     return Searches.of("league", [search(case.task, method, case.examples) for case in cases for method in methods])
 
 
+# adapters at one setting, that of the first: in another place, bent by another function (Lesson 5)
+AT_ONE_SETTING = Searches.of(
+    "league",
+    [
+        At(method, search(task, "bottleneck", 500))
+        for task in KEYS
+        for method in ("bottleneck", "pfeiffer", "parallel", "bottleneck-gelu", "bottleneck-silu")
+    ],
+)
 UNTRAINED = Searches.of("league", [untrained(task, n) for task in KEYS for n in (0, *SHOTS)])  # the base, asked
 
 

@@ -163,6 +163,17 @@ class Seen(NamedTuple):
         return self.of[0].start
 
 
+class At(NamedTuple):
+    """Another method at the setting that a search ended at: where two differ there, it is not in what their searches found."""
+
+    method: str
+    of: Search
+
+    @property
+    def start(self) -> Trial:
+        return replace(self.of.start, method=self.method)
+
+
 def search(
     task: str, method: str, examples: int, *, axes: tuple[str, ...] = AXES, longer: float = 1, **fixed: Any
 ) -> Search:
@@ -369,7 +380,7 @@ def tuned(find: Find, of: Search, seen: dict[Trial, float] | None = None) -> tup
     return climb(score, of.start, lambda trial: neighbors(trial, of.axes, of.most), LEAST)
 
 
-Choice = Search | Gentle | Fits | Seen | Trial  # how a trial is chosen; one without training, as it is
+Choice = Search | Gentle | Fits | Seen | At | Trial  # how a trial is chosen; one without training, as it is
 
 
 def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
@@ -378,6 +389,9 @@ def chosen(find: Find, of: Choice) -> tuple[Trial, list[Trial]]:
         return of, []
     if isinstance(of, Search):
         return tuned(find, of)
+    if isinstance(of, At):
+        best, unknown = tuned(find, of.of)
+        return replace(best, method=of.method), unknown
     if isinstance(of, Seen):
         seen: dict[Trial, float] = {}
         unknown = [trial for one in of.of for trial in tuned(find, one, seen)[1]]

@@ -44,6 +44,7 @@ from typing import Any
 
 from ..book.rows import OfLesson, of_lessons
 from ..claims import chain_tuning, large
+from ..claims.league import AT_ONE_SETTING
 from ..claims.register import (
     ROWS,
     VERDICTS,
@@ -301,10 +302,10 @@ def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None 
 
 
 def beside() -> list[Experiment]:
-    """Those quoted beside verdicts: the rates of the chain, and SmolLM2-135M, where it is on this machine."""
+    """Those quoted beside verdicts: adapters at one setting, the rates of the chain, and SmolLM2-135M, where it is on this machine."""
     if find_smollm2() is None:
         print(HOW_TO_GET, file=sys.stderr)
-    return [chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
+    return [AT_ONE_SETTING, chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
 
 
 def of_checkout() -> list[OfLesson]:
