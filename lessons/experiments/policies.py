@@ -26,7 +26,7 @@ from minipeft.claims.chain_rules import shown
 from minipeft.claims.mechanisms import best_rate
 from minipeft.claims.protocol import SEEDS, TUNING
 from minipeft.claims.statistics import crossed
-from minipeft.evaluation.intervals import Estimate
+from minipeft.evaluation.intervals import Estimate, mean
 from minipeft.experiments.rows import Row
 from minipeft.experiments.shipped import base
 
@@ -238,6 +238,23 @@ def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, st
         if row["seed"] == seed_of_samples and row["learning_rate"] == CHOSEN[row["method"]]:
             print(f"{row['method']}, seed {seed_of_samples}, gold {np.mean(row['gold']):.2f}", *row["samples"], sep="\n    ")
     return beside
+
+
+def show_readings(rows: list[Row]) -> dict[tuple[str, str, str], list[Estimate]]:
+    """{(one, other, question): of each reader, by how many of the pairs more the one was preferred, over the seeds}.
+
+    Each reader, a large language model, saw the first answers of the chain's base, SFT model and PPO (beta 0.05), four prompts
+    under ten seeds, in pairs: all in one random order, the two of a pair, too, and none of their sources. Of each pair it
+    answered "which is the better ending, if the wish was a kind ending: kind and peaceful, complete, says enough, does not
+    repeat itself?" and "which of the two makes more sense as a sentence?": 1 the one, -1 the other, 0 no preference.
+    """
+    found: dict[tuple[str, str, str], list[Estimate]] = {}
+    for row, what in ((row, what) for what in ("kind", "sense") for row in rows):
+        answers = np.array(row[what])  # [seeds, prompts]
+        net = mean(answers.mean(axis=1))
+        found.setdefault((row["of"], row["beside"], what), []).append(net)
+        print(f"reader {row['reader']}, {what}: {row['of']} in {(answers > 0).sum()}, {row['beside']} in {(answers < 0).sum()} of {answers.size}; net {shown(net)}")
+    return found
 
 
 def less(one: dict[str, np.ndarray], other: dict[str, np.ndarray], level: float = 0.95) -> dict[str, Estimate]:
