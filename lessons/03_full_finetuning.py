@@ -536,10 +536,10 @@ assert abs(in_parts / (memory_ledger(base, batch=4, seq_len=T).total + 4 * N) - 
 #   from, judged by the share of right choices. (Half of the test sentences are from one book, and all but one of the
 #   others from another: one fixed answer scores a half.)
 #
-# Beside the loss stand the numbers trained, bytes on the disk, what the tuning chose, the work of such a run (TFLOPs,
-# $10^{12}$ multiplications and additions), by how much the loss on general text has risen from the base's (`forgets`),
-# and the change in the share of general passages whose right ending it picks among four (`cloze`). Shown are, with
-# 500 examples, `full` and `head` (the output layer alone, a copy of the embedding table), and with 5,000 `scratch`, the
+# Beside the loss stand numbers trained, bytes on disk, what the tuning chose, the work of such a run (TFLOPs, $10^{12}$
+# multiplications and additions) and its seconds, by how much the loss on general text rose from the base's (`forgets`),
+# and the change in the share of general passages whose right ending it picks among four (`cloze`). Shown are, with 500
+# examples, `full` and `head` (the output layer alone, a copy of the embedding table), and with 5,000 `scratch`, the
 # same model from random weights.
 #
 # **Predict:** can the base with 50 examples match random weights with 5,000? And with 500?

@@ -10,11 +10,12 @@ from random import Random
 import numpy as np
 import pytest
 
-from minipeft.claims import comparison, forgetting, league, practice, protocol, searches
+from minipeft.claims import comparison, forgetting, league, practice, protocol, searches, seconds
 from minipeft.claims.comparison import Case, Pair, judged
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number, Verdict
 from minipeft.claims.searches import spread
+from minipeft.claims.speed import Pace
 from minipeft.claims.standings import as_text, matrix, pairs, so_far, standings
 from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import described
@@ -444,6 +445,18 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
     assert unmoved.verdict == HOLDS
     assert "full, rewrite, 50 examples: items alone" in unmoved.because
     assert rule.judge(filled(rule.experiment, {}, dict.fromkeys(TABLE, 1.0))).verdict == NOT
+
+
+def test_the_seconds_of_a_run_are_its_steps_by_their_pace(monkeypatch):
+    trial = Trial("rewrite", "scratch", 50, 1e-3, epochs=8, batch_size=4)
+    assert seconds.pace(trial) == Pace(0, ("full",), "rewrite", rounds=2, batch_size=4), "as full fine-tuning"
+    monkeypatch.setattr(seconds, "_measured", lambda: {("full", "rewrite", 4): 0.5})
+    assert seconds.seconds(trial) == 50 and seconds.seconds(replace(trial, batch_size=8)) is None
+
+
+def test_every_line_of_the_league_has_its_seconds():
+    for case in comparison.CASES:
+        assert all(line.seconds > 0 for line in standings(case)), "python -m minipeft claims --run all measures them"
 
 
 def test_a_task_without_choices_has_no_column_of_right_ones():

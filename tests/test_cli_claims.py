@@ -120,7 +120,8 @@ def test_the_league_table(capsys, monkeypatch):
     from minipeft.claims import searches
 
     status, out, err = output(capsys, "claims", "--league", "source", "--examples", 50)
-    head, *lines = out.splitlines()
+    head, *lines, _, measured = out.splitlines()
+    assert measured.startswith("seconds: ") and "threads" in measured
     assert (status, err) == (0, "") and head.split()[-2:] == ["cloze,", "%"] and {"full", "lora"} < {line.split()[0] for line in lines}
     found = json.loads(output(capsys, "claims", "--league", "source", "--examples", 50, "--json")[1])
     assert [one["method"] for one in found] == [line.split()[0] for line in lines]

@@ -2,12 +2,10 @@
 
     rate, epochs, batch    what the tuning chose, on validation
     FLOPs                  of one such run (`accounting.step_flops`, at the examples' mean length)
+    seconds                of its steps, on one machine (`seconds`)
     loss, right            on test, over seeds and items: nats per token; the share of right choices
     forgets, cloze         against the base: what the loss on held-out general text rose by (mean of the corpora, over the
                            seeds); the share of the general items answered right, less the base's
-
-No seconds: the rows keep none, for they may come from any machine, several runs at once. What a step takes is measured in
-Lesson 16 and by peft-3.
 
 Beside the table `pairs`: each method with each other, on the same items under the same seeds.
 """
@@ -29,6 +27,7 @@ from . import data, protocol
 from .comparison import KEYS, NEAR, UNITS, Case, Difference, compare
 from .protocol import TABLE, finder, untrained
 from .searches import Searches
+from .seconds import seconds
 
 
 class Standing(NamedTuple):
@@ -39,6 +38,7 @@ class Standing(NamedTuple):
     storage: int
     trial: protocol.Trial
     flops: float
+    seconds: float | None
     loss: Estimate
     right: Estimate | None
     forgets: Estimate
@@ -70,8 +70,8 @@ def _standing(find: protocol.Find, case: Case, method: str, search: protocol.Sea
     right = protocol.report(find, search, "right").mean if KEYS[case.task] == "right" else None
     config = None if method == "scratch" else TABLE[method].config(loss.trial.steps)
     return Standing(
-        method, rows[0]["trainable"], rows[0]["storage"], loss.trial, flops(config, loss.trial), loss.mean, right,
-        mean(risen), compare(cloze, kept, "cloze").better,
+        method, rows[0]["trainable"], rows[0]["storage"], loss.trial, flops(config, loss.trial), seconds(loss.trial),
+        loss.mean, right, mean(risen), compare(cloze, kept, "cloze").better,
     )  # fmt: skip
 
 
@@ -128,13 +128,13 @@ def so_far(methods: Iterable[str], examples: int = 500, rows: Any = None) -> str
 def as_text(lines: Sequence[Standing]) -> str:
     """Standings as a table, a line each."""
     with_right = any(line.right for line in lines)
-    head = ["method", "trained", "bytes", "rate", "epochs", "batch", "TFLOPs", "loss", *["right, %"] * with_right, "forgets", "cloze, %"]
+    head = ["method", "trained", "bytes", "rate", "epochs", "batch", "TFLOPs", "seconds", "loss", *["right, %"] * with_right, "forgets", "cloze, %"]
     cells = [head]
     for one in lines:
         t = one.trial
         cells.append([
             one.method, f"{one.trainable:,}", f"{one.storage:,}", f"{t.rate:.1e}", f"{t.epochs:g}", f"{t.batch_size}",
-            f"{one.flops / 1e12:.2f}", shown(one.loss, 3), *([shown(one.right, 1, 100)] if with_right else []), shown(one.forgets, 3),
+            f"{one.flops / 1e12:.2f}", "" if one.seconds is None else f"{one.seconds:.3g}", shown(one.loss, 3), *([shown(one.right, 1, 100)] if with_right else []), shown(one.forgets, 3),
             shown(one.cloze, 1, 100),
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*cells)]

@@ -9,13 +9,17 @@ task, the lesson's section and the rows.
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status
 is 1 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared,
 and they are taken one by one, whatever --executor says. --run all does so for all rows: those that decide statements,
-those that are quoted beside them, and, in a checkout, the lessons', as each lesson's --full does. By estimate (rows
+those that are quoted beside them, and, in a checkout, the lessons', as each lesson's --full does (but for two files of times
+that have commands of their own: lessons/experiments/growth.py, tests/benchmarks). By estimate (rows
 have no seconds) that takes fifty hours of one core, of which the league takes thirty; --executor 16 divides them
 among 16 processes: some five hours, as SmolLM2-135M's rows in Lesson 13 wait for each other.
 
 --recompute does so for a few rows drawn at random, each of another file, in about a minute of a core each: where a row is a
 whole cell, with its tuning and five seeds, for one of the seeds, at the rate that was tuned. Left out are times, which no two
 machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
+
+--league has the methods of the package but BitFit, as the base has no bias to train. With 50 and 5,000 examples it has six
+of them, and with 5,000 a model from random weights.
 
 examples:
   minipeft claims                                  the table of all
@@ -62,6 +66,7 @@ from ..claims.register import (
     rule_of,
     statements,
 )
+from ..claims.seconds import SECONDS
 from ..directory import locked
 from ..experiments.sweep import executor_of
 from ..hub.smollm2 import HOW_TO_GET, find_smollm2
@@ -187,6 +192,8 @@ def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
         lines["lesson"] = f"{rule.lesson}, {rule.section}"
         if rule.experiment:
             lines["rows"] = f"{rule.experiment.path().name}, {len(rule.experiment.rows())} rows"
+    if drawn(verdict):
+        lines["picture"] = f"minipeft claims {statement.id} --picture FILE.png draws the intervals"
     for name, line in lines.items():
         if line:
             out.print(filled(line, 100, f"{name:10}", 10 * " "))
@@ -230,12 +237,16 @@ def bounds(number: Number) -> list[float | None] | None:
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
-def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str) -> int:
-    """A forest plot: each number that has an interval, of the effect's unit, as a point and a line."""
+def drawn(verdict: Verdict) -> list[Number]:
+    """The numbers of a verdict's evidence that have an interval, in the effect's unit."""
     effect = verdict.effect
     numbers = [n for n in verdict.evidence if n.low is not None and effect and n.unit == effect.unit]
-    if effect and effect.low is not None and effect not in numbers:
-        numbers.insert(0, effect)
+    return numbers if not effect or effect.low is None or effect in numbers else [effect, *numbers]
+
+
+def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str) -> int:
+    """A forest plot: each number of `drawn` as a point and a line."""
+    numbers = drawn(verdict)
     if not numbers:
         print(f"{statement.id}: nothing to draw, for no number of its evidence has an interval")
         return 0
@@ -302,10 +313,11 @@ def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None 
 
 
 def beside() -> list[Experiment]:
-    """Those quoted beside verdicts: adapters at one setting, the rates of the chain, and SmolLM2-135M, where it is on this machine."""
+    """Those beside the statements': adapters at one setting, the league's seconds, the rates of the chain, and SmolLM2-135M, where it
+    is on this machine."""
     if find_smollm2() is None:
         print(HOW_TO_GET, file=sys.stderr)
-    return [AT_ONE_SETTING, chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
+    return [AT_ONE_SETTING, SECONDS, chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
 
 
 def of_checkout() -> list[OfLesson]:
@@ -320,6 +332,7 @@ def of_checkout() -> list[OfLesson]:
 def league(args: Arguments) -> int:
     """The league table of a task, or the pairs of its methods."""
     from ..claims.comparison import KEYS, SIZES, UNITS, Case
+    from ..claims.seconds import measured_on
     from ..claims.standings import as_text, matrix, pairs, standings
 
     examples = 500 if args.examples is None else args.examples
@@ -339,7 +352,7 @@ def league(args: Arguments) -> int:
     elif args.json:
         print_json([as_object(line) for line in lines])
     else:
-        print(matrix(case, beside) if args.pairs else as_text(lines))
+        print(matrix(case, beside) if args.pairs else f"{as_text(lines)}\n\nseconds: {measured_on()}")
     return 0
 
 
