@@ -35,7 +35,6 @@ from minipeft import diagrams, rlhf
 from minipeft.claims import constitution
 from minipeft.claims.chain_rules import CHAIN, CONSTITUTION, crossed, shown, those_of
 from minipeft.claims.chain_tuning import TUNED, rivals
-from minipeft.claims.searches import SPREADS
 from minipeft.experiments.rows import read_rows
 from minipeft.experiments.seeds import interval
 
@@ -138,7 +137,7 @@ zero, tied = (gold == 0).mean(), (gold[:, i] == gold[:, j]).mean()
 print(f"{zero:.0%} of the answers have no word that VADER knows, or a balance of them: gold 0; so {tied:.0%} of the pairs are tied")
 four = np.array([0.3, 0.2, 0.1, 0.25])
 first = np.bincount(rlhf.rank(np.tile(four, (20000, 1)), np.random.default_rng(2), temperature=0.1)[:, 0], minlength=4) / 20000
-assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=SPREADS * 0.5 / 20000**0.5), "Plackett and Luce"
+assert np.allclose(first, mp.functional.softmax(mp.Tensor(four / 0.1)).numpy(), atol=4 * 0.5 / 20000**0.5), "Plackett and Luce"
 
 # %% [markdown]
 # Between tied answers the noise decides, and the reward model learns from these coin flips, too. Accuracies below are
@@ -428,7 +427,7 @@ for votes in (1, 5, 25):
     majority = (lead + errors[:votes] > 0).mean(axis=0) > 0.5
     careless, biased = (np.mean(vote == (lead > 0)) for vote in (majority, lead + longer > 0))
     print(f"majority of {votes:2d}: careless judges are right in {careless:.2f}, those who like length in {biased:.2f}")
-assert careless > 0.9 and abs(biased - 0.75) < SPREADS * np.sqrt(0.75 * 0.25 / 20000), "who errs alike votes alike"
+assert careless > 0.9 and abs(biased - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 20000), "who errs alike votes alike"
 
 # %% [markdown]
 # Over 0.9 for careless ones, still 0.75 for the others. More labels average out random errors, as more judges do. A

@@ -56,6 +56,13 @@ class Way:
 WAYS = [Way(0.0, SEEDS[0]), *(Way(share, seed) for seed in SEEDS for share in (0.25, 0.5, 0.75, 1.0))]
 
 
+def of_items(rows: list[Row], base_row: Row) -> dict[str, np.ndarray]:
+    """The change of the share of general items right, of each kind of text, which take turns: {kind: [seeds]}."""
+    right, before = (np.array([row["cloze"] for row in some], float) for some in (rows, [base_row]))
+    kinds = base_row["general"]
+    return {kind: (right[:, i :: len(kinds)] - before[:, i :: len(kinds)]).mean(axis=1) for i, kind in enumerate(kinds)}
+
+
 @lru_cache(1)
 def far(trial: Trial) -> Any:
     """The model of a trial."""
