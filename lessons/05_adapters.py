@@ -461,13 +461,13 @@ assert all(reported("rewrite", m, "nll").trial.epochs == 4 for m in ("bottleneck
 #
 # With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`. One beside the MLP is 0.016
 # nats behind, one after it 0.061, but the latter's search ended with half of the epochs, at twice the rate. So we also
-# train all at one setting, the one that `bottleneck` ended at ("at one setting"). There, too, one beside the MLP is
-# 0.016 [0.010, 0.022] behind the two, and one after it 0.046 [0.039, 0.053], which is 0.030 [0.024, 0.035] more: the
-# setting made a quarter of the difference, the place the rest. So here beside the MLP is better than after it, as He et
-# al. find. Their other finding, the MLP rather than attention, is not tried. On `source` two adapters are equal to the
-# one after the MLP and barely better than the one beside it, by 0.014 [0.000, 0.028], which is undecided at the level
-# for six comparisons (Lesson 3). At one setting nothing is clear: all three differ by less than 0.02, but for the two
-# and the one after the MLP, -0.011 [-0.027, 0.006].
+# train all at one setting, the one that `bottleneck` ended at ("at one setting"). There one beside the MLP is 0.016
+# [0.010, 0.022] behind the two (the same runs, as its search ended there, too), and one after it 0.046 [0.039, 0.053].
+# That is 0.030 [0.024, 0.035] more, in place of 0.045: the setting made a third of that, the place the rest. So here
+# beside the MLP is better than after it, as He et al. find. Their other finding, the MLP rather than attention, is not
+# tried. On `source` two adapters are equal to the one after the MLP and barely better than the one beside it, by 0.014
+# [0.000, 0.028], which is undecided at the level for six comparisons (Lesson 3). At one setting two of the three pairs
+# are equal, and the one after the MLP beside the two adapters is undecided: -0.011 [-0.027, 0.006].
 #
 # Does the bend matter? ReLU stands in all of these; GELU and SiLU (section 1) are `bottleneck-gelu` and
 # `bottleneck-silu`. Each tuned for itself, on `rewrite` they are 0.022 [0.008, 0.035] and 0.023 [0.015, 0.030] nats

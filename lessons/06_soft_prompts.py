@@ -333,9 +333,9 @@ figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 # element of words moved by 0.13, about its usual size, of a random vector by 0.20, a fifth of its own.) Cut to the
 # length of embeddings, random vectors at 0.03 close most of the gap: most of it was one of size. What the direction
 # adds, 0.022 ± 0.071, is undecided. If size is all, the rate *over the size of the start's elements* counts. Then a
-# random start needs nine times the rate of words, and random at 0.3 does as small at 0.033 (less small at 0.03: -0.075
-# ± 0.080). The verdict below compares words (`prompt`), random and small (`prompt-random`, `prompt-small`), each tuned.
-# On `rewrite` words are clearly behind random, but not at the level for six comparisons (Lesson 3).
+# random start needs nine times the rate of words, and random at 0.3 does as small at 0.033 (beside small at 0.03:
+# -0.075 ± 0.080). The verdict below compares words (`prompt`), random and small (`prompt-random`, `prompt-small`), each
+# tuned. On `rewrite` words are clearly behind random, but not at the level for six comparisons (Lesson 3).
 #
 # LoRA and an adapter start as the base: what they add is zero at first.
 #

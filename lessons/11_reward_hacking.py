@@ -264,7 +264,7 @@ if not REDUCED:
 # What changes the paper's curve? With a larger judge $b$ is smaller, and the gold turns later. More comparisons make a
 # better judge; those from fewer than about 2,000 are hardly better than chance. And RL spends far more KL than the best
 # of $n$ for the same gain of gold, and for the same loss of it. An objective with a price does not ask for that: its
-# optimum has the most proxy of all policies at its KL. Below, without a price, it has less proxy (on training prompts)
+# optimum has the most proxy of all policies at its KL. Below, without a price, PPO has less proxy (on training prompts)
 # than the best of 16 (on held-out ones) at that one's KL. And KL counts every change, also one that no score sees: it
 # does not compare methods.
 #
@@ -373,7 +373,7 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # full, 2,000, it clearly falls from update 16 on (below), and as we read the answers, it shows: "God is God to God to
 # God". With all five the best of 16 has clearly more gold than PPO's end. Fitted to these runs, the paper's $a$ and $b$
 # are both clearly positive along the best of $n$ with every judge ($b$ of full: 0.04, 0.04 and 0.02 from 100, 600 and
-# 2,000), along PPO with full, 2,000, alone (0.04 and 0.02). So only there this form rises, then turns. That these
+# 2,000), along PPO with full, 2,000, alone (0.04 and 0.02). Of PPO's, only that rise and turn is clear. That these
 # judges mislead is not shown: no coin's labels ran without a price.
 
 # %% [markdown]

@@ -117,7 +117,7 @@ def shown(values):
 for task, method in product(("rewrite", "source"), ("full", "lora", "qlora", "bottleneck")):
     lost = kinds(reported := of(tuned(find, search(task, method, 500))[0]))
     print(f"forgotten after {task}, {method}: " + ", ".join(f"{kind} {shown(values)}" for kind, values in lost.items()))
-    print("    items: " + ", ".join(f"{kind} {shown(values)}" for kind, values in forgetting.of_items(reported, start).items()))
+    print("    items (below): " + ", ".join(f"{kind} {shown(values)}" for kind, values in forgetting.of_items(reported, start).items()))
     assert all(below(lost["wordnet"], values) for kind, values in lost.items() if kind != "wordnet"), "WordNet loses least"
     assert all(below(0 * values, values) for values in lost.values()), "all four lose"
 lost = kinds(of(trial))
@@ -127,7 +127,7 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # All four, and not equally. After `rewrite` the King James Bible and the novels lose most. King James English is the
 # task's *input*, but the loss is on the answers alone, so nothing asks the model to go on predicting it. The Bible in
 # Basic English, which is like the answers, loses less. WordNet loses least, after both tasks, with LoRA, QLoRA and
-# adapters, too. (Each kind is 16 blocks of 128 tokens, the same for all runs; the interval is of the seeds alone.)
+# adapters, too. (Each kind is 16 blocks of 128 tokens, the same for all; the interval is of the seeds alone.)
 #
 # The verdicts count what is nearer to use, *general items*: 640 held-out passages of the four kinds, each with four
 # ways to go on, one of them right. Differences are in the share of items right (negative: fewer). (Prompts and prefixes
@@ -514,8 +514,8 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # >
 # > (5 seeds, 640 test items)
 #
-# > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (6
-# > undecided within [-0.02, +0.04] and 2 better). 0.25 general blocks an example beside none, lora, rewrite, 500
+# > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (2 better
+# > and 6 undecided within [-0.02, +0.04] of items). 0.25 general blocks an example beside none, lora, rewrite, 500
 # > examples: better (+0.030 [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general block an example
 # > beside none, lora, rewrite, 500 examples: better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]).
 # > (5 seeds, 640 test items)

@@ -183,7 +183,7 @@ assert [*tenths] == ["lora: steps", "lora: FLOPs", "lora: seconds"] and tenths["
 # chosen by one search on validation. What is printed comes from 512 test items and five other seeds, and ± is half of a
 # 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text rose;
 # "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the chosen
-# run computes, "seconds" what it takes (AMD EPYC, 2 threads).
+# run computes, "seconds" what its steps take (AMD EPYC, 2 threads).
 #
 # **Predict:** on each task, does the choice of the method matter more with 50 examples or with 5,000?
 
@@ -430,11 +430,12 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # > (5 seeds, 512 test items)
 #
 # > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons 16 are as stated, 1 is not and 1 is not told (16
-# > better, 1 undecided and 1 equal; 10 where the worse, or both, took the most epochs). Lora beside bottleneck, source,
+# > better, 1 equal and 1 undecided; 10 where the worse, or both, took the most epochs). Lora beside bottleneck, source,
 # > 50 examples: undecided (+0.004 [-0.030, +0.037]), not told; lora beside bottleneck, source, 500 examples: equal
-# > (+0.004 [-0.005, +0.012]). Of 12 comparisons 11 are as stated and 1 is not (4 equal, 3 better, 3 undecided within
-# > [-0.02, +0.15], 1 worse and 1 better, by less than 0.02; 4 where the worse, or both, took the most epochs). Lora
-# > beside full, rewrite, 5000 examples: worse, both within 1 epoch (-0.112 [-0.123, -0.102]). (5 seeds, 512 test items)
+# > (+0.004 [-0.005, +0.012]). Of 12 comparisons 11 are as stated and 1 is not (4 equal, 3 better, 1 worse, 1 better, by
+# > less than 0.02 and 3 undecided within [-0.02, +0.15] of items; 4 where the worse, or both, took the most epochs).
+# > Lora beside full, rewrite, 5000 examples: worse, both within 1 epoch (-0.112 [-0.123, -0.102]). (5 seeds, 512 test
+# > items)
 
 # %% [markdown]
 # ## 5 · And the other two jobs

@@ -15,7 +15,6 @@ from minipeft.claims.comparison import Case, Pair, judged
 from minipeft.claims.protocol import TABLE, Trial, search, untrained
 from minipeft.claims.register import HOLDS, IF, NOT, RULES, UNTESTABLE, UNTRIED, Number, Verdict
 from minipeft.claims.searches import spread
-from minipeft.claims.speed import Pace
 from minipeft.claims.standings import as_text, matrix, pairs, so_far, standings
 from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import described
@@ -309,6 +308,8 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     assert bad.because.startswith("Of 10 comparisons 1 is as stated and 9 are not (9 worse and 1 better). A beside b, case 3: better")
     lost = comparison.told(found, comparison.better, "source", [f"a beside b, case {i}: b diverged" for i in range(16, 31)]).because
     assert lost == "Of 31 comparisons 13 are as stated, 3 are not and 15 are not told (15 not compared, 13 better and 3 worse)."
+    unsure = comparison.told([one._replace(other=found[i - 1].one) for i, one in enumerate(found[:8])], comparison.better, "source").because
+    assert "1 better and 6 undecided within [-0.63, +0.48] of items). A beside b, case 0: worse" in unsure, "their range, as they are not shown"
     limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
     assert limited.because == "Of 13 comparisons 13 are as stated (13 better; 13 where the worse, or both, took the most epochs)."
     joined = comparison.both(few, many).because
@@ -449,9 +450,9 @@ def test_general_items_tell_more_than_general_text_where_it_misleads():
 
 def test_the_seconds_of_a_run_are_its_steps_by_their_pace(monkeypatch):
     trial = Trial("rewrite", "scratch", 50, 1e-3, epochs=8, batch_size=4)
-    assert seconds.pace(trial) == Pace(0, ("full",), "rewrite", rounds=2, batch_size=4), "as full fine-tuning"
-    monkeypatch.setattr(seconds, "_measured", lambda: {("full", "rewrite", 4): 0.5})
-    assert seconds.seconds(trial) == 50 and seconds.seconds(replace(trial, batch_size=8)) is None
+    monkeypatch.setattr(seconds, "measured", lambda: {("full", "rewrite", 4): 0.5})
+    assert seconds.seconds(trial) == 50, "from random weights as in full fine-tuning"
+    assert seconds.seconds(replace(trial, batch_size=8)) is None
 
 
 def test_every_line_of_the_league_has_its_seconds():

@@ -54,8 +54,9 @@ def evidence(verdict: Verdict) -> dict[str, Number]:
 @pytest.fixture
 def short(monkeypatch):
     """No neighbor is better by enough: a search ends after three rates."""
-    for module in (intrinsic_dimension, memorization, width, speed):
+    for module in (intrinsic_dimension, memorization, speed):
         monkeypatch.setattr(module, "LEAST", 100.0)
+    monkeypatch.setattr(width, "best_rate", lambda loss, rate: best_rate(loss, rate, 100.0))
 
 
 # --------------------------------------------------------------------------------------------------------- what is shared

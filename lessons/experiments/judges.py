@@ -34,7 +34,9 @@ class Run:
     learning_rate: float = 2e-3
 
 
-UNTRAINED, FEWEST, FEW, CLEAN, NOISY = KINDS = (0, 0.0), (100, 0.0), (500, 0.0), (2000, 0.0), (2000, 0.25)
+UNTRAINED, FEWEST, FEW, CLEAN, NOISY = (0, 0.0), (100, 0.0), (500, 0.0), (2000, 0.0), (2000, 0.25)
+MANY_NOISY, BY_1_2F, BY_VARIANCE = (6000, 0.25), (1500, 0.0), (730, 0.0)  # and as many clean ones as it is worth by two rules
+KINDS = UNTRAINED, FEWEST, FEW, BY_VARIANCE, BY_1_2F, CLEAN, NOISY, MANY_NOISY
 RUNS = [Run(n, flip, seed) for seed in range(5) for n, flip in KINDS]
 
 
@@ -154,7 +156,7 @@ def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
         xscale="log", xlabel=f"rankings of {K} (each {len(I)} pairs)", ylabel="held-out accuracy against the gold",
         title=f"What labels are worth ({len(kinds[CLEAN])} seeds)",
     )  # fmt: skip
-    axis.set_xticks([100, 500, 2000], ["100", "500", "2000"])
+    axis.set_xticks([100, 500, 2000, 6000], ["100", "500", "2000", "6000"])
     axis.minorticks_off()
     axis.legend(frameon=False)
     return figure

@@ -280,10 +280,15 @@ def told(
             notes.append(f"{ended} where the worse, or both, took the most epochs")
         usual, n = Counter(so).most_common(1)[0]
         shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) and len(so) - n <= MANY else []
-        unsure = [each.difference().better for each, word in zip(found, words) if each.difference().word == UNDECIDED and word not in shown]
-        low, high = min((e.low for e in unsure), default=0), max((e.high for e in unsure), default=0)
-        said = {UNDECIDED: f" within [{low:+.2f}, {high:+.2f}]" * bool(unsure)}
-        notes = [listed([f"{k} {word}{said.get(word, '')}" for word, k in alike.most_common()]), *notes]
+        unsure = [(each, word) for each, word in zip(found, words) if each.difference().word == UNDECIDED]
+        if all(word in shown for _, word in unsure):
+            unsure = []
+        ends: dict[str, list[float]] = {}
+        for each, _ in unsure:
+            ends.setdefault("nats" if each.key == "nll" else "of items", []).extend(each.difference().better[1:])
+        within = ", ".join(f"[{min(x):+.2f}, {max(x):+.2f}] {unit}" for unit, x in ends.items())
+        order = sorted(alike.most_common(), key=lambda one: one[0] == UNDECIDED)
+        notes = [listed([f"{k} {word}" for word, k in order]) + f" within {within}" * bool(within), *notes]
         counts += f" ({'; '.join(notes)})"
     because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]

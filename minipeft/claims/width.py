@@ -12,8 +12,8 @@ Sources: Yang et al. 2022, Tensor Programs V (arXiv:2203.03466): in the usual pa
 matrices falls as 1 / width, a = 1; that for embeddings and norms does not. Rates 1e-5 to 5e-5: Devlin et al. 2019, BERT
 (arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5), and the textbooks after it.
 
-Departures: pretraining is short (153,600 tokens), so that the start is far from what a 7B model has seen; one depth; all
-weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. At 576 it is
+Departures: pretraining is short (153,600 tokens; at one width also ten times as many), so that the start is far from what a
+7B model has seen; one depth; all weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. At 576 it is
 compared with SmolLM2-135M (`large`; 30 layers), which others have pretrained.
 """
 
@@ -36,10 +36,12 @@ from ..text.corpora import general_text
 from ..text.examples import Example, chunk_text, encode_documents
 from . import data
 from .mechanisms import ByItem, best_rate, curve, curves, geometric, graded, judged, loss_on, steps_of, train
-from .protocol import LEAST, SEEDS
+from .protocol import SEEDS
 from .register import Verdict, claim, listed
 
 WIDTHS = 32, 64, 128, 256
+BRIEF, LONG = 150, 1500  # steps of pretraining: of all widths; and, to see what a longer one changes, at width BESIDE
+BESIDE = 128  # the shipped base's
 SMALL, SEVEN_B, RANGE = 576, 4096, (1e-5, 5e-5)
 MUCH = 1 / 2  # a rate below this share of another is much smaller
 
@@ -50,7 +52,7 @@ class Width:
 
     width: int
     seed: int
-    pretraining_steps: int = 150  # of `blocks` blocks of `length` tokens
+    pretraining_steps: int = BRIEF  # of `blocks` blocks of `length` tokens
     blocks: int = 8
     length: int = 128
     examples: int = 500
@@ -61,7 +63,7 @@ class Width:
 
 def runs() -> list[Width]:
     """All cells of the widths that are pretrained here."""
-    return [Width(width, seed) for width in WIDTHS for seed in SEEDS]
+    return [Width(width, seed) for width in WIDTHS for seed in SEEDS] + [Width(BESIDE, seed, LONG) for seed in SEEDS]
 
 
 def shape(width: int, tokenizer: Any, layers: int = 4) -> TransformerConfig:
@@ -99,7 +101,7 @@ def run(settings: Width) -> Row:
         models[rate] = model
         return None if done is None else loss_on(model, held_out, tokenizer.pad_token_id)
 
-    best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width), LEAST)
+    best, tried = best_rate(pretrain, 2.0**-8 * min(1.0, 128 / s.width))
     row, start = {"pretraining": best, "pretraining_rates": curve(tried)}, models[best]
     models.clear()
 
@@ -111,7 +113,7 @@ def run(settings: Width) -> Row:
         done = train(model, drawn, rate, steps, s.batch_size, s.seed, pad_token_id=tokenizer.pad_token_id)
         return None if done is None else loss_on(model, validation, tokenizer.pad_token_id)
 
-    best, tried = best_rate(tune, 2.0 ** round(math.log2(at_width(METHODS["full"].learning_rate, start))), LEAST)
+    best, tried = best_rate(tune, 2.0 ** round(math.log2(at_width(METHODS["full"].learning_rate, start))))
     return row | {"full": best, "full_rates": curve(tried)}
 
 
@@ -152,11 +154,16 @@ class Law:
         return geometric(self.offsets + self.slopes * math.log2(width))
 
 
-def table(rows: Sequence[Mapping[str, Any]], of: str) -> tuple[list[int], np.ndarray]:
-    """(widths, best rates [seeds, widths], between the lattice's) of "pretraining" or "full" fine-tuning."""
+def table(rows: Sequence[Mapping[str, Any]], of: str, steps: int = BRIEF) -> tuple[list[int], np.ndarray]:
+    """(widths, best rates [seeds, widths], between the lattice's) of "pretraining" or "full" fine-tuning, after so much pretraining."""
+    rows = [row for row in rows if row["pretraining_steps"] == steps]
     widths, seeds = (sorted({row[key] for row in rows}) for key in ("width", "seed"))
     found = {(row["seed"], row["width"]): vertex(curves({"rates": row[f"{of}_rates"]})[0], row[of]) for row in rows}
     return widths, np.array([[found[seed, width] for width in widths] for seed in seeds])
+
+
+def _times(e: Estimate) -> str:
+    return f"{e.value:.1f}{'' if e.low is None else f' [{e.low:.1f}, {e.high:.1f}]'} times"
 
 
 def _overlap(a: Estimate, low: float, high: float) -> bool:
@@ -168,8 +175,9 @@ EXPERIMENT = ByItem("width", run, runs, tolerance=0.1)
 
 @claim("full-3", lesson="14_best_practices.py", section="2 · The learning rate", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Holds if at every width, 32 to 256, the best rate of full fine-tuning is clearly below half of pretraining's, and the rate predicted
-    at a 7B model's width (its interval) meets 1e-5 to 5e-5; holds if some of this is so; does not hold here if nothing is."""
+    """Holds if at every width, 32 to 256, and at 128 after ten times the pretraining, the best rate of full fine-tuning is clearly below
+    half of pretraining's, and the rate predicted at a 7B model's width (its interval) meets 1e-5 to 5e-5; holds if some of this is so;
+    does not hold here if nothing is."""
     (widths, tuning), (_, before) = table(rows, "full"), table(rows, "pretraining")
     laws = {"fine-tuning": Law(widths, tuning), "pretraining": Law(widths, before)}
     evidence = {f"a of {name}": law.exponent for name, law in laws.items()}
@@ -177,14 +185,22 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     for i, width in enumerate(widths):
         evidence[f"fine-tuning over pretraining, width {width}"] = ratio = geometric(np.log2(tuning[:, i] / before[:, i]))
         cases[f"a rate much smaller than pretraining's at width {width}"] = ratio.high is not None and ratio.high < MUCH
+    longer, pretrained = (table(rows, of, LONG)[1][:, 0] for of in ("full", "pretraining"))
+    evidence[f"fine-tuning over pretraining, width {BESIDE}, {LONG // BRIEF} times as long"] = ratio = geometric(np.log2(longer / pretrained))
+    cases["a rate much smaller than pretraining's after a longer one"] = ratio.high is not None and ratio.high < MUCH
+    evidence[f"best rate at width {BESIDE}, {LONG // BRIEF} times as long over briefly"] = fell = geometric(
+        np.log2(longer / tuning[:, widths.index(BESIDE)])
+    )
     there = laws["fine-tuning"].at(SEVEN_B)
     cases[f"1e-5 to 5e-5 at width {SEVEN_B}"] = _overlap(there, *RANGE)
     evidence |= {f"at width {SEVEN_B}": there, f"at width {SMALL}": laws["fine-tuning"].at(SMALL)}
     ratios = [evidence[f"fine-tuning over pretraining, width {width}"] for width in widths]
+    so = [cases[f"a rate much smaller than pretraining's at width {width}"] for width in widths]
     because = (
-        f"At widths {listed([*map(str, widths)])} the best rate of fine-tuning is {listed([f'{r.value:.1f}' for r in ratios])} times pretraining's, clearly "
-        f"less than half at {sum(so for case, so in cases.items() if 'smaller' in case)} of {len(widths)}. It falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
-        f"to {there.value:.1e}{'' if there.low is None else f' [{there.low:.1e}, {there.high:.1e}]'} at width {SEVEN_B}."
+        f"After a brief pretraining at widths {listed([*map(str, widths)])} the best rate of fine-tuning is {listed([f'{r.value:.1f}' for r in ratios])} "
+        f"times pretraining's, clearly less than half at {sum(so)} of {len(widths)}. It falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
+        f"to {there.value:.1e}{'' if there.low is None else f' [{there.low:.1e}, {there.high:.1e}]'} at width {SEVEN_B}. "
+        f"At {BESIDE}, after {LONG // BRIEF} times the pretraining, it is {ratio.value:.1f} times pretraining's, and {_times(fell)} the briefly pretrained model's."
     )
     effect = f"predicted at width {SEVEN_B}", there, "rate"
     return judged(graded(cases), because, *effect, evidence, 256, "pretraining, then source; 256 validation records")
