@@ -13,8 +13,8 @@ matrices falls as 1 / width, a = 1; that for embeddings and norms does not. Rate
 (arXiv:1810.04805, appendix A.3: 2e-5 to 5e-5), and the textbooks after it.
 
 Departures: pretraining is short (153,600 tokens; at one width also ten times as many), so that the start is far from what a
-7B model has seen; one depth; all weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction is an extrapolation. At 576 it is
-compared with SmolLM2-135M (`large`; 30 layers), which others have pretrained.
+7B model has seen; one depth; all weights have the same rate and no muP; 4096 is 16 times beyond the widest, so the prediction
+is an extrapolation. At 576 it is compared with SmolLM2-135M (`large`; 30 layers), which others have pretrained.
 """
 
 from __future__ import annotations
