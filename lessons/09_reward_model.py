@@ -10,8 +10,8 @@
 # You need Lessons 3 and 4 (LoRA), and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Section 6 and the end of
 # section 5 use Lesson 10's chain, and say what they need of it. Reading takes about 25 minutes (200 words or 25 lines
 # of code a minute, up to the quiz). Run it with `python lessons/09_reward_model.py` (half a minute on two cores), or
-# open it as a notebook. With `--full` it computes the runs missing in `lessons/results/09_reward_model.jsonl` (all: twenty
-# minutes).
+# open it as a notebook. With `--full` it computes the runs missing in `lessons/results/09_reward_model.jsonl` (all:
+# twenty minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` trains on less; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -304,7 +304,7 @@ for pair, difference in gain.items():
 assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low and gain[FEW, FEWEST].low < 0, "100 rankings teach nothing clear"
 assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
 assert all(gain[rule].low < 0 < gain[rule].high for rule in ((NOISY, FEW), (MANY_NOISY, BY_1_2F))), "as a quarter as many"
-assert gain[MANY_NOISY, BY_VARIANCE].low > 0.08, "but clearly other than by the variance of a label"
+assert gain[MANY_NOISY, BY_VARIANCE].low > 0.08, "but clearly more than by the variance of a label"
 right = 1 / (1 + np.exp(-abs(held_gold[:, i] - held_gold[:, j]) / 0.1))  # our rater, pair by pair; 0.5 where the gold is tied
 varies = [1 - ((2 * p - 1) ** 2).mean() for p in (right, 0.25 + 0.5 * right)]  # the variance of a label, 1 or -1
 print(f"with a quarter turned round the label of a given pair varies {varies[1] / varies[0]:.2f} times as much")
@@ -316,11 +316,11 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # %% [markdown]
 # 500, by the rule. In one pass a hundred rankings teach nothing clearly better than a coin. 500 order 0.54 [0.51, 0.56]
 # of the pairs rightly: clearly more than a coin, not clearly more than 100. 2,000 clean ones order 0.68 [0.66, 0.70].
-# (A step has eight rankings; more steps alone: not tried.) With a quarter turned round 2,000 lose 0.15, and are not
-# told from 500. Another rule takes as noise only the variance of a given pair's label, which grows 2.05 times:
-# $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part. These are not told from 1,500 clean ones, by the rule
-# (+0.03 [-0.04, 0.09]), and clearly more than 730, by the other (+0.12 [0.09, 0.14]): refuted. Intervals are over seeds
-# and prompts.
+# With a quarter turned round 2,000 lose 0.15, and are not told from 500. Another rule takes as noise only the variance
+# of a given pair's label, which grows 2.05 times: $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part. These
+# are not told from 1,500 clean ones, by the rule (+0.03 [-0.04, 0.09]), and order clearly more than 730, by the other
+# (+0.12 [0.09, 0.14]): refuted, unless their steps (one of eight rankings) do it alone. Intervals are over seeds and
+# prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's training labelers agreed in 73 % (section 3.4).
 # Let each be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 -

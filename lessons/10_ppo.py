@@ -436,11 +436,12 @@ assert all(e.low > 0 for what in ("kind", "sense") for e in seen["SFT", "base", 
 # gold than SFT, its start (by 0.12), than SFT at ten times its rate (0.07) and on the preferred answers (0.08). Without
 # a price it is not told from SFT.
 #
-# Do readers see it? A large language model, asked twice, read forty pairs blind (of four prompts). As *kind endings* it
-# preferred PPO's in 24 and 22, SFT's in 10 and 12 (clear over seeds); for *sense*, neither. SFT's it preferred to the
-# base's in 35 and 37, in sense, too. As we read them, PPO's, DPO's and the best of 16's answers have kinder words:
-# glad, faith, peace. All printed ones end (of the 512, 92 % of SFT's, 99 % of PPO's, 4 % of the base's). Of the gold's
-# three parts PPO clearly gains ends and kinder words (VADER, from -1 to 1), and a little in *form*, the middle three.
+# Is it seen? A large language model, asked twice, read forty pairs blind (of four prompts). As *kind endings* it
+# preferred PPO's in 24 and 22, SFT's in 10 and 12 (clear over seeds, not prompts); for *sense*, neither. SFT's it
+# preferred to the base's in 35 and 37, in sense, too. As we read them, PPO's, DPO's and the best of 16's answers have
+# kinder words: glad, faith, peace. All printed end (of the 512, 92 % of SFT's, 99 % of PPO's, 4 % of the base's). Of
+# the gold's three parts PPO clearly gains ends and kinder words (VADER, from -1 to 1), and a little in *form*, the
+# middle three.
 
 # %% [markdown]
 # > `rlhf-2` three stages: SFT on demonstrations, a reward model, PPO against it: **holds**. 6 of 6 links are there. In

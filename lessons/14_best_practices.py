@@ -331,7 +331,7 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 
 # %% [markdown]
 # The training loss falls on. At the chosen rate twice as many epochs have a higher loss on validation wherever they
-# were allowed. (With 5,000 no more were.) (Only there can the search end.) On `rewrite` the loss on validation turns
+# were allowed. (With 5,000 no more were; and only there can the search end.) On `rewrite` the loss on validation turns
 # after 16 epochs of 50 examples, and after 2 of 500.
 #
 # But a rate suits a length. In `best-6` three more searches start from one epoch, from four, and from the most, twice

@@ -183,7 +183,7 @@ assert [*tenths] == ["lora: steps", "lora: FLOPs", "lora: seconds"] and tenths["
 # chosen by one search on validation. What is printed comes from 512 test items and five other seeds, and ± is half of a
 # 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text rose;
 # "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the chosen
-# run computes, "seconds" what its steps take (AMD EPYC, 2 threads).
+# run computes, "seconds" what its steps take on one machine.
 #
 # **Predict:** on each task, does the choice of the method matter more with 50 examples or with 5,000?
 

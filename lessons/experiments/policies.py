@@ -243,9 +243,9 @@ def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, st
 def show_readings(rows: list[Row]) -> dict[tuple[str, str, str], list[Estimate]]:
     """{(one, other, question): of each reader, by how many of the pairs more the one was preferred, over the seeds}.
 
-    Each reader, one large language model that began anew, saw the first answers of the chain's base, SFT model and PPO (beta 0.05), four prompts
-    under ten seeds, in pairs: all in one random order, the two of a pair, too, and none of their sources. Of each pair it
-    answered "which is the better ending, if the wish was a kind ending: kind and peaceful, complete, says enough, does not
+    Each reader, one large language model that began anew, saw the first answers of the chain's base, SFT model and PPO (beta
+    0.05), four prompts under ten seeds, in pairs: all in one random order, the two of a pair, too, and none of their sources. Of
+    each pair it answered "which is the better ending, if the wish was a kind ending: kind and peaceful, complete, says enough, does not
     repeat itself?" and "which of the two makes more sense as a sentence?": 1 the one, -1 the other, 0 no preference.
     """
     found: dict[tuple[str, str, str], list[Estimate]] = {}
