@@ -23,7 +23,7 @@ import numpy as np
 from ..evaluation.intervals import Estimate, mean
 from . import chain, chain_tuning, constitution
 from .chain import BETAS, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
-from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed
+from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed, measured
 from .statistics import crossed, spreads
 
 Rows = Sequence[Mapping[str, Any]]
@@ -151,9 +151,9 @@ def summary(name: str, rows: Rows, keys: Sequence[str] = ("gold", "kl")) -> list
     if not whole:
         return []
     last = [row["checks"][LAST] if "checks" in row else row for row in whole]
-    means = {key: float(np.mean([one[key] for one in last])) for key in ("kind", "form", "ended", "distinct_2") if key in last[0]}
+    shares = [key for key in ("kind", "form", "ended", "distinct_2") if key in last[0]]
     numbers = [as_number(f"{name}: {key}", crossed(items(whole, key))) for key in keys]
-    return numbers + [Number(f"{name}: {key}", value) for key, value in means.items()]
+    return numbers + [measured(f"{name}: {key}", [one[key] for one in last]) for key in shares]
 
 
 def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -279,7 +279,7 @@ def exploited(rows: Rows) -> Verdict:
         )
         right = np.array([row["accuracy"][0] for row in many])
         evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise)]
-        evidence += [Number(f"{name}: pairs ordered as the gold does", float(right.mean()), "share")]
+        evidence += [measured(f"{name}: pairs ordered as the gold does", right.tolist(), "share")]
         evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
         evidence += [as_number(f"{name}: {x} of Gao et al., {how}", e) for how, ab in gao_of(rows, size, n).items() for x, e in zip("ab", ab)]
     if not falls:
@@ -329,8 +329,8 @@ def by_principles(rows: Rows) -> Verdict:
     otherwise. (A coin's labels may do harm: to be above it alone is no gain.)"""
     forms, bare = next(row for row in rows if "forms" in row)["forms"], [row for row in rows if row["form"] == constitution.BARE]
     rows = [row for row in rows if row["form"] == constitution.FORM]
-    asked = {form: float(np.mean(of["agreement"])) for form, of in forms.items()}
-    if max(asked, key=lambda form: asked[form]) != constitution.FORM:
+    asked = {form: mean(of["agreement"]) for form, of in forms.items()}
+    if max(asked, key=lambda form: asked[form].value) != constitution.FORM:
         raise ValueError(f"the judge is asked by {constitution.FORM!r}, and not in the form that agrees best with the gold: {asked}")
 
     def gold(how: str, arm: str = "") -> np.ndarray:
@@ -376,9 +376,9 @@ def by_principles(rows: Rows) -> Verdict:
     evidence += [as_number(name, share(key), "share") for key, name in SHARES.items()]
     evidence.append(as_number("judge and gold agree, length averaged out", lengths, "share"))
     evidence += [as_number("judge and gold agree, examples alone", mean(without), "share"), as_number("what principles add", added, "share")]
-    evidence += [Number(f"{form}, chosen among: agreement", value, "share") for form, value in asked.items()]
+    evidence += [as_number(f"{form}, chosen among: agreement", e, "share") for form, e in asked.items()]
     evidence += [as_number(f"{name}, {arm}", crossed(gold(how, arm)), "gold") for how, name in ways.items() for arm in constitution.ARMS]
-    evidence += [Number(f"reward model, {arm}: pairs ordered as the gold does", float(gold("right", arm).mean()), "share") for arm in constitution.ARMS]
+    evidence += [measured(f"reward model, {arm}: pairs ordered as the gold does", gold("right", arm).tolist(), "share") for arm in constitution.ARMS]
     evidence += [as_number(name, crossed(gold(name)), "gold") for name in ("sft", "own", "revised")]
     decisive = "the best of 16 over SFT"
     return verdict(decision, because, as_number(decisive, found[decisive], "gold"), evidence, rows)

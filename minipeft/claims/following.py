@@ -45,6 +45,7 @@ from .comparison import Beside, better, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
 from .register import UNTESTABLE, Number, Verdict, itemized, listed
+from .statistics import right
 
 UNTUNED = "base", "few-shot"
 KINDS = {  # what is new: of which tasks, in which words
@@ -265,10 +266,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
                 (found if (key, other) in compared else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
         for arm, one in of["followed"].items():
-            numbers.append(Number(f"{arm}, new {kind}: followed", one.mean.value, "followed", one.mean.low, one.mean.high))
+            numbers.append(Number(f"{arm}, new {kind}: followed", (e := right(one.values)).value, "followed", e.low, e.high))
         for arm, one in of["answers"].items():
-            numbers.append(Number(f"{arm}, new {kind}", one.mean.value, "right", one.mean.low, one.mean.high))
-            for task in dict.fromkeys(tasks.tolist()):
-                numbers.append(Number(f"{arm}, new {kind}, {task}", float(one.values[:, tasks == task].mean()), "right"))
+            shares = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(tasks.tolist())}
+            numbers += [Number(f"{arm}, new {kind}{task}", e.value, "right", e.low, e.high) for task, e in shares.items()]
     decided, others = (told(each, better, "tasks with instructions") for each in (found, rest))
     return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *numbers])

@@ -47,7 +47,7 @@ from .following import LEAST, SHORT, SHOTS, Question, drawn, encode
 from .mechanisms import ByItem, best_rate, curve, judged, loss_on, train
 from .protocol import SEEDS, TUNING, version
 from .register import HOLDS, IF, NOT, UNTESTABLE, Verdict, claim, itemized, listed
-from .statistics import crossed
+from .statistics import crossed, right
 
 KINDS = {"define": "{}:", "continue": "{}"}  # a task whose records are facts, and how the base's own text asks
 FACTS = {"define": "the meanings", "continue": "the verse ends"}
@@ -220,7 +220,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         "own text, present facts: told others, less the base": less("others", "base", "present", "text", "text"),
     }
     for arm, values in of.items():
-        evidence |= {f"{arm}: {key}": crossed(np.array(one, float)) for key, one in values.items()}
+        evidence |= {f"{arm}: {key}": right(np.array(one, float)) for key, one in values.items()}
     guessed = listed([f"{100 * float(np.mean(read[f'{kind}, absent'])):.0f} % of {what}" for kind, what in FACTS.items()])
     because = (
         f"{sum(x is True for _, x in found.values())} of {len(found)} parts are so: "

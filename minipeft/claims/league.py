@@ -35,7 +35,7 @@ from .comparison import (
     worse,
 )
 from .protocol import ALIKE, SHOTS, TABLE, VALIDATION, At, Fits, chosen, finder, reported, search, tuned, untrained
-from .register import Number, Verdict, claim, graded, listed, those
+from .register import Number, Verdict, claim, graded, listed, measured, those
 from .searches import Searches
 from .standings import flops
 
@@ -315,8 +315,9 @@ def overfitting(rows: Rows) -> Verdict:
         if any(row["loss"] is None for of in seeds for row in of):
             alike.append(pair)  # `judged` says which has diverged
             continue
-        lora, full = (float(np.mean([row["train_loss"] for row in of])) for of in seeds)
-        fits += [Number(f"training loss of {m}, {pair.where}", fit, "nats per token") for m, fit in (("lora", lora), ("full", full))]
+        losses = [[row["train_loss"] for row in of] for of in seeds]
+        fits += [measured(f"training loss of {m}, {pair.where}", of, "nats per token") for m, of in zip(("lora", "full"), losses)]
+        lora, full = (float(np.mean(of)) for of in losses)
         if abs(lora - full) < nats and max(lora, full) < times * min(lora, full):
             alike.append(pair)
         else:

@@ -59,7 +59,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Number:
-    """A number and its 95 % confidence interval; without one it is exact, or a single measurement."""
+    """A number and its 95 % confidence interval; without one it is exact, chosen, a single measurement, or a median or ratio of few."""
 
     name: str
     value: float

@@ -30,7 +30,7 @@ import math
 
 import numpy as np
 
-from ..evaluation.intervals import Estimate, student_t
+from ..evaluation.intervals import Estimate, student_t, wilson
 
 
 def crossed(y: np.ndarray, weights: np.ndarray | None = None, level: float = 0.95) -> Estimate:
@@ -57,6 +57,12 @@ def crossed(y: np.ndarray, weights: np.ndarray | None = None, level: float = 0.9
     error = student_t(level, max(1, math.floor(degrees))) * math.sqrt(total / (S * n))
     error = max(error, student_t(level, S - 1) * math.sqrt(a / (S * n)))
     return Estimate(mean, mean - error, mean + error)
+
+
+def right(y: np.ndarray) -> Estimate:
+    """The share of y [seeds, items] that is right, with its interval; of a model without a seed, [1, items], and where all or none
+    is right, over the items alone (Wilson's)."""
+    return wilson(float(np.mean(y)), y.shape[1]) if len(y) == 1 or not np.ptp(y) else crossed(y)
 
 
 def spreads(a: np.ndarray, b: np.ndarray) -> Estimate:
