@@ -282,7 +282,7 @@ class Tuning:
     learned: str = "answer"
     steps: int = 60
     batch_size: int = 24
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     tested: int = 86  # as many as the smallest task has
     seed: int = 0
 
@@ -348,11 +348,18 @@ def run(settings):
     return measure(train(drawn(settings), settings), settings.tested)
 
 
+def validated(s):
+    """The loss on validation of a run's own tasks in its own phrasings: nats a token, the mean over tasks."""
+    asked = (instructions([name], "validation", cap=s.tested, phrasings=s.phrasings) for name in MIX[s.tasks])
+    return {"validation": tuning.mean_loss(train(drawn(s), s), map(encode, asked), tokenizer.pad_token_id)}
+
+
 assert Tuning.tested == min(len(pairs(name, "test")) for name in TASKS)
 SEEDS = (0, 1, 2, 3, 4)
 CONDITIONS = [Tuning(tasks=1), Tuning(tasks=3), Tuning(), Tuning(phrasings=1), Tuning(phrasings=3), Tuning(learned="everything")]
 if "--full" in sys.argv:
-    sweep(run, [replace(c, seed=s) for s in SEEDS for c in CONDITIONS], RESULTS)
+    sweep(validated, [replace(c, learning_rate=r, seed=tuning.SEED) for c in CONDITIONS for r in tuning.RATES], RESULTS)
+    sweep(run, [replace(tuning.at_best(c, RESULTS), seed=s) for s in SEEDS for c in CONDITIONS], RESULTS)
 
 # %% [markdown]
 # One of these runs, on seven tasks: what the model writes about new inputs, in trained words, before and after.
@@ -497,14 +504,14 @@ for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled
 # ## 5 · How many tasks, in how many words?
 #
 # Now all conditions, five seeds each, from the file. *Rewrite* is trained in all of them, the *new tasks* in none.
-# Intervals (95 %) are over seeds and test records; a difference is *clear* where its own excludes 0 (Lesson 0). The
-# rate, 1e-3, was not tuned for each: a difference may be partly due to it.
+# Intervals (95 %) are over seeds and test records; a difference is *clear* where its own excludes 0 (Lesson 0). Each
+# condition has the best of five rates, by the loss of its own tasks on validation, under a sixth seed: 5e-4 to 2e-3.
 #
 # **Predict:** more tasks for the same number of records: is the loss of `rewrite` higher or lower, and that of the new
 # tasks?
 
 # %%
-ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = CONDITIONS
+CONDITIONS = ONE_TASK, THREE_TASKS, SEVEN, ONE_PHRASING, THREE_PHRASINGS, EVERYTHING = [tuning.at_best(c, RESULTS) for c in CONDITIONS]
 NAMES = {
     ONE_TASK: "one task", THREE_TASKS: "three tasks", SEVEN: "seven tasks",
     ONE_PHRASING: "... in one phrasing", THREE_PHRASINGS: "... in three, of one form", EVERYTHING: "... prompt learned too",
@@ -551,21 +558,15 @@ for a, b, expected in CHECKS:
         assert found is higher, (NAMES[a], title)
 
 # %%
-falls = {
-    name: [round(float(tuning.losses(runs[c], "tasks", (name,)).mean()), 2) for c in (ONE_TASK, THREE_TASKS, SEVEN)]
-    for name in HELD_OUT
-}
 ends = [np.mean([row["stopped"]["tasks"] for row in runs[c]]) for c in (ONE_TASK, THREE_TASKS)]
 use = [np.mean([row["right"][new]["use"] for row in runs[SEVEN]]) for new in ("inputs", "phrasings")]
-print(f"loss of new tasks after one, three, seven: {falls}\nof their answers stop after one {ends[0]:.0%}, "
-      f"after three {ends[1]:.0%}; right of `use` {use[0]:.0%}, in new phrasings {use[1]:.0%}")
-assert [name for name, by in falls.items() if by == sorted(by)[::-1]] == ["name", "fill"]
-for a, b, signs in ((ONE_TASK, THREE_TASKS, "-++"), (THREE_TASKS, SEVEN, "+=+")):
+print(f"new tasks, answers that stop: {ends[0]:.0%} and {ends[1]:.0%}; right of `use`: {use[0]:.0%}, in new words {use[1]:.0%}")
+for a, b, signs in ((ONE_TASK, THREE_TASKS, "=++"), (THREE_TASKS, SEVEN, "+=+")):
     for name, sign in zip(HELD_OUT, signs):
         e = crossed(np.subtract(*(tuning.losses(runs[c], "tasks", (name,)) for c in (a, b))))
         print(f"{name:8} falls from {a.tasks} to {b.tasks} trained tasks by {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
         assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
-assert ends[0] < 0.1 < 0.95 < ends[1] and use[1] < 0.6 * use[0]
+assert ends[0] < 0.1 < 0.95 < ends[1] and use[1] < 0.75 * use[0]
 for new in ("inputs", "phrasings", "tasks"):
     one, four = (np.array([overall(row, "right", new) for row in runs[c]]) for c in (ONE_PHRASING, SEVEN))
     e = mean(four - one)  # over the seeds
@@ -582,16 +583,16 @@ tuning.words_picture(more).savefig(OUT / "08_instruction_tuning_words.png", dpi=
 
 # %% [markdown]
 # **More tasks** raise the loss of `rewrite`, which gets fewer records, and lower the mean loss on the new ones, from
-# one to three to seven. From one to three `name` and `fill`, whose answers are one word, clearly fall, and `archaize`
-# clearly rises; from three to seven `fill` and `archaize` clearly fall. Hardly any answer to a new task stops after one
-# trained task, nearly all after three. Which tasks are trained changes with their number: from one to three the short
-# answers among them may be what helps.
+# one to three to seven. From one to three `name` and `fill`, whose answers are one word, clearly fall; from three to
+# seven `fill` and `archaize` clearly fall. Hardly any answer to a new task stops after one trained task, nearly all
+# after three. Which tasks are trained changes with their number: from one to three the short answers among them may be
+# what helps.
 #
-# **More phrasings** lower the loss clearly: four beside one by 0.246 [0.146, 0.347] nats at the new tasks, and by 0.026
-# [0.014, 0.039] at the trained ones, asked in new words. They give not clearly more right answers, and at the new tasks
-# none. (New words halve the right answers of `use`.) Is it their number, or their form? The first three have the input
-# on a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks three of the
-# first form beside one lower it by 0.179 [0.086, 0.272]. The fourth takes off another 0.067 [0.008, 0.127]; at the
+# **More phrasings** lower the loss clearly: four beside one by 0.213 [0.177, 0.249] nats at the new tasks, and by 0.019
+# [0.008, 0.030] at the trained ones, asked in new words. They give not clearly more right answers, and at the new tasks
+# none. (New words cost a third of those of `use`.) Is it their number, or their form? The first three have the input on
+# a line of its own; the fourth, like half of the held-out ones, within the sentence. At the new tasks three of the
+# first form beside one lower it by 0.132 [0.099, 0.165]. The fourth takes off another 0.081 [0.028, 0.134]; at the
 # trained ones only this last step clearly helps, perhaps by its form, but a fourth of the first form was not run.
 #
 # **Learning the prompt too** is clearly worse on the trained tasks, perhaps because over two thirds of the tokens in
@@ -622,10 +623,10 @@ for name, template in {
     print(f" ({less.value:+.3f} [{less.low:+.3f}, {less.high:+.3f}])" if len(mismatch) > 1 else "")
 if not REDUCED:
     same, near, other, unknown = losses.values()
-    assert less.high < 0 and near - same < 0.1 < other - near and unknown > other + 1
+    assert less.high < 0 and near - same < 0.05 < other - near and unknown > other + 1
 
 # %% [markdown]
-# A letter off costs less than 0.1 nats, Alpaca's template over 0.1 more. With ChatML, whose tokens the base has never
+# A letter off costs less than 0.05 nats, Alpaca's template over 0.05 more. With ChatML, whose tokens the base has never
 # met, the loss is over a nat above Alpaca's. How much of that is the end, there `<|im_end|>`, which the model was never
 # trained to write, was not measured. But of these 160 answers clearly fewer are right than in the training's. With
 # `transformers` two slips change the prompt: without `add_generation_prompt=True` it does not open the assistant's
@@ -666,9 +667,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # New phrasings cost less than a tenth of a nat in the mean, and the share of right answers differs by less than a
-# tenth; but that of `use` halves, and instructions in new words are not clearly followed more often than by a guess. On
-# new tasks the loss fell by more than a nat, and yet not one of the answers that are checked was right: after "Answer:"
-# comes something short, and then the end.
+# tenth; but that of `use` falls by a third, and instructions in new words are not clearly followed more often than by a
+# guess. On new tasks the loss fell by more than a nat, and yet not one of the answers that are checked was right: after
+# "Answer:" comes something short, and then the end.
 #
 # </details>
 #
@@ -731,7 +732,7 @@ if not REDUCED:
 # - **A mean of means.** Average the loss of each *record* instead of each token (a `loss` and a `collate` of your own
 #   for `mp.Trainer`). Which tasks gain, which lose? Look at the lengths of their answers.
 # - **One task.** Train on "source" alone, `MIX[1] = ("source",)`, for the same 60 steps. How many of its answers are
-#   right, beside the 28 to 55 % of section 4? What do the other six tasks take from it, records or room? Keep its 206
+#   right, beside the 21 to 51 % of section 4? What do the other six tasks take from it, records or room? Keep its 206
 #   records and leave the others out; then give it 1,440 among 8,640 of the others, in the 420 steps that these take.
 # - **ChatML.** `minipeft sft --template chatml --steps 25 --batch-size 24 --output full`, and again with `--method lora
 #   --output lora`. How many answers of each end (`mp.ask`, with `template="chatml"`)? Look at the embedding of
