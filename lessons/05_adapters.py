@@ -125,7 +125,7 @@ assert difference < 1e-4
 
 # %% [markdown]
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. The two sides agree to
-# > 2e-07 for relu, silu, gelu, but an adapter stands inside its block, behind a sublayer, 2 a block (Houlsby) or 1
+# > 9e-08 for relu, silu, gelu, but an adapter stands inside its block, behind a sublayer, 2 a block (Houlsby) or 1
 # > (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
@@ -433,8 +433,9 @@ def over(task, a, b, key, of=reported):
 
 pairs = ("pfeiffer", "bottleneck"), ("parallel", "bottleneck"), ("parallel", "pfeiffer")
 places = [over(task, *pair, key) for task, key in KEYS.items() for pair in pairs]
-assert places == ["worse", "worse", "better", "equal", "worse", "undecided"]
-assert [over(task, bend, "bottleneck", key) for task, key in KEYS.items() for bend in bends] == ["worse", "worse", "worse", "equal"]
+assert places == ["worse", "equal", "better", "equal", "worse", "undecided"]
+trifle = "worse, by less than 0.02"
+assert [over(task, bend, "bottleneck", key) for task, key in KEYS.items() for bend in bends] == ["worse", trifle, "worse", "equal"]
 surely = [compare(reported(t, bend, k), reported(t, "bottleneck", k), k, level=1 - 0.05 / 4) for t, k in KEYS.items() for bend in bends]
 assert [found.clearly_worse for found in surely] == [True, True, False, False]
 assert all(reported("rewrite", bend, "nll").trial.epochs == 2 for bend in bends), "the search of ReLU ended at 4"
@@ -443,8 +444,8 @@ assert compare(*barely, "right", level=1 - 0.05 / 6).word == "undecided"
 assert [over("source", *pair, "cloze") for pair in (("lora", "bottleneck-m37"), ("lora-r1", "bottleneck-m4"))] == ["better"] * 2
 print()
 same = [over(task, *pair, key, there) for task, key in KEYS.items() for pair in pairs]
-assert same == ["worse", "worse", "better", "undecided", "equal", "equal"]
-assert [over(task, bend, "bottleneck", key, there) for task, key in KEYS.items() for bend in bends] == ["equal"] * 4
+assert same == ["worse", trifle, "better", "undecided", "equal", "equal"]
+assert [over(task, bend, "bottleneck", key, there) for task, key in KEYS.items() for bend in bends] == [trifle] * 2 + ["equal"] * 2
 one, two = (reported("rewrite", m, "nll").trial for m in ("pfeiffer", "bottleneck"))
 assert 2 * one.epochs == two.epochs and one.rate == 2 * two.rate
 assert all(reported("rewrite", m, "nll").trial.epochs == 2 for m in ("lora", "lora-r1"))
@@ -459,21 +460,21 @@ assert all(reported("rewrite", m, "nll").trial.epochs == 4 for m in ("bottleneck
 # the steps of `lora`, `bottleneck-m4` twice the steps of `lora-r1`. (The ± of two rows overlap even on `rewrite`:
 # Lesson 3 says why.)
 #
-# With as many weights, two adapters a block (`bottleneck`) are ahead of one on `rewrite`. One beside the MLP is 0.016
-# nats behind, one after it 0.061, but the latter's search ended with half of the epochs, at twice the rate. So we also
-# train all at one setting, the one that `bottleneck` ended at ("at one setting"). There one beside the MLP is 0.016
-# [0.010, 0.022] behind the two (the same runs, as its search ended there, too), and one after it 0.046 [0.039, 0.053].
-# That is 0.030 [0.024, 0.035] more, in place of 0.045: the setting made a third of that, the place the rest. So here
-# beside the MLP is better than after it, as He et al. find. Their other finding, the MLP rather than attention, is not
-# tried. On `source` two adapters are equal to the one after the MLP and barely better than the one beside it, by 0.014
-# [0.000, 0.028], which is undecided at the level for six comparisons (Lesson 3). At one setting two of the three pairs
-# are equal, and the one after the MLP beside the two adapters is undecided: -0.011 [-0.027, 0.006].
+# With as many weights, two adapters a block (`bottleneck`) and one beside the MLP are equal on `rewrite`. One after it
+# is 0.057 nats behind the two, but its search ended with half of the epochs, at twice the rate. So we also train all at
+# one setting, the one that `bottleneck` ended at ("at one setting"). There one beside the MLP is 0.008 [0.001, 0.015]
+# behind the two, and one after it 0.047 [0.040, 0.054]. That is 0.039 [0.028, 0.050] more, in place of 0.058: the
+# setting made a third of that, the place the rest. So here beside the MLP is better than after it, as He et al. find.
+# Their other finding, the MLP rather than attention, is not tried. On `source` two adapters are equal to the one after
+# the MLP and barely better than the one beside it, by 0.014 [0.000, 0.028], which is undecided at the level for six
+# comparisons (Lesson 3). At one setting two of the three pairs are equal, and the one after the MLP beside the two
+# adapters is undecided: -0.011 [-0.027, 0.006].
 #
 # Does the bend matter? ReLU stands in all of these; GELU and SiLU (section 1) are `bottleneck-gelu` and
-# `bottleneck-silu`. Each tuned for itself, on `rewrite` they are 0.022 [0.008, 0.035] and 0.023 [0.015, 0.030] nats
-# behind ReLU; but they took two epochs, it took four. At one setting all three are equal, on both tasks. So the bend
-# made no difference of 0.02, and what we saw first was the search, which stops where no neighbor is better, and may
-# miss a better setting farther off.
+# `bottleneck-silu`. Each tuned for itself, on `rewrite` they are 0.016 [0.009, 0.022] and 0.012 [0.007, 0.018] nats
+# behind ReLU; but they took two epochs, it took four. At one setting GELU is still 0.007 [0.002, 0.012] and SiLU 0.011
+# [0.006, 0.015] behind; on `source` all three are equal. So the bend made no difference of 0.02. (A search stops where
+# no neighbor is better, and may miss a better setting farther off.)
 
 # %% [markdown]
 # > `adapter-8` less parameter-efficient than LoRA: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and 1 is
@@ -481,7 +482,7 @@ assert all(reported("rewrite", m, "nll").trial.epochs == 4 for m in ("bottleneck
 # >
 # > - lora beside bottleneck-m37, rewrite, 500 examples: better (+0.067 [+0.056, +0.078]).
 # > - lora beside bottleneck-m37, source, 500 examples: undecided (+0.014 [-0.000, +0.028]), not told.
-# > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better (+0.040 [+0.030, +0.051]).
+# > - lora-r1 beside bottleneck-m4, rewrite, 500 examples: better (+0.042 [+0.030, +0.054]).
 # > - lora-r1 beside bottleneck-m4, source, 500 examples: equal (-0.001 [-0.012, +0.011]).
 # >
 # > (5 seeds, 512 test items)

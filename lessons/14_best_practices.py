@@ -66,8 +66,8 @@ assert not missing, f"{len(missing)} runs are missing: --full computes them"
 # The tasks are the league's (Lesson 3). In `rewrite`, a verse of the King James Bible is to be written in plain
 # English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from (on test, of
 # two), judged by the share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over
-# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs (at most 64, 8 or 1 for these sizes),
-# and a batch size (4 to 64). Chance enters through the examples that a run gets to see, their order, and where an
+# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs (at most 64, 8 or 4 for these sizes),
+# and a batch size (1 to 64). Chance enters through the examples that a run gets to see, their order, and where an
 # adapter starts: the **seed**.
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
@@ -108,7 +108,7 @@ for name, values in (("its loss", full.values), ("LoRA's minus it", lora.values 
     print(f"{name:16s} {b.value:.3f}: by the seeds alone [{a.low:.3f}, {a.high:.3f}], with the records [{b.low:.3f}, {b.high:.3f}]")
     widths.append((a.high - a.low, b.high - b.low))
 assert widths[0][1] > 2 * max(widths[0][0], widths[1][1]) and widths[1][1] < 1.1 * widths[1][0], "the records' luck is common to both"
-assert [protocol.epochs_of(case.examples)[1] for case in CASES[:3]] == [64, 8, 1] and protocol.BATCHES == (4, 64)
+assert [protocol.epochs_of(case.examples)[1] for case in CASES[:3]] == [64, 8, 4] and protocol.BATCHES == (1, 64)
 
 # %% [markdown]
 # The loss depends on the records: with them its interval is about four times as wide as by the seeds alone. That of the
@@ -144,14 +144,14 @@ print("\nchosen by the training loss, nats a token more on test:", *each, sep="\
 ways = {m: search("rewrite", m, 50) for m in MAIN}
 times = {m: protocol.chosen(find, protocol.Fits(way))[0].rate / protocol.chosen(find, way)[0].rate for m, way in ways.items()}
 print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {x:g}" for m, x in times.items()))
-assert [round(n.value, 3) for n in price.values()][:3] == [0.642, 0.051, 0.003] and min(n.low for n in [*price.values()][:3]) > 0
-assert all(n.low < 0 < n.high for n in [*price.values()][3:]) and sorted(times.values())[1::4] == [4, 32]
+assert [round(n.value, 3) for n in price.values() if n.low > 0] == [0.642, 0.056, 0.013, 0.006]
+assert [n.low < 0 < n.high for n in [*price.values()][3:]] == [True, False, True] and sorted(times.values())[1::4] == [4, 32]
 
 # %% [markdown]
 # It costs most with 50 examples of `rewrite`: 0.64 [0.61, 0.68] nats in the mean of six methods. With five of them the
-# lowest training loss is at 4 to 32 times the chosen rate. With 500 it costs 0.051; with 5,000, where no example is
-# seen twice, 0.003. On `source` (by its loss, too) no price is clear. (Validation led these searches; who follows the
-# training loss may end further away.)
+# lowest training loss is at 4 to 32 times the chosen rate. With 500 it costs 0.056, with 5,000 0.013. On `source` (by
+# its loss, too) it is clear with 500 alone: 0.006. (Validation led these searches; who follows the training loss may
+# end further away.)
 #
 # `best-8` asks that validation's choice is clearly better, and not *equal*, in each case. The gap, and diverse tests,
 # it does not judge.
@@ -161,11 +161,11 @@ assert all(n.low < 0 < n.high for n in [*price.values()][3:]) and sorted(times.v
 # > stated, 3 are not and 1 is not told:
 # >
 # > - validation beside training loss, rewrite, 50 examples: better (+0.642 [+0.609, +0.675]).
-# > - validation beside training loss, rewrite, 500 examples: better (+0.051 [+0.045, +0.056]).
-# > - validation beside training loss, rewrite, 5000 examples: better, by less than 0.02 (+0.003 [+0.001, +0.005]).
-# > - validation beside training loss, source, 50 examples: undecided (+0.024 [-0.036, +0.083]), not told.
-# > - validation beside training loss, source, 500 examples: equal (+0.003 [-0.003, +0.010]).
-# > - validation beside training loss, source, 5000 examples: equal (-0.002 [-0.005, +0.002]).
+# > - validation beside training loss, rewrite, 500 examples: better (+0.056 [+0.050, +0.062]).
+# > - validation beside training loss, rewrite, 5000 examples: better, by less than 0.02 (+0.013 [+0.010, +0.016]).
+# > - validation beside training loss, source, 50 examples: undecided (+0.022 [-0.036, +0.079]), not told.
+# > - validation beside training loss, source, 500 examples: better, by less than 0.02 (+0.006 [+0.003, +0.009]).
+# > - validation beside training loss, source, 5000 examples: equal (-0.003 [-0.006, +0.001]).
 # >
 # > (5 seeds, 512 test items)
 
@@ -234,7 +234,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # asks for these, and for clearly higher rates with each other method.)
 #
 # Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000 (in
-# one epoch, the most allowed); on `source` the two are equal or undecided.
+# four epochs, the most allowed); on `source` the two are equal or undecided.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
 # extrapolates their best rate of fine-tuning. For SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for long) it
@@ -253,7 +253,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 #
 # > `best-4` 1e-5 to 5e-5 for full, higher for PEFT: **holds if**. The best rates of full fine-tuning are 6e-05 to
 # > 1e-03; of the other methods they are higher by a factor of 4.2 for lora (2.0 to 9.1), 4.8 for qlora (2.2 to 10.1),
-# > 5.3 for bottleneck (2.3 to 12.5), 17.8 for prefix (10.3 to 30.8) and 678.8 for prompt (249.1 to 1850.2). It is so
+# > 5.3 for bottleneck (2.3 to 12.5), 17.8 for prefix (10.3 to 30.8) and 678.8 for prompt (205.4 to 2243.1). It is so
 # > for: lora above it, qlora above it, bottleneck above it, prefix above it and prompt above it; not for: full between
 # > 1e-5 and 5e-5. (256 validation records)
 
@@ -292,10 +292,10 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # The parts give the same loss as the whole, here to five decimals, with less than half the memory. With full
 # fine-tuning on `rewrite` batches of 64 are worse than batches of 4, by 0.054 [0.048, 0.061] nats a token. The rate
 # chosen for them is twice as high. ($\sqrt B$ would make it four times, but for the same epochs: it is not tested
-# here.) Those of 64 took four epochs against two, and still made only 31 steps against 250, in 5.3 s against 5.6. A
-# control makes 62 steps of 64 or 8 examples, each at its own rate: there 64 is better on `rewrite`, by 0.033 [0.027,
-# 0.038] (LoRA: 0.017 [0.003, 0.032]), and on `source` undecided. So step for step a large batch was not found worse;
-# but it computes eight times as much.
+# here.) Those of 64 took four epochs against two, and still made only 31 steps against 250. A control makes 62 steps of
+# 64 or 8 examples, each at its own rate: there 64 is better on `rewrite`, by 0.033 [0.027, 0.038] (LoRA: 0.017 [0.003,
+# 0.032]), and on `source` undecided. So step for step a large batch was not found worse; but it computes eight times as
+# much.
 #
 # `best-5` asks that 64 is not worse by 0.02 than 4 and 16 (8 comparisons: both methods, both tasks), nor in the control
 # (4). Three of the seven worse ones are not told: their intervals contain -0.02. *Holds if* rests on the control on
@@ -331,8 +331,7 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 
 # %% [markdown]
 # The training loss falls on. At the chosen rate twice as many epochs have a higher loss on validation wherever they
-# were allowed. (With 5,000 no more were; and only there can the search end.) On `rewrite` the loss on validation turns
-# after 16 epochs of 50 examples, and after 2 of 500.
+# were allowed. On `rewrite` the loss on validation turns after 16 epochs of 50 examples, and after 2 of 500.
 #
 # But a rate suits a length. In `best-6` three more searches start from one epoch, from four, and from the most, twice
 # as many as the league allows. The best setting of 2 to 5 epochs must not be worse by 0.02 than the best of any number,
@@ -423,7 +422,7 @@ for (where, spoiled), found in noise.items():
     print(f"  {where:14s} the clean part beside {spoiled:24s} {found.word} ({found.interval})")
 random, systematic, off_topic = (dict([*noise.items()][i : i + 8]) for i in (0, 8, 16))
 assert sum(found.clearly_better for found in random.values()) == 7
-for of, task, least, most in ((random, "rewrite", 0.04, 0.08), (random, "source", 0.01, 0.18), (systematic, "source", 0.05, 0.39)):
+for of, task, least, most in ((random, "rewrite", 0.04, 0.08), (random, "source", 0.01, 0.16), (systematic, "source", 0.05, 0.39)):
     better = [d.better.value for (where, _), d in of.items() if task in where]
     assert (round(min(better), 2), round(max(better), 2), round(max(d.better.value for d in off_topic.values()), 3)) == (least, most, 0.019)
 assert all(found.clearly_better == ("source" in where) for (where, _), found in systematic.items())
@@ -438,10 +437,9 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 
 # %% [markdown]
 # On `rewrite` *random*, on `source` *systematic*. *Random* answers harm both: the clean part is better in all eight
-# comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.18 of the sentences. A *systematic* mistake
-# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies even
-# helps, by 0.024 with both methods. (Why was not asked.) *Off-topic* records cost 0.019 nats at most, in the mean,
-# clearly in two of eight.
+# comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.16 of the sentences. A *systematic* mistake
+# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies
+# helps, by 0.024 with both methods. *Off-topic* records cost 0.019 nats at most, in the mean, clearly in two of eight.
 #
 # If a share $p$ of the answers is wrong, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{wrong}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its
@@ -459,22 +457,24 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
     against = compare(report(find, drawn.other), report(find, easy.other), "nll")
     print(f"{drawn.b} beside {easy.b}, {easy.where}: {against.word} ({against.interval})")
-    assert against.clearly_better and compared(easy).clearly_better and not compared(drawn).clearly_better
+    assert against.clearly_better and compared(easy).clearly_better and compared(drawn).clearly_better == ("lora" in easy.where)
+assert practice.mixed_at_one_setting(find).equal
 
 # %% [markdown]
-# On `rewrite` easy ones alone cost something: the mixture is better; 500 drawn at random are, by 0.042 [0.027, 0.056]
-# (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain nothing clear. `best-3` asks that
-# the mixture beats easy and random ones, in four cases each (both methods, both tasks). Its *holds if* says that
-# something is missing from easy ones alone, not that hard ones teach more.
+# On `rewrite` easy ones alone cost something: the mixture is better; 500 drawn at random are, by 0.031 [0.016, 0.046]
+# (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain full fine-tuning nothing clear.
+# LoRA's 0.018 [0.012, 0.024] is the search's: the mixture got batches of 1 and half the rate, random ones 4. At the
+# mixture's setting both are equal (0.004 [-0.003, 0.011]). `best-3` asks that the mixture beats easy and random ones,
+# in four cases each. Its *holds if* says that easy ones alone lack something, not that hard ones teach more.
 
 # %% [markdown]
 # > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons 13 are as stated, 5 are not
-# > and 6 are not told (13 better, 3 equal, 2 worse and 6 undecided within [-0.03, +0.06] of items, [-0.02, +0.05]
+# > and 6 are not told (13 better, 3 equal, 2 worse and 6 undecided within [-0.03, +0.04] of items, [-0.02, +0.05]
 # > nats). (5 seeds, 512 test items)
 #
 # > `best-3` include hard examples: **holds if**. Of 4 comparisons 2 are as stated and 2 are not told (2 better and 2
-# > undecided within [-0.01, +0.04] of items). Of 4 comparisons 0 are as stated, 2 are not and 2 are not told (2 equal
-# > and 2 undecided within [-0.02, +0.02] nats, [-0.01, +0.02] of items). (5 seeds, 512 test items)
+# > undecided within [-0.01, +0.04] of items). Of 4 comparisons 1 is as stated, 1 is not and 2 are not told (1 better, 1
+# > equal and 2 undecided within [-0.02, +0.02] nats, [-0.01, +0.02] of items). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare
@@ -519,8 +519,7 @@ practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dp
 # undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of the King James Bible.
 #
 # `best-2` asks whether balanced and repeated examples raise the share of all right answers. It is nearly the mean of
-# both recalls: full fine-tuning's -0.071 and +0.013 make -0.029, undecided. Of these falls LoRA's alone is clear, but
-# not at the level for four comparisons, $1 - 0.05/4$.
+# both recalls. LoRA's fall alone is clear, but not at the level for four comparisons, $1 - 0.05/4$.
 
 # %% [markdown]
 # > `best-2` balance the data set: **cannot be tested here**. Balanced beside 80 % of one class, full, source, 500
@@ -533,8 +532,8 @@ practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dp
 # %% [markdown]
 # ## How far these verdicts reach
 #
-# They are of a model of 1.4 million parameters (`full-3`: widths 32 to 256), tens to 1,250 steps, a base that has read
-# the training split of the texts, Adam, and a cosine schedule.
+# They are of a model of 1.4 million parameters, tens to 5,000 steps, a base that has read the training split of the
+# texts, Adam, and a cosine schedule.
 
 # %% [markdown]
 # ## Break it: choose and report on the same verses

@@ -118,7 +118,8 @@ for task, method in product(("rewrite", "source"), ("full", "lora", "qlora", "bo
     lost = kinds(reported := of(tuned(find, search(task, method, 500))[0]))
     print(f"forgotten after {task}, {method}: " + ", ".join(f"{kind} {shown(values)}" for kind, values in lost.items()))
     print("    items (below): " + ", ".join(f"{kind} {shown(values)}" for kind, values in forgetting.of_items(reported, start).items()))
-    assert all(below(lost["wordnet"], values) for kind, values in lost.items() if kind != "wordnet"), "WordNet loses least"
+    but = "wordnet", "basic-english" * ((task, method) == ("rewrite", "bottleneck"))  # the last of these is open
+    assert all(below(lost["wordnet"], values) for kind, values in lost.items() if kind not in but), "WordNet loses least"
     assert all(below(0 * values, values) for values in lost.values()), "all four lose"
 lost = kinds(of(trial))
 assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-english", "austen", "king-james")))
@@ -127,22 +128,22 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # All four, and not equally. After `rewrite` the King James Bible and the novels lose most. King James English is the
 # task's *input*, but the loss is on the answers alone, so nothing asks the model to go on predicting it. The Bible in
 # Basic English, which is like the answers, loses less. WordNet loses least, after both tasks, with LoRA, QLoRA and
-# adapters, too. (Each kind is 16 blocks of 128 tokens, the same for all; the interval is of the seeds alone.)
+# adapters, too (adapters after `rewrite`: not clearly). (Each kind is 16 blocks of 128 tokens; intervals are of the
+# seeds alone.)
 #
 # The verdicts count what is nearer to use, *general items*: 640 held-out passages of the four kinds, each with four
-# ways to go on, one of them right. Differences are in the share of items right (negative: fewer). (Prompts and prefixes
-# lost some before training, section 3.) `full-10` asks whether more than 0.02 of the items are lost, with the whole
-# interval. `forget-1` asks only for a clear loss, of six methods, with 500 examples of either task. `best-9` holds
-# outright only if the loss on text, which costs less to measure, somewhere misleads. It does not, hence the *if*: of 90
-# pairs of methods the items tell 22 apart, at a level at which all comparisons hold together; the loss on text agrees
-# in 19, and is open in 3. (The correlation's interval is of the mean over six cases, cut off at 1.)
+# ways to go on, one of them right. Differences are in the share of items right (negative: fewer).  `full-10` asks
+# whether more than 0.02 of the items are lost, with the whole interval. `forget-1` asks only for a clear loss, of six
+# methods, with 500 examples of either task. `best-9` holds outright only if the cheaper loss on text somewhere
+# misleads. It does not, hence the *if*: of 90 pairs of methods the items tell 26 apart, all comparisons at once; the
+# loss on text agrees in 19, and is open in 7. (The correlation's interval is of the mean over six cases, cut off at 1.)
 
 # %% [markdown]
 # > `full-10` risk of catastrophic forgetting: **holds if**. Of 6 comparisons 5 are as stated and 1 is not told:
 # >
 # > - full beside base, rewrite, 50 examples: worse (-0.023 [-0.041, -0.005]), not told.
 # > - full beside base, rewrite, 500 examples: worse (-0.052 [-0.073, -0.030]).
-# > - full beside base, rewrite, 5000 examples: worse (-0.096 [-0.125, -0.067]).
+# > - full beside base, rewrite, 5000 examples: worse (-0.128 [-0.159, -0.097]).
 # > - full beside base, source, 50 examples: worse (-0.102 [-0.136, -0.068]).
 # > - full beside base, source, 500 examples: worse (-0.086 [-0.112, -0.060]).
 # > - full beside base, source, 5000 examples: worse (-0.298 [-0.334, -0.262]).
@@ -150,8 +151,8 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # > (5 seeds, 640 test items)
 #
 # > `best-9` measure forgetting on general tasks: **holds if**. Items are clearly lost in 30 of 36 runs (6 methods in 6
-# > cases). Of 22 pairs of methods that the items clearly tell apart, the loss on text clearly tells 19 the same way; it
-# > clearly misleads in: none. The ranks of methods by the two correlate at 0.51 (-0.12 to 1.00). (5 seeds, 640 test
+# > cases). Of 26 pairs of methods that the items clearly tell apart, the loss on text clearly tells 19 the same way; it
+# > clearly misleads in: none. The ranks of methods by the two correlate at 0.59 (-0.11 to 1.00). (5 seeds, 640 test
 # > items)
 #
 # > `forget-1` fine-tuning can degrade general abilities: **holds**. Of 12 comparisons 12 are as stated (12 worse). (5
@@ -275,7 +276,7 @@ forgetting.searches_picture(points, edge).savefig(OUT / "15_forgetting_searches.
 # On the frontier are LoRA, full fine-tuning, an adapter and a prompt. A prompt costs about a tenth of a nat before it
 # has learned anything, and no weight of the base has changed. It has 0.023 [0.004, 0.043] fewer items right, a prefix
 # 0.019 [0.002, 0.036]. Training then loses some on top, for prompt and prefix: after `rewrite` 0.031 [0.003, 0.058] and
-# 0.041 [0.016, 0.065], after `source` 0.208 [0.171, 0.245] and 0.366 [0.327, 0.404]. Full fine-tuning at its tuned rate
+# 0.041 [0.016, 0.065], after `source` 0.195 [0.166, 0.225] and 0.366 [0.327, 0.404]. Full fine-tuning at its tuned rate
 # forgets more than at half of it: +0.170 [+0.154, +0.186] nats of text, and has fewer items right (-0.015 [-0.025,
 # -0.004]); the lower rate pays 0.009 [0.002, 0.016] nats of the task for it.
 
@@ -370,8 +371,8 @@ for task in ("rewrite", "source"):
 # >   +0.007]), not told.
 # > - lora beside full, source, 500 examples: undecided (+0.013 [-0.000, +0.026]; the task equal, -0.002 [-0.006,
 # >   +0.003]), not told.
-# > - bottleneck beside full, rewrite, 500 examples: equal (-0.003 [-0.016, +0.011]; the task equal, -0.000 [-0.008,
-# >   +0.007]).
+# > - bottleneck beside full, rewrite, 500 examples: equal (-0.004 [-0.018, +0.011]; the task equal, -0.006 [-0.013,
+# >   +0.001]).
 # > - bottleneck beside full, source, 500 examples: worse (-0.071 [-0.100, -0.041]; the task equal, -0.000 [-0.007,
 # >   +0.006]).
 # >
@@ -517,12 +518,12 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (2 better
 # > and 6 undecided within [-0.02, +0.04] of items). 0.25 general blocks an example beside none, lora, rewrite, 500
 # > examples: better (+0.030 [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general block an example
-# > beside none, lora, rewrite, 500 examples: better (+0.029 [+0.007, +0.051]; the task equal, +0.005 [-0.002, +0.013]).
-# > (5 seeds, 640 test items)
+# > beside none, lora, rewrite, 500 examples: better (+0.033 [+0.013, +0.053]; the task better, by less than 0.02,
+# > +0.013 [+0.008, +0.019]). (5 seeds, 640 test items)
 #
 # > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. Of 12 comparisons 0 are as stated, 11 are not
-# > and 1 is not told (9 equal and 3 worse). Weight decay 1 beside none, lora, rewrite, 500 examples: equal (-0.005
-# > [-0.017, +0.007]; the task better, +0.024 [+0.020, +0.028]), not told. (5 seeds, 640 test items)
+# > and 1 is not told (8 equal, 3 worse and 1 undecided). Weight decay 1 beside none, lora, rewrite, 500 examples:
+# > undecided (+0.011 [-0.002, +0.024]; the task better, +0.051 [+0.044, +0.058]), not told. (5 seeds, 640 test items)
 
 # %% [markdown]
 # ## Break it: too far from the base

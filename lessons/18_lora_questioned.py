@@ -245,15 +245,15 @@ assert not any(found.clearly_worse or found.clearly_better for found in behind["
 # doubles, under one seed, and tunes epochs and batch as well.)
 #
 # By the twelve intervals, which hold together 19 times in 20, rank 32 is ahead of every other on `rewrite`: of 1, 2 and
-# 4 by 0.03 to 0.10 nats (from the lowest end of an interval to the highest), of 8, 16 and 64 by 0.04 at most. So there
+# 4 by 0.02 to 0.10 nats (from the lowest end of an interval to the highest), of 8, 16 and 64 by 0.04 at most. So there
 # a higher rank does buy something: that 8 directions of a finished update suffice does not say that training in 8 finds
 # them. On `source` no rank, not even 1, is clearly better or worse than 32 in right choices. But rank 1's `cloze` falls
 # there by 19 ± 3 points, rank 32's by 9 ± 3. (Rank 1 was tuned to the highest rate. The verdict compares the best on
 # validation of the ranks from 8 on with the best of 1, 2, 4.)
 
 # %% [markdown]
-# > `lora-2` rank is typically 8 to 64: **holds if**. Lora-r32 beside lora-r4, rewrite, 500 examples: better (+0.045
-# > [+0.039, +0.051]); lora beside lora-r4, source, 500 examples: undecided (+0.018 [-0.001, +0.037]), not told. (5
+# > `lora-2` rank is typically 8 to 64: **holds if**. Lora-r32 beside lora-r2, rewrite, 500 examples: better (+0.026
+# > [+0.020, +0.033]); lora beside lora-r4, source, 500 examples: undecided (+0.018 [-0.001, +0.037]), not told. (5
 # > seeds, 512 test items)
 
 # %% [markdown]
@@ -290,14 +290,14 @@ for task, key, a, b in zip(KEYS, KEYS.values(), qkvo, mlp):
     print(f"{task}: attention's four better than the MLPs by {compare(a, b, key).interval}")
 q_v, every = (report(find, search("source", m, 500), "cloze") for m in ("lora-qv", "lora"))
 print(f"source: q and v lose less in cloze by {compare(q_v, every, 'cloze').interval}")
-assert compare(qkvo[0], mlp[0], "nll").better.low > 0.14 and compare(q_v, every, "cloze").clearly_worse
+assert compare(qkvo[0], mlp[0], "nll").better.low > 0.13 and compare(q_v, every, "cloze").clearly_worse
 assert all(BESIDE["rewrite"][m].clearly_worse for m in ("lora-q", "lora-v", "lora-mlp", "lora-qv"))
 assert BESIDE["rewrite"]["lora-qkvo"].clearly_better and not BESIDE["rewrite"]["lora-qv-r43"].clearly_worse
 assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" if m == "lora-q" else "undecided" for m in layers}
 
 # %% [markdown]
-# On `rewrite`, $q$, $v$ and the MLPs, each alone, are behind all layers by 0.08 to 0.16 nats (ends of intervals,
-# again). The MLPs have more numbers to train than the four matrices of attention, and lose to them there by 0.14 nats
+# On `rewrite`, $q$, $v$ and the MLPs, each alone, are behind all layers by 0.08 to 0.15 nats (ends of intervals,
+# again). The MLPs have more numbers to train than the four matrices of attention, and lose to them there by 0.13 nats
 # at least: Schulman et al. found the opposite on larger models. On `source` the two are undecided. Attention's four
 # matrices are even ahead of all seven on `rewrite`, though perhaps by next to nothing. (On `rewrite` all choices within
 # attention were best after four epochs, all layers after two.)
@@ -318,7 +318,7 @@ assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" i
 # > `lora-7` usually on the query and value projections, empirically the most effective: **cannot be tested here**.
 # > Lora-qv beside lora, rewrite, 500 examples: worse (-0.015 [-0.022, -0.008]); lora-qv beside lora, source, 500
 # > examples: undecided (-0.007 [-0.021, +0.007]), not told. Lora-qv-r43 beside lora, rewrite, 500 examples: equal
-# > (+0.008 [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: undecided (-0.007 [-0.027, +0.013]), not
+# > (+0.008 [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: undecided (-0.018 [-0.041, +0.005]), not
 # > told. (5 seeds, 512 test items)
 #
 # > `lora-8` all linear layers: more parameters and better: **holds if**. Of 4 comparisons 1 is as stated, 1 is not and
@@ -327,7 +327,7 @@ assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" i
 # > - lora beside lora-qv, rewrite, 500 examples: better (+0.015 [+0.008, +0.022]).
 # > - lora beside lora-qv, source, 500 examples: undecided (+0.007 [-0.007, +0.021]), not told.
 # > - lora beside lora-qv-r43, rewrite, 500 examples: equal (-0.008 [-0.019, +0.003]).
-# > - lora beside lora-qv-r43, source, 500 examples: undecided (+0.007 [-0.013, +0.027]), not told.
+# > - lora beside lora-qv-r43, source, 500 examples: undecided (+0.018 [-0.005, +0.041]), not told.
 # >
 # > (5 seeds, 512 test items)
 
@@ -392,19 +392,20 @@ for task, rates in ranks.rates(["lora-alpha4", "lora", "lora-alpha64"]).items():
 # %% [markdown]
 # For 16 times $\alpha$ the rate is an eighth on `rewrite` and a quarter on `source`, not the sixteenth of an equal
 # first step. That may be luck: the search halves and doubles, under one seed, and on `source` the epochs differ, too (4
-# and 2). Tuned, $\alpha = 64$ costs 0.022 nats beside 4 on `rewrite`, clearly; on `source` the interval has both signs.
+# and 2). Tuned, $\alpha = 64$ costs 0.011 nats beside 4 on `rewrite`, clearly; on `source` the interval has both signs.
 # The verdict compares, for each hyperparameter, the best value on validation with the worst. Its limit is 0.02:
 # "better, not told" is clearly better, perhaps by less.
 
 # %% [markdown]
-# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated and 3 are
-# > not told:
+# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated, 1 is not
+# > and 2 are not told:
 # >
 # > - lora-r32 beside lora-r1, rank, rewrite, 500 examples: better (+0.075 [+0.061, +0.088]).
 # > - lora beside lora-r16, rank, source, 500 examples: better (+0.019 [+0.001, +0.037]), not told.
 # > - lora beside lora-v, layers, rewrite, 500 examples: better (+0.132 [+0.120, +0.144]).
 # > - lora beside lora-q, layers, source, 500 examples: better, within 8 epochs (+0.083 [+0.050, +0.116]).
-# > - lora-alpha4 beside lora-alpha64, alpha, rewrite, 500 examples: better (+0.022 [+0.017, +0.027]), not told.
+# > - lora-alpha4 beside lora-alpha64, alpha, rewrite, 500 examples: better, by less than 0.02 (+0.011 [+0.007,
+# >   +0.014]).
 # > - lora-alpha4 beside lora-alpha64, alpha, source, 500 examples: undecided (+0.010 [-0.010, +0.030]), not told.
 # >
 # > (5 seeds, 512 test items)
@@ -423,7 +424,7 @@ print("first step in W, in units of the rate:", ", ".join(f"{name} {size:.2f}" f
 assert sizes["LoRA, r = 8, alpha = 16"] < 0.5 < sizes["full"]
 
 # %% [markdown]
-# With everything tuned, on 50, 500 and 5,000 examples, the 5,000 seen once at most:
+# With everything tuned, on 50, 500 and 5,000 examples, the 5,000 seen at most four times:
 #
 # **Predict:** at which of the three sizes does rank 8 fall behind full fine-tuning?
 
@@ -432,23 +433,23 @@ for examples in (50, 500, 5000):
     print(so_far(["full", "lora"], examples), end="\n\n")
 AGAINST = ranks.beside(RANKS.values(), "full")
 print(*(f"{m} beside full, {task}: {found.word} ({found.interval})" for task, of in AGAINST.items() for m, found in of.items()), sep="\n")
-assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] == ["lora", "lora-r16", "lora-r32", "lora-r64"]
+assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] == ["lora-r2", "lora", "lora-r16", "lora-r32", "lora-r64"]
 assert not any(found.clearly_worse for of in AGAINST.values() for found in of.values()), "at no rank, on neither task"
 assert {found.word for found in AGAINST["source"].values()} == {"undecided"}
 assert [m for m in RANKS.values() if all(of[m].better.low > -0.02 for of in AGAINST.values())] == ["lora"]
 assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if m != "lora")
 
 # %% [markdown]
-# On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by a tenth of
-# a nat: there LoRA falls behind. Whether the rank limits it, Schulman et al.'s reason, or the epochs is open: there no
-# other rank was run, and no second epoch. On `source` no size shows LoRA clearly behind, and all three intervals lie
-# above -0.02. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5
-# to 12 times full fine-tuning's.
+# On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by 0.08 nats:
+# there LoRA falls behind. Whether the rank limits it, Schulman et al.'s reason, or the epochs (four, the most allowed)
+# is open: no other rank was run. On `source` no size shows LoRA clearly behind, and all three intervals lie above
+# -0.02. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5 to 12
+# times full fine-tuning's.
 #
 # With 500 there are ranks 1 to 64, and by fourteen intervals that hold together none is clearly behind full
-# fine-tuning. On `rewrite` the ranks from 8 on are ahead; of the smaller it is undecided (by single intervals of 95 %
-# rank 1 is behind, 2 and 4 are ahead). On `source` all seven are undecided. Only rank 8 is shown to lose less than 0.02
-# on both: of right answers each of the others may lose more than 0.04.
+# fine-tuning. On `rewrite` rank 2 and those from 8 on are ahead; of 1 and 4 it is undecided (by single intervals of 95
+# % rank 1 is behind, 4 ahead). On `source` all seven are undecided. Only rank 8 is shown to lose less than 0.02 on
+# both: of right answers each of the others may lose more than 0.04.
 #
 # Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
 # LoRA's merged weights that resemble none of the base's (*intruder dimensions*; in full fine-tuning's they find none),
@@ -460,10 +461,10 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 # >
 # > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
 # > - lora beside full, rewrite, 500 examples: better (+0.041 [+0.027, +0.055]).
-# > - lora beside full, rewrite, 5000 examples: worse, both within 1 epoch (-0.112 [-0.123, -0.102]).
+# > - lora beside full, rewrite, 5000 examples: worse, within 4 epochs (-0.082 [-0.095, -0.070]).
 # > - lora beside full, source, 50 examples: undecided (+0.068 [-0.015, +0.151]).
 # > - lora beside full, source, 500 examples: undecided (+0.010 [-0.001, +0.021]).
-# > - lora beside full, source, 5000 examples: equal, both within 1 epoch (-0.005 [-0.014, +0.003]).
+# > - lora beside full, source, 5000 examples: equal (-0.005 [-0.014, +0.003]).
 # >
 # > (5 seeds, 512 test items)
 

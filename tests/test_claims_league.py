@@ -403,8 +403,8 @@ def test_a_sign_says_what_the_word_says(low, high, sign, word):
 
 
 @pytest.mark.parametrize("epochs, better, said", [
-    ((1, 1), 1, ", both within 1 epoch"), ((1, 1), 0, ", both within 1 epoch"), ((1, 0.5), -1, ", within 1 epoch"),
-    ((1, 0.5), 1, ""), ((0.5, 1), 1, ", within 1 epoch"), ((0.5, 1), 0, ""), ((0.5, 0.5), 1, ""),
+    ((4, 4), 1, ", both within 4 epochs"), ((4, 4), 0, ", both within 4 epochs"), ((4, 2), -1, ", within 4 epochs"),
+    ((4, 2), 1, ""), ((2, 4), 1, ", within 4 epochs"), ((2, 4), 0, ""), ((2, 2), 1, ""),
 ])  # fmt: skip
 def test_where_more_epochs_may_change_a_difference_it_is_said(epochs, better, said):
     """Of the worse method that stopped at the most epochs allowed, and of both."""

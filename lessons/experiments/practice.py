@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from minipeft.claims import protocol
-from minipeft.claims.comparison import Case, Pair
+from minipeft.claims.comparison import Case, Difference, Pair, compare
 from minipeft.claims.protocol import Choice, Find, Search, Trial, search
 from minipeft.claims.searches import Searches
 from minipeft.experiments.rows import Row, read_rows
@@ -38,7 +38,8 @@ def _batches(size: int) -> Search:
 CASE = "full, rewrite, 500 examples"
 BATCHES = Pair(CASE, "batches of 64", _batches(64), "batches of 4", _batches(4))
 AS_OFTEN = near(250)  # the clean half of 500 examples, each seen as often as in all 500
-SEARCHES: list[Choice] = [BATCHES.one, BATCHES.other, AS_OFTEN]
+THERE = Trial("rewrite", "lora", 500, rate=1.5e-3, epochs=2.0, batch_size=1)  # random ones, as the search tuned easy and hard ones
+SEARCHES: list[Choice] = [BATCHES.one, BATCHES.other, AS_OFTEN, THERE]
 
 
 def learned(trial: Trial) -> int:
@@ -60,6 +61,15 @@ def along(axis: str, at: Trial, seen: Mapping[Trial, float]) -> dict[Any, float]
     """{value of an axis: the loss}, in order, of what was seen and differs from a trial in this alone."""
     line = {getattr(t, axis): loss for t, loss in seen.items() if t == replace(at, **{axis: getattr(t, axis)})}
     return dict(sorted(line.items()))
+
+
+def mixed_at_one_setting(find: Find) -> Difference:
+    """How much better easy and hard examples are than random ones, both at the setting that the search found for the former."""
+    mixed = protocol.report(find, search("rewrite", "lora", 500, data="mixed"))
+    assert replace(mixed.trial, data=THERE.data) == THERE, f"it is {mixed.trial}"
+    found = compare(mixed, protocol.report(find, THERE), "nll")
+    print(f"both at the setting of the first, lora, rewrite: {found.word} ({found.interval})")
+    return found
 
 
 def known(searches: Iterable[Choice], store: str | os.PathLike) -> list[Row]:

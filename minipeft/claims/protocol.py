@@ -3,7 +3,7 @@
     a trial     a method learns a task from `examples` records that the seed draws, at a rate, for some epochs, in batches
     tuning      on a lattice: rate x 2, epochs x 2, batch x 2. From the method's usual rate the search goes to a better
                 neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned by
-                the same rule, and the best rate lies inside what was tried. Batches have 4 to 64 examples. Epochs are
+                the same rule, and the best rate lies inside what was tried. Batches have 1 to 64 examples. Epochs are
                 half of one at least, and have an upper end, PASSES, what may be computed (`search` has the exceptions);
                 the best may lie beyond it.
                 Judged by the loss on validation under one seed, TUNING, the same for all neighbors; the loss also
@@ -16,8 +16,10 @@ Two tasks: "rewrite", verses of the King James Bible into Basic English, judged 
 "source", which of three books a sentence is from, judged by the share of sentences whose right book has the highest
 log-probability. Everything is shipped, so that each row can be computed again anywhere.
 
-Limit: of the 512 test sentences of "source" 511 are of two of the books, Jane Austen's and the King James Bible. The records
-go around the three books, and every 1.5th is taken. (Training and validation have all three alike.)
+Limits: (1) A search stops where no neighbor is better; a setting two steps away may be. (On 500 examples of "rewrite" LoRA
+would be better by 0.015 nats, [0.010, 0.019] on test, at half its rate in batches of 1.) (2) Of the 512 test sentences of
+"source" 511 are of two of the books, Jane Austen's and the King James Bible. The records go around the three books, and
+every 1.5th is taken. (Training and validation have all three alike.)
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ ROOM = 0.02  # nats per token: what counts as equal quality of the task
 ALIKE = 0.02, 2.0  # nats per token, and times: equal training losses differ by less than either
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
-PASSES = {100: (16.0, 64.0), 1000: (2.0, 8.0), 10000: (0.5, 1.0)}  # examples at most: epochs to begin with, and at most
-BATCHES = 4, 64  # examples of a batch, least and most
+PASSES = {100: (16.0, 64.0), 1000: (2.0, 8.0), 10000: (0.5, 4.0)}  # examples at most: epochs to begin with, and at most
+BATCHES = 1, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 
 
