@@ -497,9 +497,8 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # that keeps more may, by the interval, have learned less by more than 0.02, the comparison is not told: one case. In it
 # the low-rate run took more epochs, in larger batches. With the tuned run's epochs and batch the two rates are as
 # stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept. With LoRA on `rewrite`
-# both keep equally much, and the low rate learned less. In `forget-4` one comparison, equal in items, is not told:
-# there the run without decay learned less (by 0.024 [0.020, 0.028]), so at equal learning decay might keep more. That
-# leaves the verdict open.
+# both keep equally much, and the low rate learned less. In `forget-4` one comparison, undecided in items, is not told:
+# there the run without decay learned less (by 0.051 [0.044, 0.058]). That leaves the verdict open.
 
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and 1 is not told:
