@@ -316,19 +316,19 @@ def memory_rows(bits: dict[str, float]) -> list[dict]:
 def test_the_rule_of_memorization_comes_out_each_way():
     found = memorization.verdict(memory_rows({"full": 9000, "lora": 1500, "head": 500}))
     assert found.verdict == HOLDS
-    assert found.effect.name == "share of all bits, more than lora, 64 in 128 passes"
-    assert found.effect.value == pytest.approx(1 - 6000 / (176 * 64), rel=0.05), "of 64 answers of 16 tokens, 11 bits each"
+    assert found.effect.name == "share of all bits, more than lora, 512 in 32 passes"
+    assert found.effect.value == pytest.approx((9000 - 1500) / (176 * 512), rel=0.05), "of 512 answers of 16 tokens, 11 bits each"
     assert evidence(found)["lora, 64 in 32 passes: bits a trainable parameter"].value == pytest.approx(15, rel=0.05)
     assert memorization.verdict(memory_rows({"full": 2000, "lora": 1980, "head": 500})).verdict == IF, "by a trifle is not ahead"
     found = memorization.verdict(memory_rows({"full": 2000, "lora": 2500, "prefix": 100}))
     assert found.verdict == NOT, "prefix trains more than all"
-    assert "64 examples in 32 passes: full fine-tuning remembers 17.8% of 11,264 bits, clearly more than none, and not clearly more than lora;" in found.because
+    assert "64 examples in 32 passes: full fine-tuning remembers 17.8% of 11,264 bits, clearly more than none, and not clearly more than lora." in found.because
     found = memorization.verdict(memory_rows({"full": 1e5, "lora": 1e5, "head": 500}))
     assert found.verdict == IF
     assert "clearly more than head, the data are too few to compare lora" in found.because
     assert memorization.verdict(memory_rows({"full": 1e5, "lora": 1e5})).verdict == UNTESTABLE
     lost = memory_rows({"full": 9000, "lora": 4000, "head": 500})
-    lost[3]["memorized"][2] = None
+    lost[4]["memorized"][2] = None
     assert "lora, 64 in 128 passes" not in str(memorization.verdict(lost)), "of a run that diverged nothing is said"
 
 

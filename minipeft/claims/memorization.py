@@ -11,8 +11,8 @@ labels; Morris et al. 2025, How Much Do Language Models Memorize? (arXiv:2505.24
 tokens.
 
 Departures: (1) What counts are the bits after a number of passes over the examples, at the rate that is best for them, in
-batches of 8, and not what a method would hold at last: who is slow has fewer. So the 64 examples are also passed four times
-as often. (2) A model is fine-tuned, not trained from the start. (3) Only answers count, prompts are given. There is nothing
+batches of 8, and not what a method would hold at last: who is slow has fewer. So 64 examples are also passed four times as
+often; and as these leave room, there are also eight times as many. (2) A model is fine-tuned, not trained from the start. (3) Only answers count, prompts are given. There is nothing
 held out, and nothing is to be: the rate is tuned on the bits under one seed, and reported under others, which have other
 prompts and other answers.
 """
@@ -39,7 +39,7 @@ from .register import UNTESTABLE, Verdict, claim, itemized
 Rows = Sequence[Mapping[str, Any]]
 
 METHODS = ("ia3", "prompt", "bottleneck", "lora-r1", "lora", "lora-r64", "full")
-LOADS = (64, 32), (64, 128)  # examples, passes over them
+LOADS = (64, 32), (64, 128), (512, 32)  # examples, passes over them
 LEAST = 0.01  # of all bits: a rate that is better by less is not better, and a method that remembers less by less is not behind
 
 
@@ -133,9 +133,9 @@ EXPERIMENT = ByItem("memorization", run, runs)
 @claim("full-7", lesson="06_soft_prompts.py", section="7 · How much can be remembered", experiment=EXPERIMENT)
 def verdict(rows: Rows) -> Verdict:
     """Holds if full fine-tuning memorizes clearly more bits of random answers (by more than a hundredth of all) than every method that
-    trains fewer parameters, of 64 examples, in 32 passes over them and in 128; holds if than some of these; does not hold here if
+    trains fewer parameters, of 64 examples in 32 passes and in 128, and of 512 in 32; holds if than some of these; does not hold here if
     than none. A method that remembers 99 % of all bits might remember more, were there more: where full fine-tuning is ahead of
-    nobody, and some method has reached this limit, it cannot be tested here. (More passes were not tried, and no more examples.)"""
+    nobody, and some method has reached this limit, it cannot be tested here. (More passes over 512 examples were not tried, and no more examples.)"""
     cases: dict[str, bool | None] = {}
     margins: dict[str, Estimate] = {}
     evidence, told = {}, []
@@ -165,4 +165,4 @@ def verdict(rows: Rows) -> Verdict:
     nearest = min(margins, key=lambda name: margins[name].value)
     found = UNTESTABLE if None in cases.values() and True not in cases.values() else graded(cases)
     effect = f"share of all bits, more than {nearest}", margins[nearest], "share"
-    return judged(found, itemized(told), *effect, evidence, None, "random answers")
+    return judged(found, f"Of random answers:{itemized(told)}", *effect, evidence, None, "random answers")
