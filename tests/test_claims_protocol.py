@@ -15,8 +15,8 @@ from minipeft.claims.league import AT_ONE_SETTING, MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.register import rule_of, statements
 from minipeft.claims.searches import Searches
-from minipeft.claims.statistics import crossed, spreads
-from minipeft.evaluation.intervals import Estimate, mean
+from minipeft.claims.statistics import crossed, right, spreads
+from minipeft.evaluation.intervals import Estimate, mean, share
 from minipeft.experiments.rows import described
 from minipeft.hub.base import load_base
 from minipeft.text.datasets import MultipleChoice
@@ -72,6 +72,12 @@ def test_the_bootstrap_agrees_where_the_items_decide():
     assert a.value == pytest.approx(b.value)
     assert a.value == pytest.approx((y * weights).sum() / (40 * weights.sum()))
     assert a.high - a.low == pytest.approx(b.high - b.low, rel=0.1)
+
+
+def test_a_share_without_a_seed_and_one_of_none_have_the_interval_of_their_items():
+    many = np.random.default_rng(0).integers(0, 2, (5, 40))
+    assert right(many) == crossed(many) and right(many[:1]) == share(many[0])
+    assert right(0 * many) == share(np.zeros(40)) and right(0 * many).high > 0.05, "0 of 40 may be one in twenty"
 
 
 def test_one_seed_has_no_interval_and_nothing_infinite_has_a_mean():
