@@ -481,7 +481,7 @@ assert all(line.cloze.high < 0 for line in standings(MIDDLE[0], names)), "all lo
 # The tuned rate of a random start is 16 times that of words on `rewrite`, 4 times if cut to their size; on `source` all
 # three have one rate. So the rate need not go with the size. (One tuning seed, steps of two; all took eight epochs, the
 # most allowed; their batches differ.) On `rewrite` the direct prefix equals the one by an MLP, at 32 times its rate:
-# there direct training does not end worse. On `source` the interval, ± 0.10, is too wide to tell.  P-tuning is ahead of
+# there direct training does not end worse. On `source` the interval, ± 0.10, is too wide to tell. P-tuning is ahead of
 # `prompt` on `rewrite`, in twice the steps; on `source` it is undecided.
 #
 # `cloze` says what is lost with the trained numbers in place: how many fewer of 100 general passages are continued
@@ -551,16 +551,16 @@ figure.savefig(OUT / "06_soft_prompts_memory.png", dpi=120)
 # over 99.8 % after 32. So such shares tell of speed as well as of room: with four times the passes adapters come from
 # 23 % to 93 %, and LoRA of rank 1 from 38 % to 89 %.
 #
-# LoRA of rank 8 and of rank 64 end alike, so with 64 examples the rank is not what holds them back. Of the 2,048 tokens
-# 172, most of them single bytes, have embeddings within 0.2 of each other; a token's nearest neighbor is at 0.79 as a
-# rule. Embeddings are frozen in LoRA, and so is the head, which here is the same table (Lesson 2). Who knows that one
-# of these tokens comes, and not which, lacks $\log_2 172 = 7.4$ of its 11 bits. These are 8 % of the tokens, so 94.3 %
-# of all bits are left, and LoRA has about as much. Full fine-tuning trains the table, too.
+# LoRA of rank 8 and of rank 64 end alike, so there the rank is not what holds them back. Of the 2,048 tokens 172, most
+# of them single bytes, have embeddings within 0.2 of each other; a token's nearest neighbor is at 0.79 as a rule.
+# Embeddings are frozen in LoRA, and so is the head, which here is the same table (Lesson 2). Who knows that one of
+# these tokens comes, and not which, lacks $\log_2 172 = 7.4$ of its 11 bits. These are 8 % of the tokens, so 94.3 % of
+# all bits are left, and LoRA has about as much. Full fine-tuning trains the table, too.
 #
 # (IA)$^3$ remembers over half of the bits with 3,072 numbers: two bits a number. A prompt remembers nothing. With 512
 # examples the rank counts: of 90,112 bits rank 64 has 93 %, rank 8 44 % ± 11, rank 1 8 %, full fine-tuning all,
-# (IA)$^3$ none: in 32 passes it is too slow. (More passes, and tokens without twins, were not tried: how much each can
-# hold at last stays open.)
+# (IA)$^3$ none, though of 64 it had 38 % in as many passes. (More passes, and tokens without twins, were not tried: how
+# much each can hold at last stays open.)
 
 # %% [markdown]
 # > `full-7` the whole capacity of the model is available: **holds if**. Of random answers:

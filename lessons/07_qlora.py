@@ -450,7 +450,7 @@ four_bits.losses_picture(losses, differences, STEPS).savefig(OUT / "07_qlora_los
 # base's. The figure shows at the left that training gains over a nat, and at the right that each of the five
 # differences is below 0.03. QLoRA learned the task: it lacks 1 to 3 % of the fall of LoRA's loss. That it made up for
 # the error of four bits does not show. (In `qlora-5`, below, the differences on `rewrite` are smaller with more
-# examples: 0.022, 0.013 and 0.007 nats. Whether that is chance, or the adapter's doing, was not tested.) LoftQ starts
+# examples: 0.022, 0.013 and 0.003 nats. Whether that is chance, or the adapter's doing, was not tested.) LoftQ starts
 # better, and not clearly worse than the base, although rank 8 holds less than a quarter of the squared error: the loss
 # need not follow the size of the error. And LoftQ ends worse here. (Li et al. find that it helps most where fewer bits
 # are used: two, or two and four mixed.) These differences are of one seed: their intervals speak of other verses, not

@@ -234,7 +234,7 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # asks for these, and for clearly higher rates with each other method.)
 #
 # Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000 (in
-# four epochs, the most allowed); on `source` the two are equal or undecided.
+# its four epochs, the most allowed); on `source` the two are equal or undecided.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
 # extrapolates their best rate of fine-tuning. For SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for long) it
@@ -438,8 +438,8 @@ practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=1
 # %% [markdown]
 # On `rewrite` *random*, on `source` *systematic*. *Random* answers harm both: the clean part is better in all eight
 # comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.16 of the sentences. A *systematic* mistake
-# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies
-# helps, by 0.024 with both methods. *Off-topic* records cost 0.019 nats at most, in the mean, clearly in two of eight.
+# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies is
+# better with both, by 0.024 (settings differ). *Off-topic* records cost 0.019 nats at most, clearly in two of eight.
 #
 # If a share $p$ of the answers is wrong, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
 # p\,q_\text{wrong}$ of distributions of whole answers. So a right answer keeps at least the share $1 - p$ of its

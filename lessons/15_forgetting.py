@@ -132,7 +132,7 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # seeds alone.)
 #
 # The verdicts count what is nearer to use, *general items*: 640 held-out passages of the four kinds, each with four
-# ways to go on, one of them right. Differences are in the share of items right (negative: fewer).  `full-10` asks
+# ways to go on, one of them right. Differences are in the share of items right (negative: fewer). `full-10` asks
 # whether more than 0.02 of the items are lost, with the whole interval. `forget-1` asks only for a clear loss, of six
 # methods, with 500 examples of either task. `best-9` holds outright only if the cheaper loss on text somewhere
 # misleads. It does not, hence the *if*: of 90 pairs of methods the items tell 26 apart, all comparisons at once; the
@@ -497,8 +497,9 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # that keeps more may, by the interval, have learned less by more than 0.02, the comparison is not told: one case. In it
 # the low-rate run took more epochs, in larger batches. With the tuned run's epochs and batch the two rates are as
 # stated (section 3): 0.009 [0.002, 0.016] nats paid, 0.015 [0.004, 0.025] of the items kept. With LoRA on `rewrite`
-# both keep equally much, and the low rate learned less. In `forget-4` one comparison, undecided in items, is not told:
-# there the run without decay learned less (by 0.051 [0.044, 0.058]). That leaves the verdict open.
+# both keep equally much, and the low rate learned less. In `forget-4` one comparison is undecided in items, so not
+# told. (The run without decay learned less, by 0.051 [0.044, 0.058], at an eighth of the rate in an eighth of the
+# steps.)
 
 # %% [markdown]
 # > `forget-2` remedy: lower rate: **holds if**. Of 4 comparisons 2 are as stated, 1 is not and 1 is not told:

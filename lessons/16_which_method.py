@@ -255,14 +255,14 @@ for case, better in zip(MIDDLE, ({"adalora", "dora"}, set())):
     beside = {a: found for (a, b), found in pairs(case, ("full", *OTHERS)).items() if b == "lora"}
     print(f"{case.name}, beside LoRA:", ", ".join(f"{a} {d.sign} {d.interval}" for a, d in beside.items()))
     assert {a for a, d in beside.items() if d.clearly_better} == better and (case.task == "rewrite") == beside["ia3"].clearly_worse
-ada, dora, rank_16 = which.adalora(2 * len(OTHERS))  # the first two where all intervals are to hold together
-assert dora.clearly_better and not ada.clearly_better and rank_16.clearly_better
+ada, dora, rank_32 = which.adalora(2 * len(OTHERS))  # the first two where all intervals are to hold together
+assert dora.clearly_better and not ada.clearly_better and rank_32.clearly_better
 
 # %% [markdown]
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to 8 on average, is
 # better by 0.026 [0.015, 0.037], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method is. But of these
-# 44 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's higher
-# rank at the start? LoRA of rank 16, tuned, loses to it by 0.032 [0.025, 0.040]; rank 12 was not run.) On `source` even
+# 46 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's higher
+# rank at the start? LoRA of rank 32, tuned, loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) On `source` even
 # (IA)$^3$, with 3,072 numbers, is not clearly worse than LoRA, but it loses 36 points of the general items, LoRA 7.
 #
 # What learns less may forget more: on `source` a prefix finds fewer books than the better of LoRA and adapters, with
@@ -290,8 +290,8 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # of `full-5` that the interval lies above 0, of `soft-8` that it lies below 0, of `adapter-6` and `which-1` that it
 # lies above -0.02. In these last two an interval that contains -0.02 is *not told*, even where it is *worse*. The rival
 # is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` of the other five, in `full-5` of all
-# others. `full-5` fails on `rewrite`, where AdaLoRA clearly beats full fine-tuning. On `source` that might be better,
-# as the interval reaches +0.001: hence *cannot be tested here*.
+# others. `full-5` fails on `rewrite`, where AdaLoRA clearly beats full fine-tuning. On `source` full fine-tuning might
+# be better (up to +0.001): hence *cannot be tested here*.
 #
 # At 7B and 70B nothing is trained: Lesson 12's ledger counts, in bfloat16. (No run checks these counts; Lesson 17,
 # section 7, says how bfloat16 may fail.) Full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments,
@@ -387,8 +387,8 @@ for case in CASES:
     )
 for value, word in (("able", "keeps up"), ("unsure", "is undecided")):
     print(f"in how many cases each {word}: " + ", ".join(f"{NAMES[m]} {sum(m in found[value] for found in CHOSEN.values())}" for m in MAIN))
-assert [(c.examples, m) for c in CASES for m in CHOSEN[c]["able"] if not keeps_up(c, m, 30)] == [(500, "full"), (5000, "bottleneck")]
-assert min(("lora", "bottleneck"), key=lambda m: TABLE[Case("source", 500)][m].flops) == "bottleneck", "without full fine-tuning"
+unsure = [(*c, m) for c in CASES for m in CHOSEN[c]["able"] if not keeps_up(c, m, 30)]
+assert unsure == [("source", 500, "full"), ("source", 5000, "bottleneck")], "all cases at once"
 assert not any(m in found["able"] for found in CHOSEN.values() for m in ("prefix", "prompt"))
 assert CHOSEN[Case("rewrite", 5000)]["able"] == ["full"]
 assert all("lora" == found["most items"][0] for found in CHOSEN.values() if len(found["able"]) > 1)
@@ -402,14 +402,14 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # In none for sure: with 500 and 5,000 examples of `rewrite` it does not, and in the other four cases it is undecided.
 # LoRA keeps up in four, QLoRA, full fine-tuning and adapters in three; with 5,000 examples of `rewrite` only full
 # fine-tuning does. (Where all thirty intervals are to hold at once, full fine-tuning with 500 of `source` and adapters
-# with 5,000 turn undecided; the least computation with 500 is then that of adapters.) Wherever more than one keeps up,
-# LoRA has kept the most general items of these in the mean, though not clearly more than QLoRA where that keeps up.
-# (The same test items say who keeps up and give the losses that are reported, so these may look a little too good.
-# FLOPs depend on the epochs, which one seed chose: with 500 of `source` full fine-tuning, with 2, computes less than
-# LoRA, with 4, at every size.) In the three cases where QLoRA keeps up, it takes the least memory at 7B, a third of
-# LoRA's; in the others the method with the smallest file does. The choices are the same at 70B (80 GB hold QLoRA, and
-# not LoRA). By computation no size changes a choice, for the epochs that our model's searches chose. (Whether the same
-# methods keep up there is not tested.)
+# with 5,000 turn undecided, and what they were chosen for falls to others.) Wherever more than one keeps up, LoRA has
+# kept the most general items of these in the mean, though not clearly more than QLoRA where that keeps up. (The same
+# test items say who keeps up and give the losses that are reported, so these may look a little too good. FLOPs depend
+# on the epochs, which one seed chose: with 500 of `source` full fine-tuning, with 2, computes less than LoRA, with 4,
+# at every size.) In the three cases where QLoRA keeps up, it takes the least memory at 7B, a third of LoRA's; in the
+# others the method with the smallest file does. The choices are the same at 70B (80 GB hold QLoRA, and not LoRA). By
+# computation no size changes a choice, for the epochs that our model's searches chose. (Whether the same methods keep
+# up there is not tested.)
 #
 # The verdicts have a stricter limit, 0.02, and intervals of 95 %. In `which-2` the first eighteen comparisons ask
 # whether LoRA is better than what stores less: adapters, a prefix and a prompt (*equal* does not count). The other

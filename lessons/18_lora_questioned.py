@@ -391,10 +391,10 @@ for task, rates in ranks.rates(["lora-alpha4", "lora", "lora-alpha64"]).items():
 
 # %% [markdown]
 # For 16 times $\alpha$ the rate is an eighth on `rewrite` and a quarter on `source`, not the sixteenth of an equal
-# first step. That may be luck: the search halves and doubles, under one seed, and on `source` the epochs differ, too (4
-# and 2). Tuned, $\alpha = 64$ costs 0.011 nats beside 4 on `rewrite`, clearly; on `source` the interval has both signs.
-# The verdict compares, for each hyperparameter, the best value on validation with the worst. Its limit is 0.02:
-# "better, not told" is clearly better, perhaps by less.
+# first step. That may be luck: the search halves and doubles, under one seed, and batches (`rewrite`) or epochs
+# (`source`) differ, too, 4 and 2. Tuned, $\alpha = 64$ costs 0.011 nats beside 4 on `rewrite`, clearly; on `source` the
+# interval has both signs. The verdict compares, for each hyperparameter, the best value on validation with the worst.
+# Its limit is 0.02: "better, not told" is clearly better, perhaps by less.
 
 # %% [markdown]
 # > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated, 1 is not
@@ -441,10 +441,10 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 
 # %% [markdown]
 # On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by 0.08 nats:
-# there LoRA falls behind. Whether the rank limits it, Schulman et al.'s reason, or the epochs (four, the most allowed)
-# is open: no other rank was run. On `source` no size shows LoRA clearly behind, and all three intervals lie above
-# -0.02. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is 1.5 to 12
-# times full fine-tuning's.
+# there LoRA falls behind. Whether the rank limits it, Schulman et al.'s reason, or the epochs (its four, the most
+# allowed) is open: there no other rank was run. On `source` no size shows LoRA clearly behind, and all three intervals
+# lie above -0.02. So in five of six cases what LoRA may lose is below 0.02, the verdict's limit. LoRA's tuned rate is
+# 1.5 to 12 times full fine-tuning's.
 #
 # With 500 there are ranks 1 to 64, and by fourteen intervals that hold together none is clearly behind full
 # fine-tuning. On `rewrite` rank 2 and those from 8 on are ahead; of 1 and 4 it is undecided (by single intervals of 95

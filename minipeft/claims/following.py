@@ -239,10 +239,10 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> str:
     words, counts = [], {key: [reports(rows, kind, key)["tuned"].values.shape[1] for kind in KINDS] for key in ("answers", "followed")}
     for kind in KINDS:
         arms = reports(rows, kind, "followed")
-        found = [f"{arm} {_share(arms[arm].mean)}" for arm in ("tuned", "shuffled", "base") if arm in arms]
+        found = [f"{arm} {_share(right(arms[arm].values))}" for arm in ("tuned", "shuffled", "base") if arm in arms]
         words.append(f"new {kind}: {', '.join(found)}, a guess {rows[0]['guess'][kind]:.3f}")
-    right, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
-    return f"Shares of instructions followed:{itemized(words)}Test items: {right} for answers, {followed} for instructions."
+    answered, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
+    return f"Shares of instructions followed:{itemized(words)}Test items: {answered} for answers, {followed} for instructions."
 
 
 def _share(e: Estimate) -> str:
@@ -268,7 +268,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
         for arm, one in of["followed"].items():
             numbers.append(Number(f"{arm}, new {kind}: followed", (e := right(one.values)).value, "followed", e.low, e.high))
         for arm, one in of["answers"].items():
-            shares = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(tasks.tolist())}
-            numbers += [Number(f"{arm}, new {kind}{task}", e.value, "right", e.low, e.high) for task, e in shares.items()]
+            of_tasks = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(tasks.tolist())}
+            numbers += [Number(f"{arm}, new {kind}{task}", e.value, "right", e.low, e.high) for task, e in of_tasks.items()]
     decided, others = (told(each, better, "tasks with instructions") for each in (found, rest))
     return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *numbers])

@@ -12,9 +12,9 @@ tokens.
 
 Departures: (1) What counts are the bits after a number of passes over the examples, at the rate that is best for them, in
 batches of 8, and not what a method would hold at last: who is slow has fewer. So 64 examples are also passed four times as
-often; and as these leave room, there are also eight times as many. (2) A model is fine-tuned, not trained from the start. (3) Only answers count, prompts are given. There is nothing
-held out, and nothing is to be: the rate is tuned on the bits under one seed, and reported under others, which have other
-prompts and other answers.
+often; and as these leave room, there are also eight times as many. (2) A model is fine-tuned, not trained from the start.
+(3) Only answers count, prompts are given. There is nothing held out, and nothing is to be: the rate is tuned on the bits
+under one seed, and reported under others, which have other prompts and other answers.
 """
 
 from __future__ import annotations

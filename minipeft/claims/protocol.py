@@ -16,7 +16,7 @@ Two tasks: "rewrite", verses of the King James Bible into Basic English, judged 
 "source", which of three books a sentence is from, judged by the share of sentences whose right book has the highest
 log-probability. Everything is shipped, so that each row can be computed again anywhere.
 
-Limits: (1) A search stops where no neighbor is better; a setting two steps away may be. (On 500 examples of "rewrite" LoRA
+Limits: (1) A search stops where no neighbor is better; a setting farther off may be. (On 500 examples of "rewrite" LoRA
 would be better by 0.015 nats, [0.010, 0.019] on test, at half its rate in batches of 1.) (2) Of the 512 test sentences of
 "source" 511 are of two of the books, Jane Austen's and the King James Bible. The records go around the three books, and
 every 1.5th is taken. (Training and validation have all three alike.)

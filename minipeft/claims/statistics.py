@@ -62,7 +62,10 @@ def crossed(y: np.ndarray, weights: np.ndarray | None = None, level: float = 0.9
 def right(y: np.ndarray) -> Estimate:
     """The share of y [seeds, items] that is right, with its interval; of a model without a seed, [1, items], and where all or none
     is right, over the items alone (Wilson's)."""
-    return wilson(float(np.mean(y)), y.shape[1]) if len(y) == 1 or not np.ptp(y) else crossed(y)
+    if len(y) == 1 or not np.ptp(y):
+        return wilson(float(np.mean(y)), y.shape[1])
+    value, low, high = crossed(y)
+    return Estimate(value, max(0.0, low), min(1.0, high))
 
 
 def spreads(a: np.ndarray, b: np.ndarray) -> Estimate:
