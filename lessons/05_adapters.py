@@ -125,7 +125,7 @@ assert difference < 1e-4
 
 # %% [markdown]
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. The two sides agree to
-# > 9e-08 for relu, silu, gelu, but an adapter stands inside its block, behind a sublayer, 2 a block (Houlsby) or 1
+# > 2e-07 for relu, silu, gelu, but an adapter stands inside its block, behind a sublayer, 2 a block (Houlsby) or 1
 # > (Pfeiffer).
 #
 # > `adapter-4` simple and interpretable: **holds if**. Simpler than LoRA by fewer options: 87 lines of code to 79, 6
