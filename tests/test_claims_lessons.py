@@ -75,6 +75,11 @@ def test_another_mean_is_told_beyond_the_seeds_and_the_tolerance(lesson):
     assert "loss task: None" in line
 
 
+def test_a_row_of_the_tuning_that_measures_less_hides_no_spread():
+    group = [{"loss": 1.0}, {"loss": 2.0, "text": 1.0}, {"loss": 3.0, "text": 3.0}]
+    assert rows.spread([group]) == {"loss": 1.0, "text": pytest.approx(2**0.5)}
+
+
 def test_the_spread_of_five_seeds_of_other_settings_does_not_count(lesson):
     row = lesson.rows()[0]
     made = [row | {"seed": seed, "rate": rate, "loss": {"task": [rate + seed * (rate > 2)]}} for seed in range(5) for rate in (2.0, 3.0)]

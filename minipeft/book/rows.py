@@ -129,7 +129,7 @@ def spread(groups: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """The standard deviation over seeds of each name's mean, pooled over groups of rows."""
     variances: dict[str, list[float]] = {}
     for group in groups:
-        for name in group[0]:
+        for name in {name: None for one in group for name in one}:  # a row of the tuning may measure less
             values = [one[name] for one in group if name in one]
             if len(values) > 1:
                 variances.setdefault(name, []).append(float(np.var(values, ddof=1)))
