@@ -316,9 +316,9 @@ def memory_rows(bits: dict[str, float]) -> list[dict]:
 def test_the_rule_of_memorization_comes_out_each_way():
     found = memorization.verdict(memory_rows({"full": 9000, "lora": 1500, "head": 500}))
     assert found.verdict == HOLDS
-    assert found.effect.name == "share of all bits, more than lora, 512 in 32 passes"
+    assert found.effect.name == "full, more than lora, 512 in 32 passes"
     assert found.effect.value == pytest.approx((9000 - 1500) / (176 * 512), rel=0.05), "of 512 answers of 16 tokens, 11 bits each"
-    assert evidence(found)["lora, 64 in 32 passes: bits a trainable parameter"].value == pytest.approx(15, rel=0.05)
+    assert evidence(found)["lora, 64 in 32 passes: a trainable parameter"].value == pytest.approx(15, rel=0.05)
     assert memorization.verdict(memory_rows({"full": 2000, "lora": 1980, "head": 500})).verdict == IF, "by a trifle is not ahead"
     found = memorization.verdict(memory_rows({"full": 2000, "lora": 2500, "prefix": 100}))
     assert found.verdict == NOT, "prefix trains more than all"

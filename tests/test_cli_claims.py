@@ -11,7 +11,7 @@ from cli_helpers import general_blocks, output, refused
 import minipeft as mp
 from minipeft import claims
 from minipeft.claims import soft_prompts
-from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS, Experiment
+from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS, Experiment, judge
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,20 @@ def test_the_picture_of_what_has_intervals(capsys, tmp_path, rendered):
     status, out, _ = output(capsys, "claims", "lora-6", "--picture", tmp_path / "none.png")
     assert (status, out) == (0, "lora-6: nothing to draw, for no number of its evidence has an interval\n")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_the_picture_has_all_numbers_with_intervals_those_of_a_unit_together(capsys, tmp_path, monkeypatch):
+    from minipeft.train import metrics
+
+    figures = []
+    monkeypatch.setattr(metrics, "save_png", lambda figure, path: figures.append(figure))
+    assert output(capsys, "claims", "full-3", "--picture", tmp_path / "rate.png")[0] == 0
+    verdict, axes = judge("full-3"), {one.get_xlabel().removesuffix(", with 95 % intervals"): one for one in figures[0].axes}
+    with_intervals = [n for n in (verdict.effect, *verdict.evidence) if n.low is not None]
+    assert {*axes} == {"rate", "exponent", "times"} == {n.unit for n in with_intervals}
+    for unit, one in axes.items():
+        assert [label.get_text() for label in one.get_yticklabels()] == [n.name for n in with_intervals if n.unit == unit]
+    assert axes["times"].get_xscale() == "log" and axes["exponent"].get_xscale() == "linear"
 
 
 def test_all_rows_are_computed_again_and_compared(capsys, monkeypatch, tmp_path):

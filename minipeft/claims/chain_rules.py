@@ -23,7 +23,20 @@ import numpy as np
 from ..evaluation.intervals import Estimate, mean
 from . import chain, chain_tuning, constitution
 from .chain import BETAS, BROKEN, CHECKS, COMPARISONS, HELD_OUT, JUDGES, SIZES
-from .register import HOLDS, IF, NOT, UNTESTABLE, Experiment, Number, Verdict, claim, itemized, listed, measured
+from .register import (
+    HOLDS,
+    IF,
+    NOT,
+    UNTESTABLE,
+    Experiment,
+    Number,
+    Verdict,
+    as_number,
+    claim,
+    itemized,
+    listed,
+    measured,
+)
 from .statistics import crossed, spreads
 
 Rows = Sequence[Mapping[str, Any]]
@@ -53,7 +66,8 @@ class Sampled(Experiment):
 CHAIN = Sampled("chain", chain.run, chain.runs)
 CONSTITUTION = Experiment("constitution", constitution.run, constitution.runs, varied=True)  # a row has several policies, of sampled texts
 
-NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice: of the gold, in [0, 1]; nats an answer
+UNITS = {"gold": "gold", "kl": "nats an answer"}  # the gold is in [0, 1]
+NEAR = {"gold": 0.02, "kl": 0.5}  # what nobody would notice
 LIMIT = 4.0  # standard deviations
 SPANNING = ("approxkl", "value_loss", "ratio_max", "grad_norm")  # orders of magnitude
 WARNING = ("kl", "clipfrac", "entropy", "distinct_2", "length", *SPANNING)  # the statistics that a run logs without a gold
@@ -129,11 +143,6 @@ def first_warning(
     return first, [name for name, update in at.items() if first is not None and update == first]
 
 
-def as_number(name: str, e: Estimate, unit: str = "") -> Number:
-    """An estimate as the register shows it."""
-    return Number(name, e.value, unit, e.low, e.high)
-
-
 def shown(e: Estimate, digits: int = 2) -> str:
     """ "+0.11 [-0.03, +0.25]": a value and its interval, where it has one."""
     return f"{e.value:+.{digits}f} [{e.low:+.{digits}f}, {e.high:+.{digits}f}]" if e.low is not None else f"{e.value:+.{digits}f}"
@@ -152,8 +161,8 @@ def summary(name: str, rows: Rows, keys: Sequence[str] = ("gold", "kl")) -> list
         return []
     last = [row["checks"][LAST] if "checks" in row else row for row in whole]
     shares = [key for key in ("kind", "form", "ended", "distinct_2") if key in last[0]]
-    numbers = [as_number(f"{name}: {key}", crossed(items(whole, key))) for key in keys]
-    return numbers + [measured(f"{name}: {key}", [one[key] for one in last]) for key in shares]
+    numbers = [as_number(f"{name}: {key}", crossed(items(whole, key)), UNITS[key]) for key in keys]
+    return numbers + [measured(f"{name}: {key}", [one[key] for one in last], "share") for key in shares]
 
 
 def along(row: Mapping[str, Any], key: str, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -278,10 +287,10 @@ def exploited(rows: Rows) -> Verdict:
             f"{shown(crossed(items(of) - before))}, from {before.mean():.2f} to {items(of).mean():.2f}"
         )
         right = np.array([row["accuracy"][0] for row in many])
-        evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise)]
+        evidence += [as_number(f"fall of the gold: {name}", fall, "gold"), as_number(f"{name}: rise of the judge's reward", rise, "reward")]
         evidence += [measured(f"{name}: pairs ordered as the gold does", right.tolist(), "share")]
         evidence += [Number(f"{name}: gold per reward, over best of 16's", float(came), "times"), *summary(name, of)]
-        evidence += [as_number(f"{name}: {x} of Gao et al., {how}", e) for how, ab in gao_of(rows, size, n).items() for x, e in zip("ab", ab)]
+        evidence += [as_number(f"{name}: {x} of Gao et al., {how}", e, "gold a root of nats") for how, ab in gao_of(rows, size, n).items() for x, e in zip("ab", ab)]
     if not falls:
         because = f"The reward of no judge rises clearly from the peak of the gold: nothing to exploit it by. {itemized(told)}"
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from ..evaluation.intervals import Estimate
 from . import protocol
 from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, search, tuned, untrained
-from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, followed, itemized, listed
+from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, as_number, followed, itemized, listed
 
 UNDECIDED = "undecided"
 MANY = 6  # comparisons of a statement: of more, all are counted, and those unlike most are shown, if they are no more than this
@@ -116,7 +116,7 @@ def best(find: Find, case: Case, methods: Iterable[str], worst: bool = False) ->
 
 def number(name: str, found: Difference, key: str) -> Number:
     """As the register shows it."""
-    return Number(name, found.better.value, UNITS[key], found.better.low, found.better.high)
+    return as_number(name, found.better, UNITS[key])
 
 
 # ------------------------------------------------------------------------------------------------- what rules are made of

@@ -44,7 +44,7 @@ from ..train.evaluation import example_losses
 from .comparison import Beside, better, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
-from .register import UNTESTABLE, Number, Verdict, itemized, listed
+from .register import UNTESTABLE, Verdict, as_number, itemized, listed
 from .statistics import right
 
 UNTUNED = "base", "few-shot"
@@ -266,9 +266,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
                 (found if (key, other) in compared else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
         for arm, one in of["followed"].items():
-            numbers.append(Number(f"{arm}, new {kind}: followed", (e := right(one.values)).value, "followed", e.low, e.high))
+            numbers.append(as_number(f"{arm}, new {kind}: followed", right(one.values), "followed"))
         for arm, one in of["answers"].items():
             of_tasks = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(tasks.tolist())}
-            numbers += [Number(f"{arm}, new {kind}{task}", e.value, "right", e.low, e.high) for task, e in of_tasks.items()]
+            numbers += [as_number(f"{arm}, new {kind}{task}", e, "right") for task, e in of_tasks.items()]
     decided, others = (told(each, better, "tasks with instructions") for each in (found, rest))
     return replace(decided, evidence=[*decided.evidence, others.effect, *others.evidence, *numbers])

@@ -269,18 +269,15 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     found, D = {start: d90(rows, start) for start in ("base", "random")}, full["D"]
     if None in found["base"]:
         return Verdict(UNTESTABLE, "Full fine-tuning of the base gains nothing under some seed: there is no 90 % of it to reach.")
-    evidence = {"d90 from base": geometric(found["base"])}
-    if None not in found["random"]:
-        evidence["d90 from random"] = geometric(found["random"])
+    numbers = {f"d90 from {start}": geometric(of) for start, of in found.items() if None not in of}
     # rank 0 is no power of two: it counts as half a rank
     ranks = [
         log_size_at([0.5, *RANKS[1:]], scores, before, after)
         for scores, before, after in zip(full["applied"], full["before"], full["accuracy"])
     ]
     ratios = [float(np.median([one["rank"] / one["noise"] for one in spectra.values()])) for spectra in full["spectra"]]
-    evidence["rank over noise's, median matrix"] = ratio = mean(ratios)
-    evidence["rank for 90 % of the gain"] = rank = geometric(ranks)
-    effect, other = evidence["d90 from base"], evidence.get("d90 from random")
+    ratio, rank = mean(ratios), geometric(ranks)
+    effect, other = numbers["d90 from base"], numbers.get("d90 from random")
     cases = {
         "random subspaces": effect.high is not None and effect.high <= LOW * D,
         "the rank that the task needs": rank.high is not None and rank.high <= RANK,
@@ -292,4 +289,5 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         + (f"{sized(other)} from random weights" if other else "and from random weights nothing is gained under some seed")
         + f"; in the mean the {rank.value:.1f} strongest directions of each update have 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
     )
-    return judged(graded(cases), because, "d90 from the base", effect, "numbers", evidence, 512, "source")
+    ranks_of = {"times": {"rank over noise's, median matrix": ratio}, "directions": {"rank for 90 % of the gain": rank}}
+    return judged(graded(cases), because, "d90 from base", effect, "numbers", {"numbers": numbers, **ranks_of}, 512, "source")

@@ -233,7 +233,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         f"Of facts in none of its texts the base knows, in its own text, {guessed}; a guess {100 / CHOICES:g} %."
     )
     effect = "asked for facts in no text of the base's: known by being told them", taught, "of the facts"
-    return judged(verdict, because, *effect, evidence, 2 * Knowledge.facts, "facts")
+    return judged(verdict, because, *effect, {"of the facts": evidence}, 2 * Knowledge.facts, "facts")
 
 
 def points(e: Estimate) -> str:

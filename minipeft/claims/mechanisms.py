@@ -28,7 +28,7 @@ from .protocol import climb
 from .register import HOLDS as HOLDS
 from .register import IF as IF
 from .register import NOT as NOT
-from .register import SPREADS, Experiment, Number, Verdict
+from .register import SPREADS, Experiment, Verdict, as_number
 from .register import graded as graded
 from .register import those as those
 
@@ -98,11 +98,13 @@ def _mean(value: Any) -> Any:
 
 
 def judged(
-    verdict: str, because: str, name: str, effect: Estimate, unit: str, evidence: Mapping[str, Estimate], items: int | None, task: str
-) -> Verdict:
-    """A verdict of five seeds on the shipped base: `name` and `unit` are of the number that decided, `evidence` of those beside it."""
-    numbers = [Number(key, e.value, "", e.low, e.high) for key, e in evidence.items()]
-    return Verdict(verdict, because, Number(name, effect.value, unit, effect.low, effect.high), numbers, 5, items, "the shipped base", task)
+    verdict: str, because: str, name: str, effect: Estimate, unit: str, evidence: Mapping[str, Mapping[str, Estimate]],
+    items: int | None, task: str,
+) -> Verdict:  # fmt: skip
+    """A verdict of five seeds on the shipped base: `name` and `unit` are of the number that decided; beside it stands `evidence`,
+    {unit: {name: number}}."""
+    numbers = [as_number(key, e, one) for one, of in evidence.items() for key, e in of.items()]
+    return Verdict(verdict, because, as_number(name, effect, unit), numbers, 5, items, "the shipped base", task)
 
 
 def geometric(logs: Sequence[float], base: float = 2.0) -> Estimate:

@@ -138,7 +138,7 @@ def verdict(rows: Rows) -> Verdict:
     nobody, and some method has reached this limit, it cannot be tested here. (More passes over 512 examples were not tried, and no more examples.)"""
     cases: dict[str, bool | None] = {}
     margins: dict[str, Estimate] = {}
-    evidence, told = {}, []
+    shares, each, told = {}, {}, []
     loads = dict.fromkeys((row["examples"], row["epochs"]) for row in rows)
     for n, epochs in loads:
         here = [row for row in rows if (row["examples"], row["epochs"]) == (n, epochs)]
@@ -146,7 +146,7 @@ def verdict(rows: Rows) -> Verdict:
             raise ValueError(f"a run of full fine-tuning on {n} examples diverged")
         full, most = found
         load, ahead = f"{n} in {epochs} passes", {}
-        evidence[f"full, {load}: share of all bits"] = mean(most / full["bits"])
+        shares[f"full, {load}"] = mean(most / full["bits"])
         for row in here:
             if row["trainable"] >= full["trainable"] or (found := of_method(here, row["method"])) is None:
                 continue
@@ -154,8 +154,8 @@ def verdict(rows: Rows) -> Verdict:
             margins[f"{method}, {load}"] = margin = mean((most - bits) / full["bits"])
             clearly = margin.low is not None and margin.low > LEAST
             ahead[method] = True if clearly else None if bits.mean() >= (1 - LEAST) * full["bits"] else False
-            evidence[f"{method}, {load}: share of all bits"] = mean(bits / full["bits"])
-            evidence[f"{method}, {load}: bits a trainable parameter"] = mean(bits / row["trainable"])
+            shares[f"{method}, {load}"] = mean(bits / full["bits"])
+            each[f"{method}, {load}: a trainable parameter"] = mean(bits / row["trainable"])
         cases |= {f"{method}, {load}": value for method, value in ahead.items()}
         remembers = f"full fine-tuning remembers {most.mean() / full['bits']:.1%} of {full['bits']:,.0f} bits"
         parts = [f"{n} examples in {epochs} passes: {remembers}, clearly more than {those(ahead)}"]
@@ -164,5 +164,6 @@ def verdict(rows: Rows) -> Verdict:
         told.append(", ".join(parts))
     nearest = min(margins, key=lambda name: margins[name].value)
     found = UNTESTABLE if None in cases.values() and True not in cases.values() else graded(cases)
-    effect = f"share of all bits, more than {nearest}", margins[nearest], "share"
+    effect = f"full, more than {nearest}", margins[nearest], "of all bits"
+    evidence = {"of all bits": shares, "bits": each}
     return judged(found, f"Of random answers:{itemized(told)}", *effect, evidence, None, "random answers")

@@ -36,7 +36,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..evaluation.intervals import Estimate
 
 HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
     "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
@@ -66,6 +69,11 @@ class Number:
     unit: str = ""
     low: float | None = None
     high: float | None = None
+
+
+def as_number(name: str, e: Estimate, unit: str = "") -> Number:
+    """An estimate as the register shows it."""
+    return Number(name, e.value, unit, e.low, e.high)
 
 
 def figure(number: Number | None) -> str:

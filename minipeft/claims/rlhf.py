@@ -24,7 +24,7 @@ from ..rlhf.reward import Ranking as Ranked
 from ..rlhf.reward import RewardModel, collate_rankings, reward_loss
 from ..train import collate
 from .inputs import BASE, SIZES, arrays, base, examples, moved, steps
-from .register import Number, Verdict, claim, graded, listed, measured, those
+from .register import Number, Verdict, as_number, claim, graded, listed, measured, those
 
 
 @claim("rlhf-1", lesson="10_ppo.py", section="6 · The loss: no incentive beyond twenty percent")
@@ -141,8 +141,8 @@ def bradley_terry() -> Verdict:
         seen = share(first)
         inside.append(abs(seen.value - p) < 2.576 * math.sqrt(p * (1 - p) / draws))
         evidence += [
-            Number(f"r1 - r2 = {d:g}: the first is preferred", seen.value, "", seen.low, seen.high),
-            Number(f"r1 - r2 = {d:g}: sigmoid", p),
+            as_number(f"r1 - r2 = {d:g}: the first is preferred", seen, "share"),
+            Number(f"r1 - r2 = {d:g}: sigmoid", p, "share"),
         ]
     cases = {"the loss": error < 1e-6, "the rater": all(inside)}
     return Verdict(

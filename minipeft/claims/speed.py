@@ -193,7 +193,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     effect = "seconds a step of the slowest, over full fine-tuning's", slowest, "times"
     every = {f"{name} {what}": so for what, of in cases.items() for name, so in of.items()}
     task = f"rewrite, {full['items']} test records; {where([row for row in rows if 'seconds' in row])}"
-    return judged(graded(every), because, *effect, evidence, full["items"], task)
+    return judged(graded(every), because, *effect, {"times": evidence}, full["items"], task)
 
 
 def product(a: Estimate, b: Estimate) -> Estimate:

@@ -180,27 +180,29 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     does not hold here if nothing is."""
     (widths, tuning), (_, before) = table(rows, "full"), table(rows, "pretraining")
     laws = {"fine-tuning": Law(widths, tuning), "pretraining": Law(widths, before)}
-    evidence = {f"a of {name}": law.exponent for name, law in laws.items()}
-    cases = {}
+    times, cases = {}, {}
     for i, width in enumerate(widths):
-        evidence[f"fine-tuning over pretraining, width {width}"] = ratio = geometric(np.log2(tuning[:, i] / before[:, i]))
+        times[f"fine-tuning over pretraining, width {width}"] = ratio = geometric(np.log2(tuning[:, i] / before[:, i]))
         cases[f"a rate much smaller than pretraining's at width {width}"] = ratio.high is not None and ratio.high < MUCH
     longer, pretrained = (table(rows, of, LONG)[1][:, 0] for of in ("full", "pretraining"))
-    evidence[f"fine-tuning over pretraining, width {BESIDE}, {LONG // BRIEF} times as long"] = ratio = geometric(np.log2(longer / pretrained))
+    times[f"fine-tuning over pretraining, width {BESIDE}, {LONG // BRIEF} times as long"] = ratio = geometric(np.log2(longer / pretrained))
     cases["a rate much smaller than pretraining's after a longer one"] = ratio.high is not None and ratio.high < MUCH
-    evidence[f"best rate at width {BESIDE}, {LONG // BRIEF} times as long over briefly"] = fell = geometric(
+    times[f"best rate at width {BESIDE}, {LONG // BRIEF} times as long over briefly"] = fell = geometric(
         np.log2(longer / tuning[:, widths.index(BESIDE)])
     )
     there = laws["fine-tuning"].at(SEVEN_B)
     cases[f"1e-5 to 5e-5 at width {SEVEN_B}"] = _overlap(there, *RANGE)
-    evidence |= {f"at width {SEVEN_B}": there, f"at width {SMALL}": laws["fine-tuning"].at(SMALL)}
-    ratios = [evidence[f"fine-tuning over pretraining, width {width}"] for width in widths]
+    ratios = [times[f"fine-tuning over pretraining, width {width}"] for width in widths]
     so = [cases[f"a rate much smaller than pretraining's at width {width}"] for width in widths]
     because = (
         f"After a brief pretraining at widths {listed([*map(str, widths)])} the best rate of fine-tuning is {listed([f'{r.value:.1f}' for r in ratios])} "
-        f"times pretraining's, clearly less than half at {sum(so)} of {len(widths)}. It falls as width^-{evidence['a of fine-tuning'].value:.2f}, "
+        f"times pretraining's, clearly less than half at {sum(so)} of {len(widths)}. It falls as width^-{laws['fine-tuning'].exponent.value:.2f}, "
         f"to {there.value:.1e}{'' if there.low is None else f' [{there.low:.1e}, {there.high:.1e}]'} at width {SEVEN_B}. "
         f"At {BESIDE}, after {LONG // BRIEF} times the pretraining, it is {ratio.value:.1f} times pretraining's, and {_times(fell)} the briefly pretrained model's."
     )
     effect = f"predicted at width {SEVEN_B}", there, "rate"
+    evidence = {
+        "exponent": {f"a of {name}": law.exponent for name, law in laws.items()}, "times": times,
+        "rate": {f"at width {SMALL}": laws["fine-tuning"].at(SMALL)},
+    }  # fmt: skip
     return judged(graded(cases), because, *effect, evidence, 256, "pretraining, then source; 256 validation records")

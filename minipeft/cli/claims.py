@@ -238,34 +238,40 @@ def bounds(number: Number) -> list[float | None] | None:
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
-def drawn(verdict: Verdict) -> list[Number]:
-    """The numbers of a verdict's evidence that have an interval, in the effect's unit."""
-    effect = verdict.effect
-    numbers = [n for n in verdict.evidence if n.low is not None and effect and n.unit == effect.unit]
-    return numbers if not effect or effect.low is None or effect in numbers else [effect, *numbers]
+def drawn(verdict: Verdict) -> dict[str, list[Number]]:
+    """{unit: the numbers that have an interval}: the effect, if it has one, and then the evidence."""
+    found: dict[str, list[Number]] = {}
+    for number in dict.fromkeys(n for n in (verdict.effect, *verdict.evidence) if n and n.low is not None):
+        found.setdefault(number.unit, []).append(number)
+    return found
 
 
 def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str) -> int:
-    """A forest plot: each number of `drawn` as a point and a line."""
-    numbers = drawn(verdict)
-    if not numbers:
+    """A forest plot: each number of `drawn` as a point and a line, the numbers of a unit together."""
+    units = drawn(verdict)
+    if not units:
         print(f"{statement.id}: nothing to draw, for no number of its evidence has an interval")
         return 0
     from ..train.metrics import panels, save_png
 
-    figure_, (axes,) = panels(1, 7, 1.4 + 0.32 * len(numbers))
-    for y, n in enumerate(numbers):
-        axes.plot([n.low, n.high], [y, y], color="tab:blue", linewidth=1.5)
-        axes.plot(n.value, y, "s", color="tab:blue", markersize=5)
-    neutral = {"times": 1}.get(numbers[0].unit, 0)
-    axes.axvline(neutral, color="grey", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(numbers)), [textwrap.shorten(n.name, 60, placeholder=" ...") for n in numbers], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{numbers[0].unit}, with 95 % intervals")
-    axes.set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
+    sizes = [*map(len, units.values())]
+    figure, panel = panels(len(sizes), 7, 0.5 + 0.7 * len(sizes) + 0.26 * sum(sizes), sizes)
+    for axes, (unit, numbers) in zip(panel, units.items()):
+        for y, n in enumerate(numbers):
+            axes.plot([n.low, n.high], [y, y], color="tab:blue", linewidth=1.5)
+            axes.plot(n.value, y, "s", color="tab:blue", markersize=5)
+        if unit in ("times", "rate", "numbers") and min(n.low for n in numbers) > 0:  # compared by their ratio
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.3g}")
+        if unit not in ("rate", "numbers"):
+            axes.axvline(float(unit == "times"), color="grey", linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(numbers)), [textwrap.shorten(n.name, 60, placeholder=" ...") for n in numbers], fontsize=8)
+        axes.set_ylim(len(numbers) - 0.4, -0.6)
+        axes.set_xlabel(f"{unit or 'without a unit'}, with 95 % intervals")
+    panel[0].set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
     with locked(Path(path).parent, Path(path).name):
-        save_png(figure_, path)
-    print(f"{path}: {len(numbers)} numbers with their intervals")
+        save_png(figure, path)
+    print(f"{path}: {sum(sizes)} numbers with their intervals")
     return 0
 
 

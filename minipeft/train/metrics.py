@@ -70,15 +70,16 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str], char_order: int =
     return library.CHRF(char_order=char_order, beta=beta).corpus_score(list(hypotheses), [list(references)]).score
 
 
-def panels(n: int, width: float, height: float) -> tuple[Any, Sequence[Any]]:
-    """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches.
+def panels(n: int, width: float, height: float, heights: Sequence[float] | None = None) -> tuple[Any, Sequence[Any]]:
+    """(figure, its n axes side by side), empty, without a frame above and on the right; the sizes are in inches. With
+    `heights`, to each other, the axes are one below the other.
 
     A notebook shows the figure as a picture where it is the last line of a cell, also while pyplot is not imported.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, n, squeeze=False)[0]
+    axes = figure.subplots(*((n, 1) if heights else (1, n)), squeeze=False, height_ratios=heights).ravel()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure._repr_png_ = partial(png, figure)  # matplotlib's own has none
