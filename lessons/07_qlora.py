@@ -465,20 +465,20 @@ for on, key in KEYS.items():
     both = [report(find, search(on, method, 500), key) for method in ("loftq", "qlora")]
     told[on] = compare(*both, key).sign, {each.trial.rate for each in both}
     print(f"{on}: LoftQ is better than QLoRA by {compare(*both, key).interval}")
-assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
+assert told == {"rewrite": ("+=", {3e-3}), "source": ("?", {3e-3})}
 
 # %% [markdown]
 # No: on `rewrite` it ends better, by less than 0.02 nats (0.008 [0.000, 0.015], above 0 before rounding), and on
-# `source` equal. The rates do not differ: the league chose 0.003, as above, for both. (For 20 steps no rate was tuned.)
-# The league's other steps, batches, verses or seeds may be the reason.
+# `source` it is undecided. The rates do not differ: the league chose 0.003, as above, for both. (For 20 steps no rate
+# was tuned.) The league's other steps, batches, verses or seeds may be the reason.
 #
 # `qlora-5`, below, has five seeds, and tunes both methods (the league, Lesson 3). There the signs are turned: above 0
 # the first method is *better*. On `rewrite` its loss is then lower, in nats, and on `source` more of its answers are
 # right. *Negligible* is less than 0.02 lost, in nats or shares of answers; *not told*, that the interval has that limit
-# inside. On `rewrite` four bits clearly cost something with 50 and with 500 examples, 0.022 and 0.013 nats; in the
-# other four cases no cost is clear. The paper finds no loss against 16 bits on its benchmarks, with LoRA on all linear
-# layers, whatever its rank (section 4, appendix A). With FP4 the models lost about one percentage point on MMLU, a test
-# of knowledge; with LoRA on query and value alone they did not reach full fine-tuning.
+# inside. Four bits clearly cost something with 50 and 500 examples of `rewrite`, 0.022 and 0.013 nats, and with 500 of
+# `source`, 0.8 points; elsewhere no cost is clear. The paper finds no loss against 16 bits on its benchmarks, with LoRA
+# on all linear layers, whatever its rank (section 4, appendix A). With FP4 the models lost about one percentage point
+# on MMLU, a test of knowledge; with LoRA on query and value alone they did not reach full fine-tuning.
 #
 # The embedding is not packed, and in a model this small it is most of the 1.7 MB that are left.
 
@@ -496,9 +496,9 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("=", {3e-3})}
 # > - qlora beside lora, rewrite, 50 examples: worse (-0.022 [-0.026, -0.018]), not told.
 # > - qlora beside lora, rewrite, 500 examples: worse, by less than 0.02 (-0.013 [-0.018, -0.008]).
 # > - qlora beside lora, rewrite, 5000 examples: equal, both within 4 epochs (-0.003 [-0.009, +0.003]).
-# > - qlora beside lora, source, 50 examples: equal (-0.006 [-0.018, +0.006]).
-# > - qlora beside lora, source, 500 examples: undecided (-0.010 [-0.025, +0.006]), not told.
-# > - qlora beside lora, source, 5000 examples: equal (+0.000 [-0.007, +0.008]).
+# > - qlora beside lora, source, 50 examples: undecided (-0.006 [-0.020, +0.009]), not told.
+# > - qlora beside lora, source, 500 examples: worse, by less than 0.02 (-0.008 [-0.015, -0.002]).
+# > - qlora beside lora, source, 5000 examples: equal (+0.002 [-0.008, +0.013]).
 # >
 # > (5 seeds, 512 test items)
 

@@ -64,16 +64,16 @@ assert not missing, f"{len(missing)} runs are missing: --full computes them"
 # ## 1 · What is a run, and when is a difference one?
 #
 # The tasks are the league's (Lesson 3). In `rewrite`, a verse of the King James Bible is to be written in plain
-# English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from (on test, of
-# two), judged by the share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over
-# the first 5 % of the steps, and falls to 0 along a cosine), a number of epochs (at most 64, 8 or 4 for these sizes),
-# and a batch size (1 to 64). Chance enters through the examples that a run gets to see, their order, and where an
-# adapter starts: the **seed**.
+# English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from, judged by the
+# share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over the first 5 % of the
+# steps, and falls to 0 along a cosine), a number of epochs (at most 64, 8 or 4 for these sizes), and a batch size (1 to
+# 64). Chance enters through the examples that a run gets to see, their order, and where an adapter starts: the
+# **seed**.
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
 # under a seed of its own: the search goes from neighbor to neighbor (twice, or half as much) until none is better by
-# more than 0.002. The chosen setting then runs under five other seeds, and is reported on 512 test records. The loss of
-# record $i$ under seed $s$ is $x_{si}$:
+# more than 0.002. The chosen setting then runs under five other seeds, and is reported on 512 test records (`source`:
+# 768). The loss of record $i$ under seed $s$ is $x_{si}$:
 #
 # $$x_{si} = \mu + \alpha_s + \beta_i + \varepsilon_{si}, \qquad
 #   \text{SE}^2 = \frac{MS_\alpha + MS_\beta - MS_\varepsilon}{5 \cdot 512}, \qquad \mu \pm t\,\text{SE} .$$
@@ -144,13 +144,13 @@ print("\nchosen by the training loss, nats a token more on test:", *each, sep="\
 ways = {m: search("rewrite", m, 50) for m in MAIN}
 times = {m: protocol.chosen(find, protocol.Fits(way))[0].rate / protocol.chosen(find, way)[0].rate for m, way in ways.items()}
 print("its rate, in that of the one chosen on validation (rewrite, 50):", ", ".join(f"{m} {x:g}" for m, x in times.items()))
-assert [round(n.value, 3) for n in price.values() if n.low > 0] == [0.642, 0.056, 0.013, 0.006]
+assert [round(n.value, 3) for n in price.values() if n.low > 0] == [0.642, 0.056, 0.013, 0.003]
 assert [n.low < 0 < n.high for n in [*price.values()][3:]] == [True, False, True] and sorted(times.values())[1::4] == [4, 32]
 
 # %% [markdown]
 # It costs most with 50 examples of `rewrite`: 0.64 [0.61, 0.68] nats in the mean of six methods. With five of them the
 # lowest training loss is at 4 to 32 times the chosen rate. With 500 it costs 0.056, with 5,000 0.013. On `source` (by
-# its loss, too) it is clear with 500 alone: 0.006. (Validation led these searches; who follows the training loss may
+# its loss, too) it is clear with 500 alone: 0.003. (Validation led these searches; who follows the training loss may
 # end further away.)
 #
 # `best-8` asks that validation's choice is clearly better, and not *equal*, in each case. The gap, and diverse tests,
@@ -163,9 +163,9 @@ assert [n.low < 0 < n.high for n in [*price.values()][3:]] == [True, False, True
 # > - validation beside training loss, rewrite, 50 examples: better (+0.642 [+0.609, +0.675]).
 # > - validation beside training loss, rewrite, 500 examples: better (+0.056 [+0.050, +0.062]).
 # > - validation beside training loss, rewrite, 5000 examples: better, by less than 0.02 (+0.013 [+0.010, +0.016]).
-# > - validation beside training loss, source, 50 examples: undecided (+0.022 [-0.036, +0.079]), not told.
-# > - validation beside training loss, source, 500 examples: better, by less than 0.02 (+0.006 [+0.003, +0.009]).
-# > - validation beside training loss, source, 5000 examples: equal (-0.003 [-0.006, +0.001]).
+# > - validation beside training loss, source, 50 examples: undecided (+0.018 [-0.017, +0.053]), not told.
+# > - validation beside training loss, source, 500 examples: better, by less than 0.02 (+0.003 [+0.001, +0.006]).
+# > - validation beside training loss, source, 5000 examples: equal (-0.003 [-0.008, +0.001]).
 # >
 # > (5 seeds, 512 test items)
 
@@ -234,7 +234,8 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # asks for these, and for clearly higher rates with each other method.)
 #
 # Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000 (in
-# its four epochs, the most allowed); on `source` the two are equal or undecided.
+# its four epochs, the most allowed); on `source` it finds more with 500 (0.012 [0.000, 0.023]); with 50 that is
+# undecided, with 5,000 they are equal.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
 # extrapolates their best rate of fine-tuning. For SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for long) it
@@ -286,7 +287,7 @@ batches = compared(BATCHES)
 print(f"64 beside 4: {batches.word} ({batches.interval})")
 equal = {pair.where: compared(pair) for pair in EQUAL_STEPS}
 print("62 steps of 64 beside 62 of 8:", *(f"{where}: {d.word} ({d.interval})" for where, d in equal.items()), sep="\n  ")
-assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", "undecided"] * 2, "rewrite, source"
+assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", "equal", "better", "better"], "rewrite, source"
 
 # %% [markdown]
 # The parts give the same loss as the whole, here to five decimals, with less than half the memory. With full
@@ -294,17 +295,16 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # chosen for them is twice as high. ($\sqrt B$ would make it four times, but for the same epochs: it is not tested
 # here.) Those of 64 took four epochs against two, and still made only 31 steps against 250. A control makes 62 steps of
 # 64 or 8 examples, each at its own rate: there 64 is better on `rewrite`, by 0.033 [0.027, 0.038] (LoRA: 0.017 [0.003,
-# 0.032]), and on `source` undecided. So step for step a large batch was not found worse; but it computes eight times as
-# much.
+# 0.032]), and on `source` equal (LoRA: better, by 0.018 [0.009, 0.027]). So step for step a large batch was not found
+# worse; but it computes eight times as much.
 #
 # `best-5` asks that 64 is not worse by 0.02 than 4 and 16 (8 comparisons: both methods, both tasks), nor in the control
-# (4). Three of the seven worse ones are not told: their intervals contain -0.02. *Holds if* rests on the control on
-# `rewrite` alone.
+# (4). Two of the six worse ones are not told: their intervals contain -0.02. The control is as stated in all four.
 
 # %% [markdown]
-# > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 1 is as stated, 4 are not and 3 are not
-# > told (7 worse and 1 equal; 1 where the worse, or both, took the most epochs). Of 4 comparisons 2 are as stated and 2
-# > are not told (2 better and 2 undecided within [-0.03, +0.03] of items). (5 seeds, 512 test items)
+# > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 2 are as stated, 4 are not and 2 are not
+# > told (6 worse, 1 better and 1 worse, by less than 0.02; 1 where the worse, or both, took the most epochs). Of 4
+# > comparisons 4 are as stated (3 better and 1 equal). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -356,21 +356,23 @@ assert [(d.word, d.interval[:6]) for d in fitted] == [("better", "+0.032"), ("wo
 
 # %% [markdown]
 # They can: a quarter of the epochs at four times the rate is equal, with full fine-tuning (+0.002 [-0.011, 0.015]) and
-# with LoRA (-0.007 [-0.018, 0.004]). On `source` with 50 examples both are open. With 500 the best number of epochs is
-# itself 2 to 5, in all four cases.
+# with LoRA (-0.007 [-0.018, 0.004]). With 50 of `source` LoRA loses 18 points, full fine-tuning is open. With 500 the
+# best number of epochs is itself 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within
 # 0.02, and a factor of 2). On `rewrite`, and with 500 of `source`, the nearest setting seen is further off, in the mean
 # of five seeds. In those of 50 verses LoRA fits less: at its best (1.75; full 1.71) it is better on test, by 0.032;
-# nearly by heart (0.094; 0.055) worse, by 0.280.
+# nearly by heart (0.094; 0.055) worse, by 0.280. On `source`, with 50 at its best, it is better (0.028 [0.000, 0.056]),
+# but not at the level for eight.
 
 # %% [markdown]
-# > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. Of 8 comparisons 0 are as stated and 8 are
-# > not told (6 not compared and 2 undecided within [-0.02, +0.08] nats). (5 seeds, 512 test items)
+# > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. Of 8 comparisons 1 is as stated and 7 are not
+# > told (6 not compared, 1 better and 1 undecided within [-0.00, +0.06] nats). Lora beside full, at its best, source,
+# > 50 examples: better (+0.028 [+0.000, +0.056]). (5 seeds, 768 test items)
 #
-# > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 6 are as stated and 2 are not told (6 equal and 2 undecided).
-# > 2 to 5 epochs beside any number, full, source, 50 examples: undecided (+0.026 [-0.090, +0.142]), not told; 2 to 5
-# > epochs beside any number, lora, source, 50 examples: undecided (-0.108 [-0.364, +0.147]), not told. (5 seeds, 512
+# > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 6 are as stated, 1 is not and 1 is not told (6 equal, 1 worse
+# > and 1 undecided). 2 to 5 epochs beside any number, full, source, 50 examples: undecided (-0.017 [-0.100, +0.066]),
+# > not told; 2 to 5 epochs beside any number, lora, source, 50 examples: worse (-0.184 [-0.308, -0.060]). (5 seeds, 512
 # > test items)
 
 # %% [markdown]
@@ -392,19 +394,15 @@ assert not any(d.clearly_better for d in warm.values()) and max(d.better.high fo
 practice.intervals_picture(warm, "better with warm-up than without, nats or share").savefig(OUT / "14_best_practices_warmup.png", dpi=120)
 
 # %% [markdown]
-# Warm-up of 5 or 10 % is never clearly better than none: with 500 examples five of eight comparisons are equal, and
-# three, all of `source`, undecided; in 1,250 steps of 5,000 all four are equal. Not tested: one high rate for both, at
-# which a run without warm-up may fail.
+# Warm-up of 5 or 10 % is never clearly better than none: with 500 examples six of eight comparisons are equal, and two,
+# of full fine-tuning on `source`, undecided; in 1,250 steps of 5,000 all four are equal. Not tested: one high rate for
+# both, at which a run without warm-up may fail.
 
 # %% [markdown]
-# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 5 are not
-# > and 3 are not told (5 equal and 3 undecided):
-# >
-# > - 5% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.017, +0.035]), not told.
-# > - 10% warm-up beside none, full, source, 500 examples: undecided (+0.009 [-0.013, +0.032]), not told.
-# > - 10% warm-up beside none, lora, source, 500 examples: undecided (-0.007 [-0.029, +0.014]), not told.
-# >
-# > Of 4 comparisons 0 are as stated and 4 are not (4 equal). (5 seeds, 512 test items)
+# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 6 are not
+# > and 2 are not told (6 equal and 2 undecided). 5% warm-up beside none, full, source, 500 examples: undecided (+0.005
+# > [-0.011, +0.022]), not told; 10% warm-up beside none, full, source, 500 examples: undecided (+0.007 [-0.009,
+# > +0.022]), not told. Of 4 comparisons 0 are as stated and 4 are not (4 equal). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 6 · Few clean examples, or many with mistakes?
@@ -421,8 +419,8 @@ noise = {(pair.where.removesuffix(", 500 examples"), pair.b): compared(pair) for
 for (where, spoiled), found in noise.items():
     print(f"  {where:14s} the clean part beside {spoiled:24s} {found.word} ({found.interval})")
 random, systematic, off_topic = (dict([*noise.items()][i : i + 8]) for i in (0, 8, 16))
-assert sum(found.clearly_better for found in random.values()) == 7
-for of, task, least, most in ((random, "rewrite", 0.04, 0.08), (random, "source", 0.01, 0.16), (systematic, "source", 0.05, 0.39)):
+assert [found.clearly_better for found in random.values()] == [True, False] * 2 + [True] * 4
+for of, task, least, most in ((random, "rewrite", 0.04, 0.08), (random, "source", -0.01, 0.19), (systematic, "source", 0.06, 0.44)):
     better = [d.better.value for (where, _), d in of.items() if task in where]
     assert (round(min(better), 2), round(max(better), 2), round(max(d.better.value for d in off_topic.values()), 3)) == (least, most, 0.019)
 assert all(found.clearly_better == ("source" in where) for (where, _), found in systematic.items())
@@ -436,9 +434,9 @@ assert harm.low > 2 * np.log(2) and spoiled.trial.data == "random:0.5" and round
 practice.noise_picture(noise).savefig(OUT / "14_best_practices_clean.png", dpi=120)
 
 # %% [markdown]
-# On `rewrite` *random*, on `source` *systematic*. *Random* answers harm both: the clean part is better in all eight
-# comparisons, clearly in seven, by 0.04 to 0.08 nats a token and 0.01 to 0.16 of the sentences. A *systematic* mistake
-# costs `source` 0.05 to 0.39 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies is
+# On `rewrite` *random*, on `source` *systematic*. *Random* answers harm both: the clean part is clearly better, by 0.04
+# to 0.08 nats a token and, of half, 0.17 and 0.19 of the sentences (of a quarter undecided). A *systematic* mistake
+# costs `source` 0.06 to 0.44 of them. On `rewrite`, where it is a copy, it does no clear harm; a quarter of copies is
 # better with both, by 0.024 (settings differ). *Off-topic* records cost 0.019 nats at most, clearly in two of eight.
 #
 # If a share $p$ of the answers is wrong, the training loss is least for the mixture $(1 - p)\,q_\text{right} +
@@ -461,73 +459,65 @@ for easy, drawn in zip(HARD[::2], HARDER[::2]):  # of rewrite
 assert practice.mixed_at_one_setting(find).equal
 
 # %% [markdown]
-# On `rewrite` easy ones alone cost something: the mixture is better; 500 drawn at random are, by 0.031 [0.016, 0.046]
-# (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain full fine-tuning nothing clear.
-# LoRA's 0.018 [0.012, 0.024] is the search's: the mixture got batches of 1 and half the rate, random ones 4. At the
-# mixture's setting both are equal (0.004 [-0.003, 0.011]). `best-3` asks that the mixture beats easy and random ones,
-# in four cases each. Its *holds if* says that easy ones alone lack something, not that hard ones teach more.
+# Easy ones alone cost something: the mixture is better on both tasks; on `rewrite` 500 drawn at random are, too, by
+# 0.031 [0.016, 0.046] (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain full
+# fine-tuning nothing clear. LoRA's 0.018 [0.012, 0.024] is the search's: the mixture got batches of 1 and half the
+# rate, random ones 4. At the mixture's setting both are equal (0.004 [-0.003, 0.011]). `best-3` asks that the mixture
+# beats easy and random ones, in four cases each. Its *holds if* says that easy ones alone lack something, not that hard
+# ones teach more.
 
 # %% [markdown]
-# > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons 13 are as stated, 5 are not
-# > and 6 are not told (13 better, 3 equal, 2 worse and 6 undecided within [-0.03, +0.04] of items, [-0.02, +0.05]
+# > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons 12 are as stated, 6 are not
+# > and 6 are not told (12 better, 4 equal, 2 worse and 6 undecided within [-0.02, +0.03] of items, [-0.02, +0.05]
 # > nats). (5 seeds, 512 test items)
 #
-# > `best-3` include hard examples: **holds if**. Of 4 comparisons 2 are as stated and 2 are not told (2 better and 2
-# > undecided within [-0.01, +0.04] of items). Of 4 comparisons 1 is as stated, 1 is not and 2 are not told (1 better, 1
-# > equal and 2 undecided within [-0.02, +0.02] nats, [-0.01, +0.02] of items). (5 seeds, 512 test items)
+# > `best-3` include hard examples: **holds if**. Of 4 comparisons 4 are as stated (4 better). Of 4 comparisons 1 is as
+# > stated, 2 are not and 1 is not told (2 equal, 1 better and 1 undecided within [-0.02, +0.02] nats). (5 seeds, 512
+# > test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare
 #
 # Three training sets of `source`: 500 balanced examples; 500 with 80 % from Jane Austen and 10 % from each other book;
 # these, with the other books' repeated until each book has 400 (one "epoch" sees 500 of these 1,200). The test has 256
-# of her sentences, 255 of the King James Bible, and one of the third, too few for a recall. What counts is each class's
-# *recall*, the share of its sentences that are found. The mean over the classes is the **balanced accuracy**. *Advice:
-# a skewed training set costs the rare classes; repeating their examples helps.*
+# of each. What counts is each class's *recall*, the share of its sentences that are found. The mean over the classes is
+# the **balanced accuracy**. *Advice: a skewed training set costs the rare classes; repeating their examples helps.*
 #
 # **Predict:** which balanced accuracy has somebody who says "Austen" always, of three books?
 
 # %%
-asked = data.asked("source", "test", protocol.ITEMS)
+asked = data.asked("source", "test", protocol.ITEMS["source"])
 book = np.array([q.choices.index(q.completion) for q in asked])
-print("\nsentences of the test: " + ", ".join(f"{(book == i).sum()} of{name}" for i, name in enumerate(asked[0].choices)))
-recalls = {}  # (method, training set) -> [Austen, King James], with intervals
+recalls, shift = {}, {}  # (method, training set) or (method, what changed) -> of each book, with intervals
 for balanced, repeated in zip(SKEWED, REPEATED):
     sets = {"balanced": balanced.one, "80 % Austen": balanced.other, "others repeated": repeated.one}
-    found = {name: report(find, way, "right") for name, way in sets.items()}
+    found = {name: report(find, way, "right").values for name, way in sets.items()}
     method = balanced.where.partition(",")[0]
-    for name, each in found.items():
-        austen, james = recalls[method, name] = [crossed(each.values[:, book == i]) for i in (0, 2)]
-        print(f"  {method:5s}{name:16s} finds {austen.value:.1%} of Austen, {james.value:.1%} of the King James Bible")
-        assert abs(each.values.mean() - (austen.value + james.value) / 2) < 0.002
-    changed = found["80 % Austen"].values - found["balanced"].values
-    lost = [crossed(changed[:, book == i]) for i in (0, 2)]
-    print(f"  {method:5s}by the skew: Austen, King James", *(f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in lost), sep=", ")
-    assert lost[1].high < 0 > lost[0].low and lost[0].high > 0, "the rarer class is found less often"
-    assert crossed(changed[:, book == 2], level=1 - 0.05 / 4).high > 0, "but not clearly at the level for four"
-    assert not compare(found["balanced"], found["80 % Austen"], "right", 1 - 0.05 / 4).clearly_better
-    found_again = crossed((found["others repeated"].values - found["80 % Austen"].values)[:, book == 2])
-    print(f"  {method:5s}by repeating: King James {found_again.value:+.3f} [{found_again.low:+.3f}, {found_again.high:+.3f}]")
+    recalls |= {(method, name): [crossed(each[:, book == i]) for i in range(3)] for name, each in found.items()}
+    for what, to, of in (("the skew", "80 % Austen", "balanced"), ("repeating", "others repeated", "80 % Austen")):
+        shift[method, what] = [crossed((found[to] - found[of])[:, book == i]) for i in range(3)]
+for key, (austen, basic, james) in (recalls | shift).items():
+    print(f"  {', '.join(key):22s}" + ", ".join(f"{e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for e in (austen, basic, james)))
+assert shift["full", "the skew"][2].high < 0 and all(e.high < 0 for e in shift["lora", "the skew"][1:]), "rare ones are found less"
+assert all(e.low < 0 < e.high for (_, what), of in shift.items() if what == "repeating" for e in of)
 
 # %%
 practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dpi=120)
 
 # %% [markdown]
-# A third (on this test of two, a half). With the skewed set fewer sentences of the King James Bible are found: -0.071
-# [-0.138, -0.005] of them with full fine-tuning, -0.109 [-0.202, -0.016] with LoRA. (At the level for four recalls
-# neither is clear.) Of Austen's, most are found in any case, and no difference is clear. What repeating does is
-# undecided: +0.020 [-0.023, +0.064] and +0.065 [-0.044, +0.174] of the King James Bible.
+# A third. With the skewed set fewer sentences of the rare books are found: of the King James Bible -0.071 [-0.138,
+# -0.005] with full fine-tuning and -0.108 [-0.200, -0.015] with LoRA, of the Basic English -0.072 [-0.129, -0.015] with
+# LoRA (full: not clearly). Of Austen's, nearly all are found in any case. What repeating does is undecided for each.
 #
-# `best-2` asks whether balanced and repeated examples raise the share of all right answers. It is nearly the mean of
-# both recalls. LoRA's fall alone is clear, but not at the level for four comparisons, $1 - 0.05/4$.
+# `best-2` asks whether balanced and repeated examples raise the share of all right answers, the mean of the three
+# recalls. Balanced ones do, with both methods; repeated ones are not shown to.
 
 # %% [markdown]
-# > `best-2` balance the data set: **cannot be tested here**. Balanced beside 80 % of one class, full, source, 500
-# > examples: undecided (+0.029 [-0.003, +0.062]), not told; balanced beside 80 % of one class, lora, source, 500
-# > examples: better (+0.051 [+0.004, +0.097]). 80 % of one class, the others repeated beside 80 % of one class, full,
-# > source, 500 examples: undecided (+0.011 [-0.011, +0.032]), not told; 80 % of one class, the others repeated beside
-# > 80 % of one class, lora, source, 500 examples: undecided (+0.035 [-0.018, +0.088]), not told. (5 seeds, 512 test
-# > items)
+# > `best-2` balance the data set: **holds if**. Balanced beside 80 % of one class, full, source, 500 examples: better
+# > (+0.027 [+0.007, +0.046]); balanced beside 80 % of one class, lora, source, 500 examples: better (+0.058 [+0.017,
+# > +0.098]). 80 % of one class, the others repeated beside 80 % of one class, full, source, 500 examples: undecided
+# > (+0.008 [-0.009, +0.024]), not told; 80 % of one class, the others repeated beside 80 % of one class, lora, source,
+# > 500 examples: undecided (+0.031 [-0.011, +0.073]), not told. (5 seeds, 768 test items)
 
 # %% [markdown]
 # ## How far these verdicts reach
@@ -545,7 +535,7 @@ practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dp
 # %%
 generator, better = np.random.default_rng(0), []
 for _ in range(2000):
-    order = generator.permutation(protocol.ITEMS)
+    order = generator.permutation(protocol.ITEMS["rewrite"])
     here, elsewhere = ((full.values[:, i].sum(axis=1) / full.weights[i].sum()) for i in (order[:96], order[96:]))
     better.append([verses.mean() - verses[here.argmin()] for verses in (here, elsewhere)])
 looks, is_so = np.mean(better, axis=0)

@@ -84,9 +84,9 @@ print(f"the base has {N:,} parameters")
 # > 27 (ln_tuning) to 184 (adalora), not counting the surgery that they share.
 #
 # > `which-3` adapters: modular components: **holds if**. Adapters are components in these senses: swapped and removed;
-# > LoRA's in these: swapped and removed. Bottleneck together beside alone, rewrite: worse (-3.361 [-3.815, -2.907]);
-# > bottleneck together beside alone, source: worse (-0.315 [-0.538, -0.093]). Lora together beside alone, rewrite:
-# > worse (-0.531 [-0.653, -0.409]); lora together beside alone, source: worse (-0.247 [-0.388, -0.105]). (5 seeds, 512
+# > LoRA's in these: swapped and removed. Bottleneck together beside alone, rewrite: worse (-3.362 [-3.816, -2.907]);
+# > bottleneck together beside alone, source: worse (-0.198 [-0.349, -0.047]). Lora together beside alone, rewrite:
+# > worse (-0.530 [-0.652, -0.409]); lora together beside alone, source: worse (-0.373 [-0.413, -0.334]). (5 seeds, 523
 # > test items)
 
 # %% [markdown]
@@ -180,10 +180,10 @@ assert [*tenths] == ["lora: steps", "lora: FLOPs", "lora: seconds"] and tenths["
 #
 # The league of Lesson 3 has six of the eight ways, on two tasks: `rewrite`, judged by the loss in nats a token, and
 # `source`, judged by the share of sentences whose book is found. Each method has its own rate, epochs and batch size,
-# chosen by one search on validation. What is printed comes from 512 test items and five other seeds, and ± is half of a
-# 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text rose;
-# "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the chosen
-# run computes, "seconds" what its steps take on one machine.
+# chosen by one search on validation. What is printed comes from 512 or 768 test items and five other seeds, and ± is
+# half of a 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text
+# rose; "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the
+# chosen run computes, "seconds" what its steps take on one machine.
 #
 # **Predict:** on each task, does the choice of the method matter more with 50 examples or with 5,000?
 
@@ -211,8 +211,8 @@ for case in CASES:
 means = {task: [report(find, of, KEYS[task]).mean.value for of in (SHOWN[task], untrained(task))] for task in KEYS}
 assert means["rewrite"][0] > means["rewrite"][1] + 0.1 and means["source"][0] <= means["source"][1], "no help"
 (least, *_, most), (*_, second, first) = (which.by_gain(LEARNED, task) for task in KEYS)  # from 50 examples to 5,000
-assert (least, most, second, first) == ("prompt", "full", "prompt", "prefix")
-assert APART[CASES[0]] < 0.1 and APART[CASES[2]] > 0.5 and APART[CASES[3]] > 0.4 > 0.2 > APART[CASES[5]]
+assert (least, most, second, first) == ("prompt", "full", "full", "prefix")
+assert APART[CASES[0]] < 0.1 and APART[CASES[2]] > 0.5 and APART[CASES[3]] > 0.3 > APART[CASES[5]] > 0.2
 assert {min(TABLE[case].values(), key=lambda line: line.cloze.value).method for case in CASES[3:]} == {"prefix"}, "on source"
 for m in ("lora", "bottleneck", "prompt", "prefix"):
     counts = count_parameters(base.config, METHODS[m].config())
@@ -221,7 +221,7 @@ for m in ("lora", "bottleneck", "prompt", "prefix"):
 SIGNS = which.signs({case: pairs(case, MAIN, rows) for case in CASES}, MAIN)
 print("\nall pairs, each by its own 95 % interval: + the first is better, - worse, = equal, += better by less than 0.02, ? undecided")
 print(which.signs_table(SIGNS, NAMES))
-assert SIGNS["full", "qlora"] == [*"?-+?=="] and SIGNS["prefix", "prompt"] == [*"?++???"]
+assert SIGNS["full", "qlora"] == [*"?-+?=="] and SIGNS["prefix", "prompt"] == [*"?++?++"]
 
 # %%
 STARTS = {task: report(find, untrained(task), key).mean.value for task, key in KEYS.items()}
@@ -238,11 +238,11 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 
 # %% [markdown]
 # On `rewrite` with 5,000: there best and worst lie over half a nat apart, and 0.09 with 50. In the means, full
-# fine-tuning gains the most from more data, a prompt the least. On `source` with 50: best and worst lie 42 points
-# apart, and 18 with 5,000, as a prefix and a prompt gain the most. With 50 these two are not clearly better than the
-# base. *Few-shot* is the base with answered examples in its prompt (1, 2 or 4, the best on validation). Its loss on
-# `rewrite` is over 0.1 nats above the bare base's, and on `source` it finds no more books. (At most 64 epochs of 50
-# examples were allowed, 8 of 500, four of 5,000.)
+# fine-tuning gains the most from more data, a prompt the least. On `source` with 50, in the means: best and worst lie
+# 35 points apart, and 28 with 5,000, as a prefix gains the most, 35 points, and a prompt 8. *Few-shot* is the base with
+# answered examples in its prompt (1, 2 or 4, the best on validation). Its loss on `rewrite` is over 0.1 nats above the
+# bare base's, and on `source` it finds no more books. (At most 64 epochs of 50 examples were allowed, 8 of 500, four of
+# 5,000.)
 #
 # The order depends on the number of examples: by the pairs printed above QLoRA beats full fine-tuning with 500 of
 # `rewrite`, and loses to it with 5,000.
@@ -254,7 +254,7 @@ print(so_far(("full", *OTHERS)))
 for case, better in zip(MIDDLE, ({"adalora", "dora"}, set())):
     beside = {a: found for (a, b), found in pairs(case, ("full", *OTHERS)).items() if b == "lora"}
     print(f"{case.name}, beside LoRA:", ", ".join(f"{a} {d.sign} {d.interval}" for a, d in beside.items()))
-    assert {a for a, d in beside.items() if d.clearly_better} == better and (case.task == "rewrite") == beside["ia3"].clearly_worse
+    assert {a for a, d in beside.items() if d.clearly_better} == better and beside["ia3"].clearly_worse
 ada, dora, rank_32 = which.adalora(2 * len(OTHERS))  # the first two where all intervals are to hold together
 assert dora.clearly_better and not ada.clearly_better and rank_32.clearly_better
 
@@ -262,8 +262,8 @@ assert dora.clearly_better and not ada.clearly_better and rank_32.clearly_better
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to 8 on average, is
 # better by 0.026 [0.015, 0.037], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method is. But of these
 # 46 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's higher
-# rank at the start? LoRA of rank 32, tuned, loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) On `source` even
-# (IA)$^3$, with 3,072 numbers, is not clearly worse than LoRA, but it loses 36 points of the general items, LoRA 7.
+# rank at the start? LoRA of rank 32, tuned, loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) On `source`
+# (IA)$^3$, with 3,072 numbers, finds 90.9 % of the books, LoRA 95.5 %; it loses 36 points of the general items, LoRA 7.
 #
 # What learns less may forget more: on `source` a prefix finds fewer books than the better of LoRA and adapters, with
 # 5,000 not clearly (`soft-8`), and in the mean it loses the most general items, with every number of examples.
@@ -280,18 +280,19 @@ assert real["lora", "full", "nll"].word == "undecided" and real["lora", "full", 
 assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) < 1 and round(pace["lora"].value, 2) == 0.55
 
 # %% [markdown]
-# The task is `source` (320 examples, once through, tuned rates; in nats). On the base LoRA forgot less than full
-# fine-tuning (Lesson 15). Here, each at its best rate (LoRA's is 16 times as high), it forgets 1.1 [0.5, 1.7] more, by
-# the loss on general text, while on the task the two are undecided (nothing gentler was tried). A step of LoRA takes
-# 0.55 of full fine-tuning's seconds; the other four take clearly less, too. A prompt learns clearly less than LoRA, by
-# 0.17. A prefix, clearly worse on the base, is undecided; so are QLoRA and `lora-qv`.
+# The task is `source` (320 examples, once through, tuned rates; in nats; 511 of these 512 test sentences are of Austen
+# and the King James Bible). On the base LoRA forgot less than full fine-tuning (Lesson 15). Here, each at its best rate
+# (LoRA's is 16 times as high), it forgets 1.1 [0.5, 1.7] more, by the loss on general text, while on the task the two
+# are undecided (nothing gentler was tried). A step of LoRA takes 0.55 of full fine-tuning's seconds; the other four
+# take clearly less, too. A prompt learns clearly less than LoRA, by 0.17. A prefix, clearly worse on the base, is
+# undecided; so are QLoRA and `lora-qv`.
 #
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks:
 # of `full-5` that the interval lies above 0, of `soft-8` that it lies below 0, of `adapter-6` and `which-1` that it
 # lies above -0.02. In these last two an interval that contains -0.02 is *not told*, even where it is *worse*. The rival
 # is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` of the other five, in `full-5` of all
-# others. `full-5` fails on `rewrite`, where AdaLoRA clearly beats full fine-tuning. On `source` full fine-tuning might
-# be better (up to +0.001): hence *cannot be tested here*.
+# others. `full-5` fails on both: AdaLoRA clearly beats full fine-tuning on `rewrite`, LoRA on `source` (by 0.023 at
+# most).
 #
 # At 7B and 70B nothing is trained: Lesson 12's ledger counts, in bfloat16. (No run checks these counts; Lesson 17,
 # section 7, says how bfloat16 may fail.) Full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments,
@@ -303,9 +304,9 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # adds little (149; 146).
 
 # %% [markdown]
-# > `full-5` best quality on the task of all methods: **cannot be tested here**. Full beside adalora, rewrite, 500
-# > examples: worse (-0.067 [-0.078, -0.057]); full beside lora, source, 500 examples: undecided (-0.010 [-0.021,
-# > +0.001]), not told. (5 seeds, 512 test items)
+# > `full-5` best quality on the task of all methods: **does not hold here**. Full beside adalora, rewrite, 500
+# > examples: worse (-0.067 [-0.078, -0.057]); full beside lora, source, 500 examples: worse (-0.012 [-0.023, -0.000]).
+# > (5 seeds, 512 test items)
 #
 # > `adapter-6` quality comparable to full fine-tuning: **holds if**. Of 6 comparisons 3 are as stated, 2 are not and 1
 # > is not told:
@@ -313,16 +314,15 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # > - bottleneck beside full, rewrite, 50 examples: worse (-0.014 [-0.024, -0.005]), not told.
 # > - bottleneck beside full, rewrite, 500 examples: worse (-0.032 [-0.043, -0.020]).
 # > - bottleneck beside full, rewrite, 5000 examples: worse, within 4 epochs (-0.225 [-0.245, -0.206]).
-# > - bottleneck beside full, source, 50 examples: better (+0.064 [+0.001, +0.128]).
-# > - bottleneck beside full, source, 500 examples: equal (+0.007 [-0.006, +0.019]).
-# > - bottleneck beside full, source, 5000 examples: equal (-0.008 [-0.020, +0.003]).
+# > - bottleneck beside full, source, 50 examples: better (+0.056 [+0.001, +0.111]).
+# > - bottleneck beside full, source, 500 examples: equal (-0.002 [-0.010, +0.006]).
+# > - bottleneck beside full, source, 5000 examples: equal (-0.004 [-0.016, +0.008]).
 # >
 # > (5 seeds, 512 test items)
 #
-# > `soft-8` often weaker than LoRA or adapters: **holds if**. Of 12 comparisons 10 are as stated and 2 are not told (10
-# > worse and 2 undecided; 5 where the worse, or both, took the most epochs). Prompt beside lora, source, 500 examples:
-# > undecided (-0.109 [-0.227, +0.009]), not told; prefix beside lora, source, 5000 examples: undecided (-0.048 [-0.102,
-# > +0.006]), not told. (5 seeds, 512 test items)
+# > `soft-8` often weaker than LoRA or adapters: **holds if**. Of 12 comparisons 11 are as stated and 1 is not told (11
+# > worse and 1 undecided; 6 where the worse, or both, took the most epochs). Prefix beside lora, source, 5000 examples:
+# > undecided (-0.067 [-0.180, +0.046]), not told. (5 seeds, 512 test items)
 #
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
 # > 7B, a prompt of 20 vectors takes 0.020 of the bytes a task of LoRA (r = 8, q and v), but 1.00 of its memory and 1.04
@@ -388,7 +388,7 @@ for case in CASES:
 for value, word in (("able", "keeps up"), ("unsure", "is undecided")):
     print(f"in how many cases each {word}: " + ", ".join(f"{NAMES[m]} {sum(m in found[value] for found in CHOSEN.values())}" for m in MAIN))
 unsure = [(*c, m) for c in CASES for m in CHOSEN[c]["able"] if not keeps_up(c, m, 30)]
-assert unsure == [("source", 500, "full"), ("source", 5000, "bottleneck")], "all cases at once"
+assert unsure == [("source", 50, "lora"), ("source", 50, "qlora"), ("source", 5000, "bottleneck")], "all cases at once"
 assert not any(m in found["able"] for found in CHOSEN.values() for m in ("prefix", "prompt"))
 assert CHOSEN[Case("rewrite", 5000)]["able"] == ["full"]
 assert all("lora" == found["most items"][0] for found in CHOSEN.values() if len(found["able"]) > 1)
@@ -399,15 +399,14 @@ for found, size in product(CHOSEN.values(), ("7B", "70B")):
 assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["70B", "qlora"][0] < 80 < LARGE["70B", "lora"][0]
 
 # %% [markdown]
-# In none for sure: with 500 and 5,000 examples of `rewrite` it does not, and in the other four cases it is undecided.
-# LoRA keeps up in four, QLoRA, full fine-tuning and adapters in three; with 5,000 examples of `rewrite` only full
-# fine-tuning does. (Where all thirty intervals are to hold at once, full fine-tuning with 500 of `source` and adapters
-# with 5,000 turn undecided, and what they were chosen for falls to others.) Wherever more than one keeps up, LoRA has
-# kept the most general items of these in the mean, though not clearly more than QLoRA where that keeps up. (The same
-# test items say who keeps up and give the losses that are reported, so these may look a little too good. FLOPs depend
-# on the epochs, which one seed chose: with 500 of `source` full fine-tuning, with 2, computes less than LoRA, with 4,
-# at every size.) In the three cases where QLoRA keeps up, it takes the least memory at 7B, a third of LoRA's; in the
-# others the method with the smallest file does. The choices are the same at 70B (80 GB hold QLoRA, and not LoRA). By
+# In none: in five it does not, and with 50 of `rewrite` it is undecided. LoRA and QLoRA keep up in five, adapters in
+# three, full fine-tuning in two; with 5,000 examples of `rewrite` only that does. (Where all thirty intervals are to
+# hold at once, LoRA and QLoRA with 50 of `source` and adapters with 5,000 turn undecided, and what they were chosen for
+# falls to others.) Wherever more than one keeps up, LoRA has kept the most general items of these in the mean, clearly
+# more than QLoRA with 500 of `source` alone. (The same test items say who keeps up and give the losses that are
+# reported, so these may look a little too good. FLOPs depend on the epochs, which one seed chose: with 500 of `source`
+# QLoRA, with 2, computes less than LoRA, with 4, at every size.) In the five cases where QLoRA keeps up, it takes the
+# least memory at 7B, a third of LoRA's. The choices are the same at 70B (80 GB hold QLoRA, and not LoRA). By
 # computation no size changes a choice, for the epochs that our model's searches chose. (Whether the same methods keep
 # up there is not tested.)
 #
@@ -422,23 +421,21 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # > - full beside lora, rewrite, 50 examples: worse (-0.032 [-0.046, -0.017]), not told.
 # > - full beside lora, rewrite, 500 examples: worse (-0.041 [-0.055, -0.027]).
 # > - full beside qlora, rewrite, 5000 examples: better, within 4 epochs (+0.085 [+0.075, +0.096]).
-# > - full beside bottleneck, source, 50 examples: worse (-0.064 [-0.128, -0.001]), not told.
-# > - full beside lora, source, 500 examples: undecided (-0.010 [-0.021, +0.001]), not told.
-# > - full beside qlora, source, 5000 examples: equal (+0.005 [-0.005, +0.014]).
+# > - full beside bottleneck, source, 50 examples: worse (-0.056 [-0.111, -0.001]), not told.
+# > - full beside lora, source, 500 examples: worse (-0.012 [-0.023, -0.000]), not told.
+# > - full beside qlora, source, 5000 examples: equal (-0.001 [-0.010, +0.008]).
 # >
 # > (5 seeds, 512 test items)
 #
-# > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons 13 are as stated, 2 are not and 3 are not told (13
-# > better, 2 equal and 3 undecided; 6 where the worse, or both, took the most epochs):
+# > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons 15 are as stated, 1 is not and 2 are not told (15
+# > better, 1 equal and 2 undecided; 7 where the worse, or both, took the most epochs):
 # >
-# > - lora beside bottleneck, source, 50 examples: undecided (+0.004 [-0.030, +0.037]), not told.
-# > - lora beside bottleneck, source, 500 examples: equal (+0.004 [-0.005, +0.012]).
-# > - lora beside bottleneck, source, 5000 examples: equal (+0.003 [-0.007, +0.014]).
-# > - lora beside prefix, source, 5000 examples: undecided (+0.048 [-0.006, +0.102]), not told.
-# > - lora beside prompt, source, 500 examples: undecided (+0.109 [-0.009, +0.227]), not told.
+# > - lora beside bottleneck, source, 50 examples: undecided (+0.005 [-0.014, +0.024]), not told.
+# > - lora beside bottleneck, source, 5000 examples: equal (+0.003 [-0.004, +0.010]).
+# > - lora beside prefix, source, 5000 examples: undecided (+0.067 [-0.046, +0.180]), not told.
 # >
-# > Of 12 comparisons 11 are as stated and 1 is not (4 equal, 3 better, 1 worse, 1 better, by less than 0.02 and 3
-# > undecided within [-0.02, +0.15] of items; 2 where the worse, or both, took the most epochs). Lora beside full,
+# > Of 12 comparisons 11 are as stated and 1 is not (4 better, 3 equal, 2 better, by less than 0.02, 1 worse and 2
+# > undecided within [-0.01, +0.13] of items; 2 where the worse, or both, took the most epochs). Lora beside full,
 # > rewrite, 5000 examples: worse, within 4 epochs (-0.082 [-0.095, -0.070]). (5 seeds, 512 test items)
 
 # %% [markdown]
@@ -523,10 +520,10 @@ if not REDUCED:
     assert 16 * N < peak["full"] / 3, "weights, gradients and Adam's moments are less than a third of full's memory"
 
 # %% [markdown]
-# Of the six a prompt trains least. It does not keep up on `rewrite`; on `source` that is undecided. And it takes most
-# of full fine-tuning's memory: the share of trained parameters says what is on the *disk* (of the six, but for
-# prefixes). On `rewrite` adapters lose the fewest items in the mean, and do not keep up; on `source` LoRA loses the
-# fewest, and keeps up, as the best on validation.
+# Of the six a prompt trains least. It does not keep up on either task. And it takes most of full fine-tuning's memory:
+# the share of trained parameters says what is on the *disk* (of the six, but for prefixes). On `rewrite` adapters lose
+# the fewest items in the mean, and do not keep up; on `source` LoRA loses the fewest, and keeps up, as the best on
+# validation.
 
 # %% [markdown]
 # ## Quiz

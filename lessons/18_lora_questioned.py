@@ -177,9 +177,9 @@ ranks.update_picture(RANK, spectra, chance, worth).savefig(OUT / "18_lora_questi
 
 # %% [markdown]
 # > `lora-3` updates of fine-tuning have a low intrinsic dimension: **holds**. The update is of low dimension by random
-# > subspaces, the rank that the task needs and the rank that holds the squared norm: d90 is 1,398 [680, 2,876] of
-# > 1,443,456 from the base, 51,462 [4,066, 651,254] from random weights; in the mean the 5.7 strongest directions of
-# > each update have 90 % of the gain; 90 % of the squared norm needs 35% of the rank that noise needs. (5 seeds, 512
+# > subspaces, the rank that the task needs and the rank that holds the squared norm: d90 is 1,237 [842, 1,819] of
+# > 1,443,456 from the base, 26,884 [3,013, 239,868] from random weights; in the mean the 4.7 strongest directions of
+# > each update have 90 % of the gain; 90 % of the squared norm needs 35% of the rank that noise needs. (5 seeds, 768
 # > test items)
 
 # %% [markdown]
@@ -253,7 +253,7 @@ assert not any(found.clearly_worse or found.clearly_better for found in behind["
 
 # %% [markdown]
 # > `lora-2` rank is typically 8 to 64: **holds if**. Lora-r32 beside lora-r2, rewrite, 500 examples: better (+0.026
-# > [+0.020, +0.033]); lora beside lora-r4, source, 500 examples: undecided (+0.018 [-0.001, +0.037]), not told. (5
+# > [+0.020, +0.033]); lora beside lora-r4, source, 500 examples: undecided (+0.016 [-0.005, +0.037]), not told. (5
 # > seeds, 512 test items)
 
 # %% [markdown]
@@ -293,41 +293,39 @@ print(f"source: q and v lose less in cloze by {compare(q_v, every, 'cloze').inte
 assert compare(qkvo[0], mlp[0], "nll").better.low > 0.13 and compare(q_v, every, "cloze").clearly_worse
 assert all(BESIDE["rewrite"][m].clearly_worse for m in ("lora-q", "lora-v", "lora-mlp", "lora-qv"))
 assert BESIDE["rewrite"]["lora-qkvo"].clearly_better and not BESIDE["rewrite"]["lora-qv-r43"].clearly_worse
-assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" if m == "lora-q" else "undecided" for m in layers}
+assert {m: found.word for m, found in BESIDE["source"].items()} == {m: "worse" if m == "lora-qv" else "undecided" for m in layers}
 
 # %% [markdown]
 # On `rewrite`, $q$, $v$ and the MLPs, each alone, are behind all layers by 0.08 to 0.15 nats (ends of intervals,
 # again). The MLPs have more numbers to train than the four matrices of attention, and lose to them there by 0.13 nats
-# at least: Schulman et al. found the opposite on larger models. On `source` the two are undecided. Attention's four
+# at least: Schulman et al. found the opposite on larger models. On `source` the two are equal. Attention's four
 # matrices are even ahead of all seven on `rewrite`, though perhaps by next to nothing. (On `rewrite` all choices within
 # attention were best after four epochs, all layers after two.)
 #
 # $q$ and $v$ at rank 8, with less than a fifth of the numbers, are behind all layers on `rewrite`, by 0.029 at most; at
-# rank 43, with as many numbers, the interval has both signs. On `source` $q$ alone is behind, by 1.4 to 15 of 100
-# sentences, in eight epochs, the most allowed; the other five intervals have both signs: $q$ and $v$ at rank 8 find up
-# to 3.6 fewer, or 2.2 more. But they forget more there, at four times the rate: 13 ± 4 points of `cloze`, all layers 7
-# ± 2.
+# rank 43, with as many numbers, the interval has both signs. On `source` they are behind, too, by 0.2 to 2.7 of 100
+# sentences, in eight epochs, the most allowed; the other five intervals have both signs (by single ones of 95 % four of
+# them are behind, rank 43 among them). And they forget more there, at four times the rate: 13 ± 4 points of `cloze`,
+# all layers 7 ± 2.
 #
 # `lora-7` asks whether $q$ and $v$ are clearly better than their rival (all layers, which of rank 8 have the lowest
 # loss on validation, though on test attention's four are ahead on `rewrite`), `lora-8` whether all layers are clearly
-# better than $q$ and $v$. *Worse* is a no, and so is *equal*, within ±0.02. *Undecided*, wider with 0 inside, is *not
-# told*. *Holds if* takes one yes, in an interval wide enough for all four to hold together. `lora-7` has none, but two
-# not told, so it *cannot be tested here*.
+# better than $q$ and $v$. *Worse* is a no, and so is *equal*, within ±0.02. *Holds if* takes one yes, in an interval
+# wide enough for all four to hold together. `lora-7` has none, so it *does not hold here*.
 
 # %% [markdown]
-# > `lora-7` usually on the query and value projections, empirically the most effective: **cannot be tested here**.
-# > Lora-qv beside lora, rewrite, 500 examples: worse (-0.015 [-0.022, -0.008]); lora-qv beside lora, source, 500
-# > examples: undecided (-0.007 [-0.021, +0.007]), not told. Lora-qv-r43 beside lora, rewrite, 500 examples: equal
-# > (+0.008 [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: undecided (-0.018 [-0.041, +0.005]), not
-# > told. (5 seeds, 512 test items)
+# > `lora-7` usually on the query and value projections, empirically the most effective: **does not hold here**. Lora-qv
+# > beside lora, rewrite, 500 examples: worse (-0.015 [-0.022, -0.008]); lora-qv beside lora, source, 500 examples:
+# > worse, within 8 epochs (-0.014 [-0.023, -0.005]). Lora-qv-r43 beside lora, rewrite, 500 examples: equal (+0.008
+# > [-0.003, +0.019]); lora-qv-r43 beside lora, source, 500 examples: worse (-0.026 [-0.039, -0.013]). (5 seeds, 512
+# > test items)
 #
-# > `lora-8` all linear layers: more parameters and better: **holds if**. Of 4 comparisons 1 is as stated, 1 is not and
-# > 2 are not told:
+# > `lora-8` all linear layers: more parameters and better: **holds if**. Of 4 comparisons 3 are as stated and 1 is not:
 # >
 # > - lora beside lora-qv, rewrite, 500 examples: better (+0.015 [+0.008, +0.022]).
-# > - lora beside lora-qv, source, 500 examples: undecided (+0.007 [-0.007, +0.021]), not told.
+# > - lora beside lora-qv, source, 500 examples: better, within 8 epochs (+0.014 [+0.005, +0.023]).
 # > - lora beside lora-qv-r43, rewrite, 500 examples: equal (-0.008 [-0.019, +0.003]).
-# > - lora beside lora-qv-r43, source, 500 examples: undecided (+0.018 [-0.005, +0.041]), not told.
+# > - lora beside lora-qv-r43, source, 500 examples: better (+0.026 [+0.013, +0.039]).
 # >
 # > (5 seeds, 512 test items)
 
@@ -392,21 +390,21 @@ for task, rates in ranks.rates(["lora-alpha4", "lora", "lora-alpha64"]).items():
 # %% [markdown]
 # For 16 times $\alpha$ the rate is an eighth on `rewrite` and a quarter on `source`, not the sixteenth of an equal
 # first step. That may be luck: the search halves and doubles, under one seed, and batches (`rewrite`) or epochs
-# (`source`) differ, too, 4 and 2. Tuned, $\alpha = 64$ costs 0.011 nats beside 4 on `rewrite`, clearly; on `source` the
-# interval has both signs. The verdict compares, for each hyperparameter, the best value on validation with the worst.
+# (`source`) differ, too, 4 and 2. Tuned, $\alpha = 64$ costs 0.011 nats beside 4 on `rewrite` and 0.010 of the answers
+# on `source`, both clearly. The verdict compares, for each hyperparameter, the best value on validation with the worst.
 # Its limit is 0.02: "better, not told" is clearly better, perhaps by less.
 
 # %% [markdown]
-# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated, 1 is not
-# > and 2 are not told:
+# > `lora-13` adds hyperparameters (r, alpha, which layers): **holds if**. Of 6 comparisons 3 are as stated, 2 are not
+# > and 1 is not told:
 # >
 # > - lora-r32 beside lora-r1, rank, rewrite, 500 examples: better (+0.075 [+0.061, +0.088]).
-# > - lora beside lora-r16, rank, source, 500 examples: better (+0.019 [+0.001, +0.037]), not told.
+# > - lora beside lora-r16, rank, source, 500 examples: better (+0.021 [+0.008, +0.035]), not told.
 # > - lora beside lora-v, layers, rewrite, 500 examples: better (+0.132 [+0.120, +0.144]).
-# > - lora beside lora-q, layers, source, 500 examples: better, within 8 epochs (+0.083 [+0.050, +0.116]).
+# > - lora beside lora-q, layers, source, 500 examples: better, within 8 epochs (+0.080 [+0.033, +0.126]).
 # > - lora-alpha4 beside lora-alpha64, alpha, rewrite, 500 examples: better, by less than 0.02 (+0.011 [+0.007,
 # >   +0.014]).
-# > - lora-alpha4 beside lora-alpha64, alpha, source, 500 examples: undecided (+0.010 [-0.010, +0.030]), not told.
+# > - lora-alpha4 beside lora-alpha64, alpha, source, 500 examples: better, by less than 0.02 (+0.010 [+0.001, +0.019]).
 # >
 # > (5 seeds, 512 test items)
 
@@ -437,7 +435,7 @@ assert [m for m, found in AGAINST["rewrite"].items() if found.clearly_better] ==
 assert not any(found.clearly_worse for of in AGAINST.values() for found in of.values()), "at no rank, on neither task"
 assert {found.word for found in AGAINST["source"].values()} == {"undecided"}
 assert [m for m in RANKS.values() if all(of[m].better.low > -0.02 for of in AGAINST.values())] == ["lora"]
-assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if m != "lora")
+assert all(found.better.low < -0.025 for m, found in AGAINST["source"].items() if m != "lora")
 
 # %% [markdown]
 # On `rewrite` LoRA's loss is below full fine-tuning's with 50 and 500 examples, and above it with 5,000, by 0.08 nats:
@@ -449,7 +447,7 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 # With 500 there are ranks 1 to 64, and by fourteen intervals that hold together none is clearly behind full
 # fine-tuning. On `rewrite` rank 2 and those from 8 on are ahead; of 1 and 4 it is undecided (by single intervals of 95
 # % rank 1 is behind, 4 ahead). On `source` all seven are undecided. Only rank 8 is shown to lose less than 0.02 on
-# both: of right answers each of the others may lose more than 0.04.
+# both: of right answers each of the others may lose 0.027 or more.
 #
 # Equal losses are not equal weights. Shuttleworth et al. (2024, arXiv:2410.21228) find strong singular directions in
 # LoRA's merged weights that resemble none of the base's (*intruder dimensions*; in full fine-tuning's they find none),
@@ -462,9 +460,9 @@ assert all(found.better.low < -0.04 for m, found in AGAINST["source"].items() if
 # > - lora beside full, rewrite, 50 examples: better (+0.032 [+0.017, +0.046]).
 # > - lora beside full, rewrite, 500 examples: better (+0.041 [+0.027, +0.055]).
 # > - lora beside full, rewrite, 5000 examples: worse, within 4 epochs (-0.082 [-0.095, -0.070]).
-# > - lora beside full, source, 50 examples: undecided (+0.068 [-0.015, +0.151]).
-# > - lora beside full, source, 500 examples: undecided (+0.010 [-0.001, +0.021]).
-# > - lora beside full, source, 5000 examples: equal (-0.005 [-0.014, +0.003]).
+# > - lora beside full, source, 50 examples: undecided (+0.061 [-0.006, +0.129]).
+# > - lora beside full, source, 500 examples: better (+0.012 [+0.000, +0.023]).
+# > - lora beside full, source, 5000 examples: equal (-0.001 [-0.012, +0.010]).
 # >
 # > (5 seeds, 512 test items)
 
@@ -555,14 +553,14 @@ print(so_far(["lora", *VARIANTS]))
 varied = ranks.beside(VARIANTS, "lora")
 print(*(f"{m} beside lora, {task}: {found.word} ({found.interval})" for task, of in varied.items() for m, found in of.items()), sep="\n")
 signs = {task: " ".join(found.sign for found in of.values()) for task, of in varied.items()}
-assert signs == {"rewrite": "-= += - -", "source": "? - ? ?"}
+assert signs == {"rewrite": "-= += - -", "source": "= ? ? ="}
 
 # %% [markdown]
-# DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats; on `source` it finds clearly fewer books (0.013 [0.001, 0.024]).
-# PiSSA and OLoRA end clearly worse on `rewrite`, by 0.035 [0.013, 0.057] and 0.049 [0.031, 0.068]; on `source`
+# DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats; on `source` none. PiSSA and OLoRA end clearly worse on `rewrite`, by
+# 0.035 [0.013, 0.057] and 0.049 [0.031, 0.068]. On `source` rsLoRA and OLoRA are equal to LoRA, DoRA and PiSSA
 # undecided. (All eight intervals hold together 19 times in 20.) On `rewrite` rsLoRA, here LoRA with
-# $\alpha=16\sqrt8\approx45$, ends 0.012 [0.009, 0.016] behind LoRA with 16; its mean loss lies between section 4's at
-# 16 and at 64. Whether a start learns *faster*, losses at the end do not tell.
+# $\alpha=16\sqrt8\approx45$, ends 0.012 [0.009, 0.016] behind LoRA with 16. Whether a start learns *faster*, losses at
+# the end do not tell.
 #
 # ## 7 · Break it
 #

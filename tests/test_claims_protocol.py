@@ -234,10 +234,16 @@ def test_every_search_that_ended_has_tried_all_its_neighbors_and_none_is_better(
 def test_the_splits_are_large_enough_and_share_no_question(task):
     asked = {split: {q.prompt for q in data.questions(task, split)} for split in ("train", "validation", "test")}
     assert len(asked["validation"]) >= protocol.VALIDATION
-    assert len(asked["test"]) >= protocol.ITEMS >= 500
+    assert len(asked["test"]) >= protocol.ITEMS[task] >= 500
     assert len(asked["train"]) > 5000 + max(protocol.SEEDS)
     assert not asked["train"] & asked["test"]
     assert not asked["validation"] & asked["test"]
+
+
+@pytest.mark.parametrize(("split", "n"), [("validation", protocol.VALIDATION), ("test", protocol.ITEMS["source"])])
+def test_what_is_asked_is_from_each_book_as_often(split, n):
+    asked = Counter(q.completion for q in data.asked("source", split, n))
+    assert len(asked) == 3 and max(asked.values()) <= 1.1 * min(asked.values())
 
 
 def test_a_seed_draws_its_own_examples_and_always_the_same():
@@ -292,7 +298,7 @@ def test_an_unknown_kind_or_task_says_so():
 def few(monkeypatch):
     """Eight items of each kind, so that a trial takes a second."""
     monkeypatch.setattr(protocol, "VALIDATION", 8)
-    monkeypatch.setattr(protocol, "ITEMS", 8)
+    monkeypatch.setattr(protocol, "ITEMS", dict.fromkeys(data.TASKS, 8))
     block = data.Example(np.arange(20), np.arange(20))
     monkeypatch.setattr(data, "general", lambda n, length: {"austen": [block]})
     items = [MultipleChoice("In the beginning God made the", [" heaven", " banana"], 0)] * 4

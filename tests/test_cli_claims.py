@@ -34,7 +34,7 @@ def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys,
     assert [*body] == [*claims.statements()]
     assert "holds" in body["lora-6"] and "256 times" in body["lora-6"] and "d = k = 4096" in body["lora-6"]
     assert "not tried yet" in body["rlhf-9"]
-    total, counts = lines[-1].split(" statements: ")
+    total, counts = lines[-2].split(" statements: ")
     counted = {name: int(n) for n, name in (part.split(" ", 1) for part in counts.split(", "))}
     assert sum(counted.values()) == int(total) == 86
     assert [*counted] == [*VERDICTS]

@@ -82,7 +82,7 @@ def run(way: Way) -> Row:
     model, tokenizer = base()
     if way.share:
         model = between(way.share, far(way.to))
-    verses = data.encode(data.asked("rewrite", "test", ITEMS))
+    verses = data.encode(data.asked("rewrite", "test", ITEMS["rewrite"]))
     text = [block for blocks in data.general(BLOCKS, LENGTH).values() for block in blocks]
     task, general = (example_losses(model, examples, 32, tokenizer.pad_token_id)[0].tolist() for examples in (verses, text))
     return rounded({"task": task, "general": general})
@@ -134,7 +134,7 @@ def log_probabilities(model: Any, ids: np.ndarray) -> np.ndarray:
 def written() -> tuple[np.ndarray, np.ndarray]:
     """512 texts, and the base's log-probabilities. It draws WRITTEN tokens after each first READ of held-out text, of its four corpora."""
     model, tokenizer = base()
-    begun = np.array([block.input_ids for blocks in data.general(ITEMS // 4, READ, tokenizer).values() for block in blocks])
+    begun = np.array([block.input_ids for blocks in data.general(128, READ, tokenizer).values() for block in blocks])
     ids = model.generate(begun, max_new_tokens=WRITTEN, temperature=1.0, seed=0)
     return ids, log_probabilities(model, ids)
 

@@ -162,10 +162,10 @@ def epochs_picture(over_epochs):
 
 
 def recalls_picture(recalls):
-    """The share of each class that is found {(method, training set): [Austen, King James]}."""
-    figure, axis = plt.subplots(figsize=(7.2, 3), layout="constrained")
-    for i, (kind, color) in enumerate((("Austen", "#999999"), ("King James", "#CC79A7"))):
+    """The share of each book's sentences that is found {(method, training set): [Austen, Basic English, King James]}."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.3), layout="constrained")
+    for i, (kind, color) in enumerate((("Austen", "#999999"), ("Basic English", "#56B4E9"), ("King James", "#CC79A7"))):
         bars(axis, [", ".join(key) for key in recalls], [each[i] for each in recalls.values()], color=color, label=kind)
     axis.set(xlabel="share of its test sentences that is found", title="A rare class, and a remedy")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 
+from minipeft.claims import following
 from minipeft.claims.statistics import crossed
 from minipeft.experiments.rows import read_rows
 from minipeft.train.evaluation import example_losses
@@ -38,6 +39,16 @@ def rows_of(rows, condition, seeds):
 def losses(rows, new, tasks):
     """The losses [seeds, records] of some tasks in rows, where `new` is new."""
     return np.array([np.concatenate([row["loss"][new][name] for name in tasks]) for row in rows])
+
+
+def over_constant(rows, task):
+    """By how many right answers to a task's new inputs the tuned model of `inst-1` is ahead of one constant answer, the most frequent."""
+    (row,) = (row for row in rows if row["arm"] == "tuned")
+    asked = following.asked("tuned", "inputs", row["tested"])
+    at = [i for i, question in enumerate(asked) if question.task == task]
+    answers = [asked[i].answer for i in at]
+    constant = [answer == max(answers, key=answers.count) for answer in answers]
+    return crossed(np.array(row["answers"]["inputs"], float)[:, at] - constant)
 
 
 def show_losses(table, at_start, names, base):

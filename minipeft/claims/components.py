@@ -47,7 +47,7 @@ class Components:
     examples: int = 500
     epochs: float = 1
     batch_size: int = 8
-    tested: int = 512  # items of the test split, of each task
+    tested: int = 768  # items of the test split, of each task: all that "source" has
     validation: int = 128
     seeds: tuple[int, ...] = SEEDS
     base: str = field(default_factory=version)

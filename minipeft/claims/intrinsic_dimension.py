@@ -67,7 +67,7 @@ class Subspace:
     epochs: int = 4
     batch_size: int = 8
     validation: int = 256
-    items: int = 512
+    items: int = 768
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -290,4 +290,4 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
         + f"; in the mean the {rank.value:.1f} strongest directions of each update have 90 % of the gain; 90 % of the squared norm needs {ratio.value:.0%} of the rank that noise needs."
     )
     ranks_of = {"times": {"rank over noise's, median matrix": ratio}, "directions": {"rank for 90 % of the gain": rank}}
-    return judged(graded(cases), because, "d90 from base", effect, "numbers", {"numbers": numbers, **ranks_of}, 512, "source")
+    return judged(graded(cases), because, "d90 from base", effect, "numbers", {"numbers": numbers, **ranks_of}, full["items"], "source")

@@ -10,7 +10,8 @@
 So what `protocol` asks of the shipped base in two to six cases, with epochs and batches tuned too, is asked here in one, always
 by losses in nats: also of `source`, which is judged there by right answers, and of what is forgotten, which is judged there by
 general items, and for forget-5 at equal quality of the task. That is what hours on two cores allow: it says whether a
-comparison comes out alike on a model that others have pretrained, and no verdict rests on it.
+comparison comes out alike on a model that others have pretrained, and no verdict rests on it. Of its 512 test sentences 511 are
+of two of the three books, Jane Austen's and the King James Bible: the records go around the books, and every 1.5th is taken.
 """
 
 from __future__ import annotations

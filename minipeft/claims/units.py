@@ -45,7 +45,7 @@ class Units:
     epochs: float = 1
     batch_size: int = 8
     validation: int = 256
-    tested: int = 512
+    tested: int = 768
     seeds: tuple[int, ...] = SEEDS
     base: str = field(default_factory=version)
 

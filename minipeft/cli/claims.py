@@ -176,6 +176,7 @@ def table(found: list[tuple[Statement, Verdict]]) -> None:
     out.print(shown)
     counts = Counter(verdict.verdict for _, verdict in found)
     out.print(f"\n{len(found)} statements: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]))
+    out.print("minipeft claims ID says on what condition one holds, or why not, with its base, task, lesson, rows and evidence.")
 
 
 def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
