@@ -168,11 +168,11 @@ assert np.allclose(mixed[:, 3:] / alone, 1 - share)
 
 # %% [markdown]
 # > `soft-2` prefix tuning: learnable keys and values in each layer: **holds**. 6 of 6 layers have keys and values of
-# > their own. Behind those that the base computes of 10 real tokens the logits differ by at most 8e-07 of the largest
+# > their own. Behind those that the base computes of 10 real tokens the logits differ by at most 6e-07 of the largest
 # > from those behind the tokens themselves.
 #
 # > `soft-5` no change of the architecture: **holds**. The base alone computes the same from embeddings in front of the
-# > input (to 5e-07) and from a cache (to 8e-07); its 84 modules are as they were with both, where LoRA replaces some by
+# > input (to 5e-07) and from a cache (to 6e-07); its 84 modules are as they were with both, where LoRA replaces some by
 # > its own.
 
 # %% [markdown]
