@@ -56,6 +56,8 @@ VALIDATION, ITEMS = 256, {"rewrite": 512, "source": 768}  # records of validatio
 LEAST = 0.002  # nats per token: a neighbor that is better by less is not better
 ROOM = 0.02  # nats per token: what counts as equal quality of the task
 ALIKE = 0.02, 2.0  # nats per token, and times: equal training losses differ by less than either
+NONE = 1e-5  # nats per token: a training loss of less, as rows are rounded
+TRIES = 10  # numbers of epochs, in search of an equal training loss
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
 PASSES = {100: (16.0, 64.0), 1000: (2.0, 8.0), 10000: (0.5, 4.0)}  # examples at most: epochs to begin with, and at most
@@ -140,8 +142,9 @@ class Gentle(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """Chosen by the training loss, under TUNING: of the trials that a search saw, the one with the lowest; or, with `like`, the
-    one whose training loss is nearest that of another choice (in its logarithm). Validation has no say."""
+    """Chosen by the training loss, under TUNING; validation has no say. Of the trials that a search saw, the one with the lowest;
+    or, with `like`, as many epochs of the one whose training loss is nearest that of another choice (in its logarithm) as make
+    the two losses equal, by halving and doubling, and then between the nearest number with a higher loss and that with a lower."""
 
     of: Search
     like: Choice | None = None
@@ -414,16 +417,39 @@ def _gentlest(find: Find, of: Gentle) -> tuple[Trial, list[Trial]]:
 
 def _fitted(find: Find, of: Fits) -> tuple[Trial, list[Trial]]:
     seen: dict[Trial, float] = {}
-    least = 1e-5  # as rows are rounded
     unknown = tuned(find, of.of, seen)[1]
     other, more = (None, []) if of.like is None else chosen(find, of.like)
     if unknown or more:
         return of.start, unknown + more
-    fits = {trial: max(fit, least) for trial in seen if (fit := find(trial)["train_loss"]) is not None}
-    aim = least if other is None else find(other)["train_loss"]
+    fits = {trial: max(fit, NONE) for trial in seen if (fit := find(trial)["train_loss"]) is not None}
+    aim = NONE if other is None else find(other)["train_loss"]
     if aim is None:
         return of.start, []
-    return min(fits, key=lambda trial: abs(math.log(fits[trial] / max(aim, least))), default=of.start), []
+    nearest = min(fits, key=lambda trial: abs(math.log(fits[trial] / max(aim, NONE))), default=of.start)
+    as_it_is = other is None or "epochs" not in of.of.axes
+    return (nearest, []) if as_it_is else _as_long(find, nearest, max(aim, NONE), of.of.most)
+
+
+def alike(a: float, b: float, parts: int = 1) -> bool:
+    """Whether two training losses are equal: apart by less than ALIKE, or than one of its parts."""
+    nats, times = ALIKE
+    return abs(a - b) < nats / parts and max(a, b) < times ** (1 / parts) * min(a, b)
+
+
+def _as_long(find: Find, at: Trial, aim: float, most: float) -> tuple[Trial, list[Trial]]:
+    """A trial for as many epochs as give this training loss, to a quarter of ALIKE, and the trials that must be known first."""
+    losses: dict[float, float] = {}
+    shorter, longer, epochs = 0.0, math.inf, at.epochs  # the nearest with a higher training loss, and with a lower
+    while 0.5 <= epochs <= most and len(losses) < TRIES:
+        row = find(replace(at, epochs=epochs))
+        if row is None:
+            return at, [replace(at, epochs=epochs)]
+        losses[epochs] = math.inf if row["train_loss"] is None else max(row["train_loss"], NONE)
+        if alike(losses[epochs], aim, 4):
+            break
+        shorter, longer = (epochs, longer) if losses[epochs] > aim else (shorter, epochs)
+        epochs = 2 * shorter if longer == math.inf else longer / 2 if not shorter else round(math.sqrt(shorter * longer), 2)
+    return replace(at, epochs=min(losses, key=lambda epochs: abs(math.log(losses[epochs] / aim)))), []
 
 
 def reported(best: Trial) -> list[Trial]:
