@@ -553,21 +553,23 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # that is so at the level $1 - 0.05/k$. If there is none, but one is so at 95 %, or is not told, the statement *cannot
 # be tested here*. A difference above 0 says that the first method is better: its loss is lower, its share higher.
 # *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it reaches beyond, with 0 in it. *Not told*:
-# the difference is not equal, and the limit that the rule asks about (in `start-1` 0) is in its interval. *Within 4
-# epochs*: the worse method took the most epochs allowed; *both within*: both did. *Not tried yet*: rows are missing.
+# the limit that the rule asks about (in `start-1` -0.02) is in its interval. *Within 4 epochs*: the worse method took
+# the most epochs allowed; *both within*: both did. *Not tried yet*: rows are missing.
 #
 # With 50 examples the base is clearly behind on both tasks: a hundredth was not enough. With 500, at a fortieth of the
 # work, `rewrite` is undecided; at a tenth, `source` is equal: there the base with a tenth of the examples is within
-# 0.02 of random weights with all.
+# 0.02 of random weights with all, though not at the level for four.
 
 # %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch
-# > on the task: **cannot be tested here**. Of 4 comparisons 0 are as stated, 3 are not and 1 is not told:
+# > on the task: **cannot be tested here**. Of 4 comparisons 1 is as stated, 2 are not and 1 is not told:
 # >
 # > - full beside scratch, rewrite, 50 and 5000 examples: worse (-0.200 [-0.362, -0.037]).
 # > - full beside scratch, source, 50 and 5000 examples: worse (-0.111 [-0.175, -0.047]).
 # > - full beside scratch, rewrite, 500 and 5000 examples: undecided (+0.025 [-0.140, +0.190]), not told.
 # > - full beside scratch, source, 500 and 5000 examples: equal (+0.002 [-0.015, +0.018]).
+# >
+# > At the level 1 - 0.05 / 4 none is as stated.
 # >
 # > The training from random weights took 50, 25, 40 and 10 times the FLOPs. (5 seeds, 512 test items)
 

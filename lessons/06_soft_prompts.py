@@ -235,9 +235,9 @@ for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("l
 # %% [markdown]
 # > `soft-3` P d parameters; 100 x 1024 = 102K: **holds**. The built prompt trains 102,400 numbers, P d is 102,400.
 #
-# > `soft-4` fewest parameters: **holds if**. Beside every other method with its usual options it is so for P = 20 on
-# > 7B, P = 20 on 70B and P = 100 on 70B, and not for P = 20 on the base, P = 100 on the base and P = 100 on 7B, where
-# > LN tuning trains fewer: a prompt has P vectors, LN tuning two of them a layer.
+# > `soft-4` fewest parameters: **holds if**. Beside every method that is no soft prompt it is so for P = 20 on 7B, P =
+# > 20 on 70B and P = 100 on 70B, and not for P = 20 on the base, P = 100 on the base and P = 100 on 7B, where LN tuning
+# > trains fewer: a prompt has P vectors, LN tuning two of them a layer.
 
 # %% [markdown]
 # ## 4 · The start, and the rate
@@ -335,9 +335,9 @@ figure.savefig(OUT / "06_soft_prompts_start.png", dpi=120)
 # adds, 0.022 ± 0.071, is undecided. If size is all, the rate *over the size of the start's elements* counts. Then a
 # random start needs nine times the rate of words, and random at 0.3 does as small at 0.033 (beside small at 0.03:
 # -0.075 ± 0.080). The verdict below compares words (`prompt`), random and small (`prompt-random`, `prompt-small`), each
-# tuned. On `rewrite` words are clearly behind random, but not at the level for six comparisons (Lesson 3).
+# tuned. On `rewrite` words are clearly behind random.
 #
-# LoRA and an adapter start as the base: what they add is zero at first.
+# LoRA and an adapter start as the base: they add zero.
 #
 # **Predict:** does a prefix start as the base if its keys and values are zeros?
 
@@ -376,7 +376,7 @@ assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if 
 # > - prompt-small beside prompt-random, source, 500 examples: undecided, both within 8 epochs (+0.067 [-0.062,
 # >   +0.195]), not told.
 # >
-# > (5 seeds, 512 test items)
+# > At the level 1 - 0.05 / 6 none is as stated. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · The lost context

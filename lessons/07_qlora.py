@@ -484,8 +484,8 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("?", {3e-3})}
 
 # %% [markdown]
 # > `qlora-1` base in 4 bits, adapters in 16 or 32 bits, train the adapters only: **holds**. It trains with adapters in
-# > float32 and bfloat16: the loss on the 8 sentences that it learns falls by 2.81 (float32) and 2.81 nats (bfloat16) in
-# > 4 steps, all on a base with 42 layers in four bits, which keeps its bytes.
+# > float32 and bfloat16: the loss on its 8 sentences falls by 2.81 (float32) and 2.81 nats (bfloat16) from step 1 to 5,
+# > on a base with 42 layers in four bits, which keeps its bytes.
 #
 # > `qlora-4` training a little slower (dequantization): **holds if**. A step of 4 x 64 tokens takes 1.23 (width 128),
 # > 1.20 (width 256), 1.23 (width 512) and 1.29 (width 1024) times as long: clearly longer, and at most 1.25 times, our

@@ -394,21 +394,17 @@ def overall(row, what, new):
     return float(np.mean([np.mean(of) for of in row[what][new].values()]))
 
 
-for what, title in (("loss", "loss, nats a token"), ("right", "right answers")):
-    for who, row in (("base", before), ("tuned", now)):
-        print(f"{title:18} {who:5}", ", ".join(f"new {new} {overall(row, what, new):.3f}" for new in row[what]))
-print(f"{'stops by itself':18} base ", ", ".join(f"new {new} {share:.2f}" for new, share in before["stopped"].items()))
-print(f"{'stops by itself':18} tuned", ", ".join(f"new {new} {share:.2f}" for new, share in now["stopped"].items()))
+for who, row in (("base", before), ("tuned", now)):
+    for what, title in (("loss", "loss, nats a token"), ("right", "right answers")):
+        print(f"{who:5} {title:18}", ", ".join(f"new {new} {overall(row, what, new):.3f}" for new in row[what]))
+    print(f"{who:5} {'stops by itself':18}", ", ".join(f"new {new} {share:.2f}" for new, share in row["stopped"].items()))
 
 # %%
-shares = (
-    {
-        what: {new: overall(row, what, new) for new in row["right"]} if what == "right" else row[what]
-        for what in ("stopped", "right")
-    }
-    for row in (before, now)
-)
-tuning.answers_picture(*shares, REDUCED).savefig(OUT / "08_instruction_tuning_answers.png", dpi=120)
+def shares(row):
+    return {"stopped": row["stopped"], "right": {new: overall(row, "right", new) for new in row["right"]}}
+
+
+tuning.answers_picture(shares(before), shares(now), REDUCED).savefig(OUT / "08_instruction_tuning_answers.png", dpi=120)
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all checked
@@ -430,7 +426,7 @@ if not REDUCED:
 # under it than under those of the other tasks with such inputs. Of 774 questions of trained tasks 430 are of three that
 # share one form of input, 344 of two, so a guess has $(\frac{430}{3} + \frac{344}{2}) / 774 = 0.41$; among the three
 # new ones, $\frac13$. The *control* differs in one thing alone: it was tuned on *shuffled* instructions, each that of
-# another record. Below, the rows of `inst-1`.
+# another record.
 
 # %%
 told = following.experiment("base", "shuffled", "tuned").rows()
@@ -447,10 +443,10 @@ for name in ("source", "part-of-speech"):
 # %% [markdown]
 # In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
 # 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
-# clearly more than the control (0.37, itself below a guess), not than the base (0.40) or a guess. At new tasks it
-# follows 0.31; a guess has 0.33. So that tuning teaches following is shown for trained words alone. (The verdict's two
-# "equal" show little: no model is right there.) That it names books and parts of speech more rightly than one constant
-# answer would is not shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172 each.
+# clearly more than the control (0.37, itself below a guess), not than the base or a guess; at new tasks no more than a
+# guess. That tuning teaches following is shown for trained words alone. (The verdict's two "equal" show little: no
+# model is right there.) That it names books and parts of speech more rightly than one constant answer would is not
+# shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172 each.
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on
@@ -467,12 +463,14 @@ for name in ("source", "part-of-speech"):
 #   which it was told.)
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons 6 are as stated, 2
-# > are not and 1 is not told (6 better, 2 equal and 1 undecided):
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 12 comparisons (7 better, 2
+# > equal and 3 undecided) 7 are as stated, 2 are not and 3 are not told:
 # >
 # > - right answers, tuned beside shuffled, new phrasings: undecided (-0.008 [-0.022, +0.005]), not told.
+# > - instructions followed, tuned beside guess, new phrasings: undecided (+0.010 [-0.020, +0.039]), not told.
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
 # > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
+# > - instructions followed, tuned beside guess, new tasks: undecided (-0.022 [-0.056, +0.012]), not told.
 # >
 # > Shares of instructions followed:
 # >
@@ -481,7 +479,7 @@ for name in ("source", "part-of-speech"):
 # >   0.407.
 # > - new tasks: tuned 0.312 [0.278, 0.346], shuffled 0.290 [0.258, 0.323], base 0.266 [0.229, 0.305], a guess 0.333.
 # >
-# > Test items: 602, 602 and 688 for answers, 774, 774 and 516 for instructions. (5 seeds, 516 test items)
+# > Right answers to new inputs: tuned 0.388, shuffled 0.367 and base 0.007. (5 seeds, 516 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts are
 # > so:

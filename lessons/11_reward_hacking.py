@@ -379,8 +379,7 @@ hacking.chain_picture(judged, along).savefig(OUT / "11_reward_hacking_chain.png"
 # %% [markdown]
 # > `rlhf-8` reward hacking: the policy exploits the reward model: **holds if**. Without a price of KL the reward of 5
 # > of 5 judges rises clearly from where the gold of training prompts has its peak; the gold falls clearly with head,
-# > 600 comparisons and full, 2000 comparisons (with head, 600 comparisons and full, 2000 comparisons, where all 5
-# > intervals are to hold together):
+# > 600 comparisons and full, 2000 comparisons (also where all 5 intervals are to hold together):
 # >
 # > - head, 600: reward up by +0.26 [+0.23, +0.29] from the start, gold by -0.08 [-0.10, -0.05], from 0.33 to 0.26.
 # > - lora, 600: reward up by +0.33 [+0.26, +0.39] from the start, gold by -0.06 [-0.14, +0.02], from 0.33 to 0.27.

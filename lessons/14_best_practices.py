@@ -32,8 +32,8 @@ import minipeft as mp
 from minipeft.accounting import memory_ledger
 from minipeft.claims import data, judge, protocol
 from minipeft.claims.comparison import CASES, KEYS, Case, compare, in_cases
-from minipeft.claims.large import Large, told
-from minipeft.claims.league import FITTED, MAIN, league
+from minipeft.claims.large import Large
+from minipeft.claims.league import MAIN, league
 from minipeft.claims.practice import ADVISED, EQUAL_STEPS, HARD, HARDER, LONG, NOISE, REPEATED, SKEWED, WARM
 from minipeft.claims.protocol import SEEDS, finder, report, search
 from minipeft.claims.searches import Searches
@@ -212,8 +212,9 @@ for (case, method), curve in curves.items():
     assert min(curve) < best[case, method].rate < max(curve), "it is inside what was tried"
 times = {case: best[case, "lora"].rate / best[case, "full"].rate for case in CASES}
 print("LoRA's best rate in full fine-tuning's: " + ", ".join(f"{x:g} ({case.name})" for case, x in times.items()))
-print("SmolLM2-135M:", told("full-3"))
-assert all(part in told("full-3") for part in ("is 1.4e-04", "0.11 times that", "and not within")), "the law does not reach it"
+law = judge("full-3").because.rpartition("model's. ")[2]
+print(law)
+assert "1.4e-04, is a factor of 9.1 from" in law and law.endswith("the law says nothing of 7B.")
 assert (Large("full").examples, Large("full").validation) == (320, 256)
 once = {rate: find(replace(best[Case("source", 500), "full"], rate=rate, epochs=1.0))["loss"] for rate in (5e-4, 1e-3, 2e-3)}
 assert min(once, key=once.get) == 1e-3 and base.config.hidden_size == 128, "as in full-3: one epoch, batches of 8"
@@ -238,19 +239,20 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # undecided, with 5,000 they are equal.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
-# extrapolates their best rate of fine-tuning. For SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for long) it
-# predicts 1.3e-3 [8.5e-4, 1.9e-3]. Measured, on `source` with 320 examples, under one seed and on 256 validation
-# records, was 1.4e-4: a ninth of that. Pretraining may be the reason: ten times as much lowers the best rate at width
-# 128 (below), and that of the shipped base, as wide and pretrained for longer still, is 1e-3 (its depth differs, too).
-# So a law of width alone does not predict SmolLM2's rate, and need not 7B's. SmolLM2's is a 21st of its pretraining's
-# (3e-3, github.com/huggingface/smollm), much lower as advised, but above 5e-5.
+# extrapolates their best rate of fine-tuning. That of SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for
+# long), on `source` with 320 examples, under one seed and on 256 validation records, is a ninth of what this predicts.
+# Pretraining may be the reason: ten times as much lowers the best rate at width 128 (below), and that of the shipped
+# base, as wide and pretrained for longer still, is 1e-3 (its depth differs, too). So a law of width alone does not
+# predict SmolLM2's rate, and need not 7B's. SmolLM2's is a 21st of its pretraining's (3e-3,
+# github.com/huggingface/smollm), much lower as advised, but above 5e-5.
 
 # %% [markdown]
-# > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **does not hold here**. After a brief
-# > pretraining at widths 32, 64, 128 and 256 the best rate of fine-tuning is 3.0, 2.3, 1.3 and 1.1 times pretraining's,
-# > clearly less than half at 0 of 4. It falls as width^-1.06, to 1.6e-04 [7.0e-05, 3.6e-04] at width 4096. At 128,
-# > after 10 times the pretraining, it is 1.0 times pretraining's, and 0.4 [0.2, 0.6] times the briefly pretrained
-# > model's. (5 seeds, 256 validation records)
+# > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **cannot be tested here**. After a
+# > brief pretraining at widths 32, 64, 128 and 256 the best rate of fine-tuning is 3.0, 2.3, 1.3 and 1.1 times
+# > pretraining's, clearly less than half at 0 of 4. It falls as width^-1.06, to 1.6e-04 [7.0e-05, 3.6e-04] at width
+# > 4096. At 128, after 10 times the pretraining, it is 1.0 times pretraining's, and 0.4 [0.2, 0.6] times the briefly
+# > pretrained model's. SmolLM2-135M's best rate, 1.4e-04, is a factor of 9.1 from the law's at its width, 1.3e-03
+# > [8.5e-04, 1.9e-03]: more than 2, so the law says nothing of 7B. (5 seeds, 256 validation records)
 #
 # > `best-4` 1e-5 to 5e-5 for full, higher for PEFT: **holds if**. The best rates of full fine-tuning are 6e-05 to
 # > 1e-03; of the other methods they are higher by a factor of 4.2 for lora (2.0 to 9.1), 4.8 for qlora (2.2 to 10.1),
@@ -298,13 +300,13 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # 0.032]), and on `source` equal (LoRA: better, by 0.018 [0.009, 0.027]). So step for step a large batch was not found
 # worse; but it computes eight times as much.
 #
-# `best-5` asks that 64 is not worse by 0.02 than 4 and 16 (8 comparisons: both methods, both tasks), nor in the control
-# (4). Two of the six worse ones are not told: their intervals contain -0.02. The control is as stated in all four.
+# `best-5` asks that 64 is not worse by 0.02 than 4 and 16, nor in the control. Two of the six worse ones are not told:
+# their intervals contain -0.02. The control is as stated in all four.
 
 # %% [markdown]
-# > `best-5` a batch as large as memory allows: **holds if**. Of 8 comparisons 2 are as stated, 4 are not and 2 are not
-# > told (6 worse, 1 better and 1 worse, by less than 0.02; 1 where the worse, or both, took the most epochs). Of 4
-# > comparisons 4 are as stated (3 better and 1 equal). (5 seeds, 512 test items)
+# > `best-5` a batch as large as memory allows: **holds if**. At equal examples: of 8 comparisons (6 worse, 1 better and
+# > 1 worse, by less than 0.02; 1 where the worse, or both, took the most epochs) 2 are as stated, 4 are not and 2 are
+# > not told. At equal steps: of 4 comparisons (3 better and 1 equal) 4 are as stated. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -333,9 +335,9 @@ practice.epochs_picture(over_epochs).savefig(OUT / "14_best_practices_epochs.png
 # The training loss falls on. At the chosen rate twice as many epochs have a higher loss on validation wherever they
 # were allowed. On `rewrite` the loss on validation turns after 16 epochs of 50 examples, and after 2 of 500.
 #
-# But a rate suits a length. In `best-6` three more searches start from one epoch, from four, and from the most, twice
-# as many as the league allows. The best setting of 2 to 5 epochs must not be worse by 0.02 than the best of any number,
-# so *equal* is yes.
+# But a rate suits a length. In `best-6` three more searches start from one epoch, from four, and from the most, 128 or,
+# with 500, 16. The best setting of 2 to 5 epochs must not be worse by 0.02 than the best of any number, so *equal* is
+# yes.
 #
 # **Predict:** with 50 verses, can 4 epochs do as well as 16, at another rate?
 
@@ -350,9 +352,11 @@ for pair, method in zip(ADVISED, ("full", "lora")):
     same = compare(quick, slow, "nll")
     print(f"{method}, 4 epochs beside 16: {same.word} ({same.interval})")
     assert same.word == "equal" and (quick.trial.epochs, quick.trial.rate) == (slow.trial.epochs / 4, slow.trial.rate * 4)
-fitted = [compared(pair) for pair in FITTED[:2]]
-print("LoRA beside full at the nearest training loss, rewrite, 50:", *(f"{d.word} ({d.interval})" for d in fitted))
-assert [(d.word, d.interval[:6]) for d in fitted] == [("better", "+0.032"), ("worse", "-0.280")] and judge("peft-4").task == "source"
+found = judge("peft-4")
+gains = {n.name.partition("full, ")[2]: n for n in (found.effect, *found.evidence) if " over " in n.name}
+each = (f"{n.value:+.3f} [{n.low:+.3f}, {n.high:+.3f}] ({where})" for where, n in gains.items())
+print("\nLoRA over full fine-tuning, at equal training loss:", *each, sep="\n  ")
+assert [round(n.value, 3) for n in gains.values() if n.low > 0 or n.high < 0] == [-0.346, 0.028, 0.071]
 
 # %% [markdown]
 # They can: a quarter of the epochs at four times the rate is equal, with full fine-tuning (+0.002 [-0.011, 0.015]) and
@@ -360,18 +364,18 @@ assert [(d.word, d.interval[:6]) for d in fitted] == [("better", "+0.032"), ("wo
 # best number of epochs is itself 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within
-# 0.02, and a factor of 2). On `rewrite`, and with 500 of `source`, the nearest setting seen is further off, in the mean
-# of five seeds. In those of 50 verses LoRA fits less: at its best (1.75; full 1.71) it is better on test, by 0.032;
-# nearly by heart (0.094; 0.055) worse, by 0.280. On `source`, with 50 at its best, it is better (0.028 [0.000, 0.056]),
-# but not at the level for eight.
+# 0.02, and a factor of 2), for which full fine-tuning has as many epochs as it takes. With 500 of `rewrite`, LoRA at
+# its best, it is, by 0.071 [0.058, 0.084]. With 50, nearly by heart (0.09), it is higher, by 0.346 [0.293, 0.399]. On
+# `source` it is lower with 50 (0.028 [0.000, 0.056], not at the level for eight) and equal with 500. In two cases the
+# training losses still differ in the mean of five seeds.
 
 # %% [markdown]
-# > `peft-4` frozen weights reduce overfitting: **cannot be tested here**. Of 8 comparisons 1 is as stated and 7 are not
-# > told (6 not compared, 1 better and 1 undecided within [-0.00, +0.06] nats). Lora beside full, at its best, source,
-# > 50 examples: better (+0.028 [+0.000, +0.056]). (5 seeds, 768 test items)
+# > `peft-4` frozen weights reduce overfitting: **holds if**. Of 8 comparisons (2 better, 2 equal, 2 not compared, 1
+# > worse and 1 undecided within [-0.00, +0.06] nats) 2 are as stated, 3 are not and 3 are not told. (5 seeds, 512 test
+# > items)
 #
-# > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons 6 are as stated, 1 is not and 1 is not told (6 equal, 1 worse
-# > and 1 undecided). 2 to 5 epochs beside any number, full, source, 50 examples: undecided (-0.017 [-0.100, +0.066]),
+# > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons (6 equal, 1 worse and 1 undecided) 6 are as stated, 1 is not
+# > and 1 is not told. 2 to 5 epochs beside any number, full, source, 50 examples: undecided (-0.017 [-0.100, +0.066]),
 # > not told; 2 to 5 epochs beside any number, lora, source, 50 examples: worse (-0.184 [-0.308, -0.060]). (5 seeds, 512
 # > test items)
 
@@ -399,10 +403,10 @@ practice.intervals_picture(warm, "better with warm-up than without, nats or shar
 # both, at which a run without warm-up may fail.
 
 # %% [markdown]
-# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons 0 are as stated, 6 are not
-# > and 2 are not told (6 equal and 2 undecided). 5% warm-up beside none, full, source, 500 examples: undecided (+0.005
+# > `best-7` warm up for 5 to 10 % of the steps: **cannot be tested here**. Of 8 comparisons (6 equal and 2 undecided) 0
+# > are as stated, 6 are not and 2 are not told. 5% warm-up beside none, full, source, 500 examples: undecided (+0.005
 # > [-0.011, +0.022]), not told; 10% warm-up beside none, full, source, 500 examples: undecided (+0.007 [-0.009,
-# > +0.022]), not told. Of 4 comparisons 0 are as stated and 4 are not (4 equal). (5 seeds, 512 test items)
+# > +0.022]), not told. Of 4 comparisons (4 equal) 0 are as stated and 4 are not. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 6 · Few clean examples, or many with mistakes?
@@ -462,18 +466,18 @@ assert practice.mixed_at_one_setting(find).equal
 # Easy ones alone cost something: the mixture is better on both tasks; on `rewrite` 500 drawn at random are, too, by
 # 0.031 [0.016, 0.046] (LoRA: 0.017 [0.008, 0.026]) nats a token. More hard ones than chance brings gain full
 # fine-tuning nothing clear. LoRA's 0.018 [0.012, 0.024] is the search's: the mixture got batches of 1 and half the
-# rate, random ones 4. At the mixture's setting both are equal (0.004 [-0.003, 0.011]). `best-3` asks that the mixture
-# beats easy and random ones, in four cases each. Its *holds if* says that easy ones alone lack something, not that hard
-# ones teach more.
+# rate, random ones 4. At the mixture's setting both are equal (0.004 [-0.003, 0.011]). The *holds if* of `best-3` says
+# that easy ones alone lack something, not that hard ones teach more.
 
 # %% [markdown]
-# > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons 12 are as stated, 6 are not
-# > and 6 are not told (12 better, 4 equal, 2 worse and 6 undecided within [-0.02, +0.03] of items, [-0.02, +0.05]
-# > nats). (5 seeds, 512 test items)
+# > `best-1` clean and relevant data beat more, noisy data: **holds if**. Of 24 comparisons (12 better, 4 equal, 2 worse
+# > and 6 undecided within [-0.02, +0.03] of items, [-0.02, +0.05] nats) 12 are as stated, 6 are not and 6 are not told.
+# > By mistakes, clearly better are 6 of 8 with random ones (0 worse), 4 of 8 with systematic ones (2 worse) and 2 of 8
+# > with off-topic ones (0 worse). (5 seeds, 512 test items)
 #
-# > `best-3` include hard examples: **holds if**. Of 4 comparisons 4 are as stated (4 better). Of 4 comparisons 1 is as
-# > stated, 2 are not and 1 is not told (2 equal, 1 better and 1 undecided within [-0.02, +0.02] nats). (5 seeds, 512
-# > test items)
+# > `best-3` include hard examples: **holds if**. Beside easy ones: of 4 comparisons (4 better) 4 are as stated. Beside
+# > random ones: of 4 comparisons (2 equal, 1 better and 1 undecided within [-0.02, +0.02] nats) 1 is as stated, 2 are
+# > not and 1 is not told. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare

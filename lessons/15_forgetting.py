@@ -155,7 +155,7 @@ assert all(below(lost[a], lost[b]) for a, b in pairwise(("wordnet", "basic-engli
 # > clearly misleads in: none. The ranks of methods by the two correlate at 0.59 (-0.11 to 1.00). (5 seeds, 640 test
 # > items)
 #
-# > `forget-1` fine-tuning can degrade general abilities: **holds**. Of 12 comparisons 12 are as stated (12 worse). (5
+# > `forget-1` fine-tuning can degrade general abilities: **holds**. Of 12 comparisons (12 worse) 12 are as stated. (5
 # > seeds, 640 test items)
 
 # %% [markdown]
@@ -516,14 +516,14 @@ forgetting.remedies_picture(points, level, forgotten).savefig(OUT / "15_forgetti
 # >
 # > (5 seeds, 640 test items)
 #
-# > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons 2 are as stated and 6 are not told (2 better
-# > and 6 undecided within [-0.02, +0.04] of items). 0.25 general blocks an example beside none, lora, rewrite, 500
+# > `forget-3` remedy: mix in general data: **holds if**. Of 8 comparisons (2 better and 6 undecided within [-0.02,
+# > +0.04] of items) 2 are as stated and 6 are not told. 0.25 general blocks an example beside none, lora, rewrite, 500
 # > examples: better (+0.030 [+0.009, +0.051]; the task better, +0.014 [+0.005, +0.022]); 1 general block an example
 # > beside none, lora, rewrite, 500 examples: better (+0.033 [+0.013, +0.053]; the task better, by less than 0.02,
 # > +0.013 [+0.008, +0.019]). (5 seeds, 640 test items)
 #
-# > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. Of 12 comparisons 0 are as stated, 11 are not
-# > and 1 is not told (8 equal, 3 worse and 1 undecided). Weight decay 1 beside none, lora, rewrite, 500 examples:
+# > `forget-4` remedy: weight decay, dropout: **cannot be tested here**. Of 12 comparisons (8 equal, 3 worse and 1
+# > undecided) 0 are as stated, 11 are not and 1 is not told. Weight decay 1 beside none, lora, rewrite, 500 examples:
 # > undecided (+0.011 [-0.002, +0.024]; the task better, +0.051 [+0.044, +0.058]), not told. (5 seeds, 640 test items)
 
 # %% [markdown]

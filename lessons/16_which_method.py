@@ -290,9 +290,8 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks:
 # of `full-5` that the interval lies above 0, of `soft-8` that it lies below 0, of `adapter-6` and `which-1` that it
 # lies above -0.02. In these last two an interval that contains -0.02 is *not told*, even where it is *worse*. The rival
-# is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` of the other five, in `full-5` of all
-# others. `full-5` fails on both: AdaLoRA clearly beats full fine-tuning on `rewrite`, LoRA on `source` (by 0.023 at
-# most).
+# is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` of the other five, in `full-5`, with 500
+# examples, of all others.
 #
 # At 7B and 70B nothing is trained: Lesson 12's ledger counts, in bfloat16. (No run checks these counts; Lesson 17,
 # section 7, says how bfloat16 may fail.) Full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments,
@@ -304,8 +303,15 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # adds little (149; 146).
 
 # %% [markdown]
-# > `full-5` best quality on the task of all methods: **does not hold here**. Full beside adalora, rewrite, 500
-# > examples: worse (-0.067 [-0.078, -0.057]); full beside lora, source, 500 examples: worse (-0.012 [-0.023, -0.000]).
+# > `full-5` best quality on the task of all methods: **holds if**. Of 6 comparisons 1 is as stated and 5 are not:
+# >
+# > - full beside lora, rewrite, 50 examples: worse (-0.032 [-0.046, -0.017]).
+# > - full beside adalora, rewrite, 500 examples: worse (-0.067 [-0.078, -0.057]).
+# > - full beside qlora, rewrite, 5000 examples: better, within 4 epochs (+0.085 [+0.075, +0.096]).
+# > - full beside bottleneck, source, 50 examples: worse (-0.056 [-0.111, -0.001]).
+# > - full beside lora, source, 500 examples: worse (-0.012 [-0.023, -0.000]).
+# > - full beside qlora, source, 5000 examples: equal (-0.001 [-0.010, +0.008]).
+# >
 # > (5 seeds, 512 test items)
 #
 # > `adapter-6` quality comparable to full fine-tuning: **holds if**. Of 6 comparisons 3 are as stated, 2 are not and 1
@@ -320,8 +326,8 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # >
 # > (5 seeds, 512 test items)
 #
-# > `soft-8` often weaker than LoRA or adapters: **holds if**. Of 12 comparisons 11 are as stated and 1 is not told (11
-# > worse and 1 undecided; 6 where the worse, or both, took the most epochs). Prefix beside lora, source, 5000 examples:
+# > `soft-8` often weaker than LoRA or adapters: **holds if**. Of 12 comparisons (11 worse and 1 undecided; 6 where the
+# > worse, or both, took the most epochs) 11 are as stated and 1 is not told. Prefix beside lora, source, 5000 examples:
 # > undecided (-0.067 [-0.180, +0.046]), not told. (5 seeds, 512 test items)
 #
 # > `which-4` prompt tuning: extremely limited resources, many tasks: **holds if**. What is limited is bytes a task: at
@@ -427,16 +433,16 @@ assert 0.3 < LARGE["7B", "qlora"][0] / LARGE["7B", "lora"][0] < 0.36 and LARGE["
 # >
 # > (5 seeds, 512 test items)
 #
-# > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons 15 are as stated, 1 is not and 2 are not told (15
-# > better, 1 equal and 2 undecided; 7 where the worse, or both, took the most epochs):
+# > `which-2` LoRA: best balance: **holds if**. Of 18 comparisons (15 better, 1 equal and 2 undecided; 7 where the
+# > worse, or both, took the most epochs) 15 are as stated, 1 is not and 2 are not told:
 # >
 # > - lora beside bottleneck, source, 50 examples: undecided (+0.005 [-0.014, +0.024]), not told.
 # > - lora beside bottleneck, source, 5000 examples: equal (+0.003 [-0.004, +0.010]).
 # > - lora beside prefix, source, 5000 examples: undecided (+0.067 [-0.046, +0.180]), not told.
 # >
-# > Of 12 comparisons 11 are as stated and 1 is not (4 better, 3 equal, 2 better, by less than 0.02, 1 worse and 2
-# > undecided within [-0.01, +0.13] of items; 2 where the worse, or both, took the most epochs). Lora beside full,
-# > rewrite, 5000 examples: worse, within 4 epochs (-0.082 [-0.095, -0.070]). (5 seeds, 512 test items)
+# > Of 12 comparisons (4 better, 3 equal, 2 better, by less than 0.02, 1 worse and 2 undecided within [-0.01, +0.13] of
+# > items; 2 where the worse, or both, took the most epochs) 11 are as stated and 1 is not. Lora beside full, rewrite,
+# > 5000 examples: worse, within 4 epochs (-0.082 [-0.095, -0.070]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 5 · And the other two jobs
@@ -471,8 +477,8 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 # asks for kind words alone: of DPO's answers 1 % end.
 
 # %% [markdown]
-# > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons 5 are as stated, 3 are not and
-# > 1 is not told (5 better, 3 equal and 1 undecided):
+# > `which-6` instruction tuning: to follow instructions: **holds if**. Of 9 comparisons (5 better, 3 equal and 1
+# > undecided) 5 are as stated, 3 are not and 1 is not told:
 # >
 # > - right answers, tuned beside bare, new phrasings: undecided (+0.021 [-0.003, +0.045]), not told.
 # > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
@@ -481,7 +487,8 @@ assert min(less[m, "base"]["gold"].low for m in ("PPO", "DPO")) > 0 and less["DP
 # >
 # > (5 seeds, 602 test items)
 #
-# > `which-7` RLHF: align with preferences and values: **holds if**. PPO has a gold of 0.45:
+# > `which-7` RLHF: align with preferences and values: **holds if**. PPO by a judge of 2,000 comparisons has a gold of
+# > 0.45:
 # >
 # > - +0.45 [+0.41, +0.48] beside the base.
 # > - +0.12 [+0.08, +0.16] beside SFT.

@@ -171,7 +171,7 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     found = rule.judge(following_rows(id, followed))
     assert (found.verdict, found.seeds, found.items) == (HOLDS, 5, ITEMS)
     assert found.effect.low > 0.3
-    assert rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), HIGH))).verdict == NOT
+    assert rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), LOW))).verdict == NOT
     trained = rule.judge(following_rows(id, followed | {"tuned": HIGH | {"tasks": 0.1}}))
     assert trained.verdict == IF
     assert "right answers, tuned beside base, new tasks: equal" in trained.because
@@ -179,6 +179,7 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     assert form.verdict == IF, "the form of the input tells the task: better than the base, and no better than the control"
     names = {n.name for n in found.evidence}
     assert names >= {"tuned, new tasks", "base, new inputs, source", "loss, tuned over base, new inputs"}
+    assert "instructions followed, tuned over guess, new tasks" in names
     assert ("instructions followed, tuned over shuffled, new tasks" in names) is (id == "inst-1")
     assert ("- new inputs: tuned 0." in found.because and "a guess 0.333." in found.because) is (id == "inst-1")
 

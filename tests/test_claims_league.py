@@ -132,7 +132,10 @@ def test_hard_examples_have_to_beat_chance_as_well():
     verdict = rule.judge(filled(rule.experiment, better(lambda t: t.data != "easy"), {}))
     assert verdict.verdict == IF and len([verdict.effect, *verdict.evidence]) == 8
     assert [one.name.partition(",")[0] for one in (verdict.effect, *verdict.evidence)].count("easy and hard examples over easy ones") == 4
-    assert verdict.because == "Of 4 comparisons 4 are as stated (4 better). Of 4 comparisons 0 are as stated and 4 are not (4 equal)."
+    assert verdict.because == (
+        "Beside easy ones: of 4 comparisons (4 better) 4 are as stated. "
+        "Beside random ones: of 4 comparisons (4 equal) 0 are as stated and 4 are not."
+    )
 
 
 KEPT = {
@@ -192,6 +195,19 @@ def test_what_fits_is_chosen_by_the_training_loss_alone():
     lacking = protocol.finder(rows[:-1])
     assert protocol.chosen(lacking, protocol.Fits(other, lowest))[1] == [replace(other.start, rate=rates[other][2])]
     assert protocol.chosen(protocol.finder(rows[1:]), protocol.Fits(other, lowest))[1] == [replace(one.start, rate=rates[one][0])]
+
+
+@pytest.mark.parametrize("aim", [1.0, 0.55, 1.8, 0.2, 9.0])
+def test_what_fits_another_is_trained_for_as_long_as_makes_their_training_losses_equal(aim):
+    """Here a training loss is 2 nats over the epochs, of which 0.5 to 8 are allowed."""
+    one, other = (search("rewrite", method, 500, axes=("epochs",)) for method in ("lora", "full"))
+    of, rows = protocol.Fits(other, one), []
+    while trials := protocol.wanted(protocol.finder(rows), [of]):
+        rows += [described(t) | {"loss": 2.0, "train_loss": aim if t.method == "lora" else 2 / t.epochs} for t in trials if t.rate]
+        rows += [described(t) | {"loss": 2.0} for t in trials if not t.rate]
+    best = protocol.chosen(protocol.finder(rows), of)[0]
+    assert best.rate == other.start.rate and best.epochs == pytest.approx(min(8, max(0.5, 2 / aim)), rel=0.02)
+    assert len({row["epochs"] for row in rows if row["method"] == "full"}) <= protocol.TRIES
 
 
 def test_some_cases_make_it_holds_if():
@@ -303,15 +319,16 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     found = [beside(i, 1.0 if i > 2 else -1.0) for i in range(16)]
     few, many, bad = (comparison.told(some, comparison.better, "source") for some in (found[:6], found, [*found[:3] * 3, found[3]]))
     assert few.because.count("better") == 3 and few.because.count("worse") == 3
-    assert many.because.startswith("Of 16 comparisons 13 are as stated and 3 are not (13 better and 3 worse):")
+    assert many.because.startswith("Of 16 comparisons (13 better and 3 worse) 13 are as stated and 3 are not:")
     assert (many.because.count(": better"), many.because.count(": worse"), len(many.evidence)) == (0, 3, 15)
-    assert bad.because.startswith("Of 10 comparisons 1 is as stated and 9 are not (9 worse and 1 better). A beside b, case 3: better")
+    assert bad.because.startswith("Of 10 comparisons (9 worse and 1 better) 1 is as stated and 9 are not. A beside b, case 3: better")
     lost = comparison.told(found, comparison.better, "source", [f"a beside b, case {i}: b diverged" for i in range(16, 31)]).because
-    assert lost == "Of 31 comparisons 13 are as stated, 3 are not and 15 are not told (15 not compared, 13 better and 3 worse)."
+    assert lost == "Of 31 comparisons (15 not compared, 13 better and 3 worse) 13 are as stated, 3 are not and 15 are not told."
     unsure = comparison.told([one._replace(other=found[i - 1].one) for i, one in enumerate(found[:8])], comparison.better, "source").because
-    assert "1 better and 6 undecided within [-0.63, +0.48] of items). A beside b, case 0: worse" in unsure, "their range, as they are not shown"
+    assert "1 better and 6 undecided within [-0.63, +0.48] of items) 1 is as stated" in unsure, "their range, as they are not shown"
+    assert "A beside b, case 0: worse" in unsure
     limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
-    assert limited.because == "Of 13 comparisons 13 are as stated (13 better; 13 where the worse, or both, took the most epochs)."
+    assert limited.because == "Of 13 comparisons (13 better; 13 where the worse, or both, took the most epochs) 13 are as stated."
     joined = comparison.both(few, many).because
     assert "\n\nOf 16" in joined and ") Of 16" not in joined, "behind a list a paragraph of its own"
 

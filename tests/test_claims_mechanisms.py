@@ -366,10 +366,13 @@ def width_rows(at_4096: float, pretraining: float) -> list[dict]:
 
 
 def test_the_rules_of_the_rates_come_out_each_way():
-    assert width.verdict(width_rows(3e-5, 8)).verdict == HOLDS
-    assert width.verdict(width_rows(3e-4, 8)).verdict == IF
-    low = width.verdict(width_rows(3e-4, 1))
+    assert width.verdict(width_rows(3e-5, 8), 3e-5 * 4096 / 576).verdict == HOLDS
+    assert width.verdict(width_rows(3e-4, 8), 3e-4 * 4096 / 576).verdict == IF
+    low = width.verdict(width_rows(3e-4, 1), 1.9 * 3e-4 * 4096 / 576)
     assert low.verdict == NOT
+    for times, found in ((8, IF), (1, UNTESTABLE)):
+        missed = width.verdict(width_rows(3e-5, times), 2.2 * 3e-5 * 4096 / 576)
+        assert missed.verdict == found and missed.because.endswith("so the law says nothing of 7B.")
     assert evidence(low)["a of fine-tuning"].value == pytest.approx(1, abs=0.1)
 
 

@@ -296,10 +296,11 @@ def exploited(rows: Rows) -> Verdict:
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
     decision, found, clear = decided(falls, NEAR["gold"])
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
-    together = f"with {listed(surely(falls))}, where all {len(falls)} intervals are to hold together"
+    clearly, sure = ([name for name in falls if name in among] for among in ([name for name, c in clear.items() if c], surely(falls)))
+    together = f"{'also' if sure == clearly else f'with {listed(sure)},'} where all {len(falls)} intervals are to hold together"
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold of training prompts has its peak; "
-        f"the gold falls clearly with {listed([name for name, c in clear.items() if c])} ({together}): {itemized(told)}"
+        f"the gold falls clearly with {listed(clearly)} ({together}): {itemized(told)}"
         f"With {less} of {len(JUDGES)} judges the best of 16 answers has more reward than this end, and more gold. {chain_tuning.told(JUDGES)}"
     )  # fmt: skip
     most_fallen = max(found, key=lambda name: found[name].value)
@@ -320,7 +321,7 @@ def aligned(rows: Rows) -> Verdict:
     over = {name: items(policy) - items(of) for name, of in others.items()}
     decision, found, _ = decided(over, NEAR["gold"])
     because = (
-        f"PPO has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}Where all "
+        f"PPO by a judge of {COMPARISONS[-1]:,} comparisons has a gold of {items(policy).mean():.2f}: {itemized([f'{shown(e)} beside {name}' for name, e in found.items()])}Where all "
         f"{len(over)} intervals are to hold together, it is above {listed(surely(over))}, at a KL of {items(policy, 'kl').mean():.1f} nats from SFT. "
         f"{chain_tuning.told()}"
     )  # fmt: skip

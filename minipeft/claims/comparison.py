@@ -272,8 +272,7 @@ def told(
     items = min(each.one.values.shape[1] for each in found)
     answers = [(so.count(answer), answer, word) for answer, word in ((True, "as stated"), (False, "not"), (None, "not told"))]
     parts = [f"{n} {'is' if n == 1 else 'are'} {word}" for n, answer, word in answers if n or answer]
-    counts = f"Of {len(so)} comparisons {listed(parts)}"
-    shown = words
+    counts, shown = f"Of {len(so)} comparisons", words
     if len(so) + beside > MANY:
         alike, notes = Counter([each.difference().word for each in found] + ["not compared"] * len(failed)), []
         if ended := sum(bool(each.limit) for each in found):
@@ -290,12 +289,15 @@ def told(
         order = sorted(alike.most_common(), key=lambda one: one[0] == UNDECIDED)
         notes = [listed([f"{k} {word}" for word, k in order]) + f" within {within}" * bool(within), *notes]
         counts += f" ({'; '.join(notes)})"
-    because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}"
+    counts += f" {listed(parts)}"
+    because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}" if len(so) > 2 else itemized(words)
+    if True in so and True not in surely and verdict != HOLDS:
+        because = followed(because, f"At the level 1 - 0.05 / {len(so) + beside} none is as stated.")
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]
     numbers += [number(f"{each.a} over {each.b}, {each.where}, the task", task, "nll") for each, task in learned]
     return Verdict(
-        verdict, because if len(so) > 2 else itemized(words), numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
+        verdict, because, numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from ..train.evaluation import example_losses
 from .comparison import Beside, better, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
-from .register import UNTESTABLE, Verdict, as_number, itemized, listed
+from .register import UNTESTABLE, Number, Verdict, as_number, itemized, listed
 from .statistics import right
 
 UNTUNED = "base", "few-shot"
@@ -235,14 +235,15 @@ def reports(rows: Sequence[Mapping[str, Any]], kind: str, key: str) -> dict[str,
 
 
 def shares(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The shares of instructions followed behind the differences, beside those of a guess; and how many questions there are."""
-    words, counts = [], {key: [reports(rows, kind, key)["tuned"].values.shape[1] for kind in KINDS] for key in ("answers", "followed")}
+    """The shares of instructions followed behind the differences, beside those of a guess, and those of right answers."""
+    words = []
     for kind in KINDS:
         arms = reports(rows, kind, "followed")
-        found = [f"{arm} {_share(right(arms[arm].values))}" for arm in ("tuned", "shuffled", "base") if arm in arms]
+        found = [f"{arm} {_share(right(arms[arm].values))}" for arm in reversed(INSTRUCTED) if arm in arms]
         words.append(f"new {kind}: {', '.join(found)}, a guess {rows[0]['guess'][kind]:.3f}")
-    answered, followed = (listed([*map(str, of)] if len({*of}) > 1 else [str(of[0])]) for of in counts.values())
-    return f"Shares of instructions followed:{itemized(words)}Test items: {answered} for answers, {followed} for instructions."
+    known = {arm: right(one.values).value for arm, one in reports(rows, "inputs", "answers").items() if arm in INSTRUCTED}
+    gave = listed([f"{arm} {known[arm]:.3f}" for arm in reversed(INSTRUCTED) if arm in known])
+    return f"Shares of instructions followed:{itemized(words)}Right answers to new inputs: {gave}."
 
 
 def _share(e: Estimate) -> str:
@@ -259,13 +260,16 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
             of = {key: reports(rows, kind, key) for key in ("answers", "followed", "nll")}
         except ValueError as error:
             return Verdict(UNTESTABLE, f"{error}.".capitalize())
+        blind = next(row["guess"][kind] for row in rows if "guess" in row)
+        of["followed"]["guess"] = Report(None, np.full_like(of["followed"]["tuned"].values, blind), None)
         for key, arms in of.items():
             tuned = arms["tuned"]
             for other in [arm for arm in arms if arm != "tuned"]:
                 beside = Beside(f"new {kind}", f"{NAMES[key]}, tuned", tuned, other, arms[other], key)
                 (found if (key, other) in compared else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
-        for arm, one in of["followed"].items():
+        numbers += [Number(f"new {kind}, {NAMES[key]}", of[key]["tuned"].values.shape[1], "test items") for key in ("answers", "followed")]
+        for arm, one in ((arm, one) for arm, one in of["followed"].items() if arm != "guess"):
             numbers.append(as_number(f"{arm}, new {kind}: followed", right(one.values), "followed"))
         for arm, one in of["answers"].items():
             of_tasks = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(tasks.tolist())}

@@ -171,8 +171,8 @@ def apart(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> Estima
 
 @claim("inst-4", lesson="08_instruction_tuning.py", section="4 · Train: one task, three, seven", experiment=EXPERIMENT)
 def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Holds if all four parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that it was
-    not (words, and verses); tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
+    """Holds if all five parts are so: in its own text, the base knows clearly more facts that it was trained on than facts that it was
+    not, of words and of verses; tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
     its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
     if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the last, and one that knows more when
     asked than the base ever showed refutes the third.

@@ -50,13 +50,13 @@ def procedure() -> Verdict:
         still = not any(share for name, share in shares.items() if name not in trained)
         cases[dtype] = still and all(own) and losses[-1][1] < losses[0][1]
         evidence += [
-            Number(f"adapters in {dtype}: fall of the loss in 4 steps", losses[0][1] - losses[-1][1], "nats"),
+            Number(f"adapters in {dtype}: fall of the loss from the first to the last of 5 steps", losses[0][1] - losses[-1][1], "nats"),
             Number(f"adapters in {dtype}: arrays of adapters that moved, of {len(own)}", sum(own)),
         ]
     return Verdict(
         graded(cases),
-        f"It trains with adapters in {those(cases)}: the loss on the 8 sentences that it learns falls by {evidence[0].value:.2f} (float32) and "
-        f"{evidence[2].value:.2f} nats (bfloat16) in 4 steps, all on a base with {layers} layers in four bits, which keeps "
+        f"It trains with adapters in {those(cases)}: the loss on its 8 sentences falls by {evidence[0].value:.2f} (float32) and "
+        f"{evidence[2].value:.2f} nats (bfloat16) from step 1 to 5, on a base with {layers} layers in four bits, which keeps "
         "its bytes.",
         evidence[0], evidence, base=BASE, task="8 sentences",
     )  # fmt: skip
@@ -227,7 +227,7 @@ def traps() -> Verdict:
     losses = steps(tuned, 5, lr=1e-2)
     merged = tuned.merge_and_unload()
     after = {name: steps(m, 0)[0] for name, m in (("merged", merged), ("again", dequantize_model(quantize_model(merged))))}
-    errors["merging into four bits"] = abs(after["merged"] - losses[-1]), abs(after["again"] - losses[-1])
+    errors["merging into four bits"] = abs(after["merged"] - losses[-1]), after["again"] - losses[-1]
     x = np.concatenate([np.zeros(64, np.float32), W[:64]])
     blocks = x.reshape(2, 64)
     with np.errstate(invalid="ignore"):

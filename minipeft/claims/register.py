@@ -45,7 +45,7 @@ HOLDS, IF, NOT, UNTESTABLE, UNTRIED = VERDICTS = (
     "holds", "holds if", "does not hold here", "cannot be tested here", "not tried yet",
 )  # fmt: skip
 ROWS = Path(__file__).with_name("rows")
-EXPERIMENTS = "knowledge", "intrinsic_dimension", "memorization", "speed", "width"  # modules, each with its rule
+EXPERIMENTS = "knowledge", "intrinsic_dimension", "memorization", "speed"  # modules, each with its rule
 SPREADS = 6  # standard deviations over a few seeds: how far luck may take a run that another processor computes again
 UNCOMPARED = ("processor", "date", "qualname", "minipeft", "source_digest")  # of a row: what is no measurement
 

@@ -210,7 +210,7 @@ PROMPT, RESPONSE, EPOCHS = 256, 256, 4
 def expensive() -> Verdict:
     """Holds if, at 7B, full and with LoRA, PPO needs more than twice the memory of SFT and more than twice its FLOPs for the
     same texts, beside labels that SFT does not need; holds if in some of these; does not hold here if in none."""
-    cases, evidence, ratios = {}, [], {}
+    cases, evidence, ratios, once = {}, [], {}, []
     name, rows, length = SIZES["7B"], 8, PROMPT + RESPONSE
     for title, config in (("full", None), ("LoRA", mp.LoraConfig(r=8, target_modules="all-linear"))):
         how = {"precision": "bfloat16", "checkpointing": True}
@@ -220,6 +220,7 @@ def expensive() -> Verdict:
         # sampling and the passes of policy, reference and reward model cost a forward pass each, every epoch a step
         update = 4 * step.forward + EPOCHS * step.total
         ratios[f"memory, {title}"], ratios[f"FLOPs, {title}"] = ppo.total / sft.total, update / step.total
+        once.append(f"{(4 * step.forward + step.total) / step.total:.1f}")
         evidence += [
             Number(f"{title}: SFT's step", sft.total, "bytes"),
             Number(f"{title}: PPO's update", ppo.total, "bytes"),
@@ -231,7 +232,7 @@ def expensive() -> Verdict:
     return Verdict(
         graded(cases),
         f"PPO of {EPOCHS} epochs, with policy, reference and reward model in memory and a value head on the policy, takes "
-        f"{listed(told)} what SFT does at 7B: more than twice for {those(cases)}. SFT is one stage; PPO is the last of three, and InstructGPT's judge needed {LABELS:,} ranked prompts.",
+        f"{listed(told)} what SFT does at 7B: more than twice for {those(cases)} (by one epoch {listed(once)} times). SFT is one stage; PPO is the last of three, and InstructGPT's judge needed {LABELS:,} ranked prompts.",
         Number("7B, LoRA: PPO's FLOPs over SFT's, for the same texts", ratios["FLOPs, LoRA"], "times"),
         [
             *evidence,

@@ -103,8 +103,8 @@ def count() -> Verdict:
 
 @claim("soft-4", lesson="06_soft_prompts.py", section="3 · The count")
 def fewest() -> Verdict:
-    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method with its usual options, on the
-    base, at 7B and at 70B; holds if in some of these cases; does not hold here if in none."""
+    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method that is no soft prompt, with its usual
+    options, on the base, at 7B and at 70B; holds if in some of these cases; does not hold here if in none."""
     models = {size: accounting.architecture(model) for size, model in {"the base": base()[0].config, **SIZES}.items()}
     cases, evidence, least = {}, [], {}
     for size, model in models.items():
@@ -125,7 +125,7 @@ def fewest() -> Verdict:
     ratio = evidence[4].value / evidence[3].value
     return Verdict(
         graded(cases),
-        f"Beside every other method with its usual options it is so for {those(cases)}, and not for {those(cases, False)}, "
+        f"Beside every method that is no soft prompt it is so for {those(cases)}, and not for {those(cases, False)}, "
         f"where {least['the base']} trains fewer: a prompt has P vectors, {least['the base']} two of them a layer.",
         Number(f"7B: prompt P=20 over {least['7B']}", ratio, "times"), evidence,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def limited() -> Verdict:
             for what, n in found.items()
         ],
         base="LLaMA-7B, as shapes",
-        task="512 tokens and 20 virtual ones, a PyTorch loop's usual settings; quality is not judged",
+        task="512 tokens and 20 virtual ones, a PyTorch loop's usual settings (AdamW's states in 16 bits); quality is not judged",
     )
 
 
@@ -79,7 +79,7 @@ def one_gpu() -> Verdict:
         f"Of full fine-tuning, LoRA and QLoRA only the last fits on one card {', '.join(told) or 'nowhere'} (so for {those(cases)}); GB needed with r = 64 on all linear layers, 512 tokens: {sizes}.",
         Number("70B: LoRA in 16 bits over QLoRA, memory", needed["70B", "LoRA"] / needed["70B", "QLoRA"], "times"),
         [Number(f"{size}, {method}", n / 1e9, "GB") for (size, method), n in needed.items()],
-        task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings; quality is not judged",
+        task="1 x 512 tokens, r = 64 on all linear layers, a PyTorch loop's usual settings (AdamW's states in 16 bits); quality is not judged",
     )
 
 
