@@ -574,7 +574,7 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 # > take 0.33 times the bytes of four models; rows differ from those alone by at most 1e-06. (10 seeds)
 #
 # > `adapter-5` easy to swap for different tasks: **holds**. A swap takes 132 microseconds, 0.03 of a generated token,
-# > and the outputs are those of the adapter alone (to 0e+00); from the disk it takes 4 ms, and it takes 3.5% of the
+# > and the outputs are those of the adapter alone (to 0e+00); from the disk it takes 4 ms; an adapter has 3.5% of the
 # > model's bytes. (6 seeds)
 #
 # > `soft-6` one model serves all tasks at the same time: **holds**. In a batch of 6 rows, each with a method of its

@@ -443,10 +443,10 @@ for name in ("source", "part-of-speech"):
 # %% [markdown]
 # In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
 # 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
-# clearly more than the control (0.37, itself below a guess), not than the base or a guess; at new tasks no more than a
-# guess. That tuning teaches following is shown for trained words alone. (The verdict's two "equal" show little: no
-# model is right there.) That it names books and parts of speech more rightly than one constant answer would is not
-# shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172 each.
+# clearly more than the control (0.37, itself below a guess), not than the base or a guess. At new tasks it is above the
+# control by 0.021, not above a guess. That tuning teaches following is shown for trained words alone. (The verdict's
+# two "equal" show little: no model is right there.) That it names books and parts of speech more rightly than one
+# constant answer would is not shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172 each.
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on
@@ -463,14 +463,8 @@ for name in ("source", "part-of-speech"):
 #   which it was told.)
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 12 comparisons (7 better, 2
-# > equal and 3 undecided) 7 are as stated, 2 are not and 3 are not told:
-# >
-# > - right answers, tuned beside shuffled, new phrasings: undecided (-0.008 [-0.022, +0.005]), not told.
-# > - instructions followed, tuned beside guess, new phrasings: undecided (+0.010 [-0.020, +0.039]), not told.
-# > - right answers, tuned beside base, new tasks: equal (+0.000 [+0.000, +0.000]).
-# > - right answers, tuned beside shuffled, new tasks: equal (+0.000 [+0.000, +0.000]).
-# > - instructions followed, tuned beside guess, new tasks: undecided (-0.022 [-0.056, +0.012]), not told.
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons (4 better, 2 equal
+# > and 3 undecided within [-0.06, +0.04] of items) 4 are as stated, 2 are not and 3 are not told.
 # >
 # > Shares of instructions followed:
 # >

@@ -548,20 +548,20 @@ growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 #
 # Below, a card is a GPU, and SFT is supervised fine-tuning, checkpointed: $8N$ a token, $6N$ with LoRA. PPO has four
 # forward passes (sampling, policy, reference, reward model) and, say, four epochs, $4 \cdot 2N + 4 \cdot 8N$: five
-# times SFT's, with LoRA $(8+24)/6 = 5.3$. These are operations: sampling, token by token, need not reach 40 % of the
-# peak. For 70B `full-11` counts 14 cards, for states alone; section 5's loop with master copies takes 19.
+# times SFT's, with LoRA $(8+24)/6 = 5.3$. These are operations: sampling need not reach 40 % of the peak. For 70B
+# `full-11` counts 14 cards, for states alone; section 5's loop with master copies takes 19.
 
 # %% [markdown]
 # > `full-11` expensive for models of billions of parameters: **holds if**. Expensive is memory at 7B and memory at 70B,
-# > by these limits: one card of 80 GB for the states (16 bytes a parameter, no batch; without a float32 copy 81 GB at
-# > 7B), 1 dollar for 1,000 examples of 512 tokens (2 dollars an H100-hour at 40% of its peak). 7B takes 2 cards and
-# > 0.04 dollars and 70B takes 14 cards and 0.40 dollars.
+# > by these limits: one card of 80 GB for the states (16 bytes a parameter, no batch; without a float32 copy of the
+# > weights 81 GB at 7B), 1 dollar for 1,000 examples of 512 tokens (2 dollars an H100-hour at 40% of its peak). 7B
+# > takes 2 cards and 0.04 dollars and 70B takes 14 cards and 0.40 dollars.
 #
 # > `rlhf-6` expensive: human labels and several stages: **holds if**. PPO of 4 epochs, with policy, reference and
 # > reward model in memory and a value head on the policy, takes 1.3 times (memory, full), 5.0 times (FLOPs, full), 1.9
 # > times (memory, LoRA) and 5.3 times (FLOPs, LoRA) what SFT does at 7B: more than twice for FLOPs, full and FLOPs,
-# > LoRA (by one epoch 2.0 and 2.3 times). SFT is one stage; PPO is the last of three, and InstructGPT's judge needed
-# > 33,207 ranked prompts.
+# > LoRA (with one epoch 2.0 and 2.3). SFT is one stage; PPO is the last of three, and InstructGPT's judge needed 33,207
+# > ranked prompts.
 
 # %% [markdown]
 # ## 8 · Break it

@@ -290,8 +290,8 @@ assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) 
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks:
 # of `full-5` that the interval lies above 0, of `soft-8` that it lies below 0, of `adapter-6` and `which-1` that it
 # lies above -0.02. In these last two an interval that contains -0.02 is *not told*, even where it is *worse*. The rival
-# is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` of the other five, in `full-5`, with 500
-# examples, of all others.
+# is the best on validation: in `soft-8` of LoRA and adapters, in `which-1` and `full-5` of the other five; in `full-5`,
+# with 500 examples, of all others.
 #
 # At 7B and 70B nothing is trained: Lesson 12's ledger counts, in bfloat16. (No run checks these counts; Lesson 17,
 # section 7, says how bfloat16 may fail.) Full fine-tuning takes 10 bytes a parameter (weight, gradient, two moments,

@@ -171,7 +171,8 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     found = rule.judge(following_rows(id, followed))
     assert (found.verdict, found.seeds, found.items) == (HOLDS, 5, ITEMS)
     assert found.effect.low > 0.3
-    assert rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), LOW))).verdict == NOT
+    for alike in (LOW, HIGH):
+        assert rule.judge(following_rows(id, dict.fromkeys((*arms, "tuned"), alike))).verdict == NOT
     trained = rule.judge(following_rows(id, followed | {"tuned": HIGH | {"tasks": 0.1}}))
     assert trained.verdict == IF
     assert "right answers, tuned beside base, new tasks: equal" in trained.because

@@ -210,6 +210,14 @@ def test_what_fits_another_is_trained_for_as_long_as_makes_their_training_losses
     assert len({row["epochs"] for row in rows if row["method"] == "full"}) <= protocol.TRIES
 
 
+def test_the_search_for_an_equal_training_loss_ends_where_the_loss_jumps():
+    of, at = protocol.Fits(search("rewrite", "full", 500), search("rewrite", "lora", 500, axes=())), search("rewrite", "full", 500).start
+    for jump in (0.953, 1.234, 7.9):
+        loss = {"lora": lambda epochs: 0.5, "full": lambda epochs, jump=jump: 1.0 if epochs < jump else 0.1}
+        best, unknown = protocol.chosen(lambda t, loss=loss: {"loss": 2.0, "train_loss": loss[t.method](t.epochs)}, of)
+        assert not unknown and best.rate == at.rate and loss["full"](best.epochs) in (1.0, 0.1)
+
+
 def test_some_cases_make_it_holds_if():
     rule = RULES["forget-5"]
     verdict = rule.judge(filled(rule.experiment, {}, {"lora": 0.9, "full": 0.5, "bottleneck": 0.2}))

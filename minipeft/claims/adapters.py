@@ -204,7 +204,7 @@ def swapped(rows: list[dict[str, Any]]) -> Verdict:
         graded(cases),
         f"A swap takes {1e6 * statistics.mean(row['set'] for row in rows):.0f} microseconds, {tokens.value:.2f} of a "
         f"generated token, and the outputs are those of the adapter alone (to {max(row['difference'] for row in rows):.0e}); "
-        f"from the disk it takes {1e3 * statistics.mean(row['load_adapter'] for row in rows):.0f} ms, and it takes "
+        f"from the disk it takes {1e3 * statistics.mean(row['load_adapter'] for row in rows):.0f} ms; an adapter has "
         f"{first['adapter_bytes'] / first['model_bytes']:.1%} of the model's bytes.",
         tokens,
         [

@@ -251,6 +251,9 @@ def _share(e: Estimate) -> str:
     return f"{e.value:.3f}" + (f" [{e.low:.3f}, {e.high:.3f}]" if e.low is not None else "")
 
 
+CONTROL = "followed", "the control or a guess"  # whichever follows more
+
+
 def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Verdict:
     """Whether the tuned model is clearly better than others, for each new thing; `compared` are (what is measured, the other).
     Beside it stand the other differences, and the shares of all arms, task by task."""
@@ -262,11 +265,13 @@ def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Ve
             return Verdict(UNTESTABLE, f"{error}.".capitalize())
         blind = next(row["guess"][kind] for row in rows if "guess" in row)
         of["followed"]["guess"] = Report(None, np.full_like(of["followed"]["tuned"].values, blind), None)
+        control = max((arm for arm in ("shuffled", "guess") if arm in of["followed"]), key=lambda arm: of["followed"][arm].values.mean())
         for key, arms in of.items():
             tuned = arms["tuned"]
             for other in [arm for arm in arms if arm != "tuned"]:
                 beside = Beside(f"new {kind}", f"{NAMES[key]}, tuned", tuned, other, arms[other], key)
-                (found if (key, other) in compared else rest).append(beside)
+                decides = (key, other) in compared or (CONTROL in compared and (key, other) == ("followed", control))
+                (found if decides else rest).append(beside)
         tasks = np.array(rows[0]["tasks"][kind])
         numbers += [Number(f"new {kind}, {NAMES[key]}", of[key]["tuned"].values.shape[1], "test items") for key in ("answers", "followed")]
         for arm, one in ((arm, one) for arm, one in of["followed"].items() if arm != "guess"):

@@ -31,11 +31,10 @@ Rows = Sequence[Mapping[str, Any]]
 def follows(rows: Rows) -> Verdict:
     """Holds if, asked about new inputs, in new words, and for new tasks, the base tuned on seven tasks clearly gives more right
     answers than the base, and than the base tuned on the same records with their instructions shuffled; and, where inputs do not
-    tell the task, clearly more often than the latter, and than a guess, finds the right answer likeliest under its own instruction:
-    then it is the words of the instruction that count, and not the form of the input. Holds if in some of these twelve
-    comparisons; does not hold here if in none."""
-    compared = ("answers", "base"), ("answers", "shuffled"), ("followed", "shuffled"), ("followed", "guess")
-    found = following.verdict(rows, *compared)
+    tell the task, finds the right answer likeliest under its own instruction clearly more often than the latter or a guess,
+    whichever does so more: then it is the words of the instruction that count, and not the form of the input. Holds if in some
+    of these nine comparisons; does not hold here if in none."""
+    found = following.verdict(rows, ("answers", "base"), ("answers", "shuffled"), following.CONTROL)
     return found if found.effect is None else replace(found, because=f"{found.because}\n\n{following.shares(rows)}")
 
 
@@ -69,7 +68,7 @@ def form() -> Verdict:
 
 @claim("inst-3", lesson="08_instruction_tuning.py", section="1 · The data: tasks, and ways to ask")
 def schemes() -> Verdict:
-    """Holds if a run tried what three papers did, and found it so; none does, as it is on record. It cannot be tested here as long as the
+    """Holds if a run has tried what three papers did, and found it so; none has, as that is on record. It cannot be tested here as long as the
     package's own data follow the scheme that the statement gives to FLAN, several tasks in several phrasings each, some of
     them held out, and its template is Alpaca's, with the headings of its three parts; does not hold here otherwise."""
     phrasings = [len(TASKS[name].phrasings) for name in TRAINED]

@@ -175,7 +175,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
     not, of words and of verses; tuned on other facts, it knows clearly more of them when asked; by less than 5 in 100 more than the base in
     its own text; and being told facts that it never read makes it know these by less than 5 in 100 better than being told others. Holds
     if some are so; does not hold here if none is. A model that tuning teaches new facts refutes the last, and one that knows more when
-    asked than the base ever showed refutes the third.
+    asked than the base ever showed refutes the fourth.
     """
     # facts of both kinds count together, but in the first part; "some parts" takes intervals that are clear among as many
     of = {row["arm"]: row["known"] for row in rows}

@@ -53,6 +53,7 @@ QUESTIONS = {  # statements, and who is compared with whom in what
     "forget-5": [(method, "full", key) for method in METHODS[1:4] for key in ("general", "nll")],
 }
 
+
 @dataclass(frozen=True)
 class Large:
     """A cell: a method, or "base", the model as it is."""
@@ -188,6 +189,14 @@ def faster(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{usual}; the others take of that: {each} ({where(rows)})."
 
 
+def dequantized(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What they say of LoRA on a base in four bits."""
+    if len(rows) < 2:
+        return "On SmolLM2-135M: nothing is said; no seconds were measured so far."
+    found = ratio(*([row["seconds"][name] for row in rows] for name in ("qlora", "lora")))
+    return f"A step of QLoRA takes {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] times LoRA's ({where(rows)})."
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Compute the rows, in hours; what is there already is not computed again, method by method."""
     parser = argparse.ArgumentParser(prog="python -m minipeft.claims.large", description=main.__doc__)
@@ -204,11 +213,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def dequantized(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What they say of LoRA on a base in four bits."""
-    if len(rows) < 2:
-        return "On SmolLM2-135M: nothing is said; no seconds were measured so far."
-    found = ratio(*([row["seconds"][name] for row in rows] for name in ("qlora", "lora")))
-    return f"A step of QLoRA takes {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] times LoRA's ({where(rows)})."

@@ -313,8 +313,8 @@ def overfitting(rows: Rows) -> Verdict:
     """Holds if LoRA clearly has a lower loss on test than full fine-tuning with the same training loss, and the two are not equal, in
     eight cases: LoRA's setting that is best on validation, or has the lowest training loss, with 50 or 500 examples of either task;
     holds if in some; does not hold here if in none. Full fine-tuning's is the setting with the nearest training loss of those that its
-    search saw, for as many epochs as make the two losses equal; where they do not reach it, or the means over the five seeds differ by
-    0.02 nats or by a factor of 2, they are not compared."""
+    search saw, for as many epochs (from a half to its search's most) as make the two equal under the tuning seed; where the means over
+    the five seeds differ by 0.02 nats, or by a factor of 2, they are not compared. (A training loss is the mean of a run's last quarter.)"""
     find, fitted, apart, fits = finder(rows), [], [], []
     for pair in FITTED:
         seeds = [[find(trial) for trial in reported(chosen(find, of)[0])] for of in (pair.one, pair.other)]

@@ -34,7 +34,7 @@ from ..train.evaluation import example_losses
 from . import data
 from .mechanisms import ByItem, best_rate, curve, graded, judged, steps_of, those, train
 from .protocol import SEEDS, TABLE, TUNING
-from .register import UNTESTABLE, Verdict, claim, itemized
+from .register import UNTESTABLE, Verdict, claim, itemized, listed
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -159,7 +159,9 @@ def verdict(rows: Rows) -> Verdict:
         cases |= {f"{method}, {load}": value for method, value in ahead.items()}
         remembers = f"full fine-tuning remembers {most.mean() / full['bits']:.1%} of {full['bits']:,.0f} bits"
         parts = [f"{n} examples in {epochs} passes: {remembers}, clearly more than {those(ahead)}"]
-        parts += [f"and not clearly more than {those(ahead, False)}"] * (False in ahead.values())
+        between = {m: margins[f"{m}, {load}"] for m, clearly in ahead.items() if clearly is False}
+        unclear = [f"{m} (by {e.value:.2f}{'' if e.low is None else f' [{e.low:.2f}, {e.high:.2f}]'})" for m, e in between.items()]
+        parts += [f"and not clearly more than {listed(unclear)}"] * bool(unclear)
         parts += [f"the data are too few to compare {those(ahead, None)}"] * (None in ahead.values())
         told.append(", ".join(parts))
     nearest = min(margins, key=lambda name: margins[name].value)

@@ -61,8 +61,8 @@ def clean_data(rows: Rows) -> Verdict:
     found = judged(finder(rows), NOISE, better)
     numbers = [found.effect, *found.evidence] if found.effect else []
     of = {kind: [n for n in numbers if f" {kind}," in n.name] for kind in KINDS}
-    counts = [f"{sum(n.low > 0 for n in each)} of {len(each)} with {kind} ones ({sum(n.high < 0 for n in each)} worse)" for kind, each in of.items()]
-    return replace(found, because=followed(found.because, f"By mistakes, clearly better are {listed(counts)}."))
+    counts = [f"{sum(n.low > 0 for n in each)} of {len(each)} with {kind} mistakes (worse in {sum(n.high < 0 for n in each)})" for kind, each in of.items()]
+    return replace(found, because=followed(found.because, f"The clean part is clearly better in {listed(counts)}."))
 
 
 SKEWED = differing("balanced", {}, "80 % of one class", {"data": "skewed:0.8"}, [SOURCE])
@@ -194,7 +194,7 @@ def general_tasks(rows: Rows) -> Verdict:
     """Holds if some tuned method clearly answers fewer of the 640 general items right than the base, and the loss on general text, which
     costs less to measure, would mislead: of two methods in a case the items clearly show that one forgets more, and the loss that the
     other does; or items are clearly lost, and the loss has not moved (its interval lies within 0.02). Holds if items are lost and the
-    loss misleads nowhere: then they show no more than it does, or than it leaves open. Does not hold here if every method loses less than 0.02 of the items, with the whole
+    loss misleads nowhere: then the items contradict it nowhere. Does not hold here if every method loses less than 0.02 of the items, with the whole
     interval; cannot be tested here if an interval is too wide to tell. (On the shipped base; not tried on a larger model.)
     """
     find, correlations, lost, misled, told, agree, kept = finder(rows), [], [], [], 0, 0, True

@@ -142,9 +142,10 @@ class Gentle(NamedTuple):
 
 
 class Fits(NamedTuple):
-    """Chosen by the training loss, under TUNING; validation has no say. Of the trials that a search saw, the one with the lowest;
-    or, with `like`, as many epochs of the one whose training loss is nearest that of another choice (in its logarithm) as make
-    the two losses equal, by halving and doubling, and then between the nearest number with a higher loss and that with a lower."""
+    """Chosen by the training loss (its mean over the last quarter of the steps), under TUNING; validation has no say. Of the trials
+    that a search saw, the one with the lowest; with `like`, the one whose training loss is nearest that of another choice (in its
+    logarithm), for as many epochs as make the two equal: halved or doubled until they lie on both sides, then the geometric mean,
+    at most TRIES in all. (Where epochs are no axis of the search, as it is.)"""
 
     of: Search
     like: Choice | None = None
@@ -431,7 +432,7 @@ def _fitted(find: Find, of: Fits) -> tuple[Trial, list[Trial]]:
 
 
 def alike(a: float, b: float, parts: int = 1) -> bool:
-    """Whether two training losses are equal: apart by less than ALIKE, or than one of its parts."""
+    """Whether two training losses are equal: apart by less than both limits of ALIKE, or than these in `parts`."""
     nats, times = ALIKE
     return abs(a - b) < nats / parts and max(a, b) < times ** (1 / parts) * min(a, b)
 
@@ -440,11 +441,13 @@ def _as_long(find: Find, at: Trial, aim: float, most: float) -> tuple[Trial, lis
     """A trial for as many epochs as give this training loss, to a quarter of ALIKE, and the trials that must be known first."""
     losses: dict[float, float] = {}
     shorter, longer, epochs = 0.0, math.inf, at.epochs  # the nearest with a higher training loss, and with a lower
-    while 0.5 <= epochs <= most and len(losses) < TRIES:
+    while 0.5 <= epochs <= most and epochs not in losses and len(losses) < TRIES:
         row = find(replace(at, epochs=epochs))
         if row is None:
             return at, [replace(at, epochs=epochs)]
-        losses[epochs] = math.inf if row["train_loss"] is None else max(row["train_loss"], NONE)
+        if row["train_loss"] is None:  # it diverged
+            break
+        losses[epochs] = max(row["train_loss"], NONE)
         if alike(losses[epochs], aim, 4):
             break
         shorter, longer = (epochs, longer) if losses[epochs] > aim else (shorter, epochs)

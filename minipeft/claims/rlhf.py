@@ -232,7 +232,7 @@ def expensive() -> Verdict:
     return Verdict(
         graded(cases),
         f"PPO of {EPOCHS} epochs, with policy, reference and reward model in memory and a value head on the policy, takes "
-        f"{listed(told)} what SFT does at 7B: more than twice for {those(cases)} (by one epoch {listed(once)} times). SFT is one stage; PPO is the last of three, and InstructGPT's judge needed {LABELS:,} ranked prompts.",
+        f"{listed(told)} what SFT does at 7B: more than twice for {those(cases)} (with one epoch {listed(once)}). SFT is one stage; PPO is the last of three, and InstructGPT's judge needed {LABELS:,} ranked prompts.",
         Number("7B, LoRA: PPO's FLOPs over SFT's, for the same texts", ratios["FLOPs, LoRA"], "times"),
         [
             *evidence,

@@ -103,7 +103,7 @@ def count() -> Verdict:
 
 @claim("soft-4", lesson="06_soft_prompts.py", section="3 · The count")
 def fewest() -> Verdict:
-    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every other method that is no soft prompt, with its usual
+    """Holds if a prompt of 20 and of 100 vectors trains fewer numbers than every method that is no soft prompt, with its usual
     options, on the base, at 7B and at 70B; holds if in some of these cases; does not hold here if in none."""
     models = {size: accounting.architecture(model) for size, model in {"the base": base()[0].config, **SIZES}.items()}
     cases, evidence, least = {}, [], {}

@@ -202,14 +202,16 @@ def verdict(rows: Sequence[Mapping[str, Any]], small: float) -> Verdict:
     because = (
         f"After a brief pretraining at widths {listed([*map(str, widths)])} the best rate of fine-tuning is {listed([f'{r.value:.1f}' for r in ratios])} "
         f"times pretraining's, clearly less than half at {sum(so)} of {len(widths)}. It falls as width^-{laws['fine-tuning'].exponent.value:.2f}, "
-        f"to {there.value:.1e}{_between(there)} at width {SEVEN_B}. "
+        f"by this law to {there.value:.1e}{_between(there)} at width {SEVEN_B}. "
         f"At {BESIDE}, after {LONG // BRIEF} times the pretraining, it is {ratio.value:.1f} times pretraining's, and {_times(fell)} the briefly pretrained model's. "
         f"SmolLM2-135M's best rate, {small:.1e}, is a factor of {apart:.1f} from the law's at its width, {known.value:.1e}{_between(known)}"
-        f"{'' if apart <= TWICE else f': more than {TWICE}, so the law says nothing of 7B'}."
+        f"{'' if apart <= TWICE else f': more than {TWICE}, so this says nothing of 7B'}."
     )
-    effect = f"predicted at width {SEVEN_B}", there, "rate"
+    predicted = {f"at width {SMALL}": known, f"at width {SEVEN_B}": there}
+    over = Estimate(*(None if x is None else small / x for x in (known.value, known.high, known.low)))
+    effect = (f"predicted at width {SEVEN_B}", there, "rate") if apart <= TWICE else ("SmolLM2-135M's best rate over the law's", over, "times")
     evidence = {
         "exponent": {f"a of {name}": law.exponent for name, law in laws.items()}, "times": times,
-        "rate": {f"at width {SMALL}": known},
+        "rate": predicted,
     }  # fmt: skip
     return judged(decision, because, *effect, evidence, 256, "pretraining, then source; 256 validation records")
