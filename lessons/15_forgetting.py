@@ -348,8 +348,8 @@ for task in ("rewrite", "source"):
 # less, and no rate that was tried learns as much: it may forget less only because it learned less. Where both are at
 # their gentlest (LoRA at half its rate, and with half as many steps), LoRA forgets a little less text (-0.032 [-0.062,
 # -0.001] and -0.046 [-0.083, -0.010]) at task losses within 0.02. All in a model of 1.4 million parameters. In
-# SmolLM2-135M, on `source`, each at its best rate (LoRA's 16 times as high), LoRA forgot clearly more text (Lesson 16,
-# section 3).
+# SmolLM2-135M, on `source`, each at its best rate (LoRA's 16 times as high), LoRA clearly learned less and forgot more
+# (Lesson 16).
 #
 # The verdicts count general items, not losses of text. `forget-5` puts methods side by side, each at its gentlest.
 # There the items leave LoRA and full fine-tuning undecided (on `rewrite` -0.011 [-0.023, +0.001], to LoRA's

@@ -10,8 +10,7 @@
 So what `protocol` asks of the shipped base in two to six cases, with epochs and batches tuned too, is asked here in one, always
 by losses in nats: also of `source`, which is judged there by right answers, and of what is forgotten, which is judged there by
 general items, and for forget-5 at equal quality of the task. That is what hours on two cores allow: it says whether a
-comparison comes out alike on a model that others have pretrained, and no verdict rests on it but full-3's, whose law it tries. Of its 512 test sentences 511 are
-of two of the three books, Jane Austen's and the King James Bible: the records go around the books, and every 1.5th is taken.
+comparison comes out alike on a model that others have pretrained. No verdict rests on it but full-3's, whose law it tries.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Large:
     examples: int = 320
     batch_size: int = 8
     validation: int = 256
-    items: int = 512
+    items: int = 768
     blocks: int = 8  # of each of the four corpora of general text
     length: int = 128
     seeds: tuple[int, ...] = SEEDS
