@@ -241,8 +241,8 @@ assert 10 < pytorch_ledger("llama-7b", None, 1, 512, Loop()).total / size < 11 a
 # fine-tuning gains the most from more data, a prompt the least. On `source` with 50, in the means: best and worst lie
 # 35 points apart, and 28 with 5,000, as a prefix gains the most, 35 points, and a prompt 8. *Few-shot* is the base with
 # answered examples in its prompt (1, 2 or 4, the best on validation). Its loss on `rewrite` is over 0.1 nats above the
-# bare base's, and on `source` it finds no more books. (At most 64 epochs of 50 examples were allowed, 8 of 500, four of
-# 5,000.)
+# bare base's, and on `source` it finds no more books. (At most 64 epochs of 50 examples were allowed, 16 of 500, four
+# of 5,000.)
 #
 # The order depends on the number of examples: by the pairs printed above QLoRA beats full fine-tuning with 500 of
 # `rewrite`, and loses to it with 5,000.

@@ -60,7 +60,7 @@ NONE = 1e-5  # nats per token: a training loss of less, as rows are rounded
 TRIES = 10  # numbers of epochs, in search of an equal training loss
 AXES = ("rate", "epochs", "batch_size")
 SHOTS = 1, 2, 4  # examples in a prompt
-PASSES = {100: (16.0, 64.0), 1000: (2.0, 8.0), 10000: (0.5, 4.0)}  # examples at most: epochs to begin with, and at most
+PASSES = {100: (16.0, 64.0), 1000: (2.0, 16.0), 10000: (0.5, 4.0)}  # examples at most: epochs to begin with, and at most
 BATCHES = 1, 64  # examples of a batch, least and most
 BLOCKS, LENGTH = 16, 128  # of held-out general text, of each corpus
 
