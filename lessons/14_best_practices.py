@@ -9,7 +9,7 @@
 # You need Lessons 0 (seeds, intervals, validation), 3 and 4, and the methods' names of 5 to 7. Reading takes about 25
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
 # your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
-# the rows of the league (Lesson 3), and 9 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
+# the rows of the league (Lesson 3), and 14 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
 # computes what is missing there (all: some five minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
@@ -66,8 +66,8 @@ assert not missing, f"{len(missing)} runs are missing: --full computes them"
 # The tasks are the league's (Lesson 3). In `rewrite`, a verse of the King James Bible is to be written in plain
 # English, judged by the loss, in nats per token; `source` asks which of three books a sentence is from, judged by the
 # share of right answers. A run has a method, 50, 500 or 5,000 examples, a rate (which rises over the first 5 % of the
-# steps, and falls to 0 along a cosine), a number of epochs (at most 64, 8 or 4 for these sizes), and a batch size (1 to
-# 64). Chance enters through the examples that a run gets to see, their order, and where an adapter starts: the
+# steps, and falls to 0 along a cosine), a number of epochs (at most 64, 16 or 4 for these sizes), and a batch size (1
+# to 64). Chance enters through the examples that a run gets to see, their order, and where an adapter starts: the
 # **seed**.
 #
 # *Choose* and *report* are kept apart. Rate, epochs and batch size are chosen by the loss on 256 validation records,
@@ -366,7 +366,7 @@ assert [round(n.value, 3) for n in gains.values() if n.low > 0 or n.high < 0] ==
 # 0.02, and a factor of 2), for which full fine-tuning has as many epochs as it takes. With 500 of `rewrite`, LoRA at
 # its best, it is, by 0.071 [0.058, 0.084]. (LoRA is chosen on validation there, full fine-tuning to fit; beside full
 # fine-tuning at its best LoRA leads by 0.041.) With 50, nearly by heart, it is higher, by 0.346 [0.293, 0.399]. On
-# `source` no case is told at the level for eight. Two of `rewrite` are not compared: over five seeds the training
+# `source` none is as stated at the level for eight. Two of `rewrite` are not compared: over five seeds the training
 # losses differ.
 
 # %% [markdown]

@@ -244,7 +244,7 @@ def judged(
 
 
 def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
-    """ ", within 4 epochs" where the worse one stopped there, and the better did not; ", both within 8 epochs"."""
+    """ ", within 4 epochs" where the worse one stopped there, and the better did not; ", both within 16 epochs"."""
     a, b, found = _ended(pair.one, one), _ended(pair.other, other), compare(one, other, key)
     if a and b:
         return f", both within {' and '.join(dict.fromkeys((a, b)))}"
