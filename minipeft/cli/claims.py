@@ -266,7 +266,7 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
             axes.xaxis.set_major_formatter("{x:.3g}")
         if unit not in ("rate", "numbers"):
             axes.axvline(float(unit == "times"), color="grey", linestyle="--", linewidth=1)
-        axes.set_yticks(range(len(numbers)), [textwrap.shorten(n.name, 60, placeholder=" ...") for n in numbers], fontsize=8)
+        axes.set_yticks(range(len(numbers)), [textwrap.fill(n.name, 60) for n in numbers], fontsize=8)
         axes.set_ylim(len(numbers) - 0.4, -0.6)
         axes.set_xlabel(f"{unit or 'without a unit'}, with 95 % intervals")
     panel[0].set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
