@@ -119,10 +119,10 @@ assert difference < 1e-4
 # and more of them than LoRA loses without its direction (its column of $B$). The numbers are differences of shares, of
 # right guesses and of right answers lost.
 #
-# In `adapter-4` below, *holds if* rests on fewer options, and on reading: the unit clearly guesses more often right
-# than the best one before training. The adapters have more lines of code, and no other comparison is as stated. The
-# unit is the best of $12\cdot16=192$, LoRA's direction the best of more, $42\cdot8=336$. Without the unit about as many
-# answers are right: perhaps it is not their cause, or other units tell the same.
+# In `adapter-4` below, *holds if* rests on fewer options alone. The adapters have more lines of code. The unit clearly
+# guesses more often right than the best one before training, but not at the level for four; no other comparison is as
+# stated. The unit is the best of $12\cdot16=192$, LoRA's direction the best of more, $42\cdot8=336$. Without the unit
+# about as many answers are right: perhaps it is not their cause, or other units tell the same.
 
 # %% [markdown]
 # > `adapter-1` a bottleneck between blocks: down, non-linearity, up, residual: **holds if**. The two sides agree to

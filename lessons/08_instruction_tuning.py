@@ -430,8 +430,8 @@ if not REDUCED:
 
 # %%
 told = following.experiment("base", "shuffled", "tuned").rows()
-for what, other, signs in (("answers", "shuffled", "+="), ("followed", "shuffled", "++"), ("followed", "base", "+=")):
-    for new, sign in zip(("inputs", "phrasings"), signs):
+for what, other, signs in (("answers", "shuffled", "+=="), ("followed", "shuffled", "+++"), ("followed", "base", "+=+")):
+    for new, sign in zip(("inputs", "phrasings", "tasks"), signs):
         e = compare(*(following.reports(told, new, what)[arm] for arm in ("tuned", other)), what).better
         print(f"{what:8}, new {new:9}: tuned less {other:8} {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
         assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
@@ -444,9 +444,10 @@ for name in ("source", "part-of-speech"):
 # In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
 # 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
 # clearly more than the control (0.37, itself below a guess), not than the base or a guess. At new tasks it is above the
-# control by 0.021, not above a guess. That tuning teaches following is shown for trained words alone. (The verdict's
-# two "equal" show little: no model is right there.) That it names books and parts of speech more rightly than one
-# constant answer would is not shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172 each.
+# control, by 0.021 [0.002, 0.040], but not clearly above a guess. That tuning teaches following is shown for trained
+# words alone. (The verdict's two "equal" show little: no model is right there.) That it names books and parts of speech
+# more rightly than one constant answer would is not shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172
+# each.
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on

@@ -544,7 +544,7 @@ growth.draw(grown).savefig(OUT / "12_counting_growth.png", dpi=120)
 # %% [markdown]
 # Memory is as predicted, within two percent. It has squares in two axes: in tokens, by attention's weights, and in
 # width, by the model's. Between the last two points time's slope, without an interval, is within 0.2 of the FLOPs'; on
-# each axis another is over 0.15 off. The small shape looks timed too slow: with twice its words a step took less.
+# each axis one is over 0.15 off. The small shape looks timed too slow: with twice its words a step took less.
 #
 # Below, a card is a GPU, and SFT is supervised fine-tuning, checkpointed: $8N$ a token, $6N$ with LoRA. PPO has four
 # forward passes (sampling, policy, reference, reward model) and, say, four epochs, $4 \cdot 2N + 4 \cdot 8N$: five

@@ -215,7 +215,8 @@ def test_the_search_for_an_equal_training_loss_ends_where_the_loss_jumps():
     for jump in (0.953, 1.234, 7.9):
         loss = {"lora": lambda epochs: 0.5, "full": lambda epochs, jump=jump: 1.0 if epochs < jump else 0.1}
         best, unknown = protocol.chosen(lambda t, loss=loss: {"loss": 2.0, "train_loss": loss[t.method](t.epochs)}, of)
-        assert not unknown and best.rate == at.rate and loss["full"](best.epochs) in (1.0, 0.1)
+        assert (unknown, best.rate, loss["full"](best.epochs)) == ([], at.rate, 1.0), "1 is nearer 0.5 than 0.1 is"
+        assert protocol.chosen(lambda t: {"loss": None, "train_loss": None if t.method == "full" else 0.5}, of)[1] == [], "all diverged"
 
 
 def test_some_cases_make_it_holds_if():

@@ -296,7 +296,7 @@ def exploited(rows: Rows) -> Verdict:
         return verdict(UNTESTABLE, because, evidence[0], evidence[1:], those_of(rows, "sft"))
     decision, found, clear = decided(falls, NEAR["gold"])
     decision = IF if decision == HOLDS and len(falls) < len(JUDGES) else decision
-    clearly, sure = ([name for name in falls if name in among] for among in ([name for name, c in clear.items() if c], surely(falls)))
+    clearly, sure = [name for name, is_so in clear.items() if is_so], surely(falls)
     together = f"{'also' if sure == clearly else f'with {listed(sure)},'} where all {len(falls)} intervals are to hold together"
     because = (
         f"Without a price of KL the reward of {len(falls)} of {len(JUDGES)} judges rises clearly from where the gold of training prompts has its peak; "

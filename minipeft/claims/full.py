@@ -259,26 +259,25 @@ def expensive() -> Verdict:
     from ..accounting.flops import step_flops
     from ..accounting.memory import memory_ledger
 
-    cases, evidence, money, cards = {}, [], {}, {}
+    cases, evidence, money, cards, without = {}, [], {}, {}, {}
     for size, name in SIZES.items():
         flops = step_flops(name, None, 1, TOKENS)
         seconds = 1000 * flops.seconds(CARD, UTILIZATION)
         money[size] = seconds / 3600 * PRICE
-        states, without = (memory_ledger(name, None, precision=p).model_states for p in ("mixed", "bfloat16"))
+        states, without[size] = (memory_ledger(name, None, precision=p).model_states for p in ("mixed", "bfloat16"))
         cards[size] = math.ceil(states / (CARDS[CARD][0] * 1e9))
         cases |= {f"computation at {size}": money[size] > 1, f"memory at {size}": cards[size] > 1}
         evidence += [
             Number(f"{size}: 1,000 examples", 1000 * flops.total, "FLOPs"), Number(f"{size}: the same", seconds, "seconds"),
             Number(f"{size}: the same", money[size], "dollars"), Number(f"{size}: weights, gradients, states", states, "bytes"),
             Number(f"{size}: cards of {CARDS[CARD][0]} GB for these", cards[size], "cards"),
-            Number(f"{size}: the same without a float32 copy of the weights", without, "bytes"),
+            Number(f"{size}: the same without a float32 copy of the weights", without[size], "bytes"),
         ]  # fmt: skip
-    smaller = next(n.value for n in evidence if n.name.startswith("7B") and "without" in n.name)
     told = [f"{size} takes {cards[size]} cards and {money[size]:.2f} dollars" for size in SIZES]
     return Verdict(
         graded(cases),
         f"Expensive is {those(cases)}, by these limits: one card of {CARDS[CARD][0]} GB for the states (16 bytes a parameter, no batch; "
-        f"without a float32 copy of the weights {smaller / 1e9:.0f} GB at 7B), 1 dollar for 1,000 examples of {TOKENS} tokens ({PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak). "
+        f"without a float32 copy of the weights {without['7B'] / 1e9:.0f} GB at 7B), 1 dollar for 1,000 examples of {TOKENS} tokens ({PRICE:g} dollars an {CARD.upper()}-hour at {UTILIZATION:.0%} of its peak). "
         f"{listed(told)}.",
         Number("1,000 examples at 7B", money["7B"], "dollars"),
         evidence,

@@ -113,7 +113,7 @@ def large_batches(rows: Rows) -> Verdict:
     return both(headed("At equal examples", examples), headed("At equal steps", steps))
 
 
-LONGEST = {50: 128.0, 500: 16.0}  # epochs of so many examples, in search of the best number of them
+LONGEST = {50: 128.0, 500: 16.0}  # number of examples: the most epochs that are tried
 
 
 def _advised(method: str, case: Case) -> Pair:

@@ -452,7 +452,7 @@ def _as_long(find: Find, at: Trial, aim: float, most: float) -> tuple[Trial, lis
             break
         shorter, longer = (epochs, longer) if losses[epochs] > aim else (shorter, epochs)
         epochs = 2 * shorter if longer == math.inf else longer / 2 if not shorter else round(math.sqrt(shorter * longer), 2)
-    return replace(at, epochs=min(losses, key=lambda epochs: abs(math.log(losses[epochs] / aim)))), []
+    return replace(at, epochs=min(losses, key=lambda epochs: abs(math.log(losses[epochs] / aim)), default=at.epochs)), []
 
 
 def reported(best: Trial) -> list[Trial]:
