@@ -435,19 +435,19 @@ for what, other, signs in (("answers", "shuffled", "+=="), ("followed", "shuffle
         e = compare(*(following.reports(told, new, what)[arm] for arm in ("tuned", other)), what).better
         print(f"{what:8}, new {new:9}: tuned less {other:8} {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
         assert ("+" if e.low > 0 else "-" if e.high < 0 else "=") == sign
-for name in ("source", "part-of-speech"):
+for name, sign in (("source", 1), ("part-of-speech", -1)):
     e = tuning.over_constant(told, name)
     print(f"{name}: right answers, tuned less who always gives the most frequent one {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]")
-    assert e.low < 0 < e.high, "undecided"
+    assert min(sign * e.low, sign * e.high) > 0
 
 # %% [markdown]
-# In trained words the tuned model gives clearly more right answers than the control, if only by 0.021, and it follows
+# In trained words the tuned model gives clearly more right answers than the control, if only by 0.026, and it follows
 # 0.62 of the instructions, clearly more than the control (0.40), the base and a guess. In new words it follows 0.42,
 # clearly more than the control (0.37, itself below a guess), not than the base or a guess. At new tasks it is above the
 # control, by 0.021 [0.002, 0.040], but not clearly above a guess. That tuning teaches following is shown for trained
-# words alone. (The verdict's two "equal" show little: no model is right there.) That it names books and parts of speech
-# more rightly than one constant answer would is not shown: +0.119 [-0.006, +0.244] and -0.030 [-0.063, +0.003] of 172
-# each.
+# words alone. (At new tasks no model gives a right answer: "equal" shows little there.) It names the book of 768
+# sentences clearly more rightly than one constant answer would, by 0.171 [0.128, 0.214]; the part of speech of 623
+# words clearly less so, by 0.028 [0.005, 0.051].
 #
 # Does tuning teach *facts*, or only to give those that the base knows? The latter is the *superficial alignment
 # hypothesis* (Zhou et al. 2023, arXiv:2305.11206, LIMA). A fact is what a word means (`define`) or how a verse goes on
@@ -464,8 +464,12 @@ for name in ("source", "part-of-speech"):
 #   which it was told.)
 
 # %% [markdown]
-# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons (4 better, 2 equal
-# > and 3 undecided within [-0.06, +0.04] of items) 4 are as stated, 2 are not and 3 are not told.
+# > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons (4 better, 3 equal
+# > and 2 undecided within [-0.06, +0.04] of items) 4 are as stated, 3 are not and 2 are not told:
+# >
+# > - right answers, tuned beside base, new inputs: better (+0.423 [+0.400, +0.446]).
+# > - instructions followed, tuned beside guess, new inputs: better (+0.209 [+0.181, +0.237]).
+# > - right answers, tuned beside base, new phrasings: better (+0.370 [+0.341, +0.400]).
 # >
 # > Shares of instructions followed:
 # >
@@ -474,7 +478,7 @@ for name in ("source", "part-of-speech"):
 # >   0.407.
 # > - new tasks: tuned 0.312 [0.278, 0.346], shuffled 0.290 [0.258, 0.323], base 0.266 [0.229, 0.305], a guess 0.333.
 # >
-# > Right answers to new inputs: tuned 0.388, shuffled 0.367 and base 0.007. (5 seeds, 516 test items)
+# > Right answers to new inputs: tuned 0.429, shuffled 0.403 and base 0.006. (5 seeds, 516 test items)
 #
 # > `inst-4` the model has the knowledge already; tuning aligns behaviour with intent: **holds if**. 1 of 5 parts are
 # > so:

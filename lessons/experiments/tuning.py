@@ -44,7 +44,7 @@ def losses(rows, new, tasks):
 def over_constant(rows, task):
     """By how many right answers to a task's new inputs the tuned model of `inst-1` is ahead of one constant answer, the most frequent."""
     (row,) = (row for row in rows if row["arm"] == "tuned")
-    asked = following.asked("tuned", "inputs", row["tested"])
+    asked = following.asked("tuned", "inputs", row["answered"])
     at = [i for i, question in enumerate(asked) if question.task == task]
     answers = [asked[i].answer for i in at]
     constant = [answer == max(answers, key=answers.count) for answer in answers]

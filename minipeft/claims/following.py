@@ -60,11 +60,11 @@ LEAST = 0.01  # nats per token: a rate that is better by less is not better
 
 @dataclass(frozen=True)
 class Following:
-    """A cell: how the base is prepared, and how many questions of a task it is asked, as far as there are (of a new task whose
-    answers can be checked, twice as many, as there are fewer such tasks)."""
+    """A cell: how the base is prepared, and how many questions of a task it is asked, as far as there are."""
 
     arm: str
-    tested: int = 172  # of the test split; the smallest task has 86
+    answered: int = 768  # of the test split, of a task whose answers can be checked; "source" has as many
+    tested: int = 172  # of any other; the smallest task has 86
     steps: int = 60
     batch_size: int = 24
     validation: int = 32  # records of a task
@@ -110,9 +110,9 @@ def put(questions: Sequence[Question], arm: str, seed: int) -> list[Question]:
 
 
 def asked(arm: str, kind: str, n: int) -> list[Question]:
-    """The questions whose answers can be checked, of the test split; the same for all arms."""
+    """n questions of each task whose answers can be checked, of the test split; the same for all arms."""
     tasks, words = KINDS[kind]
-    questions = drawn([name for name in tasks if TASKS[name].check], "test", n * (1 + (kind == "tasks")), 0, words)
+    questions = drawn([name for name in tasks if TASKS[name].check], "test", n, 0, words)
     return put(questions, "bare", 0) if arm == "bare" else questions
 
 
@@ -160,16 +160,16 @@ def guess(kind: str, n: int) -> float:
     return float(np.mean([1 / len(own) for own in alternatives(kind, n)]))
 
 
-def measure(model: Any, arm: str, n: int) -> dict[str, Any]:
+def measure(model: Any, s: Following) -> dict[str, Any]:
     """{"answers", "nll", and of who is instructed "followed": {kind: [items]}}."""
     row: dict[str, Any] = {"answers": {}, "nll": {}}
-    if arm in INSTRUCTED:
-        row["followed"] = {kind: followed(model, kind, n) for kind in KINDS}
+    if s.arm in INSTRUCTED:
+        row["followed"] = {kind: followed(model, kind, s.tested) for kind in KINDS}
     for kind in KINDS:
-        questions = asked(arm, kind, n)
-        written = answers(model, questions, arm)
+        questions = asked(s.arm, kind, s.answered)
+        written = answers(model, questions, s.arm)
         row["answers"][kind] = [int(TASKS[q.task].check(*q.pair, text)) for q, text in zip(questions, written)]
-        nll = example_losses(model, encode(questions, arm), 64, base()[1].pad_token_id)[0]
+        nll = example_losses(model, encode(questions, s.arm), 64, base()[1].pad_token_id)[0]
         row["nll"][kind] = nll.round(2).tolist()
     return row
 
@@ -186,12 +186,12 @@ def tune(s: Following, rate: float, seed: int) -> Any:
 def run(s: Following) -> Row:
     """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items], and how often a
     guess follows; of an arm that is tuned the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
-    tokens = {kind: answer_tokens(asked(s.arm, kind, s.tested)) for kind in KINDS}
-    row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.tested)] for kind in KINDS}, "tokens": tokens}
+    tokens = {kind: answer_tokens(asked(s.arm, kind, s.answered)) for kind in KINDS}
+    row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.answered)] for kind in KINDS}, "tokens": tokens}
     if s.arm in INSTRUCTED:
         row["guess"] = {kind: guess(kind, s.tested) for kind in KINDS}
     if s.arm in UNTUNED:
-        found = [measure(base()[0], s.arm, s.tested)]
+        found = [measure(base()[0], s)]
     else:
         held_out, pad = encode(put(drawn(TRAINED, "validation", s.validation, 0), s.arm, 0)), base()[1].pad_token_id
 
@@ -202,7 +202,7 @@ def run(s: Following) -> Row:
         row["rate"], tried = best_rate(loss, METHODS["full"].learning_rate, LEAST)
         row["rates"] = curve(tried)
         models = (tune(s, row["rate"], seed) for seed in s.seeds)
-        found = [None if model is None else measure(model, s.arm, s.tested) for model in models]
+        found = [None if model is None else measure(model, s) for model in models]
     keys = ("answers", "nll", *["followed"] * (s.arm in INSTRUCTED))
     return row | {key: {kind: [None if one is None else one[key][kind] for one in found] for kind in KINDS} for key in keys}
 
