@@ -554,8 +554,8 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # be tested here*. A difference above 0 says that the first method is better: its loss is lower, its share higher.
 # *Equal*: the difference's whole interval is within ±0.02. *Undecided*: it reaches beyond, with 0 in it. *Not told*:
 # the limit that the rule asks about (in `start-1` -0.02) is in its interval (but *equal* is no where a rule asks for
-# better). *Within 4 epochs*: the worse method took the most epochs allowed; *both within*: both did. *Not tried yet*:
-# rows are missing.
+# better). *Within 4 epochs*: the worse method, or each, took the most epochs allowed, and eight are better. *Not tried
+# yet*: rows are missing.
 #
 # With 50 examples the base is clearly behind on both tasks: a hundredth was not enough. With 500, at a fortieth of the
 # work, `rewrite` is undecided; at a tenth, `source` is equal: there the base with a tenth of the examples is within

@@ -363,15 +363,13 @@ assert all(loss > begins["the base"] + 0.03 for name, loss in begins.items() if 
 # %% [markdown]
 # > `soft-9` sensitive to initialization: **holds if**. Of 6 comparisons 2 are as stated, 1 is not and 3 are not told:
 # >
-# > - prompt beside prompt-random, rewrite, 500 examples: equal, both within 16 epochs (-0.000 [-0.005, +0.004]).
-# > - prompt beside prompt-random, source, 500 examples: undecided, both within 16 epochs (-0.080 [-0.238, +0.079]), not
-# >   told.
+# > - prompt beside prompt-random, rewrite, 500 examples: equal (-0.000 [-0.005, +0.004]).
+# > - prompt beside prompt-random, source, 500 examples: undecided (-0.080 [-0.238, +0.079]), the first within 16 epochs
+# >   (32: 0.005 better on validation), the other within 16 epochs (32: 0.016 better on validation), not told.
 # > - prompt beside prompt-small, rewrite, 500 examples: better (+0.017 [+0.009, +0.025]).
-# > - prompt beside prompt-small, source, 500 examples: undecided, both within 16 epochs (-0.098 [-0.247, +0.050]), not
-# >   told.
+# > - prompt beside prompt-small, source, 500 examples: undecided (-0.098 [-0.247, +0.050]), not told.
 # > - prompt-small beside prompt-random, rewrite, 500 examples: worse (-0.017 [-0.026, -0.008]).
-# > - prompt-small beside prompt-random, source, 500 examples: undecided, both within 16 epochs (+0.018 [-0.030,
-# >   +0.067]), not told.
+# > - prompt-small beside prompt-random, source, 500 examples: undecided (+0.018 [-0.030, +0.067]), not told.
 # >
 # > (5 seeds, 512 test items)
 

@@ -495,7 +495,7 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("?", {3e-3})}
 # >
 # > - qlora beside lora, rewrite, 50 examples: worse (-0.022 [-0.026, -0.018]), not told.
 # > - qlora beside lora, rewrite, 500 examples: worse, by less than 0.02 (-0.013 [-0.018, -0.008]).
-# > - qlora beside lora, rewrite, 5000 examples: equal, both within 4 epochs (-0.003 [-0.009, +0.003]).
+# > - qlora beside lora, rewrite, 5000 examples: equal (-0.003 [-0.009, +0.003]).
 # > - qlora beside lora, source, 50 examples: undecided (-0.006 [-0.020, +0.009]), not told.
 # > - qlora beside lora, source, 500 examples: worse, by less than 0.02 (-0.008 [-0.015, -0.002]).
 # > - qlora beside lora, source, 5000 examples: equal (+0.002 [-0.008, +0.013]).

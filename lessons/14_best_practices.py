@@ -234,8 +234,8 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # U is nearly flat.) Full fine-tuning's best rates, 6e-5 to 1e-3, are all above the textbook's 1e-5 to 5e-5. (`best-4`
 # asks for these, and for clearly higher rates with each other method.)
 #
-# Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000 (in
-# its four epochs, the most allowed); on `source` it finds more with 500 (0.012 [0.000, 0.023]); with 50 that is
+# Each at its best, LoRA has a clearly lower loss on `rewrite` with 50 and 500 examples, and a higher one with 5,000
+# (after four epochs; eight are no better); on `source` it finds more with 500 (0.012 [0.000, 0.023]); with 50 that is
 # undecided, with 5,000 they are equal.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
@@ -299,13 +299,13 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 # 0.032]), and on `source` equal (LoRA: better, by 0.018 [0.009, 0.027]). Step for step a large batch was not found
 # worse; it computes eight times as much.
 #
-# `best-5` asks that 64 is not worse by 0.02 than 4 and 16, nor in the control. Two of the six worse ones are not told:
-# their intervals contain -0.02. The control is as stated in all four.
+# `best-5` asks that 64 is not worse by 0.02 than 4 and 16, nor in the control.
 
 # %% [markdown]
 # > `best-5` a batch as large as memory allows: **holds if**. At equal examples: of 8 comparisons (6 worse, 1 better and
-# > 1 worse, by less than 0.02) 2 are as stated, 4 are not and 2 are not told. At equal steps: of 4 comparisons (3
-# > better and 1 equal) 4 are as stated. (5 seeds, 512 test items)
+# > 1 worse, by less than 0.02) 2 are as stated, 4 are not and 2 are not told. Batches of 64 beside of 4, full, source,
+# > 500 examples: better (+0.014 [+0.006, +0.022]). At equal steps: of 4 comparisons (3 better and 1 equal) 4 are as
+# > stated. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -355,7 +355,7 @@ found = judge("peft-4")
 gains = {n.name.partition("full, ")[2]: n for n in (found.effect, *found.evidence) if " over " in n.name}
 each = (f"{n.value:+.3f} [{n.low:+.3f}, {n.high:+.3f}] ({where})" for where, n in gains.items())
 print("\nLoRA over full fine-tuning, at equal training loss:", *each, sep="\n  ")
-assert [round(n.value, 3) for n in gains.values() if n.low > 0 or n.high < 0] == [-0.346, 0.028, 0.071]
+assert sorted(round(n.value, 3) for n in gains.values() if n.low > 0 or n.high < 0) == [-0.346, 0.028, 0.071]
 
 # %% [markdown]
 # They can: a quarter of the epochs at four times the rate is equal, with full fine-tuning (+0.002 [-0.011, 0.015]) and
@@ -363,16 +363,15 @@ assert [round(n.value, 3) for n in gains.values() if n.low > 0 or n.high < 0] ==
 # best number of epochs is itself 2 to 5, in all four cases.
 #
 # `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within
-# 0.02, and a factor of 2), for which full fine-tuning has as many epochs as it takes. With 500 of `rewrite`, LoRA at
-# its best, it is, by 0.071 [0.058, 0.084]. (LoRA is chosen on validation there, full fine-tuning to fit; beside full
-# fine-tuning at its best LoRA leads by 0.041.) With 50, nearly by heart, it is higher, by 0.346 [0.293, 0.399]. On
-# `source` none is as stated at the level for eight. Two of `rewrite` are not compared: over five seeds the training
-# losses differ.
+# 0.02, and a factor of 2), for which full fine-tuning has as many epochs as it takes. With 500 of `rewrite` it is, by
+# 0.071. (LoRA is chosen on validation there, full fine-tuning to fit; beside it at its best LoRA leads by 0.041.) With
+# 50, nearly by heart, it is higher, by 0.346 [0.293, 0.399]. On `source` none is as stated at the level for eight. Two
+# of `rewrite` are not compared: over five seeds the training losses differ.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **holds if**. Of 8 comparisons (2 better, 2 equal, 2 not compared, 1
-# > worse and 1 undecided within [-0.00, +0.06] nats) 2 are as stated, 3 are not and 3 are not told. (5 seeds, 512 test
-# > items)
+# > worse and 1 undecided within [-0.00, +0.06] nats) 2 are as stated, 3 are not and 3 are not told. Lora beside full,
+# > at its best, rewrite, 500 examples: better (+0.071 [+0.058, +0.084]). (5 seeds, 512 test items)
 #
 # > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons (6 equal, 1 worse and 1 undecided) 6 are as stated, 1 is not
 # > and 1 is not told. 2 to 5 epochs beside any number, full, source, 50 examples: undecided (-0.017 [-0.100, +0.066]),
@@ -477,7 +476,8 @@ assert practice.mixed_at_one_setting(find).equal
 #
 # > `best-3` include hard examples: **holds if**. Beside easy ones: of 4 comparisons (4 better) 4 are as stated. Beside
 # > random ones: of 4 comparisons (2 equal, 1 better and 1 undecided within [-0.02, +0.02] nats) 1 is as stated, 2 are
-# > not and 1 is not told. (5 seeds, 512 test items)
+# > not and 1 is not told. Easy and hard examples beside random ones, lora, rewrite, 500 examples: better (+0.018
+# > [+0.012, +0.024]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare

@@ -337,7 +337,7 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     assert "1 better and 6 undecided within [-0.63, +0.48] of items) 1 is as stated" in unsure, "their range, as they are not shown"
     assert "A beside b, case 0: worse" in unsure
     limited = comparison.told([one._replace(limit=", within 4 epochs") for one in found[3:]], comparison.better, "source")
-    assert limited.because == "Of 13 comparisons (13 better; 13 where the worse, or both, took the most epochs) 13 are as stated."
+    assert limited.because == "Of 13 comparisons (13 better; 13 where the worse, or both, would take more epochs than allowed) 13 are as stated."
     joined = comparison.both(few, many).because
     assert "\n\nOf 16" in joined and ") Of 16" not in joined, "behind a list a paragraph of its own"
 
@@ -428,17 +428,24 @@ def test_a_sign_says_what_the_word_says(low, high, sign, word):
     assert (found.sign, found.word) == (sign, word)
 
 
-@pytest.mark.parametrize("epochs, better, said", [
-    ((4, 4), 1, ", both within 4 epochs"), ((4, 4), 0, ", both within 4 epochs"), ((4, 2), -1, ", within 4 epochs"),
-    ((4, 2), 1, ""), ((2, 4), 1, ", within 4 epochs"), ((2, 4), 0, ""), ((2, 2), 1, ""),
+GAIN = " (8: 0.010 better on validation)"
+
+
+@pytest.mark.parametrize("epochs, longer, better, said", [
+    ((4, 4), 2.99, 1, f", the first within 4 epochs{GAIN}, the other within 4 epochs{GAIN}"), ((4, 2), 2.99, -1, f", within 4 epochs{GAIN}"),
+    ((4, 2), 2.99, 1, ""), ((2, 4), 2.99, 1, f", within 4 epochs{GAIN}"), ((2, 4), 2.99, 0, ""), ((2, 2), 2.99, 1, ""),
+    ((4, 4), 3.0 - protocol.LEAST, 1, ""), ((4, 2), None, -1, ""), ((2, 4), "not run", 1, ", within 4 epochs"),
 ])  # fmt: skip
-def test_where_more_epochs_may_change_a_difference_it_is_said(epochs, better, said):
-    """Of the worse method that stopped at the most epochs allowed, and of both."""
+def test_where_more_epochs_may_change_a_difference_it_is_said(epochs, longer, better, said):
+    """Of the worse method that stopped at the most epochs allowed, and of both, unless twice as many are no better."""
+    def find(trial: protocol.Trial) -> dict | None:
+        return {"loss": 3.0} if trial.epochs <= 4 else None if longer == "not run" else {"loss": longer}
+
     ways = [search("source", method, 5000) for method in ("full", "lora")]
     found = [protocol.Report(replace(of.start, epochs=n), np.full((5, 4), v) + np.eye(5, 4) / 100, None) for of, n, v in zip(ways, epochs, (better, 0.0))]
-    assert comparison._limit(Pair("", "full", ways[0], "lora", ways[1]), *found, "right") == said
+    assert comparison._limit(find, Pair("", "full", ways[0], "lora", ways[1]), *found, "right") == said
     fixed = [search("source", method, 5000, axes=("rate",)) for method in ("full", "lora")]
-    assert comparison._limit(Pair("", "full", fixed[0], "lora", fixed[1]), *found, "right") == "", "nobody searched for epochs"
+    assert comparison._limit(find, Pair("", "full", fixed[0], "lora", fixed[1]), *found, "right") == "", "nobody searched for epochs"
 
 
 def test_a_lesson_prints_the_rows_that_are_there_and_says_which_are_missing():

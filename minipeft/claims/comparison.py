@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from ..evaluation.intervals import Estimate
 from . import protocol
-from .protocol import SEEDS, Choice, Find, Gentle, Report, Search, search, tuned, untrained
+from .protocol import LEAST, SEEDS, Choice, Find, Gentle, Report, search, tuned, untrained
 from .register import HOLDS, IF, NOT, UNTESTABLE, Number, Verdict, as_number, followed, itemized, listed
 
 UNDECIDED = "undecided"
@@ -188,7 +188,8 @@ def against(find: Find, a: str, others: Iterable[str], cases: Iterable[Case]) ->
 class Beside(NamedTuple):
     """Two reports on the same items under the same seeds, where each comes from, and what is measured.
 
-    limit      said where more epochs may change the difference: the worse of the two, or both, stopped at the most allowed
+    limit      said where more epochs may change the difference: the worse of the two, or both, stopped at the most allowed, and
+               twice as many are better on validation
     learned    the losses on the task of two that are compared in something else, at equal quality of the task
     """
 
@@ -219,7 +220,7 @@ class Beside(NamedTuple):
         if self.learned is not None:
             learned = compare(*self.learned, "nll")
             task = f"; the task {learned.word}, {learned.interval}"
-        return f"{self.a} beside {self.b}, {self.where}: {found.word}{self.limit} ({found.interval}{task})"
+        return f"{self.a} beside {self.b}, {self.where}: {found.word} ({found.interval}{task}){self.limit}"
 
 
 def judged(
@@ -238,24 +239,29 @@ def judged(
         learned = None
         if isinstance(pair.one, Gentle):
             learned = protocol.report(find, pair.one), protocol.report(find, pair.other)
-        limit = "" if key else _limit(pair, one, other, of)
+        limit = "" if key else _limit(find, pair, one, other, of)
         found.append(Beside(pair.where, pair.a, one, pair.b, other, of, limit, learned))
     return told(found, holds, listed(sorted({pair.task for pair in pairs})), failed, beside)
 
 
-def _limit(pair: Pair, one: Report, other: Report, key: str) -> str:
-    """ ", within 4 epochs" where the worse one stopped there, and the better did not; ", both within 16 epochs"."""
-    a, b, found = _ended(pair.one, one), _ended(pair.other, other), compare(one, other, key)
+def _limit(find: Find, pair: Pair, one: Report, other: Report, key: str) -> str:
+    """ ", within 4 epochs (8: 0.010 better on validation)" where the worse one, and it alone, stopped early; or of both."""
+    a, b, found = _ended(find, pair.one, one), _ended(find, pair.other, other), compare(one, other, key)
     if a and b:
-        return f", both within {' and '.join(dict.fromkeys((a, b)))}"
+        return f", the first within {a}, the other within {b}"
     behind = a if found.clearly_worse else b if found.clearly_better else ""
     return f", within {behind}" * bool(behind)
 
 
-def _ended(of: Choice, found: Report) -> str:
-    """The most epochs allowed, where a search for the best number of them ended there; else ""."""
-    ended = isinstance(of, Search) and "epochs" in of.axes and found.trial.epochs == of.most
-    return f"{of.most:g} epoch{'s' * (of.most != 1)}" if ended else ""
+def _ended(find: Find, of: Choice, found: Report) -> str:
+    """The most epochs allowed, where a search for the best number of them ended there and would go on; else ""."""
+    for trial in protocol.beyond(of, found.trial):
+        allowed, (row, best) = f"{found.trial.epochs:g} epochs", map(find, (trial, found.trial))
+        if row is None:
+            return allowed
+        if row["loss"] is not None and (gain := best["loss"] - row["loss"]) > LEAST:
+            return f"{allowed} ({trial.epochs:g}: {gain:.3f} better on validation)"
+    return ""
 
 
 def told(
@@ -276,9 +282,11 @@ def told(
     if len(so) + beside > MANY:
         alike, notes = Counter([each.difference().word for each in found] + ["not compared"] * len(failed)), []
         if ended := sum(bool(each.limit) for each in found):
-            notes.append(f"{ended} where the worse, or both, took the most epochs")
+            notes.append(f"{ended} where the worse, or both, would take more epochs than allowed")
         usual, n = Counter(so).most_common(1)[0]
         shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) and len(so) - n <= MANY else []
+        if verdict == IF and not shown and surely.count(True) <= MANY:
+            shown = [word for word, sure in zip(words, surely) if sure]
         unsure = [(each, word) for each, word in zip(found, words) if each.difference().word == UNDECIDED]
         if all(word in shown for _, word in unsure):
             unsure = []
@@ -296,9 +304,9 @@ def told(
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]
     learned = [(each, compare(*each.learned, "nll")) for each in found if each.learned]
     numbers += [number(f"{each.a} over {each.b}, {each.where}, the task", task, "nll") for each, task in learned]
-    return Verdict(
-        verdict, because, numbers[0], numbers[1:], len(SEEDS), items, "the shipped base", tasks
-    )  # fmt: skip
+    first = surely.index(True) if True in surely else 0  # of what holds in some, one in which it does
+    effect = numbers.pop(first)
+    return Verdict(verdict, because, effect, numbers, len(SEEDS), items, "the shipped base", tasks)
 
 
 def both(one: Verdict, other: Verdict) -> Verdict:
@@ -306,7 +314,8 @@ def both(one: Verdict, other: Verdict) -> Verdict:
     part cannot be tested, what is found of the other is all that is known: it holds if, or cannot be tested either."""
     parts = {one.verdict, other.verdict}
     verdict = one.verdict if len(parts) == 1 else UNTESTABLE if parts == {UNTESTABLE, NOT} else IF
-    first, second = (one, other) if one.effect else (other, one)
+    so = [part.verdict in (HOLDS, IF) for part in (one, other)]  # the effect is of one that holds
+    first, second = (other, one) if one.effect is None or so == [False, True] else (one, other)
     numbers = [*first.evidence, *filter(None, [second.effect]), *second.evidence]
     items = min(filter(None, [one.items, other.items]), default=None)
     return Verdict(verdict, followed(one.because, other.because), first.effect, numbers, first.seeds, items, first.base, first.task)

@@ -5,7 +5,7 @@
                 neighbor, on one axis after the other, until none is better by LEAST (`climb`): every method is tuned by
                 the same rule, and the best rate lies inside what was tried. Batches have 1 to 64 examples. Epochs are
                 half of one at least, and have an upper end, PASSES, what may be computed (`search` has the exceptions);
-                the best may lie beyond it.
+                where a search ends there, one trial with twice as many tells whether it would go on (`beyond`).
                 Judged by the loss on validation under one seed, TUNING, the same for all neighbors; the loss also
                 where choices are counted later, as 256 records tell losses better apart.
     report      the chosen trial under the five SEEDS, each with examples, start and order of its own, on ITEMS of the
@@ -455,6 +455,12 @@ def _as_long(find: Find, at: Trial, aim: float, most: float) -> tuple[Trial, lis
     return replace(at, epochs=min(losses, key=lambda epochs: abs(math.log(losses[epochs] / aim)), default=at.epochs)), []
 
 
+def beyond(of: Choice, best: Trial) -> list[Trial]:
+    """Where a search ended at the most epochs allowed, the trial with twice as many; else nothing."""
+    ended = isinstance(of, Search) and "epochs" in of.axes and best.epochs == of.most
+    return [replace(best, epochs=2 * best.epochs)] if ended else []
+
+
 def reported(best: Trial) -> list[Trial]:
     """A trial as it is reported: under SEEDS on test, or, without training, as it is."""
     return [best] if best.rate is None else [replace(best, seed=seed, split="test") for seed in SEEDS]
@@ -465,7 +471,7 @@ def wanted(find: Find, searches: Iterable[Choice]) -> list[Trial]:
     trials = []
     for of in searches:
         best, unknown = chosen(find, of)
-        trials += unknown or reported(best)
+        trials += unknown or reported(best) + beyond(of, best)
         trials.append(untrained(of.start.task))
     return [trial for trial in dict.fromkeys(trials) if find(trial) is None]
 

@@ -4,8 +4,9 @@ A rule says when its statement holds, and computes the verdict: from counts, equ
 rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
 tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence; of some, beside the
 verdict, what the same comparison gives on SmolLM2-135M. This and --json also have what the table leaves out: the base, the
-task, the lesson's section and the rows. A number without an interval (null in JSON) is counted or computed, was chosen, or
-is a single measurement, or a median or a ratio over few seeds.
+task, the lesson's section and the rows. The effect is that of the rule's first comparison; of what holds if, of the first
+in which it does. A number without an interval (null in JSON) is counted or computed, was chosen, or is a single measurement,
+or a median or a ratio over few seeds.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status
 is 1 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared,
@@ -15,7 +16,7 @@ that have commands of their own: lessons/experiments/growth.py, tests/benchmarks
 have no seconds) that takes sixty hours of one core, of which the league takes nearly forty; --executor 16 divides them
 among 16 processes: some six hours, as SmolLM2-135M's rows in Lesson 13 wait for each other.
 
---recompute does so for a few rows drawn at random, each of another file, in about a minute of a core each: where a row is a
+--recompute does so for a few rows drawn at random, each of another file, in one to three minutes of a core each: where a row is a
 whole cell, with its tuning and five seeds, for one of the seeds, at the rate that was tuned. Left out are times, which no two
 machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
 
