@@ -232,6 +232,8 @@ def test_every_search_that_ended_has_tried_all_its_neighbors_and_none_is_better(
             assert least <= value <= most, best
             for there in (value / 2, value * 2):
                 if not least <= there <= most:
+                    tried_beyond = of not in shipped() or all(map(find, protocol.beyond(of, best)))
+                    assert tried_beyond, f"more epochs than those of {best} were not tried"
                     edges[f"{axis} {value:g} of {least:g} to {most:g}"] += 1
                     continue
                 row = find(replace(best, **{axis: type(value)(there)}))

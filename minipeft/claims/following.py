@@ -63,8 +63,8 @@ class Following:
     """A cell: how the base is prepared, and how many questions of a task it is asked, as far as there are."""
 
     arm: str
-    answered: int = 768  # of the test split, of a task whose answers can be checked; "source" has as many
-    tested: int = 172  # of any other; the smallest task has 86
+    answered: int = 768  # whose answers are checked, of the test split; "source" has as many
+    tested: int = 172  # whose instructions are to be followed, of the test split; the smallest task has 86
     steps: int = 60
     batch_size: int = 24
     validation: int = 32  # records of a task

@@ -456,7 +456,7 @@ def _as_long(find: Find, at: Trial, aim: float, most: float) -> tuple[Trial, lis
 
 
 def beyond(of: Choice, best: Trial) -> list[Trial]:
-    """Where a search ended at the most epochs allowed, the trial with twice as many; else nothing."""
+    """Where a search ended at the most epochs allowed, the trial with twice as many at its rate and batch; else nothing."""
     ended = isinstance(of, Search) and "epochs" in of.axes and best.epochs == of.most
     return [replace(best, epochs=2 * best.epochs)] if ended else []
 
