@@ -465,7 +465,7 @@ for name, sign in (("source", 1), ("part-of-speech", -1)):
 
 # %% [markdown]
 # > `inst-1` supervised examples teach a model to follow instructions: **holds if**. Of 9 comparisons (4 better, 3 equal
-# > and 2 undecided within [-0.06, +0.04] of items) 4 are as stated, 3 are not and 2 are not told:
+# > and 2 undecided within [-0.06, +0.04] of items) 4 are as stated, 3 are not and 2 are not told. At the level for 9:
 # >
 # > - right answers, tuned beside base, new inputs: better (+0.423 [+0.400, +0.446]).
 # > - instructions followed, tuned beside guess, new inputs: better (+0.209 [+0.181, +0.237]).

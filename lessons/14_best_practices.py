@@ -291,7 +291,7 @@ print("62 steps of 64 beside 62 of 8:", *(f"{where}: {d.word} ({d.interval})" fo
 assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", "equal", "better", "better"], "rewrite, source"
 
 # %% [markdown]
-# The parts give the same loss as the whole, here to five decimals, with less than half the memory. With full
+# The parts give the same loss as the whole with less than half the memory. With full
 # fine-tuning on `rewrite` batches of 64 are worse than batches of 4, by 0.054 [0.048, 0.061] nats a token. The rate
 # chosen for them is twice as high. ($\sqrt B$ would make it four times, but for the same epochs: it is not tested
 # here.) Those of 64 took four epochs against two, and still made only 31 steps against 250. A control makes 62 steps of
@@ -303,9 +303,9 @@ assert batches.clearly_worse and [d.word for d in equal.values()] == ["better", 
 
 # %% [markdown]
 # > `best-5` a batch as large as memory allows: **holds if**. At equal examples: of 8 comparisons (6 worse, 1 better and
-# > 1 worse, by less than 0.02) 2 are as stated, 4 are not and 2 are not told. Batches of 64 beside of 4, full, source,
-# > 500 examples: better (+0.014 [+0.006, +0.022]). At equal steps: of 4 comparisons (3 better and 1 equal) 4 are as
-# > stated. (5 seeds, 512 test items)
+# > 1 worse, by less than 0.02) 2 are as stated, 4 are not and 2 are not told. At the level for 12: Batches of 64 beside
+# > of 4, full, source, 500 examples: better (+0.014 [+0.006, +0.022]). At equal steps: of 4 comparisons (3 better and 1
+# > equal) 4 are as stated. (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 4 · Epochs, and the gap
@@ -365,13 +365,13 @@ assert sorted(round(n.value, 3) for n in gains.values() if n.low > 0 or n.high <
 # `peft-4` asks whether LoRA overfits less: whether its loss on test is clearly lower at the same training loss (within
 # 0.02, and a factor of 2), for which full fine-tuning has as many epochs as it takes. With 500 of `rewrite` it is, by
 # 0.071. (LoRA is chosen on validation there, full fine-tuning to fit; beside it at its best LoRA leads by 0.041.) With
-# 50, nearly by heart, it is higher, by 0.346 [0.293, 0.399]. On `source` none is as stated at the level for eight. Two
-# of `rewrite` are not compared: over five seeds the training losses differ.
+# 50, nearly by heart, it is higher, by 0.346 [0.293, 0.399]. Two of `rewrite` are not compared: over five seeds
+# the training losses differ.
 
 # %% [markdown]
 # > `peft-4` frozen weights reduce overfitting: **holds if**. Of 8 comparisons (2 better, 2 equal, 2 not compared, 1
-# > worse and 1 undecided within [-0.00, +0.06] nats) 2 are as stated, 3 are not and 3 are not told. Lora beside full,
-# > at its best, rewrite, 500 examples: better (+0.071 [+0.058, +0.084]). (5 seeds, 512 test items)
+# > worse and 1 undecided within [-0.00, +0.06] nats) 2 are as stated, 3 are not and 3 are not told. At the level for 8:
+# > Lora beside full, at its best, rewrite, 500 examples: better (+0.071 [+0.058, +0.084]). (5 seeds, 512 test items)
 #
 # > `best-6` 2 to 5 epochs: **holds if**. Of 8 comparisons (6 equal, 1 worse and 1 undecided) 6 are as stated, 1 is not
 # > and 1 is not told. 2 to 5 epochs beside any number, full, source, 50 examples: undecided (-0.017 [-0.100, +0.066]),
@@ -476,8 +476,8 @@ assert practice.mixed_at_one_setting(find).equal
 #
 # > `best-3` include hard examples: **holds if**. Beside easy ones: of 4 comparisons (4 better) 4 are as stated. Beside
 # > random ones: of 4 comparisons (2 equal, 1 better and 1 undecided within [-0.02, +0.02] nats) 1 is as stated, 2 are
-# > not and 1 is not told. Easy and hard examples beside random ones, lora, rewrite, 500 examples: better (+0.018
-# > [+0.012, +0.024]). (5 seeds, 512 test items)
+# > not and 1 is not told. At the level for 8: Easy and hard examples beside random ones, lora, rewrite, 500 examples:
+# > better (+0.018 [+0.012, +0.024]). (5 seeds, 512 test items)
 
 # %% [markdown]
 # ## 7 · A class that is rare

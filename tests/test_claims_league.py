@@ -318,6 +318,8 @@ def test_two_parts_of_a_statement():
     tried = replace(parts[HOLDS], seeds=5, items=512, task="source")
     whole = comparison.both(Verdict(UNTESTABLE, "Nothing."), tried)
     assert (whole.effect, whole.seeds, whole.items, whole.task) == (tried.effect, 5, 512, "source") and not whole.evidence
+    part = comparison.both(replace(parts[NOT], effect=Number("not so", 1.0)), replace(parts[HOLDS], effect=Number("so", 2.0)))
+    assert (part.effect.name, part.evidence[0].name) == ("so", "not so"), "the effect is of the part that holds"
 
 
 def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_part_stands_behind_the_list():
@@ -329,6 +331,10 @@ def test_of_many_comparisons_those_that_are_unlike_most_are_listed_and_a_second_
     few, many, bad = (comparison.told(some, comparison.better, "source") for some in (found[:6], found, [*found[:3] * 3, found[3]]))
     assert few.because.count("better") == 3 and few.because.count("worse") == 3
     assert many.because.startswith("Of 16 comparisons (13 better and 3 worse) 13 are as stated and 3 are not:")
+    assert [one.effect.name for one in (few, bad)] == ["a over b, case 3"] * 2, "one that is as stated, not the first"
+    assert "a over b, case 0" in [number.name for number in few.evidence] and few.effect not in few.evidence
+    even = comparison.told([*found[:3] * 2, *found[3:6], *found[6:9]], comparison.better, "source").because
+    assert "6 are as stated and 6 are not. At the level for 12:" in even and even.count(": better") == 6 and ": worse" not in even
     assert (many.because.count(": better"), many.because.count(": worse"), len(many.evidence)) == (0, 3, 15)
     assert bad.because.startswith("Of 10 comparisons (9 worse and 1 better) 1 is as stated and 9 are not. A beside b, case 3: better")
     lost = comparison.told(found, comparison.better, "source", [f"a beside b, case {i}: b diverged" for i in range(16, 31)]).because

@@ -278,7 +278,7 @@ def told(
     items = min(each.one.values.shape[1] for each in found)
     answers = [(so.count(answer), answer, word) for answer, word in ((True, "as stated"), (False, "not"), (None, "not told"))]
     parts = [f"{n} {'is' if n == 1 else 'are'} {word}" for n, answer, word in answers if n or answer]
-    counts, shown = f"Of {len(so)} comparisons", words
+    counts, shown, level = f"Of {len(so)} comparisons", words, ""
     if len(so) + beside > MANY:
         alike, notes = Counter([each.difference().word for each in found] + ["not compared"] * len(failed)), []
         if ended := sum(bool(each.limit) for each in found):
@@ -286,7 +286,7 @@ def told(
         usual, n = Counter(so).most_common(1)[0]
         shown = [word for word, one in zip(words, so) if one is not usual] if 2 * n > len(so) and len(so) - n <= MANY else []
         if verdict == IF and not shown and surely.count(True) <= MANY:
-            shown = [word for word, sure in zip(words, surely) if sure]
+            shown, level = [word for word, sure in zip(words, surely) if sure], f". At the level for {len(so) + beside}"
         unsure = [(each, word) for each, word in zip(found, words) if each.difference().word == UNDECIDED]
         if all(word in shown for _, word in unsure):
             unsure = []
@@ -298,7 +298,8 @@ def told(
         notes = [listed([f"{k} {word}" for word, k in order]) + f" within {within}" * bool(within), *notes]
         counts += f" ({'; '.join(notes)})"
     counts += f" {listed(parts)}"
-    because = f"{counts}{(': ' if len(shown) > 2 else '. ') + itemized(shown) if shown else '.'}" if len(so) > 2 else itemized(words)
+    listing = (": " if level or len(shown) > 2 else ". ") + itemized(shown) if shown else "."
+    because = f"{counts}{level}{listing}" if len(so) > 2 else itemized(words)
     if True in so and True not in surely and verdict != HOLDS:
         because = followed(because, f"At the level 1 - 0.05 / {len(so) + beside} none is as stated.")
     numbers = [number(f"{each.a} over {each.b}, {each.where}", each.difference(), each.key) for each in found]

@@ -4,9 +4,9 @@ A rule says when its statement holds, and computes the verdict: from counts, equ
 rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
 tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence; of some, beside the
 verdict, what the same comparison gives on SmolLM2-135M. This and --json also have what the table leaves out: the base, the
-task, the lesson's section and the rows. The effect is that of the rule's first comparison; of what holds if, of the first
-in which it does. A number without an interval (null in JSON) is counted or computed, was chosen, or is a single measurement,
-or a median or a ratio over few seeds.
+task, the lesson's section and the rows. The effect is a rule's first number; where it compares, that of the first
+comparison that is as stated with every comparison counted, if one is. A number without an interval (null in JSON) is counted
+or computed, was chosen, or is a single measurement, or a median or a ratio over few seeds.
 
 --run computes an experiment's rows again, in a directory of yours, and goes on where it was stopped; the exit status
 is 1 where they disagree with the shipped ones. Times depend on the machine, so of them the verdict alone is compared,
