@@ -239,11 +239,11 @@ practice.rates_picture(curves, beside).savefig(OUT / "14_best_practices_rates.pn
 # undecided, with 5,000 they are equal.
 #
 # Width may be one reason for lower rates in large models: `full-3` briefly pretrains models of widths 32 to 256, and
-# extrapolates their best rate of fine-tuning. That of SmolLM2-135M-Instruct (width 576, 30 layers, pretrained for
-# long), on `source` with 320 examples, under one seed and on 256 validation records, is a ninth of what this predicts.
-# Pretraining may be the reason: ten times as much lowers the best rate at width 128 (below), and that of the shipped
-# base, as wide and pretrained for longer still, is 1e-3 (its depth differs, too). SmolLM2's is a 21st of its
-# pretraining's (3e-3, github.com/huggingface/smollm), much lower as advised, but above 5e-5.
+# extrapolates their best rate of fine-tuning. That of SmolLM2-135M-Instruct, measured afterwards (width 576, 30 layers,
+# pretrained for long; `source` with 320 examples, one seed, 256 validation records), is a ninth of what this predicts.
+# Pretraining may be the reason: ten times as much lowers the best rate at width 128, and that of the shipped base, as
+# wide and pretrained for longer, is 1e-3 (its depth differs, too). SmolLM2's is a 21st of its pretraining's (3e-3,
+# github.com/huggingface/smollm), much lower as advised, but above 5e-5.
 
 # %% [markdown]
 # > `full-3` the rate is much smaller than in pretraining; typically 1e-5 to 5e-5: **cannot be tested here**. After a

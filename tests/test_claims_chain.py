@@ -201,7 +201,7 @@ def test_a_rate_is_better_if_it_is_clearly_so_under_both_seeds():
     less = "only SFT has clearly less loss at another rate: at 2 times the one used, and with more gold (+0.15)"
     assert chain_tuning.told(chain.JUDGES, rows) == f"Of {own} and 5 reward models, {less}."
     rows[0]["tried"][2]["lower"] = None
-    assert len(chain_tuning.rivals(rows)) == 9 and chain_tuning.told(rows=rows) == f"Of {own} and the reward model, none has clearly less loss at another rate."
+    assert len(chain_tuning.rivals(rows)) == 8 and chain_tuning.told(rows=rows) == f"Of {own} and the reward model, none has clearly less loss at another rate."
 
 
 # --------------------------------------------------------------------------------------------------- made-up rows

@@ -44,11 +44,15 @@ def test_what_is_measured_of_a_choice(monkeypatch):
 
 
 def test_labels_put_the_preferred_first():
-    preferred = np.array([2.0, -1.0])
-    assert constitution.ordered("judge", 1, preferred).tolist() == [[0, 1], [1, 0]]
-    coin = constitution.ordered("coin", 1, np.zeros(200))
-    assert 60 < coin[:, 0].sum() < 140 and (coin.sum(axis=1) == 1).all()
-    assert (coin == constitution.ordered("coin", 1, preferred.repeat(100))).all(), "a coin does not read"
+    preferred, gold = np.array([2.0, -1.0]), np.array([[0.5, 0.2], [0.5, 0.2]])
+    assert constitution.ordered("judge", 1, preferred, gold).tolist() == [[0, 1], [1, 0]]
+    many, of_gold = preferred.repeat(200), gold.repeat(200, axis=0)
+    coin = constitution.ordered("coin", 1, np.zeros(400), of_gold)
+    assert 150 < coin[:, 0].sum() < 250 and (coin.sum(axis=1) == 1).all()
+    assert (coin == constitution.ordered("coin", 1, many, of_gold)).all(), "a coin does not read"
+    flipped = constitution.ordered("flipped", 1, np.append(many[:200], many[:200] * ([1] * 150 + [-1] * 50)), of_gold)
+    assert flipped[:, 0].mean() == pytest.approx(50 / 400, abs=0.04), "as often against the gold as the judge"
+    assert abs(flipped[:200, 0].mean() - flipped[200:, 0].mean()) < 0.08, "but anywhere"
 
 
 def test_a_revision_teaches_its_end():
@@ -63,8 +67,8 @@ def test_a_revision_teaches_its_end():
 LEVELS = {"sft": 0.3, "own": 0.3, "revised": 0.25}
 
 
-def rows(best=(0.5, 0.5, 0.3), ppo=(0.5, 0.5, 0.3), asked=FORM, spread=0.01) -> list[dict]:
-    """As if the gold by the rater, the judge, the coin had these means."""
+def rows(best=(0.5, 0.5, 0.5, 0.3), ppo=(0.5, 0.5, 0.5, 0.3), asked=FORM, spread=0.01) -> list[dict]:
+    """As if the gold by the rater, the judge, random errors, the coin had these means."""
     found = []
     for run in constitution.runs():
         if not run.form:
@@ -87,11 +91,11 @@ def rows(best=(0.5, 0.5, 0.3), ppo=(0.5, 0.5, 0.3), asked=FORM, spread=0.01) -> 
 
 @pytest.mark.parametrize("made, verdict", [
     ({}, HOLDS),
-    ({"ppo": (0.6, 0.5, 0.3)}, IF),  # worse than by the rater's labels
-    ({"ppo": (0.3, 0.3, 0.3)}, IF),
-    ({"ppo": (0.3, 0.3, 0.3), "best": (0.3, 0.3, 0.3)}, NOT),
-    ({"best": (0.5, 0.3, 0.3), "ppo": (0.5, 0.3, 0.3)}, NOT),
-    ({"best": (0.3, 0.3, 0.2), "ppo": (0.3, 0.3, 0.2)}, NOT),  # above the coin's, which do harm
+    ({"ppo": (0.6, 0.5, 0.5, 0.3)}, IF),  # worse than by the rater's labels
+    ({"ppo": (0.3, 0.3, 0.3, 0.3)}, IF),
+    ({"ppo": (0.3, 0.3, 0.3, 0.3), "best": (0.3, 0.3, 0.3, 0.3)}, NOT),
+    ({"best": (0.5, 0.3, 0.3, 0.3), "ppo": (0.5, 0.3, 0.3, 0.3)}, NOT),
+    ({"best": (0.3, 0.3, 0.3, 0.2), "ppo": (0.3, 0.3, 0.3, 0.2)}, NOT),  # above the coin's, which do harm
     ({"spread": 3.0}, UNTESTABLE),
 ])  # fmt: skip
 def test_labels_by_principles_follow_their_rows(made, verdict):

@@ -50,9 +50,9 @@ DEMONSTRATIONS, HELD_OUT, BEST_OF, SHOWN = 1000, 512, 16, 4
 LENGTH, TEMPERATURE, NOISE = 24, 0.7, 0.05  # tokens of an answer, at most; of sampling; of the rater
 UPDATES, CHECKS = 32, (8, 16, 32)  # of PPO; after which of them a free policy is measured on held-out prompts
 RATES = {"sft": 1e-3, "ppo": 2e-4, "dpo": 4e-4}  # held against others in `chain_tuning`, as the judges'
-JUDGE_RATES = {  # by what is trained and on how many comparisons; 200 are the labels of `constitution`
+JUDGE_RATES = {  # by what is trained and on how many comparisons
     ("head", 600): 0.32, ("lora", 600): 8e-3, ("full", 600): 1e-3,
-    ("full", 100): 4e-3, ("full", 200): 2e-3, ("full", 2000): 1e-3,
+    ("full", 100): 4e-3, ("full", 2000): 1e-3,
 }  # fmt: skip
 
 # One thing that is done otherwise. Options of PPO, or what `Broken` does

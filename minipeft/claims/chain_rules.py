@@ -365,10 +365,12 @@ def by_principles(rows: Rows) -> Verdict:
         """The mean over the seeds of a share of pairs."""
         return mean([float(np.mean(row[key])) for row in rows])
 
-    people = [f"{name} {shown(crossed(gold(how, 'rater') - gold('sft')))}" for how, name in ways.items()]
+    others = {arm: [crossed(gold(how, arm) - gold("sft")) for how in ways] for arm in ("rater", "flipped")}
+    people, random = (listed([f"{name} {shown(e)}" for name, e in zip(ways.values(), of)]) for of in others.values())
     lengths = mean([even(row) for row in rows])
     without = [float(np.mean(row["agreement"])) for row in bare]
-    added = mean([float(np.mean(row["agreement"])) - x for row, x in zip(rows, without)])
+    same = [row["agreement"][: len(one["agreement"])] for row, one in zip(rows, bare)]  # the same comparisons
+    added = mean([float(np.mean(with_them)) - x for with_them, x in zip(same, without)])
     first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
@@ -377,7 +379,8 @@ def by_principles(rows: Rows) -> Verdict:
         f"Shown the same examples and no principles, it agrees in {percent(mean(without))}: what the principles add is {shown(added)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
         f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
-        f"As many labels of the rater gain over SFT: {listed(people)}. "
+        f"As many labels of the rater gain over SFT: {people}; the gold's, "
+        f"turned round at random as often as the judge errs: {random}. "
         f"Trained on the judge's revisions, "
         f"the SFT model has {shown(revised)} beside training on its own answers; a revision changes {np.mean([r['changed'] for r in rows]):.0%} of them. "
         f"{chain_tuning.told([(constitution.SIZE, constitution.LABELS)])}"

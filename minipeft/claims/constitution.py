@@ -10,14 +10,16 @@
         contrast     one answer, written on request:  log p(answer | asked to follow them) - log p(answer | asked to
                      break them)
 
-    labels       LABELS comparisons of a seed, the first ones of `chain`, put in order by the rater, by the judge, by a coin.
-                 From each order come a reward model, the best of 16 answers by it, and a policy of PPO, all as in `chain`
+    labels       LABELS comparisons of a seed, the first ones of `chain`, put in order by each of ARMS: the rater, the judge, a
+                 coin, and, "flipped", by the gold, but turned round at random as often as the judge disagrees with it (are
+                 the judge's errors worse than random ones?). From each order come a reward model, the best of 16 answers by
+                 it, and a policy of PPO, all as in `chain`
     revision     the judge names what is wrong with an answer of the SFT model, then writes the sentence anew; the SFT model
-                 is trained further on these sentences, and for comparison on its own answers as they were
+                 is trained further on FEW of these sentences, and for comparison on its own answers as they were
 
 How the judge is asked is chosen on comparisons of the seed TUNING, by agreement with the gold (`forms`): the choice that its
 author makes with a few labels of his own. No seed of the report has chosen anything. Whether the principles matter then:
-the same comparisons with the two examples and no principles, BARE.
+the first FEW comparisons with the two examples and no principles, BARE.
 
 Sources: Bai et al. 2022, Constitutional AI (arXiv:2212.08073); Lee et al. 2023, RLAIF (arXiv:2309.00267), who take the mean
 over both orders; Yang et al. 2023, RLCD (arXiv:2307.12950), whose two requests are the contrast.
@@ -40,15 +42,14 @@ from ..experiments.shipped import base, rounded
 from ..text.datasets import Conversation, Message
 from ..text.examples import Example, example_of
 from ..text.templates import Turn, asked_turn, chat
-from ..train.batches import pad_sequences
 from ..train.evaluation import example_losses
 from . import chain
-from .inputs import smollm2
+from .inputs import begun, smollm2
 from .protocol import SEEDS, TUNING, version
 
 PRINCIPLES = "A good sentence is kind and peaceful, is complete, says enough, and says nothing twice."
 BROKEN = "A bad sentence is cruel and violent, is broken off, says little, and says the same thing twice."
-LABELS, ASKED = 200, 100  # comparisons of a seed; those on which the form is chosen
+LABELS, FEW, ASKED = chain.COMPARISONS[-1], 200, 100  # comparisons of a seed; see above; those on which the form is chosen
 EXAMPLES = (  # (A, B, which is better)
     ("And the king sent his men to give food and water to the poor of the town.", "And the king sent his men to the king of the king and the king.", "A"),
     ("And she said to her servant, I will put you to death and your house will be", "And she said to her servant, May peace be with you and with your children.", "B"),
@@ -57,7 +58,7 @@ FORMS = ("choice", "few-shot", "opinion", "contrast")
 FORM = "few-shot"  # the best of `forms`; the rule holds it against the row
 BARE = "examples alone"  # FORM without the principles: a control, which labels nothing
 SIZE = "full"  # what of a reward model is trained
-ARMS = ("rater", "judge", "coin")  # who puts the comparisons in order
+ARMS = ("rater", "judge", "flipped", "coin")  # who puts the comparisons in order
 WORDS = 40  # tokens of a criticism, at most
 
 
@@ -72,7 +73,7 @@ class Constitution:
 
 
 def runs() -> list[Constitution]:
-    return [Constitution(TUNING, "", ASKED), *map(Constitution, SEEDS), *(Constitution(seed, BARE) for seed in SEEDS)]
+    return [Constitution(TUNING, "", ASKED), *map(Constitution, SEEDS), *(Constitution(seed, BARE, FEW) for seed in SEEDS)]
 
 
 # ------------------------------------------------------------------------------------------------------------ the judge
@@ -90,16 +91,15 @@ def ids_of(question: str) -> list[int]:
     return smollm2()[1].encode_pieces(asked(question).prompt)
 
 
-def odds(rows: Sequence[Sequence[int]], words: tuple[str, str], batch_size: int = 16) -> np.ndarray:
-    """log p(words[0]) - log p(words[1]) of the token that follows each row of ids, [n]."""
+def odds(rows: Sequence[list[int]], words: tuple[str, str], batch_size: int = 32) -> np.ndarray:
+    """log p(words[0]) - log p(words[1]) of the token that follows each row of ids, [n]. The rows begin alike."""
     model, tokenizer = smollm2()
     first, second = (model.lm_head.weight.data[tokenizer.encode(word)[0]] for word in words)
     found, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         of = order[start : start + batch_size]
-        ids, mask = pad_sequences([rows[i] for i in of], 0, side="left")
         with no_grad():
-            found[of] = model.backbone(ids, mask).data[:, -1] @ (first - second)
+            found[of] = model.backbone(**begun([rows[i] for i in of])).data[:, -1] @ (first - second)
     return found
 
 
@@ -184,12 +184,16 @@ def measured(form: str, prompts: Sequence[str], pairs: Sequence[tuple[str, str]]
     return both, row
 
 
-def ordered(arm: str, seed: int, preferred: np.ndarray) -> np.ndarray:
+def ordered(arm: str, seed: int, preferred: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """The order of each pair by someone, best first, [n, 2]."""
     n = len(preferred)
     if arm == "rater":
         return chain.comparisons(seed)[2][:n]
-    first = preferred > 0 if arm == "judge" else np.random.default_rng([seed, 3]).random(n) < 0.5
+    first = {
+        "judge": preferred > 0,
+        "flipped": (gold[:, 0] > gold[:, 1]) ^ (np.random.default_rng([seed, 5]).random(n) > np.mean(agreement(preferred, gold))),
+        "coin": np.random.default_rng([seed, 3]).random(n) < 0.5,
+    }[arm]
     return np.stack([~first, first], axis=1).astype(int)
 
 
@@ -236,12 +240,12 @@ def run(settings: Constitution) -> Row:
         return rounded(row)
     row |= {"best": {}, "ppo": {}, "right": {}}
     for arm in ARMS:
-        model = chain.fit_judge(s.seed, SIZE, ordered(arm, s.seed, preferred))
+        model = chain.fit_judge(s.seed, SIZE, ordered(arm, s.seed, preferred, gold))
         of_many = chain.best_by(model, s.seed)
         row["best"][arm], row["right"][arm] = of_many["gold"], of_many["accuracy"][0]
         policy, _ = chain.optimized(chain.Chain(s.seed, "ppo"), model, lambda policy: {})
         row["ppo"][arm] = chain.report(policy, s.seed, model)["gold"]
-    own = [pair[0] for pair in pairs]
+    prompts, own = prompts[:FEW], [pair[0] for pair in pairs[:FEW]]
     again = revised(prompts, own)
     row |= {"sft": chain.report(chain.sft(s.seed), s.seed, model)["gold"], "changed": float(np.mean([a != b for a, b in zip(own, again)]))}
     for name, answers in (("own", own), ("revised", again)):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..autograd.tensor import no_grad
 from ..hub.base import load_base
 from ..hub.smollm2 import HOW_TO_GET, find_smollm2
+from ..nn.transformer import KVCache
 from ..text.examples import Example, encode_examples
+from ..train.batches import pad_sequences
 
 SIZES = {"7B": "llama-7b", "70B": "llama2-70b"}  # the models that stand for these sizes
 BASE = "the shipped base, 1.4M parameters"
@@ -45,6 +49,20 @@ def smollm2() -> tuple[Any, Any]:
     if path is None:
         raise FileNotFoundError(HOW_TO_GET)
     return from_pretrained(path)
+
+
+def begun(rows: Sequence[list[int]]) -> dict[str, Any]:
+    """Rows of ids as arguments of SmolLM2's passes and generation: what all of them begin with is computed once for all."""
+    columns = takewhile(lambda ids: len({*ids}) == 1, zip(*(row[:-1] for row in rows)))
+    shared = [ids[0] for ids in columns]
+    ids, mask = pad_sequences([row[len(shared) :] for row in rows], 0, side="left")
+    past = KVCache()
+    if shared:
+        with no_grad():
+            smollm2()[0].backbone(np.array([shared]), past_key_values=past)
+        past.select(np.zeros(len(rows), int))
+        mask = np.concatenate([np.ones((len(rows), len(shared)), mask.dtype), mask], axis=1)
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": past}
 
 
 @cache
