@@ -218,7 +218,6 @@ OTHERWISE = {  # id -> (what the rule calls, what that gives in its place, the v
     "qlora-2": ("qlora.memory_ledger", lambda *a, **k: SimpleNamespace(held={"frozen weights": 10**13}), NOT),
     "qlora-3": ("qlora.footprints", lambda ids: [], NOT),
     "inst-2": ("instruction.alpaca", lambda record: [Turn((record.output,), (record.instruction,))], NOT),
-    "inst-3": ("instruction.HELD_OUT", (), NOT),
     "rlhf-1": ("rlhf.policy_loss", lambda new, *a: (new * 0).sum(), NOT),
     "rlhf-2": ("rlhf.moved", lambda before, after: ALL(before, 1.0), NOT),
     "rlhf-3": ("rlhf.reward_loss", lambda a, b: mp.Tensor(np.zeros(())), IF),

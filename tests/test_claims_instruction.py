@@ -7,12 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from minipeft.claims import following, knowledge
+import minipeft as mp
+from minipeft.claims import following, inputs, knowledge, teacher
 from minipeft.claims.following import KINDS, Following, asked, drawn, prompt, put
 from minipeft.claims.knowledge import Knowledge, facts_of, keys
 from minipeft.claims.protocol import SEEDS, version
 from minipeft.claims.register import HOLDS, IF, NOT, UNTESTABLE, UNTRIED, rule_of
 from minipeft.experiments.rows import described
+from minipeft.experiments.shipped import base
 from minipeft.text.corpora import general_corpora
 from minipeft.text.instructions import HELD_OUT, TASKS, TRAINED, pairs
 
@@ -61,6 +63,39 @@ def test_a_prompt_has_the_instruction_the_input_and_shots_of_the_same_task():
     assert few.endswith("\n\nName a synonym.\nstone (noun)\nAnswer:")
     shown = [part.split("\n")[1] for part in few.split("\n\n")[:-1]]
     assert {*shown} <= {input for input, _ in pairs("synonym", "train")}
+
+
+def test_a_teacher_answers_each_question_in_its_place_as_the_base_is_asked(monkeypatch):
+    questions, seen = drawn(TRAINED, "train", 3, 1), []
+    monkeypatch.setattr(teacher, "write", lambda prompts: seen.extend(prompts) or [p.rpartition("\n\n")[2] for p in prompts])
+    taught = put(questions, "taught", 1)
+    assert [(q.task, q.pair[0], q.phrasing) for q in taught] == [(q.task, q.pair[0], q.phrasing) for q in questions]
+    assert [q.pair[1] for q in taught] == [q.prompt for q in questions]
+    assert sorted(seen) == sorted(prompt(q, "few-shot") for q in questions)
+    following.answered.cache_clear()
+    monkeypatch.setattr(teacher, "write", lambda prompts: ["noun"] * len(prompts))
+    nouns = np.mean([q.pair[1] == "noun" for q in questions if q.task == "part-of-speech"])
+    checked = [q.task for q in questions if TASKS[q.task].check]
+    assert following.written_right(questions) == pytest.approx(nouns * checked.count("part-of-speech") / len(checked))
+    following.answered.cache_clear()
+
+
+def test_what_prompts_begin_with_is_computed_once_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(inputs, "smollm2", base)
+    monkeypatch.setattr(teacher, "smollm2", base)
+    teacher.line_breaks.cache_clear()
+    model, tokenizer = base()
+    rows = [tokenizer.encode(f"And the king said to the {who}") for who in ("man", "people of the land", "man and his son")]
+    for group in (rows, [rows[0][3:], rows[1]]):  # with and without a common beginning
+        given = inputs.begun(group)
+        with mp.no_grad():
+            last = model.backbone(**given).data[:, -1]
+            alone = [model.backbone(np.array([row])).data[0, -1] for row in group]
+        np.testing.assert_allclose(last, alone, atol=1e-4)
+    prompts = [tokenizer.decode(row) for row in rows]
+    written = [mp.ask(model, tokenizer, prompt, max_new_tokens=teacher.TOKENS)[0] for prompt in prompts]
+    assert teacher.write(prompts) == [text.partition("\n")[0].strip() for text in written]
+    teacher.line_breaks.cache_clear()
 
 
 def test_the_same_input_and_answer_stand_under_the_instructions_of_tasks_with_such_inputs():
@@ -156,6 +191,7 @@ def following_rows(id: str, right: dict[str, dict[str, float]]) -> list[dict]:
         tasks = {kind: ["source", "use"] * (ITEMS // 2) for kind in KINDS}
         made = {"tasks": tasks, "tokens": {kind: [2] * ITEMS for kind in KINDS}, "answers": answers, "nll": nll}
         made |= {"guess": everywhere(1 / 3)} if one.arm in following.INSTRUCTED else {}
+        made |= {"written": [0.4, 0.42, 0.41, 0.39, 0.4]} if one.arm == "taught" else {}
         rows.append(described(one) | made | ({"followed": answers} if one.arm in following.INSTRUCTED else {}))
     return rows
 
@@ -187,6 +223,21 @@ def test_instructions_are_followed_where_their_words_make_the_difference(id):
     assert "instructions followed, tuned over guess, new tasks" in names
     assert ("instructions followed, tuned over shuffled, new tasks" in names) is (id == "inst-1")
     assert ("- new inputs: tuned 0." in found.because and "a guess 0.333." in found.because) is (id == "inst-1")
+
+
+def test_a_teacher_helps_where_its_pupil_is_better_than_the_base_and_not_worse_than_people_s():
+    rule = rule_of("inst-3")
+    made = {"base": LOW, "taught": HIGH, "tuned": HIGH}
+    found = rule.judge(following_rows("inst-3", made))
+    assert (found.verdict, found.seeds, found.items) == (HOLDS, 5, ITEMS) and found.effect.low > 0.3
+    assert "right in 0.404" in found.because
+    worse = rule.judge(following_rows("inst-3", made | {"tuned": everywhere(0.7)}))
+    assert worse.verdict == IF and "taught beside tuned, new phrasings: worse" in worse.because
+    assert rule.judge(following_rows("inst-3", made | {"base": HIGH, "tuned": everywhere(0.7)})).verdict == NOT
+    rows = following_rows("inst-3", made)
+    rows[1]["answers"]["inputs"][2] = None
+    assert rule.judge(rows).verdict == UNTESTABLE
+    assert not rule.experiment.affordable({"arm": "taught"}) and rule.experiment.affordable({"arm": "tuned"})
 
 
 def test_what_diverged_or_lacks_an_arm_is_no_verdict():

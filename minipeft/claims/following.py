@@ -9,6 +9,7 @@ model there is one that has seen the same inputs and answers under instructions 
     shuffled   tuned; each record has the instruction of another record, drawn at random: the same words, which say nothing
     bare       tuned, and asked, without instructions: pairs of an input and an answer
     tuned      on the seven tasks of `text.instructions`, in four phrasings each
+    taught     tuned on the same inputs and instructions, with a teacher's answers (`teacher`) in the place of people's
 
 Three things are new in turn: the input; the words of the instruction as well; the task as well. What is measured:
 
@@ -28,12 +29,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..evaluation.answers import ask
-from ..evaluation.intervals import Estimate
+from ..evaluation.intervals import Estimate, mean
 from ..experiments.rows import Row
 from ..experiments.shipped import base, spaced
 from ..peft.methods import METHODS
@@ -41,7 +43,8 @@ from ..text.datasets import Completion
 from ..text.examples import Example, encode_examples
 from ..text.instructions import HELD_OUT, TASKS, TRAINED, Pair, pairs, phrase
 from ..train.evaluation import example_losses
-from .comparison import Beside, better, told
+from . import teacher
+from .comparison import Beside, better, both, not_inferior, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
 from .register import UNTESTABLE, Number, Verdict, as_number, itemized, listed
@@ -52,7 +55,7 @@ KINDS = {  # what is new: of which tasks, in which words
     "inputs": (TRAINED, "phrasings"), "phrasings": (TRAINED, "held_out_phrasings"), "tasks": (HELD_OUT, "held_out_phrasings"),
 }  # fmt: skip
 ALIKE = ("define", "use", "synonym"), ("rewrite", "continue"), HELD_OUT  # tasks whose inputs do not tell which is asked
-INSTRUCTED = "base", "shuffled", "tuned"  # who is asked by an instruction alone
+INSTRUCTED = "base", "shuffled", "taught", "tuned"  # who is asked by an instruction alone
 SHOTS, SHORT = 3, 100  # answered questions in a prompt; characters of such a pair at most
 TOKENS = 14  # of an answer at most
 LEAST = 0.01  # nats per token: a rate that is better by less is not better
@@ -101,12 +104,22 @@ def drawn(tasks: Sequence[str], split: str, n: int, seed: int, words: str = "phr
 
 def put(questions: Sequence[Question], arm: str, seed: int) -> list[Question]:
     """The questions as the arm trains on them."""
+    if arm == "taught":
+        return answered(tuple(questions))
     if arm == "bare":
         return [q._replace(phrasing="{input}") for q in questions]
     if arm == "shuffled":
         order = np.random.default_rng(seed).permutation(len(questions))
         return [q._replace(phrasing=questions[i].phrasing) for q, i in zip(questions, order)]
     return list(questions)
+
+
+@cache
+def answered(questions: tuple[Question, ...]) -> list[Question]:
+    """The questions with the teacher's answers; it is shown answered questions as the base is that is not tuned."""
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].task, questions[i].phrasing))
+    written = dict(zip(order, teacher.write([prompt(questions[i], "few-shot") for i in order])))
+    return [q._replace(pair=(q.pair[0], written[i])) for i, q in enumerate(questions)]
 
 
 def asked(arm: str, kind: str, n: int) -> list[Question]:
@@ -176,16 +189,20 @@ def measure(model: Any, s: Following) -> dict[str, Any]:
 
 def tune(s: Following, rate: float, seed: int) -> Any:
     """The base tuned for the steps, each a batch of records, equally many of each task; None where it diverged."""
-    model, n = base()[0].copy().requires_grad_(True), s.steps * s.batch_size
-    records = put(drawn(TRAINED, "train", -(-n // len(TRAINED)), seed), s.arm, seed)
-    pad = base()[1].pad_token_id
-    done = train(model, encode(records), rate, s.steps, s.batch_size, seed, pad_token_id=pad, packing=True)
+    model, pad = base()[0].copy().requires_grad_(True), base()[1].pad_token_id
+    done = train(model, encode(put(records(s, seed), s.arm, seed)), rate, s.steps, s.batch_size, seed, pad_token_id=pad, packing=True)
     return None if done is None else model
+
+
+def records(s: Following, seed: int) -> list[Question]:
+    """What is trained on, before it is put as the arm has it."""
+    return drawn(TRAINED, "train", -(-s.steps * s.batch_size // len(TRAINED)), seed)
 
 
 def run(s: Following) -> Row:
     """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items], and how often a
-    guess follows; of an arm that is tuned the rate, and [[rate, loss on validation], ...]. A seed that diverged has None."""
+    guess follows; of an arm that is tuned the rate, and [[rate, loss on validation], ...]; of "taught" also written [seeds],
+    the share of the teacher's answers that are right, where that can be checked. A seed that diverged has None."""
     tokens = {kind: answer_tokens(asked(s.arm, kind, s.answered)) for kind in KINDS}
     row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.answered)] for kind in KINDS}, "tokens": tokens}
     if s.arm in INSTRUCTED:
@@ -203,8 +220,16 @@ def run(s: Following) -> Row:
         row["rates"] = curve(tried)
         models = (tune(s, row["rate"], seed) for seed in s.seeds)
         found = [None if model is None else measure(model, s) for model in models]
+    if s.arm == "taught":
+        row["written"] = [written_right(records(s, seed)) for seed in s.seeds]
     keys = ("answers", "nll", *["followed"] * (s.arm in INSTRUCTED))
     return row | {key: {kind: [None if one is None else one[key][kind] for one in found] for kind in KINDS} for key in keys}
+
+
+def written_right(questions: Sequence[Question]) -> float:
+    """How often the teacher's answer is right, of those that can be checked."""
+    both = zip(questions, answered(tuple(questions)))
+    return float(np.mean([TASKS[q.task].check(*q.pair, own.pair[1]) for q, own in both if TASKS[q.task].check]))
 
 
 def answer_tokens(questions: Sequence[Question]) -> list[int]:
@@ -215,9 +240,15 @@ def answer_tokens(questions: Sequence[Question]) -> list[int]:
 NAMES = {"answers": "right answers", "followed": "instructions followed", "nll": "loss"}
 
 
-def experiment(*arms: str) -> ByItem:
+class Cells(ByItem):
+    def affordable(self, row: Mapping[str, Any]) -> bool:
+        """Not where the teacher is asked: that takes minutes, and SmolLM2."""
+        return row["arm"] != "taught"
+
+
+def experiment(*arms: str) -> Cells:
     """The cells of some arms; all have one file."""
-    return ByItem("following", run, lambda: [Following(arm) for arm in arms], tolerance=0.1)
+    return Cells("following", run, lambda: [Following(arm) for arm in arms], tolerance=0.1)
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -252,6 +283,32 @@ def _share(e: Estimate) -> str:
 
 
 CONTROL = "followed", "the control or a guess"  # whichever follows more
+
+
+def by_teacher(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Whether the model that a teacher taught gives clearly more right answers than the base, and not fewer than the one that
+    is tuned on people's answers. Beside it stands the share of right answers that the teacher wrote, and those of all. (New
+    tasks are left out: at these none of the three gives right answers, so all are equal.)"""
+    try:
+        found = {kind: reports(rows, kind, "answers") for kind in ("inputs", "phrasings")}
+    except ValueError as error:
+        return Verdict(UNTESTABLE, f"{error}.".capitalize())
+    helps, equal = (
+        told([Beside(f"new {kind}", "taught", of["taught"], other, of[other], "answers") for kind, of in found.items()], holds,
+             "tasks with instructions", beside=len(found))
+        for other, holds in (("base", better), ("tuned", not_inferior))
+    )  # fmt: skip
+    written = mean(next(row["written"] for row in rows if "written" in row))
+    own, of_people = (right(found["inputs"][arm].values).value for arm in ("taught", "tuned"))
+    because = (
+        f"The teacher, SmolLM2-135M-Instruct, shown {SHOTS} answered questions of a task, wrote answers that are right in {_share(written)}, "
+        f"where that can be checked. Tuned on these, the base is right in {own:.3f} of new inputs, on people's in {of_people:.3f}."
+    )  # fmt: skip
+    numbers = [as_number("the teacher, for training", written, "right")]
+    for kind, of in found.items():
+        numbers += [as_number(f"{arm}, new {kind}", right(one.values), "right") for arm, one in of.items()]
+    judged = both(helps, equal)
+    return replace(judged, because=f"{because} {judged.because}", evidence=[*judged.evidence, *numbers])
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], *compared: tuple[str, str]) -> Verdict:

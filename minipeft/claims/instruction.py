@@ -1,4 +1,4 @@
-"""Instruction tuning: the format, whether the instruction is followed, and what of the published schemes is here."""
+"""Instruction tuning: the format, whether the instruction is followed, and whether a teacher's answers will do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 from ..text.datasets import Instruction
 from ..text.examples import encode_turns
-from ..text.instructions import HELD_OUT, TASKS, TRAINED
-from ..text.templates import ALPACA_WITH_INPUT, alpaca
+from ..text.templates import alpaca
 from ..train.batches import IGNORE
 from . import following
 from .inputs import base
-from .register import NOT, UNTESTABLE, Number, Verdict, claim, graded
+from .register import Number, Verdict, claim, graded
 
 WITH = Instruction("Give the meaning of this word.", "stone", "a hard piece of rock")
 WITHOUT = Instruction("Give the meaning of stone.", "", "a hard piece of rock")
@@ -66,20 +65,15 @@ def form() -> Verdict:
     )
 
 
-@claim("inst-3", lesson="08_instruction_tuning.py", section="1 · The data: tasks, and ways to ask")
-def schemes() -> Verdict:
-    """Holds if a run has tried what three papers did, and found it so; none has, as that is on record. It cannot be tested here as long as the
-    package's own data follow the scheme that the statement gives to FLAN, several tasks in several phrasings each, some of
-    them held out, and its template is Alpaca's, with the headings of its three parts; does not hold here otherwise."""
-    phrasings = [len(TASKS[name].phrasings) for name in TRAINED]
-    headings = all(f"### {part}:" in ALPACA_WITH_INPUT for part in ("Instruction", "Input", "Response"))
-    follows = len(TRAINED) > 1 and min(phrasings, default=0) > 1 and bool(HELD_OUT) and headings
-    return Verdict(
-        UNTESTABLE if follows else NOT,
-        "What three papers did is on record (Wei et al. 2022, arXiv:2109.01652; Taori et al. 2023; Ouyang et al. 2022, "
-        f"arXiv:2203.02155); of FLAN the package has {len(TRAINED)} tasks in at least {min(phrasings)} phrasings each and "
-        f"{len(HELD_OUT)} held out, of Alpaca the template, of InstructGPT the chain of rlhf-2; whether a teacher's data "
-        "help is not tried yet.",
-        Number("tasks to train on", len(TRAINED)),
-        [Number("tasks held out", len(HELD_OUT)), *(Number(f"phrasings of {name}", n) for name, n in zip(TRAINED, phrasings))],
-    )  # fmt: skip
+@claim(
+    "inst-3",
+    lesson="08_instruction_tuning.py",
+    section="1 · The data: tasks, and ways to ask",
+    experiment=following.experiment("base", "taught", "tuned"),
+)
+def taught(rows: Rows) -> Verdict:
+    """Holds if, asked about new inputs, and in new words, the base tuned on a teacher's answers clearly gives more right answers than
+    the base, and is not inferior (interval above -0.02) to the base tuned on people's answers to the same; holds if in some
+    of these four comparisons; does not hold here if in none. (That three papers did so is on record; whether a teacher's
+    data help is what can be tried.)"""
+    return following.by_teacher(rows)
