@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .comparison import (
     CASES,
     KEYS,
     SIZES,
+    UNITS,
     Beside,
     Case,
     Pair,
@@ -35,7 +37,7 @@ from .comparison import (
     worse,
 )
 from .protocol import SHOTS, TABLE, VALIDATION, At, Fits, alike, chosen, finder, reported, search, tuned, untrained
-from .register import Number, Verdict, claim, graded, listed, measured, those
+from .register import Number, Verdict, as_number, claim, graded, listed, measured, those
 from .searches import Searches
 from .standings import flops
 
@@ -71,8 +73,8 @@ UNTRAINED = Searches.of("league", [untrained(task, n) for task in KEYS for n in 
 
 PRETRAINED = [
     Pair(f"{few.task}, {few.examples} and {many.examples} examples", "full", way("full", few), "scratch", way("scratch", many))
-    for cases in (FEW, MIDDLE)
-    for few, many in zip(cases, MANY)
+    for fewer, more in ((FEW, MIDDLE), (FEW, MANY), (MIDDLE, MANY))
+    for few, many in zip(fewer, more)
 ]
 
 
@@ -83,14 +85,18 @@ PRETRAINED = [
     experiment=Searches.pairs("league", PRETRAINED),
 )
 def pretrained(rows: Rows) -> Verdict:
-    """Holds if the base tuned on 50 examples, and on 500, is not inferior (interval above -0.02) to the same shape trained from random
-    weights on 5,000, on both tasks; holds if in some of these four cases; does not hold here if in none. Both have their own rate,
-    epochs and batch size, and every weight is trained."""
-    find = finder(rows)
+    """Holds if the base tuned on 50 examples is not inferior (interval above -0.02) to the same shape trained from random weights on
+    500, and on 5,000, and tuned on 500 not to that trained on 5,000, on both tasks; holds if in some of these six cases; does not
+    hold here if in none. Both have their own rate, epochs and batch size, and every weight is trained."""
+    find, curves = finder(rows), []
     found = judged(find, PRETRAINED, not_inferior)
+    for case, method in product(CASES, ("full", "scratch")):
+        if (of := protocol.report(find, way(method, case), KEYS[case.task])) is not None:
+            curves.append(as_number(f"{method}, {case.name}", of.mean, UNITS[KEYS[case.task]]))
     spent = [flops(TABLE["full"].config(1), tuned(find, of)[0]) for pair in PRETRAINED for of in (pair.other, pair.one)]
     more = listed([f"{scratch / few:.0f}" for scratch, few in zip(spent[::2], spent[1::2])])
-    return replace(found, because=f"{found.because}\n\nThe training from random weights took {more} times the FLOPs.")
+    because = f"{found.because}\n\nThe training from random weights took {more} times the FLOPs."
+    return replace(found, because=because, evidence=[*found.evidence, *curves])
 
 
 # ----------------------------------------------------------------------------------------------------- full fine-tuning
