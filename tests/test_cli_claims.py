@@ -24,7 +24,7 @@ def ruleless(monkeypatch):
 def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys, monkeypatch):
     from minipeft.cli import claims as command
 
-    some = {id: claims.judge(id) for id in ("lora-6", "lora-1", "lora-4", "soft-7", "inst-3")}  # one of each verdict
+    some = {id: claims.judge(id) for id in ("lora-6", "lora-1", "lora-4", "soft-7", "full-3")}  # one of each verdict
     monkeypatch.setattr(command, "judge", lambda id: some.get(id) or claims.Verdict(UNTRIED, "No rule judges it."))
     status, out, err = output(capsys, "claims")
     assert (status, err) == (0, "")
