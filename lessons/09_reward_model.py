@@ -408,10 +408,10 @@ assert crossed(by["judge"]["best"] - by["rater"]["best"]).high < 0 < crossed(by[
 
 # %% [markdown]
 # It takes the first in nearly all pairs, so asked once it agrees with the gold in half; over both orders in 0.62. The
-# principles add nothing clear, so that it follows them is not shown. By 2,000 labels of the rater both ways gain
-# clearly over the SFT model; by as many of the judge neither does, and its best of 16 stays clearly below the rater's.
+# principles add nothing clear: that it follows them is not shown. By 2,000 labels of the rater both gain
+# clearly over the SFT model; by as many of the judge neither does, and its best of 16 is clearly below the rater's.
 # *Flipped* are the gold's labels, turned round at random as often as the judge errs: their best of 16 is clearly below
-# the judge's. So its errors harm less than random ones; that it is biased is not shown. With a large judge, Lee et al.
+# the judge's. Its errors harm less than random ones; that it is biased is not shown. With a large judge, Lee et al.
 # 2023 (arXiv:2309.00267) find, people prefer summaries of policies trained on AI's or people's labels to the SFT
 # model's in some 70 %.
 #
