@@ -104,7 +104,7 @@ def test_labels_by_principles_follow_their_rows(made, verdict):
     assert found.verdict == verdict and found.seeds == 5
     assert found.effect.low <= found.effect.value <= found.effect.high
     assert "Trained on the judge's revisions, the SFT model has" in found.because
-    assert "no principles, it agrees in 20% [-3%, 43%]: what the principles add is +0.47 [+0.24, +0.69]" in found.because
+    assert "no principles, it agrees in 20% [-3%, 43%], with them in 67%: what the principles add is +0.47 [+0.24, +0.69]" in found.because
 
 
 def test_who_goes_by_length_alone_is_right_in_half():

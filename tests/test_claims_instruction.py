@@ -80,6 +80,14 @@ def test_a_teacher_answers_each_question_in_its_place_as_the_base_is_asked(monke
     following.answered.cache_clear()
 
 
+def test_one_constant_answer_is_right_as_often_as_the_most_frequent():
+    questions = asked("taught", "inputs", 768)
+    found, tasks = np.array(following.constant(questions)), np.array([q.task for q in questions])
+    assert found[tasks == "source"].mean() == pytest.approx(1 / 3, abs=1e-6), "as many of each book"
+    nouns = np.mean([q.pair[1] == "noun" for q in questions if q.task == "part-of-speech"])
+    assert found[tasks == "part-of-speech"].mean() == nouns > 0.5
+
+
 def test_what_prompts_begin_with_is_computed_once_and_changes_nothing(monkeypatch):
     monkeypatch.setattr(inputs, "smollm2", base)
     monkeypatch.setattr(teacher, "smollm2", base)
@@ -191,7 +199,8 @@ def following_rows(id: str, right: dict[str, dict[str, float]]) -> list[dict]:
         tasks = {kind: ["source", "use"] * (ITEMS // 2) for kind in KINDS}
         made = {"tasks": tasks, "tokens": {kind: [2] * ITEMS for kind in KINDS}, "answers": answers, "nll": nll}
         made |= {"guess": everywhere(1 / 3)} if one.arm in following.INSTRUCTED else {}
-        made |= {"written": [0.4, 0.42, 0.41, 0.39, 0.4]} if one.arm == "taught" else {}
+        if one.arm == "taught":
+            made |= {"written": [0.4, 0.42, 0.41, 0.39, 0.4], "constant": {kind: shares(0.3)[0] for kind in KINDS}}
         rows.append(described(one) | made | ({"followed": answers} if one.arm in following.INSTRUCTED else {}))
     return rows
 
@@ -233,7 +242,9 @@ def test_a_teacher_helps_where_its_pupil_is_better_than_the_base_and_not_worse_t
     assert "right in 0.404" in found.because
     worse = rule.judge(following_rows("inst-3", made | {"tuned": everywhere(0.7)}))
     assert worse.verdict == IF and "taught beside tuned, new phrasings: worse" in worse.because
-    assert rule.judge(following_rows("inst-3", made | {"base": HIGH, "tuned": everywhere(0.7)})).verdict == NOT
+    assert rule.judge(following_rows("inst-3", made | {"base": HIGH, "taught": LOW, "tuned": HIGH})).verdict == NOT
+    by_rote = rule.judge(following_rows("inst-3", made | {"taught": everywhere(0.2)}))
+    assert by_rote.verdict == IF and "taught beside constant, new inputs: worse" in by_rote.because
     rows = following_rows("inst-3", made)
     rows[1]["answers"]["inputs"][2] = None
     assert rule.judge(rows).verdict == UNTESTABLE

@@ -369,14 +369,15 @@ def by_principles(rows: Rows) -> Verdict:
     people, random = (listed([f"{name} {shown(e)}" for name, e in zip(ways.values(), of)]) for of in others.values())
     lengths = mean([even(row) for row in rows])
     without = [float(np.mean(row["agreement"])) for row in bare]
-    same = [row["agreement"][: len(one["agreement"])] for row, one in zip(rows, bare)]  # the same comparisons
-    added = mean([float(np.mean(with_them)) - x for with_them, x in zip(same, without)])
+    same = [float(np.mean(row["agreement"][: len(one["agreement"])])) for row, one in zip(rows, bare)]  # the same comparisons
+    added = mean([x - y for x, y in zip(same, without)])
     first, longer, revised = share("first"), share("longer"), crossed(gold("revised") - gold("own"))
     because = (
         f"Asked about two answers, the judge takes the one that is shown first in {first.value:.0%}; over both orders it agrees with the gold in "
         f"{percent(share('agreement'))}, and takes the longer answer in {percent(longer)}, the gold in {share('gold_longer').value:.0%}; with length "
         f"averaged out (the mean of its agreement where the longer has more gold and where the shorter has) it agrees in {percent(lengths)}. "
-        f"Shown the same examples and no principles, it agrees in {percent(mean(without))}: what the principles add is {shown(added)}. "
+        f"On the first {bare[0]['labels']}, shown the same examples and no principles, it agrees in {percent(mean(without))}, with them in "
+        f"{np.mean(same):.0%}: what the principles add is {shown(added)}. "
         f"What a reward model of {rows[0]['labels']} labels gains of the gold: {itemized([f'{name}: {shown(e)}' for name, e in found.items()])}"
         f"Shown to be at most {NEAR['gold']:g} worse than by the rater's: {listed([n.removesuffix(rater) for n, so in equal.items() if so])}. "
         f"As many labels of the rater gain over SFT: {people}; the gold's, "

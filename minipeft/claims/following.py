@@ -27,6 +27,7 @@ who change instructions and answers to see what is used.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -202,7 +203,8 @@ def records(s: Following, seed: int) -> list[Question]:
 def run(s: Following) -> Row:
     """The row of a cell: answers, nll and followed [seeds, items] by what is new, tokens and tasks [items], and how often a
     guess follows; of an arm that is tuned the rate, and [[rate, loss on validation], ...]; of "taught" also written [seeds],
-    the share of the teacher's answers that are right, where that can be checked. A seed that diverged has None."""
+    the share of the teacher's answers that are right, where that can be checked, and constant [items], whether one answer to
+    all questions of a task would be right. A seed that diverged has None."""
     tokens = {kind: answer_tokens(asked(s.arm, kind, s.answered)) for kind in KINDS}
     row: Row = {"tasks": {kind: [q.task for q in asked(s.arm, kind, s.answered)] for kind in KINDS}, "tokens": tokens}
     if s.arm in INSTRUCTED:
@@ -222,6 +224,7 @@ def run(s: Following) -> Row:
         found = [None if model is None else measure(model, s) for model in models]
     if s.arm == "taught":
         row["written"] = [written_right(records(s, seed)) for seed in s.seeds]
+        row["constant"] = {kind: constant(asked(s.arm, kind, s.answered)) for kind in KINDS}
     keys = ("answers", "nll", *["followed"] * (s.arm in INSTRUCTED))
     return row | {key: {kind: [None if one is None else one[key][kind] for one in found] for kind in KINDS} for key in keys}
 
@@ -230,6 +233,13 @@ def written_right(questions: Sequence[Question]) -> float:
     """How often the teacher's answer is right, of those that can be checked."""
     both = zip(questions, answered(tuple(questions)))
     return float(np.mean([TASKS[q.task].check(*q.pair, own.pair[1]) for q, own in both if TASKS[q.task].check]))
+
+
+def constant(questions: Sequence[Question]) -> list[int]:
+    """[items], whether the task's most frequent answer is right: what knowing no more than the form of answers may earn."""
+    answers = Counter((q.task, q.pair[1]) for q in questions)
+    usual = {task: max((a for t, a in answers if t == task), key=lambda a: answers[task, a]) for task in {q.task for q in questions}}
+    return [int(TASKS[q.task].check(*q.pair, usual[q.task])) for q in questions]
 
 
 def answer_tokens(questions: Sequence[Question]) -> list[int]:
@@ -286,27 +296,34 @@ CONTROL = "followed", "the control or a guess"  # whichever follows more
 
 
 def by_teacher(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Whether the model that a teacher taught gives clearly more right answers than the base, and not fewer than the one that
-    is tuned on people's answers. Beside it stands the share of right answers that the teacher wrote, and those of all. (New
-    tasks are left out: at these none of the three gives right answers, so all are equal.)"""
+    """Whether the model that a teacher taught gives clearly more right answers than the base, and than one constant answer to each
+    task, and not fewer than the one that is tuned on people's answers. Beside it stand the share of right answers that the
+    teacher wrote, and those of all, by task. (New tasks are left out: at these nearly nothing is right, so all are equal.)"""
     try:
         found = {kind: reports(rows, kind, "answers") for kind in ("inputs", "phrasings")}
     except ValueError as error:
         return Verdict(UNTESTABLE, f"{error}.".capitalize())
-    helps, equal = (
-        told([Beside(f"new {kind}", "taught", of["taught"], other, of[other], "answers") for kind, of in found.items()], holds,
-             "tasks with instructions", beside=len(found))
-        for other, holds in (("base", better), ("tuned", not_inferior))
-    )  # fmt: skip
-    written = mean(next(row["written"] for row in rows if "written" in row))
-    own, of_people = (right(found["inputs"][arm].values).value for arm in ("taught", "tuned"))
+    own = next(row for row in rows if "written" in row)
+    for kind, of in found.items():
+        of["constant"] = Report(None, np.broadcast_to(np.array(own["constant"][kind], float), of["taught"].values.shape), None)
+
+    def beside(other: str) -> list[Beside]:
+        return [Beside(f"new {kind}", "taught", of["taught"], other, of[other], "answers") for kind, of in found.items()]
+
+    helps = told([*beside("base"), *beside("constant")], better, "tasks with instructions", beside=len(found))
+    equal = told(beside("tuned"), not_inferior, "tasks with instructions", beside=2 * len(found))
+    written, pupil, of_people = mean(own["written"]), *(right(found["inputs"][arm].values).value for arm in ("taught", "tuned"))
     because = (
-        f"The teacher, SmolLM2-135M-Instruct, shown {SHOTS} answered questions of a task, wrote answers that are right in {_share(written)}, "
-        f"where that can be checked. Tuned on these, the base is right in {own:.3f} of new inputs, on people's in {of_people:.3f}."
+        f"The teacher, SmolLM2-135M-Instruct after {SHOTS} answered questions, wrote answers that are right in {_share(written)}, "
+        f"where that can be checked. The base tuned on these (taught) is right in {pupil:.3f} of new inputs, on people's (tuned) in "
+        f"{of_people:.3f}, each task's most frequent answer (constant) in {right(found['inputs']['constant'].values).value:.3f}."
     )  # fmt: skip
     numbers = [as_number("the teacher, for training", written, "right")]
     for kind, of in found.items():
-        numbers += [as_number(f"{arm}, new {kind}", right(one.values), "right") for arm, one in of.items()]
+        tasks = np.array(own["tasks"][kind])
+        for arm, one in of.items():
+            numbers += [as_number(f"{arm}, new {kind}", right(one.values), "right")]
+            numbers += [as_number(f"{arm}, new {kind}, {t}", right(one.values[:, tasks == t]), "right") for t in dict.fromkeys(own["tasks"][kind])]
     judged = both(helps, equal)
     return replace(judged, because=f"{because} {judged.because}", evidence=[*judged.evidence, *numbers])
 

@@ -4,7 +4,7 @@ It is shown SHOTS answered questions of the task in the same words, as the base 
 goes on, greedily, to the end of the line. So people have written three answers of each task, and the teacher all others.
 
 Sources: Wang et al. 2023, Self-Instruct (arXiv:2212.10560); Taori et al. 2023, Stanford Alpaca. There the teacher makes up the
-questions, too; here they are the same for both, so that the answers alone differ.
+questions, too; here they are the same for both, so that the answers differ, and what their tuning chooses.
 """
 
 from __future__ import annotations
