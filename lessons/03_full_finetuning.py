@@ -557,8 +557,8 @@ print(so_far(["full", "head"]), so_far(["scratch"], 5000), sep="\n\n")
 # better). *Within 4 epochs*: the worse method, or each, took the most epochs allowed, and eight are better. *Not tried
 # yet*: rows are missing.
 #
-# With a hundredth of the examples the base is clearly behind. With a tenth, 50 of `rewrite` are better than 500, by 1.8
-# nats, at a fifth of the work; 500 of `source` are equal to 5,000; two are not told.
+# With a hundredth of the examples the base is clearly behind. With a tenth, 50 of `rewrite`, it is better by 1.8 nats,
+# at a fifth of the work; with 500 of `source`, equal; two are not told.
 
 # %% [markdown]
 # > `start-1` starting from a pretrained model needs far less data and compute than training the same model from scratch

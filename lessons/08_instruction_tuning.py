@@ -9,8 +9,8 @@
 # epochs, but people preferred the later answers: the loss is not the aim.
 #
 # The loss is Lesson 3's. New are a template, a mask, rows that several records share, and above all *many tasks in
-# many words*, to teach following instructions in general. Three things can be new to a tuned model: the
-# input, the words that ask, and the task.
+# many words*, to teach following instructions in general. Three things can be new to a tuned model: the input, the
+# words that ask, and the task.
 #
 # You need Lessons 0 (seeds, intervals) and 3. Reading takes about 25 minutes (200 words or 25 lines of code a minute,
 # up to the quiz). Run it with `python lessons/08_instruction_tuning.py` (a minute on two cores), or open it as a
@@ -68,7 +68,8 @@ base, tokenizer = mp.load_base()
 # This scheme is FLAN's (Wei et al. 2022, arXiv:2109.01652). FLAN tunes 137 billion parameters on over 60 data sets in
 # 12 *clusters* of like tasks, and holds out whole clusters, since a task is hardly new if its like was trained. (So
 # our `archaize` and `name` are hardly new.) Stanford Alpaca (Taori et al. 2023) had a larger model, the *teacher*,
-# write its 52,000 instructions and answers, by *Self-Instruct* (Wang et al. 2023, arXiv:2212.10560).
+# write its 52,000 instructions and answers, by *Self-Instruct* (Wang et al. 2023, arXiv:2212.10560): from people's
+# 175 tasks it makes up others.
 
 # %%
 for name, task in TASKS.items():
@@ -87,18 +88,13 @@ assert not any("{input}" in TASKS[name].phrasings[0] for name in TRAINED), "see 
 
 # %% [markdown]
 # > `inst-3` FLAN: many tasks in many phrasings; Alpaca: data written by a teacher model; InstructGPT: SFT, then RLHF:
-# > **holds if**. The teacher, SmolLM2-135M-Instruct after 3 answered questions, wrote answers that are right in 0.360
-# > [0.346, 0.375], where that can be checked. The base tuned on these (taught) is right in 0.254 of new inputs, on
-# > people's (tuned) in 0.429, each task's most frequent answer (constant) in 0.265. Of 4 comparisons 2 are as stated, 1
-# > is not and 1 is not told:
-# >
-# > - taught beside base, new inputs: better (+0.249 [+0.223, +0.274]).
-# > - taught beside base, new phrasings: better (+0.236 [+0.214, +0.258]).
-# > - taught beside constant, new inputs: undecided (-0.011 [-0.040, +0.019]), not told.
-# > - taught beside constant, new phrasings: worse (-0.027 [-0.051, -0.003]).
-# >
-# > Taught beside tuned, new inputs: worse (-0.175 [-0.202, -0.147]); taught beside tuned, new phrasings: worse (-0.134
-# > [-0.165, -0.103]). (5 seeds, 2245 test items)
+# > **cannot be tested here**. The teacher, SmolLM2-135M-Instruct after 3 answered questions, wrote answers that are
+# > right in 0.360 [0.346, 0.375], where that can be checked. The base tuned on these (taught) is right in 0.254 of new
+# > inputs, before that in 0.006, on people's (tuned) in 0.429; each task's most frequent answer (constant) is in 0.265,
+# > and taught is clearly above it in use (new inputs) and use (new phrasings) alone. Taught beside constant, new
+# > inputs: undecided (-0.011 [-0.040, +0.019]), not told; taught beside constant, new phrasings: worse (-0.027 [-0.051,
+# > -0.003]). Taught beside tuned, new inputs: worse (-0.175 [-0.202, -0.147]); taught beside tuned, new phrasings:
+# > worse (-0.134 [-0.165, -0.103]). (5 seeds, 2245 test items)
 
 # %% [markdown]
 # ## 2 · The template, and what of it is learned
@@ -265,7 +261,8 @@ assert abs(without["position_ids"] - loss) < 1e-4 < abs(without["attention_mask"
 
 # %% [markdown]
 # The mask does; wrong positions do nothing here. Ours is a Llama: its rotary positions enter attention only as
-# differences, and within a record those are right wherever it begins.
+# differences, and within a record those are right wherever it begins. (GPT-2 *adds* its positions to the embeddings;
+# there both matter.)
 #
 # ## 4 · Train: one task, three, seven
 #
@@ -411,9 +408,9 @@ tuning.answers_picture(shares(before), shares(now), REDUCED).savefig(OUT / "08_i
 
 # %% [markdown]
 # To the new **tasks** two of the three things carry over: the loss falls by more than a nat, and nearly all checked
-# answers end, though none is right. (How much of the fall is the end alone was not measured.)
-# New **phrasings** cost less than a tenth of a nat in the mean over tasks, and the share of right answers differs by
-# less than a tenth.
+# answers end, though none is right. (How much of the fall is the end alone, one token, was not measured.) New
+# **phrasings** cost less than a tenth of a nat in the mean over tasks, and the share of right answers differs by less
+# than a tenth.
 
 # %%
 if not REDUCED:

@@ -95,7 +95,7 @@ def test_what_prompts_begin_with_is_computed_once_and_changes_nothing(monkeypatc
     model, tokenizer = base()
     rows = [tokenizer.encode(f"And the king said to the {who}") for who in ("man", "people of the land", "man and his son")]
     for group in (rows, [rows[0][3:], rows[1]]):  # with and without a common beginning
-        given = inputs.begun(group)
+        given = inputs.prefix_cached(group)
         with mp.no_grad():
             last = model.backbone(**given).data[:, -1]
             alone = [model.backbone(np.array([row])).data[0, -1] for row in group]
@@ -238,13 +238,15 @@ def test_a_teacher_helps_where_its_pupil_is_better_than_the_base_and_not_worse_t
     rule = rule_of("inst-3")
     made = {"base": LOW, "taught": HIGH, "tuned": HIGH}
     found = rule.judge(following_rows("inst-3", made))
-    assert (found.verdict, found.seeds, found.items) == (HOLDS, 5, ITEMS) and found.effect.low > 0.3
+    assert (found.verdict, found.seeds, found.items) == (HOLDS, 5, ITEMS)
+    assert found.effect.low > 0.1 and found.effect.name == "taught over constant, new inputs"
     assert "right in 0.404" in found.because
     worse = rule.judge(following_rows("inst-3", made | {"tuned": everywhere(0.7)}))
     assert worse.verdict == IF and "taught beside tuned, new phrasings: worse" in worse.because
     assert rule.judge(following_rows("inst-3", made | {"base": HIGH, "taught": LOW, "tuned": HIGH})).verdict == NOT
+    assert "clearly above it in source and use (new inputs) and source and use (new phrasings) alone" in found.because
     by_rote = rule.judge(following_rows("inst-3", made | {"taught": everywhere(0.2)}))
-    assert by_rote.verdict == IF and "taught beside constant, new inputs: worse" in by_rote.because
+    assert by_rote.verdict == NOT and "taught beside constant, new inputs: worse" in by_rote.because.lower()
     rows = following_rows("inst-3", made)
     rows[1]["answers"]["inputs"][2] = None
     assert rule.judge(rows).verdict == UNTESTABLE

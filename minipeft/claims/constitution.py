@@ -44,7 +44,7 @@ from ..text.examples import Example, example_of
 from ..text.templates import Turn, asked_turn, chat
 from ..train.evaluation import example_losses
 from . import chain
-from .inputs import begun, smollm2
+from .inputs import prefix_cached, smollm2
 from .protocol import SEEDS, TUNING, version
 
 PRINCIPLES = "A good sentence is kind and peaceful, is complete, says enough, and says nothing twice."
@@ -99,7 +99,7 @@ def odds(rows: Sequence[list[int]], words: tuple[str, str], batch_size: int = 32
     for start in range(0, len(rows), batch_size):
         of = order[start : start + batch_size]
         with no_grad():
-            found[of] = model.backbone(**begun([rows[i] for i in of])).data[:, -1] @ (first - second)
+            found[of] = model.backbone(**prefix_cached([rows[i] for i in of])).data[:, -1] @ (first - second)
     return found
 
 

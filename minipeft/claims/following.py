@@ -49,7 +49,7 @@ from .comparison import Beside, better, both, not_inferior, told
 from .mechanisms import ByItem, best_rate, curve, loss_on, train
 from .protocol import SEEDS, TUNING, Report, version
 from .register import UNTESTABLE, Number, Verdict, as_number, itemized, listed
-from .statistics import right
+from .statistics import crossed, right
 
 UNTUNED = "base", "few-shot"
 KINDS = {  # what is new: of which tasks, in which words
@@ -251,6 +251,8 @@ NAMES = {"answers": "right answers", "followed": "instructions followed", "nll":
 
 
 class Cells(ByItem):
+    """Cells of which some take a teacher."""
+
     def affordable(self, row: Mapping[str, Any]) -> bool:
         """Not where the teacher is asked: that takes minutes, and SmolLM2."""
         return row["arm"] != "taught"
@@ -296,35 +298,38 @@ CONTROL = "followed", "the control or a guess"  # whichever follows more
 
 
 def by_teacher(rows: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Whether the model that a teacher taught gives clearly more right answers than the base, and than one constant answer to each
-    task, and not fewer than the one that is tuned on people's answers. Beside it stand the share of right answers that the
-    teacher wrote, and those of all, by task. (New tasks are left out: at these nearly nothing is right, so all are equal.)"""
+    """Whether the model that a teacher taught gives clearly more right answers than the base or one constant answer to each task,
+    whichever is right more often, and not fewer than the one that is tuned on people's answers. Beside it stand the share of
+    right answers that the teacher wrote, and those of all, by task. (New tasks are left out: at these nearly nothing is
+    right, so all are equal.)"""
     try:
         found = {kind: reports(rows, kind, "answers") for kind in ("inputs", "phrasings")}
     except ValueError as error:
         return Verdict(UNTESTABLE, f"{error}.".capitalize())
-    own = next(row for row in rows if "written" in row)
+    own, above, numbers = next(row for row in rows if "written" in row), [], []
     for kind, of in found.items():
         of["constant"] = Report(None, np.broadcast_to(np.array(own["constant"][kind], float), of["taught"].values.shape), None)
-
-    def beside(other: str) -> list[Beside]:
-        return [Beside(f"new {kind}", "taught", of["taught"], other, of[other], "answers") for kind, of in found.items()]
-
-    helps = told([*beside("base"), *beside("constant")], better, "tasks with instructions", beside=len(found))
-    equal = told(beside("tuned"), not_inferior, "tasks with instructions", beside=2 * len(found))
-    written, pupil, of_people = mean(own["written"]), *(right(found["inputs"][arm].values).value for arm in ("taught", "tuned"))
-    because = (
-        f"The teacher, SmolLM2-135M-Instruct after {SHOTS} answered questions, wrote answers that are right in {_share(written)}, "
-        f"where that can be checked. The base tuned on these (taught) is right in {pupil:.3f} of new inputs, on people's (tuned) in "
-        f"{of_people:.3f}, each task's most frequent answer (constant) in {right(found['inputs']['constant'].values).value:.3f}."
-    )  # fmt: skip
-    numbers = [as_number("the teacher, for training", written, "right")]
-    for kind, of in found.items():
         tasks = np.array(own["tasks"][kind])
         for arm, one in of.items():
-            numbers += [as_number(f"{arm}, new {kind}", right(one.values), "right")]
-            numbers += [as_number(f"{arm}, new {kind}, {t}", right(one.values[:, tasks == t]), "right") for t in dict.fromkeys(own["tasks"][kind])]
-    judged = both(helps, equal)
+            of_tasks = {"": right(one.values)} | {f", {t}": right(one.values[:, tasks == t]) for t in dict.fromkeys(own["tasks"][kind])}
+            numbers += [as_number(f"{arm}, new {kind}{task}", e, "right") for task, e in of_tasks.items()]
+        gains = {t: crossed((of["taught"].values - of["constant"].values)[:, tasks == t]) for t in dict.fromkeys(own["tasks"][kind])}
+        above.append(f"{listed([t for t, e in gains.items() if e.low is not None and e.low > 0])} (new {kind})")
+
+    def beside(kind: str, other: str) -> Beside:
+        return Beside(f"new {kind}", "taught", found[kind]["taught"], other, found[kind][other], "answers")
+
+    rivals = {kind: max(("base", "constant"), key=lambda arm: of[arm].values.mean()) for kind, of in found.items()}
+    helps = told([beside(kind, rival) for kind, rival in rivals.items()], better, "tasks with instructions", beside=len(found))
+    equal = told([beside(kind, "tuned") for kind in found], not_inferior, "tasks with instructions", beside=len(found))
+    written, shares = mean(own["written"]), {arm: right(one.values).value for arm, one in found["inputs"].items()}
+    because = (
+        f"The teacher, SmolLM2-135M-Instruct after {SHOTS} answered questions, wrote answers that are right in {_share(written)}, "
+        f"where that can be checked. The base tuned on these (taught) is right in {shares['taught']:.3f} of new inputs, before that in "
+        f"{shares['base']:.3f}, on people's (tuned) in {shares['tuned']:.3f}; each task's most frequent answer (constant) is in "
+        f"{shares['constant']:.3f}, and taught is clearly above it in {listed(above)} alone."
+    )
+    judged, numbers = both(helps, equal), [as_number("the teacher, for training", written, "right"), *numbers]
     return replace(judged, because=f"{because} {judged.because}", evidence=[*judged.evidence, *numbers])
 
 

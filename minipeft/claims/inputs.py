@@ -51,7 +51,7 @@ def smollm2() -> tuple[Any, Any]:
     return from_pretrained(path)
 
 
-def begun(rows: Sequence[list[int]]) -> dict[str, Any]:
+def prefix_cached(rows: Sequence[list[int]]) -> dict[str, Any]:
     """Rows of ids as arguments of SmolLM2's passes and generation: what all of them begin with is computed once for all."""
     columns = takewhile(lambda ids: len({*ids}) == 1, zip(*(row[:-1] for row in rows)))
     shared = [ids[0] for ids in columns]

@@ -73,7 +73,7 @@ def form() -> Verdict:
 )
 def taught(rows: Rows) -> Verdict:
     """Holds if, asked about new inputs, and in new words, the base tuned on a teacher's answers clearly gives more right answers than
-    the base, and than one constant answer to each task, and is not inferior (interval above -0.02) to the base tuned on
-    people's answers to the same; holds if in some of these six comparisons; does not hold here if in none. (That three papers did so is on record; whether a teacher's
-    data help is what can be tried.)"""
+    the base or one constant answer to each task, whichever is right more often, and is not inferior (interval above -0.02)
+    to the base tuned on people's answers to the same; holds if in some of these four comparisons; does not hold here if in
+    none. (That three papers did so is on record; whether a teacher's data help is what can be tried.)"""
     return following.by_teacher(rows)

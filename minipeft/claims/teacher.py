@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from ..nn.generation import generate
-from .inputs import begun, smollm2
+from .inputs import prefix_cached, smollm2
 
 TOKENS, BATCH = 48, 32  # of an answer, at most; answers at a time
 
@@ -23,7 +23,7 @@ def write(prompts: Sequence[str]) -> list[str]:
     model, tokenizer = smollm2()
     encoded, found = [tokenizer.encode(prompt) for prompt in prompts], []
     for start in range(0, len(encoded), BATCH):
-        given = begun(encoded[start : start + BATCH])
+        given = prefix_cached(encoded[start : start + BATCH])
         out = generate(model, **given, max_new_tokens=TOKENS, eos_token_id=line_breaks())
         answers = out[:, given["input_ids"].shape[1] :]
         found += [tokenizer.decode(row, skip_special_tokens=True).partition("\n")[0].strip() for row in answers.tolist()]

@@ -21,7 +21,7 @@ whole cell, with its tuning and five seeds, for one of the seeds, at the rate th
 machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
 
 --league has the methods of the package but BitFit, as the base has no bias to train. With 50 and 5,000 examples it has six
-of them, and with 5,000 a model from random weights.
+of them, and with 500 and 5,000 also a model from random weights.
 
 examples:
   minipeft claims                                  the table of all
