@@ -11,7 +11,7 @@ from cli_helpers import general_blocks, output, refused
 import minipeft as mp
 from minipeft import claims
 from minipeft.claims import soft_prompts
-from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS, Experiment, judge
+from minipeft.claims.register import ROWS, RULES, UNTRIED, VERDICTS, Experiment, Rule, judge
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,21 @@ def test_all_rows_are_computed_again_and_compared(capsys, monkeypatch, tmp_path)
     status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)  # goes on from what is there
     assert status == 1 and "soft-7: does not hold here." in out and "the verdict is another" in out
     assert "2 numbers differ by more than 2% from the shipped rows" in out and "2 of 2 rows are in the store" in err
+
+
+def test_where_a_run_fails_nothing_is_compared(capsys, monkeypatch, tmp_path):
+    from minipeft.cli import claims as command
+
+    def run(seed):
+        if seed:
+            raise FileNotFoundError("the teacher is not on this machine")
+        return {"loss": 1.0}
+
+    told = Experiment("told", run, lambda: mp.grid(seed=range(2)))
+    monkeypatch.setattr(command, "rule_of", lambda id: Rule(id, "", "", lambda rows: None, told))
+    status, out, err = output(capsys, "claims", "--run", "soft-7", "--store", tmp_path)
+    assert (status, out) == (1, f"soft-7: 1 of 2 runs failed, so nothing is compared\nrows: {tmp_path / 'told'}.jsonl\n")
+    assert "the teacher is not on this machine" in err and "Traceback" not in err
 
 
 def test_the_user_s_directory_is_the_default_store(monkeypatch, tmp_path):

@@ -70,6 +70,7 @@ from ..claims.register import (
 )
 from ..claims.seconds import SECONDS
 from ..directory import locked
+from ..experiments.rows import failed
 from ..experiments.sweep import executor_of
 from ..hub.smollm2 import HOW_TO_GET, find_smollm2
 from .arguments import Arguments, Common, Parser, nearest
@@ -298,8 +299,11 @@ def compute_again(args: Arguments) -> int:
 
 
 def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None = None) -> int:
-    """The rows of an experiment, and the verdict of a rule from them; 1 where they disagree with the shipped ones."""
+    """The rows of an experiment, and the verdict of a rule from them; 1 where they disagree with the shipped ones, or are not whole."""
     shipped, rows = experiment.rows(), experiment.compute(store, executor)
+    if lost := sum(map(failed, rows)):
+        print(f"{rule.id if rule else experiment.name}: {lost} of {len(rows)} runs failed, so nothing is compared\nrows: {experiment.path(store)}")
+        return 1
     verdict = rule and rule.judge(rows)
     print(f"{rule.id}: {verdict.verdict}. {verdict.because}" if rule else experiment.name)
     print(f"rows: {experiment.path(store)}")
