@@ -14,7 +14,7 @@ from minipeft.backend import asarray, to_numpy
 from minipeft.experiments import shipped
 from minipeft.peft.combine import Combination
 from minipeft.peft.loftq import get_loftq_model
-from minipeft.quant import dequantize_model, quantize_model
+from minipeft.quant import dequantize_model, quantize_4bit, quantize_model
 from minipeft.text.examples import Example, encode_examples
 from minipeft.train import evaluate
 
@@ -147,6 +147,26 @@ def plus(base: Any, update: Deltas, t: float = 1.0) -> Any:
     return made
 
 
+def as_much(Q: Any, update: Deltas, seed: int) -> dict[str, Deltas]:
+    """An equal part of an update U, in three ways: "passed" is those elements that have another code in NF4(Q + U), "scaled" all of
+    them times one number, "random" as many as make up for it, at random. Equal is <part, U> / <U, U>."""
+    was = {path: to_numpy(Q.get_submodule(path).weight.data) for path in update}
+    passed = {path: u * (codes(was[path] + u) != codes(was[path])) for path, u in update.items()}
+    share = sum(float((passed[path] * u).sum()) for path, u in update.items()) / sum(float((u**2).sum()) for u in update.values())
+    rng = np.random.default_rng(seed)
+    return {
+        "passed": passed,
+        "scaled": {path: np.float32(share) * u for path, u in update.items()},
+        "random": {path: u * (rng.random(u.shape) < share) for path, u in update.items()},
+    }
+
+
+def codes(weight: np.ndarray) -> np.ndarray:
+    """The number of each weight's point in NF4's code book."""
+    packed, _ = quantize_4bit(weight)
+    return np.stack([packed >> 4, packed & 15], axis=-1).reshape(weight.shape)
+
+
 def at_random(update: Deltas, seed: int) -> Deltas:
     """Random matrices of the rank and the norms of an update."""
     draw = np.random.default_rng(seed).standard_normal
@@ -197,6 +217,8 @@ def into_a_base(s: Merge) -> dict[str, Any]:
     for name, model in beside.items():
         train(model, s, "rewrite")
         update, own = deltas(model, "default"), dequantize_model(model.unload())
+        if name == "QLoRA":
+            found |= {f"{part} on Q": plus(own, some) for part, some in as_much(own, update, s.seed).items()}
         for t in PARTS if name == "QLoRA" else (1.0,):
             part = f"{name} {t}"
             for place, onto in {"W": W, "Q": Q if name == "LoRA" else own}.items():  # of LoftQ, Q is its own

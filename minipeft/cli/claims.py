@@ -3,8 +3,7 @@
 A rule says when its statement holds, and computes the verdict: from counts, equations and code that it runs, or from the
 rows of an experiment that ship with the package. The verdicts: holds; holds if (a condition); does not hold here; cannot be
 tested here; not tried yet. Of an ID it prints the statement, the rule, the reason, and the evidence; of some, beside the
-verdict, what the same comparison gives on SmolLM2-135M. This and --json also have what the table leaves out: the base, the
-task, the lesson's section and the rows. The effect is a rule's first number; where it compares, that of the first
+verdict, what the same comparison gives on SmolLM2-135M. The effect is a rule's first number; where it compares, that of the first
 comparison that is as stated with every comparison counted, if one is. A number without an interval (null in JSON) is counted
 or computed, was chosen, or is a single measurement, or a median or a ratio over few seeds.
 
@@ -43,6 +42,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -115,7 +115,7 @@ def run(args: Arguments) -> int:
             print("\n" * (i > 0), end="")
             show(*one)
     else:
-        table([(statement, verdict) for statement, _, verdict in found])
+        table(found)
     return 0
 
 
@@ -159,26 +159,30 @@ def check(args: Arguments) -> None:
 # ------------------------------------------------------------------------------------------------------------ showing
 
 
-def table(found: list[tuple[Statement, Verdict]]) -> None:
-    """All in one line each, and how many of each verdict."""
-    headings = ("id", "verdict", "effect", "95 % interval", "seeds", "items")
+def table(found: list[tuple[Statement, Rule | None, Verdict]]) -> None:
+    """All in two lines each, what was found and where it is from, and how many of each verdict."""
+    headings = ("id", "verdict", "effect", "95 % interval", "seeds", "items", "statement")
     rows = [
-        (s.id, v.verdict, figure(v.effect), interval(v.effect), text(v.seeds), text(v.items)) for s, v in found
+        (s.id, v.verdict, figure(v.effect), interval(v.effect), text(v.seeds), text(v.items)) for s, _, v in found
     ]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(headings, *rows)]
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS
-    room = max(20, columns - sum(widths) - 2 * len(widths) - 1)
-    shown = grid("id", *headings[1:])
-    shown.columns[0].no_wrap = shown.columns[1].no_wrap = True
-    shown.columns[1].justify = "left"
-    shown.add_column("statement", no_wrap=True)
-    for row, (statement, _) in zip(rows, found):
-        shown.add_row(*row, textwrap.shorten(statement.statement, room, placeholder=" ..."))
-    out = console(width=max(columns, sum(widths) + 2 * len(widths) + room))
-    out.print(shown)
-    counts = Counter(verdict.verdict for _, verdict in found)
+    before = sum(widths) + 2 * len(widths)
+    columns = max(before + 20, shutil.get_terminal_size().columns if sys.stdout.isatty() else COLUMNS)
+    out = console(width=columns)
+
+    def line(cells: Sequence[str], last: str) -> str:
+        aligned = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+        return "  ".join([*aligned, textwrap.shorten(last, columns - before, placeholder=" ...")])
+
+    out.print(line(headings, headings[-1]), style="bold")
+    for row, (statement, rule, verdict) in zip(rows, found):
+        out.print(line(row, statement.statement))
+        source = [rule and f"{rule.lesson}: {rule.section}", rule and rule.experiment and rule.experiment.path().name, verdict.base, verdict.task]
+        if where := textwrap.shorten("; ".join(filter(None, source)), columns - widths[0] - 2, placeholder=" ..."):
+            out.print(" " * (widths[0] + 2) + where, style="dim")
+    counts = Counter(verdict.verdict for *_, verdict in found)
     out.print(f"\n{len(found)} statements: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]))
-    out.print("minipeft claims ID says on what condition one holds, or why not, with its base, task, lesson, rows and evidence.")
+    out.print("Below each: the lesson, the stored rows, the base, the task. `minipeft claims ID` says why, and prints the evidence.")
 
 
 def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
