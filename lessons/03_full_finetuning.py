@@ -38,7 +38,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 4 steps of training for 20 at three rates for seven, on fewer verses: no loss here says anything.\n")
+    print("REDUCED SETTING: 4 steps of training for 20 at three rates for seven, on fewer verses: no loss, share or text says anything.\n")
 
 # %% [markdown]
 # ## Step 1 · Load: a base, and a task
@@ -317,7 +317,6 @@ if not REDUCED:
     assert curve[at, 1] > before[1] + 0.1, "at the best rate general text is worse already"
     assert (np.diff(curve[:, 1]) > 0).all() and (np.diff(ways) > 0).all(), "and the worse, the larger the rate and the way"
     assert peaks == [3e-3, 2e-3] and best_rate == 1e-3 and 6 < ways[at] / ways[1] < 8
-    assert curve[2, 0] < curve[4, 0] and curve[4, 1] - before[1] > 3 * (curve[2, 1] - before[1]), "3.2e-4 learns more, forgets a third"
 
 # %%
 rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} learning rates").savefig(
@@ -327,9 +326,7 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # %% [markdown]
 # General text gets worse first: at the best rate for the task its loss has risen by more than a tenth of a nat, and at
 # each larger rate by more. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
-# (McCloskey & Cohen 1989). A smaller rate reduces it. Above the best rate a smaller one also learns more; below it,
-# less. (3.2e-4 ends below 3.2e-3 and forgets less than a third as much.) Lesson 15 measures remedies, such as *replay*,
-# general text mixed into the batches.
+# (McCloskey & Cohen 1989). A smaller rate reduces it. Lesson 15 measures remedies.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
 # from 1e-4 to 3.2e-3, bring more than 60 % of the best gain. (Each point is one run, and the best rate is chosen and
@@ -350,24 +347,30 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # gradient from dominating the means.
 
 # %%
-def ended(model):
-    """In how many of the held-out verses the model stops by itself, greedily, within 40 tokens."""
+def lengths(model):
+    """The tokens of what the model writes, greedily, for each held-out verse; 0 where it does not stop within 40."""
     ids, mask = tokenizer.pad([tokenizer.encode(record.prompt) for record in held_out_records], side="left")
     written = model.generate(ids, mask, max_new_tokens=8 if REDUCED else 40)[:, ids.shape[1] :]
-    return (written == tokenizer.eos_token_id).any(axis=1).mean().item()
+    return (written == tokenizer.eos_token_id).argmax(axis=1)
 
 
 for record in held_out_records[: 1 if REDUCED else 3]:
     king_james = record.prompt.split("\n")[0].removeprefix("King James: ")
     print(f"\n  King James   {king_james}\n  before       {rewrite(base, record)}")
     print(f"  after        {rewrite(tuned, record)}\n  the Bible    {record.completion.strip()}")
-stops = ended(base), ended(tuned)
-print(f"\nstops by itself: before {stops[0]:.0%}, after {stops[1]:.0%}; the Bible's tokens get probability {math.exp(-best[0]):.3f}\n")
-assert REDUCED or (stops[0] < 0.1 and stops[1] > 0.6 and round(math.exp(-best[0]), 2) == 0.09), "it learns to stop, though not always"
+untuned, after = lengths(base), lengths(tuned)
+theirs = np.array([len(tokenizer.encode(record.completion)) for record in held_out_records])
+stopped = after > 0
+print(f"\nstops by itself: before {np.mean(untuned > 0):.0%}, after {stopped.mean():.0%}; probability of a token {math.exp(-best[0]):.3f}")
+if not REDUCED:
+    alike = np.corrcoef(after[stopped], theirs[stopped])[0, 1]
+    print(f"where it stops: after {after[stopped].mean():.1f} tokens, the Bible {theirs[stopped].mean():.1f}; correlation {alike:.2f}\n")
+    assert np.mean(untuned > 0) < 0.1 and stopped.mean() > 0.6 and after[stopped].mean() + 3 < theirs[stopped].mean() and alike < 0.3
 
 # %% [markdown]
-# It now mostly knows when to stop. On (geometric) average it gives a token of the plain verse a probability of 0.09
-# ($e^{-L}$).
+# It now mostly stops, but after 18 tokens in the mean where the Bible has 25, and no later where that is longer: it has
+# learned that a verse ends, not where. On (geometric) average it gives a token of the plain verse a
+# probability of 0.09 ($e^{-L}$).
 #
 # The loop of step 2 ends each step with `optimizer.zero_grad()`, as `backward` adds to the gradients that are there. A
 # textbook prints the loop without that line (the verdict is on other verses; "The league", below, says how to read
@@ -379,7 +382,7 @@ print(full.LOOP)
 # %% [markdown]
 # > `full-2` the five-line training loop (forward, task loss, backward, optimizer step): **does not hold here**. The
 # > printed loop never zeroes the gradients, and each step takes the sum of all so far. Its test loss, which begins at
-# > 3.52, ends +0.151 nats at rate 5e-05 and +2.698 nats at rate 0.001 above that of the same loop with zeroing: clearly
+# > 3.49, ends +0.153 nats at rate 5e-05 and +2.718 nats at rate 0.001 above that of the same loop with zeroing: clearly
 # > above at 2 of 2 rates. (5 seeds, 512 test items)
 
 # %% [markdown]
@@ -494,8 +497,7 @@ timeline(base, batch=B, seq_len=T).plot(OUT / "03_full_finetuning_memory.png")
 # The $16N$ bytes stay; the batch's activations can come in parts. If 16 sequences are too many at once, take 4 times 4
 # and add the gradients up. But the loss is a mean over the $n$ learned *tokens*, of which part $i$ has $n_i$. So weigh
 # its gradient $g_i$ by these: $g = \sum_i \frac{n_i}{n}\, g_i$. The plain mean of the four, $\frac14 \sum_i g_i$, is
-# another gradient, in which a token counts for more if its part has few. Batches sorted by length make it worse: the
-# parts' counts differ more.
+# another gradient, in which a token counts for more if its part has few.
 
 # %%
 sixteen = sorted(train_examples[:16], key=lambda example: len(example.input_ids))  # as loaders that save padding do
@@ -505,9 +507,8 @@ parts = [(flat(model), n_i) for model, n_i in (with_gradient(sixteen[i : i + 4])
 weighted = sum(g * (n_i / n) for g, n_i in parts)
 naive = sum(g for g, _ in parts) / 4
 counts = [n_i for _, n_i in parts]
-unsorted = [sum(int((example.labels != -100).sum()) for example in train_examples[i : i + 4]) for i in range(0, 16, 4)]
-print(f"\n4 x 4 instead of 16: counted labels {counts}, unsorted {unsorted}")
-assert sum(counts) == sum(unsorted) == n and np.std(counts) > np.std(unsorted)
+print(f"\n4 x 4 instead of 16: counted labels {counts}")
+assert sum(counts) == n
 for name, g in (("weighted by labels", weighted), ("plain mean", naive)):
     print(f"  {name:20s} relative error of the gradient {np.linalg.norm(g - whole) / np.linalg.norm(whole):.1e}")
 assert np.linalg.norm(weighted - whole) < 1e-5 * np.linalg.norm(whole) < 1e-3 * np.linalg.norm(naive - whole)

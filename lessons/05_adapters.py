@@ -42,7 +42,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 rng = np.random.default_rng(0)
 if REDUCED:
-    print("REDUCED SETTING: 3 steps of training for 20, on fewer verses: no loss of section 4 says anything.\n")
+    print("REDUCED SETTING: 3 steps of training for 20, on fewer verses: no loss of sections 4 and 7 says anything.\n")
 
 # %% [markdown]
 # In the picture blue is frozen and orange is trained: a small network stands behind attention and behind the MLP of

@@ -40,7 +40,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 3 steps of training for 20, on fewer verses and one seed: no loss of section 4 says anything.\n")
+    print("REDUCED SETTING: 3 steps of training for 20, on fewer verses and one seed: no number of section 4 says anything.\n")
 model, tokenizer = mp.load_base()
 ids = np.array([tokenizer.encode("And it came to pass in those days")])
 
@@ -255,7 +255,7 @@ size = np.sqrt((E**2).mean())
 longest, length = np.linalg.norm(E, axis=1).max(), np.sqrt(E.shape[1])
 print(f"root mean square of an element: of a token's embedding {size:.3f}, of a random vector 1.000")
 print(f"length of a vector: of the longest embedding {longest:.1f}, of a random vector about {length:.1f}")
-whole = sum(mp.optim.linear(step, 3, STEPS) for step in range(STEPS))  # factors of the rate: three steps of warm-up, then down to 0
+whole = sum(mp.optim.linear(step, 3, STEPS) for step in range(STEPS))  # factors of the rate: three steps of warm-up, then down to 1/17
 print(f"{STEPS} steps at rate 0.03 move an element by at most about {whole * 0.03:.2g}, at rate 0.3 by {whole * 0.3:.2g}")
 assert size < 0.2 and longest < length / 3
 

@@ -359,7 +359,6 @@ if not REDUCED:
     assert abs(history[0]["objective/scores"] - stored) < 0.01, "the judge and the first answers are those of the stored row"
     start, end = (np.mean([r["objective/scores"] for r in part]) for part in (history[:4], history[-4:]))
     assert end > start + 0.25, "what is optimized rises"
-    assert 0.2 < history[0]["policy/clipfrac"] < 0.4, "the clip acts from the first update on"
     assert sum(r["num_eos"] for r in history[-4:]) < sum(r["num_eos"] for r in history[:4]), "fewer answers end"
 
 for name, model in (("before", base), ("after", policy)):
@@ -367,8 +366,7 @@ for name, model in (("before", base), ("after", policy)):
 
 # %% [markdown]
 # As we read the printed answers, they are no better: word salad as before, at a higher score. Fewer answers end (why
-# was not examined). Of the first update's tokens a fifth to two fifths are clipped. The constant rate, without a
-# warm-up, may cause this clipping; it was not tried alone.
+# was not examined).
 
 # %% [markdown]
 # ## 8 · One chain on one model
@@ -510,31 +508,33 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 # reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers;
 # after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
-# How do they compare, and with DPO (Lesson 20), which has no judge? A search under seed 0 chose each one's learning
+# How do they compare, and with DPO (Lesson 20)? A search under seed 0 chose each one's learning
 # rate: of factors of 2, the one with the most gold in answers to 512 prompts. Then: five other seeds, each with its own
 # judge, and 512 other prompts.
 
 # %%
 beside = policies.show_comparison(rows, seed_of_samples=2)
 assert all(beside[m, "base"][what].low > 0 for m in policies.METHODS for what in ("reward", "gold"))
+ends = [round(end(policies.reports(rows, m)["ended"]), 2) for m in ("PPO", "base", "DPO") for end in (min, max)]
+assert ends == [0.03, 0.51, 0.37, 0.42, 0.01, 0.02]
 golds = policies.reports(rows, "RLOO")["gold"].mean(axis=1)  # of each seed, from 1
 assert round(golds.max(), 2) == 0.89 and golds.argmax() == 1, "the seed shown, 2, is RLOO's best"
 clear = {m: policies.clear(found) for (m, other), found in beside.items() if other == "PPO"}
 assert clear == {"RLOO": set(), "GRPO": {"reward", "gold", "kl"}, "DPO": {"reward", "kl"}, "GRPO at PPO's rate": set()}
 
 # %% [markdown]
-# All four clearly gain reward and gold (VADER's, as in section 7). But as we read the printed answers, no method's are
+# All four clearly gain reward and gold (VADER's). But as we read the printed answers, no method's are
 # better than the base's. Of RLOO and PPO neither has clearly more. GRPO has less, nearer to the base, at half the rate;
-# at PPO's rate, tried afterwards, it is not told from PPO. DPO has less of the judge's reward, which it never met, at a
+# at PPO's rate it is not told from PPO. DPO has less of the judge's reward, which it never met, at a
 # larger KL; whose gold is higher is not told.
 #
 # The rates are rough: under the seed that chose them PPO's gold was 0.16, under the five others 0.64. $\beta = 0.05$
 # was not tuned. An update's 32 answers are to 32 prompts in PPO, to 8 in RLOO and GRPO. DPO draws none, but learns from
-# the ranked ones.
+# the ranked ones, and its rate is not constant. Of PPO's answers 3 to 51 % end, by seed, hardly any of DPO's, some 40 %
+# of the base's. Longer ones have more room for kind words: part of the gold may be that.
 #
 # Why do the answers not improve with the gold? Kind words satisfy it. The seed shown is that of RLOO's most gold, 0.89:
-# *good enough to do good enough*. The others put *good* or *great* into sentences that, to us, mean no more than the
-# base's.
+# *good enough to do good enough*.
 #
 # ## 10 · Break it: whiten first, then take the returns
 #

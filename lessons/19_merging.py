@@ -530,10 +530,10 @@ assert gain[1.0].low > 0.9 and 0.35 < gain[0.5].low and gain[0.5].high < 0.6 and
 #   that of $\frac12 U$ and less than 15 % of that of $\frac14 U$. What is lost depends on the size of the update
 #   relative to the gaps, and a warning is all that is said.
 #
-# How can $U$ keep nine tenths of its gain when only about half of it arrives? Mostly because the gain is not proportional
-# to the scale: 0.37 $U$ brings 0.84 of it. A little because of which elements pass: those that rounding moves, 8 % of
-# all, are as much of $U$ (in the measure of what arrives) and bring 0.90; as much at random brings 0.84. The rest, to
-# 0.97: it moves them by a whole gap, further than $U$ does.
+# How can $U$ keep nine tenths of its gain when only about half of it arrives? Mostly because the gain is not
+# proportional to the scale: 0.37 $U$ brings 0.84 of it. A little because of which elements pass: those that rounding
+# moves, 8 % of all, are as much of $U$ (in the measure of what arrives) and bring 0.90; as much at random brings 0.84.
+# The rest, to 0.97: it moves them by a whole gap, further than $U$ does.
 #
 # **LoftQ** (Lesson 7, section 6) starts the adapter as a correction of $Q$. On $W$ there is nothing to correct.
 #

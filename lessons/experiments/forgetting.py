@@ -19,9 +19,12 @@ import minipeft as mp
 from minipeft.backend import to_numpy
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import Pair
+from minipeft.claims.forgetting import REPLAY
 from minipeft.claims.protocol import BLOCKS, ITEMS, LENGTH, SEEDS, Choice, Gentle, Trial
+from minipeft.claims.statistics import crossed
 from minipeft.evaluation import evaluate
 from minipeft.evaluation.cloze import general_cloze
+from minipeft.evaluation.intervals import Estimate
 from minipeft.experiments.rows import Row, read_rows
 from minipeft.experiments.shipped import base, rounded
 from minipeft.peft.methods import METHODS
@@ -61,6 +64,21 @@ def of_items(rows: list[Row], base_row: Row) -> dict[str, np.ndarray]:
     right, before = (np.array([row["cloze"] for row in some], float) for some in (rows, [base_row]))
     kinds = base_row["general"]
     return {kind: (right[:, i :: len(kinds)] - before[:, i :: len(kinds)]).mean(axis=1) for i, kind in enumerate(kinds)}
+
+
+def replayed(find: protocol.Find) -> dict[str, Estimate]:
+    """How many more of the items of each kind LoRA has right on `rewrite` with replay than without, at equal quality (forget-3): over
+    both strengths, seeds and items; printed."""
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in data.general(BLOCKS, LENGTH)}
+    for pair in REPLAY:
+        if (pair.task, pair.one.start.method) == ("rewrite", "lora"):
+            trials = [protocol.chosen(find, way)[0] for way in (pair.one, pair.other)]
+            with_it, without = (np.array([find(replace(t, seed=seed, split="test"))["cloze"] for seed in SEEDS], float) for t in trials)
+            for i, several in enumerate(kept.values()):
+                several.append((with_it - without)[:, i :: len(kept)])
+    found = {kind: crossed(np.mean(several, axis=0)) for kind, several in kept.items()}
+    print("LoRA with replay, less without, items:", ", ".join(f"{k} {e.value:+.3f} [{e.low:+.3f}, {e.high:+.3f}]" for k, e in found.items()))
+    return found
 
 
 @lru_cache(1)
@@ -191,6 +209,13 @@ def walked(store: str | os.PathLike, key: str) -> dict[float, np.ndarray]:
     found = {Way(row["share"], row["seed"]): row[key] for row in rows}
     at = {share: [found[way] for way in WAYS if way.share == share] for share in sorted({way.share for way in WAYS})}
     return {share: np.array(losses * (len(SEEDS) // len(losses))) for share, losses in at.items()}
+
+
+def by_kind(walk: dict[float, np.ndarray]) -> dict[str, dict[float, np.ndarray]]:
+    """What is forgotten of each kind of text at each share of the way: [seeds], in nats per token; of the walk by "general"."""
+    names = [*data.general(BLOCKS, LENGTH)]
+    lost = {share: (at - walk[0.0]).reshape(len(SEEDS), len(names), BLOCKS).mean(axis=2) / (LENGTH - 1) for share, at in walk.items()}
+    return {name: {share: at[:, i] for share, at in lost.items()} for i, name in enumerate(names)}
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

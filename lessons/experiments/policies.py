@@ -229,6 +229,7 @@ def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, st
     for name, found in of.items():
         gold, *shares, drawn, seconds = (found[key].mean() for key in ("gold", "distinct_2", "ended", "drawn", "cpu_seconds"))
         print(f"{name:20s}   {gold:+.2f}   {shares[0]:10.2f}  {shares[1]:5.2f}  {drawn:13.0f}  {seconds:7.0f}")
+    print("ended, by seed: " + "; ".join(f"{name} " + " ".join(f"{share:.2f}" for share in found["ended"]) for name, found in of.items()))
     print("\n* where an interval excludes 0")
     pairs = [*((name, "base") for name in METHODS), *((name, "PPO") for name in [*of][2:])]
     beside = {(one, other): less(of[one], of[other]) for one, other in pairs}

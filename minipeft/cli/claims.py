@@ -50,7 +50,7 @@ from typing import Any
 
 from ..book.rows import OfLesson, of_lessons
 from ..claims import chain_tuning, large
-from ..claims.league import AT_ONE_SETTING
+from ..claims.league import AT_ONE_SETTING, FROM_SECOND_START
 from ..claims.register import (
     ROWS,
     VERDICTS,
@@ -330,11 +330,11 @@ def again(experiment: Experiment, store: Path, executor: Any, rule: Rule | None 
 
 
 def beside() -> list[Experiment]:
-    """Those beside the statements': adapters at one setting, the league's seconds, the rates of the chain, and SmolLM2-135M, where it
+    """Those beside the statements': adapters at one setting, searches from a second start, the league's seconds, the rates of the chain, and SmolLM2-135M, where it
     is on this machine."""
     if find_smollm2() is None:
         print(HOW_TO_GET, file=sys.stderr)
-    return [AT_ONE_SETTING, SECONDS, chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
+    return [AT_ONE_SETTING, FROM_SECOND_START, SECONDS, chain_tuning.TUNED, *([] if find_smollm2() is None else [large.EXPERIMENT, large.PACE])]
 
 
 def of_checkout() -> list[OfLesson]:
