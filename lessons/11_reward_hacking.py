@@ -493,18 +493,19 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 # them: *great(er)* repeats at 0 and 0.05, not at 0.2 or with the penalty. Over three seeds, one with a poor judge, no
 # mean difference of the second gold is clear. What follows is of these runs; others may differ.
 #
-# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. With
-#   both good judges the small price ends higher in the second gold than none, beyond the batches' noise. But an early
-#   stop does about as well: where the run without a price first has as much KL (known only afterwards), its second gold
-#   is 0.49 and 0.46, that of the small price 0.47 and 0.50. And under one of these judges the small price's second gold
-#   turns, too, barely: from 0.59 to 0.47. The high price ends below the small one in every seed, clearly in one. But at
-#   the high price the objective itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the
-#   chain, which also charges for a missing end, in all ten): PPO did not maximize it. On the chain PPO ends
-#   clearly above the SFT model with either price, without not; with the small one clearly above none, by 0.16.
+# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
+#   the three that is clear of proxy and bigrams, of the small price beside none.) With both good judges the small price
+#   ends higher in the second gold than none, beyond the batches' noise. But an early stop does about as well: where the
+#   run without a price first has as much KL (known only afterwards), its second gold is 0.49 and 0.46, that of the
+#   small price 0.47 and 0.50. And under one of these judges the small price's second gold turns, too, barely: from 0.59
+#   to 0.47. The high price ends below the small one in every seed, clearly in one. But at the high price the objective
+#   itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the chain, which also charges for a
+#   missing end, in all ten): PPO did not maximize it. On the chain PPO ends clearly above the SFT model with either
+#   price, without not; with the small one clearly above none, by 0.16.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
 #   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
 #   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as
-#   much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15.
+#   much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15; why was not examined.
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price brings
 #   no more gold, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
@@ -520,15 +521,15 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 # %% [markdown]
 # ## 6 · Break it: ask a second judge
 #
-# If one judge can be fooled, why not two? Train a second one, on 400 other rankings, and show it what the policy wrote
-# for the first. First ask what the second is worth: if it guesses, that it sees no gain says nothing about the first.
-# (One run, one pair of judges: an example.)
+# If one judge can be fooled, why not two? Train a second one, on as many other rankings, and show it what the policy
+# wrote for the first. First ask what the second is worth: if it guesses, that it sees no gain says nothing about the
+# first. (One run, one pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
 # %%
 policy = POLICIES[free]
-second, second_accuracy = reward_model(8 if REDUCED else 400, 1)
+second, second_accuracy = reward_model(free.rankings, 1)
 judge, judge_accuracy = reward_model(free.rankings, free.seed)
 prompts = openings("validation")[: 4 if REDUCED else 128]
 table = {}
@@ -545,16 +546,16 @@ for name, (a, b, g) in table.items():
 if not REDUCED:
     share = (table["policy"][1] - table["base"][1]) / (table["policy"][0] - table["base"][0])
     print(f"of what the first judge thinks it gained, the second sees {share:.0%} (each in standard deviations of its own rewards)")
-    assert share < 1, "the second judge sees less of a gain that was made for the first"
+    assert 0.5 < share < 1 and second_accuracy[1] > 0.5, "it is no guess, and sees less of a gain that was made for the first"
 
 # %% [markdown]
-# In our run the second sees a tenth. But it agrees with the gold in only 56 % [50 %, 61 %] of held-out pairs, and the
-# gold rose from 0.07 to 0.90. So by the gold the first was not fooled: the second missed the gain. An **ensemble**
-# hopes that judges differ where they guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum*
-# of several judges, or their mean less a multiple of their *variance*. Either, they report, practically ends
-# overoptimization by the best of $n$, and by PPO together with a small price of KL. But if the errors of $k$ judges
-# have the variance $\sigma^2$ and the correlation $\rho$, that of their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what
-# they share stays, and no disagreement shows it.
+# In our run the second, which orders 63 % [58 %, 68 %] of held-out pairs rightly, sees three quarters. The gold rose,
+# too, to 0.93: both learned from one rater. Neither objects to the repetition. An **ensemble** hopes that judges differ
+# where they guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or
+# their mean less a multiple of their *variance*. Either, they report, practically ends overoptimization by the best of
+# $n$, and by PPO together with a small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and
+# the correlation $\rho$, that of their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no
+# disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
@@ -600,10 +601,10 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed. In the
-# second gold, which repetition does not please, the small price ends above none with both good judges. But an early
-# stop does about as well: where the run without a price first has as much KL, its second gold is about the same. A
-# price does not make the judge any wiser.
+# The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed of
+# three (clear over these: proxy and bigrams, at the small price). In the second gold, which repetition does not please,
+# the small price ends above none with both good judges. But an early stop does about as well: where the run without a
+# price first has as much KL, its second gold is about the same. A price does not make the judge any wiser.
 #
 # </details>
 

@@ -10,7 +10,7 @@
 # minutes (200 words or 25 lines of code a minute, up to the quiz). Where a line begins with **Predict**, write down
 # your answer. Run it with `python lessons/14_best_practices.py` (about ten seconds), or open it as a notebook. It reads
 # the rows of the league (Lesson 3), and 14 more from `lessons/results/14_best_practices.jsonl`. With `--full` it first
-# computes what is missing there (all: some five minutes).
+# computes what is missing there.
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer steps; `MINIPEFT_LESSONS_OUT` is where the pictures go (`lessons/out`).
 
@@ -527,7 +527,7 @@ practice.recalls_picture(recalls).savefig(OUT / "14_best_practices_rare.png", dp
 # ## How far these verdicts reach
 #
 # They are of a model of 1.4 million parameters (`full-3`: of others, too), tens to 5,000 steps, a base that has read
-# the training split of the texts, Adam, and a cosine schedule.
+# the training split, Adam, and a cosine schedule, the only one tried. (Rank, $\alpha$, layers: Lesson 18; masks: 8.)
 
 # %% [markdown]
 # ## Break it: choose and report on the same verses
