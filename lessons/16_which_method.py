@@ -180,10 +180,11 @@ assert [*tenths] == ["lora: steps", "lora: FLOPs", "lora: seconds"] and tenths["
 #
 # The league of Lesson 3 has six of the eight ways, on two tasks: `rewrite`, judged by the loss in nats a token, and
 # `source`, judged by the share of sentences whose book is found. Each method has its own rate, epochs and batch size,
-# chosen by one search on validation. What is printed comes from 512 or 768 test items and five other seeds, and ± is
-# half of a 95 % interval over both (of "forgets" over seeds alone). "Forgets" is by how much the loss on general text
-# rose; "cloze" by how many points more of 640 general items are answered right than by the base; "TFLOPs" is what the
-# chosen run computes, "seconds" what its steps take on one machine.
+# chosen by one search on validation (a local one: it may miss what is farther off). What is printed comes from 512 or
+# 768 test items and five other seeds, and ± is half of a 95 % interval over both (of "forgets" over seeds alone).
+# "Forgets" is by how much the loss on general text rose; "cloze" by how many points more of 640 general items are
+# answered right than by the base; "TFLOPs" is what the chosen run computes, "seconds" what its steps take on one
+# machine.
 #
 # **Predict:** on each task, does the choice of the method matter more with 50 examples or with 5,000?
 
@@ -262,9 +263,9 @@ assert dora.clearly_better and not ada.clearly_better and rank_32.clearly_better
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to 8 on average, is
 # better by 0.026 [0.015, 0.037], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method is. But of these
 # 46 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's higher
-# rank at the start? LoRA of rank 32, tuned, loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.)
-# Searched from another start (half LoRA's rate, batches of 1) both are again clearly ahead, by 0.028 and 0.012. On
-# `source` (IA)$^3$, with 3,072 numbers, finds 90.9 % of the books, LoRA 95.5 %; it loses 36 points of the general items, LoRA 7.
+# rank at the start? LoRA of rank 32, tuned, loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) Searched from
+# another start (half LoRA's rate, batches of 1) both are again clearly ahead, by 0.028 and 0.012. On `source` (IA)$^3$,
+# with 3,072 numbers, finds 90.9 % of the books, LoRA 95.5 %; it loses 36 points of the general items, LoRA 7.
 #
 # What learns less may forget more: on `source` a prefix finds fewer books than the better of LoRA and adapters, with
 # 5,000 not clearly (`soft-8`), and in the mean it loses the most general items, with every number of examples.
