@@ -75,7 +75,7 @@ around = slice(edge - 3, edge + 3)
 rates.labels_drawing([tokenizer.decode([i]) for i in ids[around]], labels[around]).savefig(OUT / "03_full_finetuning_labels.png")
 
 # %% [markdown]
-# The loss is the cross-entropy (Lesson 0, section 3) of the *completion* alone, and $n$ counts its tokens:
+# The loss is the cross-entropy of the *completion* alone, and $n$ counts its tokens:
 #
 # $$L = -\frac{1}{n} \sum_{t \,\in\, \text{completion}} \log p(x_t \mid x_{<t}) .$$
 #
@@ -326,7 +326,7 @@ rates.picture(GRID, curve, before, at, f"The same {STEPS} steps at {len(GRID)} l
 # %% [markdown]
 # General text gets worse first: at the best rate for the task its loss has risen by more than a tenth of a nat, and at
 # each larger rate by more. Nothing in the loss asks the model to keep what it knows. This is *catastrophic forgetting*
-# (McCloskey & Cohen 1989). A smaller rate reduces it. Lesson 15 measures remedies.
+# (McCloskey & Cohen 1989). A smaller rate reduces it. Lesson 15 measures remedies, such as *replay*.
 #
 # The task's own curve is a U: on the left the model hardly moves, on the right it is destroyed. In between, four rates,
 # from 1e-4 to 3.2e-3, bring more than 60 % of the best gain. (Each point is one run, and the best rate is chosen and

@@ -11,7 +11,7 @@ import pytest
 
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import CASES
-from minipeft.claims.league import AT_ONE_SETTING, MAIN, UNTRAINED
+from minipeft.claims.league import AT_ONE_SETTING, FROM_SECOND_START, MAIN, UNTRAINED
 from minipeft.claims.protocol import TABLE, Trial, climb, finder, neighbors, report, search, tuned, untrained, wanted
 from minipeft.claims.register import ROWS, rule_of, statements
 from minipeft.claims.searches import Searches
@@ -161,7 +161,7 @@ def test_another_method_is_reported_at_the_setting_that_a_search_ended_at():
     best, found = tuned(finder(rows), of)[0], report(finder(rows), beside)
     assert found.trial == replace(best, method="full")
     assert {(row["seed"], row["split"]) for row in rows if row["method"] == "full"} == {(seed, "test") for seed in protocol.SEEDS}
-    assert not AT_ONE_SETTING.missing(AT_ONE_SETTING.rows())
+    assert not AT_ONE_SETTING.missing(AT_ONE_SETTING.rows()) and not FROM_SECOND_START.missing(FROM_SECOND_START.rows())
 
 
 def test_what_is_not_trained_is_reported_as_it_is():
@@ -203,7 +203,8 @@ def shipped() -> dict[protocol.Choice, None]:
     """The choices of all statements and tables."""
     experiments = [rule.experiment for id in statements() if (rule := rule_of(id)) and isinstance(rule.experiment, Searches)]
     table = [search(case.task, m, case.examples) for case in CASES for m in (*TABLE, "scratch")]
-    return dict.fromkeys([*table, *AT_ONE_SETTING.searches, *(choice for one in experiments for choice in one.searches)])
+    experiments += [AT_ONE_SETTING, FROM_SECOND_START]
+    return dict.fromkeys([*table, *(choice for one in experiments for choice in one.searches)])
 
 
 def test_no_row_of_the_test_is_kept_that_nothing_reports():

@@ -227,12 +227,14 @@ def test_a_reader_that_leaves_is_no_error(model):
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["--help", "count --models", "count gpt2"])
-def test_a_reader_that_has_left_before_is_no_error_either(command):
+def test_a_reader_that_has_left_before_is_no_error_either(command, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     with open(writing, "wb") as gone:
-        done = subprocess.run([sys.executable, "-m", "minipeft", *command.split()], stdout=gone, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "minipeft", *command.split()], stdout=gone, stderr=subprocess.PIPE, env=env)
     assert done.returncode < 2 and done.stderr == b""  # argparse leaves its help unsaid
 
 

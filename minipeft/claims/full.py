@@ -131,7 +131,7 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
     """Holds if, at each rate, the loop as printed ends at a test loss that is not clearly above that of the same loop with gradients
     zeroed (95 % over seeds and verses); holds if so at one rate alone; does not hold here if at none."""
     evidence, cases, above, told = [], {}, [], []
-    weights = _weights(len(rows[0]["after"]))
+    before, weights = rows[0]["before"], _weights(len(rows[0]["after"]))
     for rate in sorted({row["rate"] for row in rows}):
         zeroed, printed = (weights * [r["after"] for r in rows if r["zeroed"] is z and r["rate"] == rate] for z in (True, False))
         found = {"zeroed": zeroed, "as printed": printed, "as printed, less zeroed": printed - zeroed}
@@ -144,7 +144,7 @@ def printed_loop(rows: list[dict[str, Any]]) -> Verdict:
         told.append(f"{numbers[-1].value:+.3f} nats at rate {rate:g}")
     because = (
         f"The printed loop never zeroes the gradients, and each step takes the sum of all so far. Its test loss, which begins at "
-        f"{np.mean(weights * rows[0]['before']):.2f}, ends {listed(told)} above that of the same loop with zeroing: clearly above at "
+        f"{np.mean(_weights(len(before)) * before):.2f}, ends {listed(told)} above that of the same loop with zeroing: clearly above at "
         f"{sum(not x for x in cases.values())} of {len(cases)} rates."
     )
     return Verdict(

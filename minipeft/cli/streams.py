@@ -79,7 +79,11 @@ def safe_output() -> Iterator[None]:
     before = sys.stdout
     sys.stdout = (_Terminal if before.isatty() else _Output)(before)
     try:
-        yield
+        try:
+            yield
+        except SystemExit:  # argparse's way to end after --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     finally:
         sys.stdout = before
