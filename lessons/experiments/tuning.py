@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import mode
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +48,7 @@ def over_constant(rows, task):
     asked = following.asked("tuned", "inputs", row["answered"])
     at = [i for i, question in enumerate(asked) if question.task == task]
     answers = [asked[i].answer for i in at]
-    constant = [answer == max(answers, key=answers.count) for answer in answers]
+    constant = [answer == mode(answers) for answer in answers]
     return crossed(np.array(row["answers"]["inputs"], float)[:, at] - constant)
 
 
