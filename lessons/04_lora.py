@@ -634,8 +634,8 @@ small, large, low_rank, slow = ends.values()
 assert REDUCED or (max(small + slow) < adapted_end + 0.1 and max(small) + 0.3 < min(large + low_rank))
 
 # %% [markdown]
-# With $\alpha = 16$ it ends near $r = 8$. With 128 all end over 0.3 nats higher, at $r = 8$ too: it is $\alpha$ at this
-# rate, not the rank. An eighth of the rate mends it.
+# At $\alpha = 16$, 64 ends near 8. At 128 and this rate both ranks end over 0.3 nats higher: it is not the rank. At 64
+# an eighth of the rate mends it.
 #
 # **$\alpha$ forgotten in the file.** The weights file holds $A$ and $B$; $\alpha$ stands in `adapter_config.json`.
 # Suppose a script copies the adapter and writes a new configuration, with the default $\alpha = 8$ instead of 16.

@@ -28,7 +28,20 @@ import numpy as np
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
 from experiments import judges, sweep
-from experiments.judges import BY_1_2F, BY_VARIANCE, CLEAN, FEW, FEWEST, MANY_NOISY, NOISY, Run, accuracy, labels_of
+from experiments.judges import (
+    BY_1_2F,
+    BY_VARIANCE,
+    CLEAN,
+    FEW,
+    FEWEST,
+    MANY_NOISY,
+    NOISY,
+    NOISY_STEPS,
+    VARIANCE_STEPS,
+    Run,
+    accuracy,
+    labels_of,
+)
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
@@ -235,9 +248,7 @@ for decay in (0.0, 0.1):
 # %% [markdown]
 # Once all pairs are in order, to lengthen the head always lowers the loss, and no head has the lowest. Its norm grows
 # as the logarithm of the steps (Soudry et al. 2018, arXiv:1710.10345), and it ends up sure of new pairs that are coin
-# flips. Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right. In a single
-# pass (not tried with this head) each pair is new at its step. So a step lowers, on average, the loss of new pairs,
-# which is high for a head that is too sure of them.
+# flips. Weight decay gives the loss a minimum, but here the head is still 0.74 sure where 0.5 is right.
 #
 # Below, all weights are trained. A fresh head's scores have any scale, so `calibrate` gives them mean 0 and standard
 # deviation 1 before training, and again at the end: then rewards of two models have one mean and one scale on the
@@ -254,7 +265,7 @@ def train(run, pool):
     texts = [text for ranking in ranked for text in ranking.texts][:512]
     model = rlhf.RewardModel(base, seed=run.seed)
     model.calibrate(texts)
-    once = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "warmup_ratio": 0.1, "progress": False}
+    once = {"num_train_epochs": 1, "per_device_train_batch_size": run.batch_size, "warmup_ratio": 0.1, "progress": False}
     args = mp.TrainingArguments(learning_rate=run.learning_rate, seed=run.seed, **once)
     if run.rankings:  # 0: the untrained head
         mp.Trainer(model, ranked[: run.rankings], args=args, collate=rlhf.collate_rankings).train()
@@ -271,7 +282,7 @@ def measure(run):
 held_prompts, held_answers, held_gold = labelled("validation", 16 if REDUCED else 512, 0)  # the same for all judges
 if "--full" in sys.argv:
     sweep(measure, judges.RUNS, RESULTS)
-kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round): rows, by seed}
+kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round, batch size): rows, by seed}
 
 live = [Run(8), Run(16)] if REDUCED else [Run(100), Run(300)]
 print("\n rankings   pairs in which the better answer is preferred (a coin: 0.5)")
@@ -294,10 +305,11 @@ for run in live:
 
 # %%
 hits = {kind: judges.right(of) for kind, of in kinds.items()}  # [seeds, prompts], and the pairs of each prompt
-print("\nrankings  turned round   pairs in the right order (5 seeds, 512 prompts)")
+print("\nrankings  turned round  batches of   pairs in the right order (5 seeds, 512 prompts)")
 for kind in kinds:
-    print("{:8,}  {:12.0%}   ".format(*kind) + shown(crossed(*hits[kind]), 3))
-beside = (FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW), (MANY_NOISY, BY_1_2F), (MANY_NOISY, BY_VARIANCE)
+    print("{:8,}  {:12.0%}  {:10}   ".format(*kind) + shown(crossed(*hits[kind]), 3))
+beside = [(FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW), (MANY_NOISY, BY_1_2F), (MANY_NOISY, BY_VARIANCE)]
+beside += [(NOISY_STEPS, BY_1_2F), (NOISY_STEPS, VARIANCE_STEPS)]
 gain = {(one, other): crossed(hits[one][0] - hits[other][0], hits[CLEAN][1]) for one, other in beside}
 for pair, difference in gain.items():
     print("{} less {}: ".format(*pair) + shown(difference, 3))
@@ -305,6 +317,7 @@ assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low and gain[FEW, 
 assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
 assert all(gain[rule].low < 0 < gain[rule].high for rule in ((NOISY, FEW), (MANY_NOISY, BY_1_2F))), "as a quarter as many"
 assert gain[MANY_NOISY, BY_VARIANCE].low > 0.08, "but clearly more than by the variance of a label"
+assert all(found.low < 0 < found.high for (one, _), found in gain.items() if one == NOISY_STEPS), "in as many steps, open"
 right = 1 / (1 + np.exp(-abs(held_gold[:, i] - held_gold[:, j]) / 0.1))  # our rater, pair by pair; 0.5 where the gold is tied
 varies = [1 - ((2 * p - 1) ** 2).mean() for p in (right, 0.25 + 0.5 * right)]  # the variance of a label, 1 or -1
 print(f"with a quarter turned round the label of a given pair varies {varies[1] / varies[0]:.2f} times as much")
@@ -317,10 +330,10 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # 500, by the rule. In one pass a hundred rankings teach nothing clearly better than a coin. 500 order 0.54 [0.51, 0.56]
 # of the pairs rightly: clearly more than a coin, not clearly more than 100. 2,000 clean ones order 0.68 [0.66, 0.70].
 # With a quarter turned round 2,000 lose 0.15, and are not told from 500. Another rule takes as noise only the variance
-# of a given pair's label, which grows 2.05 times: $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part. These
-# are not told from 1,500 clean ones, by the rule (+0.03 [-0.04, 0.09]), and order clearly more than 730, by the other
-# (+0.12 [0.09, 0.14]): refuted, unless their steps (one of eight rankings) do it alone. Intervals are over seeds and
-# prompts.
+# of a given pair's label, which grows 2.05 times: $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part: are
+# they worth 1,500 or 730? They are not told from 1,500 (+0.03 [-0.04, 0.09]), and order clearly more than 730 (+0.12
+# [0.09, 0.14]), in more steps than either. In 188 (batches of 32; the 730: 183, of 4), they are told from neither
+# (-0.04 [-0.11, 0.03] and +0.02 [-0.07, 0.12]): open. Intervals are over seeds and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's training labelers agreed in 73 % (section 3.4).
 # Let each be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 -
@@ -486,7 +499,7 @@ def calibration_error(predicted, observed, count):
 
 wrong = {kind: np.array([calibration_error(*np.array(row["calibration"]).T) for row in of]) for kind, of in kinds.items()}
 for kind in kinds:
-    print("{:,} rankings, {:.0%} turned round: calibration error ".format(*kind) + "{:.3f} ± {:.3f}".format(*interval(wrong[kind])))
+    print("{:,} rankings, {:.0%} turned round, by {}: calibration error ".format(*kind) + "{:.3f} ± {:.3f}".format(*interval(wrong[kind])))
 assert wrong[FEWEST].min() > 0.13 > 0.06 > max(wrong[kind].max() for kind in (FEW, CLEAN, NOISY))
 for kind in (FEWEST, CLEAN):
     (said, was), off, overall = judges.by_tenths(kinds[kind])

@@ -525,12 +525,12 @@ assert clear == {"RLOO": set(), "GRPO": {"reward", "gold", "kl"}, "DPO": {"rewar
 # %% [markdown]
 # All four clearly gain reward and gold (VADER's). But as we read the printed answers, no method's are
 # better than the base's. Of RLOO and PPO neither has clearly more. GRPO has less, nearer to the base, at half the rate;
-# at PPO's rate it is not told from PPO. DPO has less of the judge's reward, which it never met, at a
+# at PPO's (tried later) it is not told from PPO. DPO has less of the judge's reward, which it never met, at a
 # larger KL; whose gold is higher is not told.
 #
 # The rates are rough: under the seed that chose them PPO's gold was 0.16, under the five others 0.64. $\beta = 0.05$
 # was not tuned. An update's 32 answers are to 32 prompts in PPO, to 8 in RLOO and GRPO. DPO draws none, but learns from
-# the ranked ones, and its rate is not constant. Of PPO's answers 3 to 51 % end, by seed, hardly any of DPO's, some 40 %
+# the ranked ones, and its rate alone varies. Of PPO's answers 3 to 51 % end, by seed, hardly any of DPO's, some 40 %
 # of the base's. Longer ones have more room for kind words: part of the gold may be that.
 #
 # Why do the answers not improve with the gold? Kind words satisfy it. The seed shown is that of RLOO's most gold, 0.89:

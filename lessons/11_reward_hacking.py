@@ -493,8 +493,8 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 # them: *great(er)* repeats at 0 and 0.05, not at 0.2 or with the penalty. Over three seeds, one with a poor judge, no
 # mean difference of the second gold is clear. What follows is of these runs; others may differ.
 #
-# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (Over
-#   the three that is clear of proxy and bigrams, of the small price beside none.) With both good judges the small price
+# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (In
+#   the mean only proxy and bigrams are clear, for the small price against none.) With both good judges the small price
 #   ends higher in the second gold than none, beyond the batches' noise. But an early stop does about as well: where the
 #   run without a price first has as much KL (known only afterwards), its second gold is 0.49 and 0.46, that of the
 #   small price 0.47 and 0.50. And under one of these judges the small price's second gold turns, too, barely: from 0.59
@@ -550,7 +550,7 @@ if not REDUCED:
 
 # %% [markdown]
 # In our run the second, which orders 63 % [58 %, 68 %] of held-out pairs rightly, sees three quarters. The gold rose,
-# too, to 0.93: both learned from one rater. Neither objects to the repetition. An **ensemble** hopes that judges differ
+# too, to 0.93. (Seed 0's judge, also from 1,000, sees a fifth.) An **ensemble** hopes that judges differ
 # where they guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or
 # their mean less a multiple of their *variance*. Either, they report, practically ends overoptimization by the best of
 # $n$, and by PPO together with a small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and
@@ -602,9 +602,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed of
-# three (clear over these: proxy and bigrams, at the small price). In the second gold, which repetition does not please,
-# the small price ends above none with both good judges. But an early stop does about as well: where the run without a
-# price first has as much KL, its second gold is about the same. A price does not make the judge any wiser.
+# three (clear means: proxy and bigrams, small price against none). In the second gold, which repetition does not
+# please, the small price ends above none with both good judges. But an early stop does about as well: where the run
+# without a price first has as much KL, its second gold is about the same. A price does not make the judge any wiser.
 #
 # </details>
 

@@ -556,7 +556,7 @@ signs = {task: " ".join(found.sign for found in of.values()) for task, of in var
 assert signs == {"rewrite": "-= += - -", "source": "= ? ? ="}
 
 # %% [markdown]
-# DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats (searched from another start, too: Lesson 16); on `source` none.
+# DoRA, on `rewrite`, by 0.010 [0.005, 0.014] nats (0.012 from another start: Lesson 16); on `source` none.
 # PiSSA and OLoRA end clearly worse on `rewrite`, by 0.035 [0.013, 0.057] and 0.049 [0.031, 0.068]. On `source` rsLoRA
 # and OLoRA are equal to LoRA, DoRA and PiSSA undecided. (All eight intervals hold together 19 times in 20.) On
 # `rewrite` rsLoRA, here LoRA with $\alpha=16\sqrt8\approx45$, ends 0.012 [0.009, 0.016] behind LoRA with 16. Whether a

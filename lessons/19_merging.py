@@ -504,21 +504,21 @@ print("the share of the gain that NF4(Q + U) keeps:", ", ".join(f"{t:g} U: {spre
 some = merging.as_much(mp.quant.dequantize_model(quantized.unload()), U, 0)["passed"]  # of the adapter above
 elements = np.concatenate([(some[path] != 0).ravel() for path in U]).mean()
 much = sum((some[path] * U[path]).sum() for path in U) / sum((U[path] ** 2).sum() for path in U)
-print(f"rounding moves {elements:.1%} of the elements; alone, at their size in U, they are {much:.0%} of U")
+print(f"codes change of {elements:.1%} of the elements; alone, at their size in U, they are {much:.0%} of U")
 brings = {}
-for part, what in {"passed": "these elements", "scaled": "as much of all elements", "random": "as much at random"}.items():
+PASSED = {"passed": "these elements", "jumped": "these, as rounding moves them,"}
+for part, what in (PASSED | {"scaled": "as much of all elements", "random": "as much at random", "QLoRA 0.5": "half of U"}).items():
     brings[part] = ratio(Q - loss(f"{part} on Q", what="bases"), Q - loss("QLoRA 1.0 on Q", what="bases"))
-    print(f"  {what} bring {spread(brings[part])} of the gain of U")
-    assert part == "passed" or below(loss("passed on Q", what="bases"), loss(f"{part} on Q", what="bases"))
-assert brings["scaled"].low > 0.75 and brings["passed"].high < gain[1.0].low
-half = ratio(loss("base") - loss("rewrite 0.5"), loss("base") - loss("rewrite 1.0"))
-print(f"half of an adapter brings {spread(half)} of the gain of all of it (section 5)")
+    print(f"  {what} bring{'s' * (part[-1] == '5')} {spread(brings[part])} of the gain of U")
+    assert part not in ("scaled", "random") or below(loss("passed on Q", what="bases"), loss(f"{part} on Q", what="bases"))
+assert REDUCED or (0.06 < elements < 0.1 and 0.3 < much < 0.45)
+assert 0.75 < brings["scaled"].low and brings["passed"].high < brings["jumped"].low and round(brings["passed"].value, 2) == 0.90
 blind, learned = (loss("LoRA 1.0 on Q", what="bases") - loss(name, what="bases") for name in ("LoRA 1.0 on W", "QLoRA 1.0 on Q"))
 print(f"put on Q, LoRA's adapter, trained beside W, loses {spread(blind)}; QLoRA's is {spread(learned)} better there")
 print("of what it loses that is", spread(ratio(learned, blind)))
 assert 1 / 4 < ratio(learned, blind).low and ratio(learned, blind).high < 1 / 2
 assert gain[0.25].high < gain[0.5].low and gain[0.5].high < gain[1.0].low
-assert gain[1.0].low > 0.9 and 0.35 < gain[0.5].low and gain[0.5].high < 0.6 and gain[0.25].high < 0.15 and half.low > 0.88
+assert gain[1.0].low > 0.9 and 0.35 < gain[0.5].low and gain[0.5].high < 0.6 and gain[0.25].high < 0.15
 
 # %% [markdown]
 # - **Best of the four is the wrong base in floats**, $W + U$: $W$ is the better base, even though the adapter learned
@@ -531,9 +531,9 @@ assert gain[1.0].low > 0.9 and 0.35 < gain[0.5].low and gain[0.5].high < 0.6 and
 #   relative to the gaps, and a warning is all that is said.
 #
 # How can $U$ keep nine tenths of its gain when only about half of it arrives? Mostly because the gain is not
-# proportional to the scale: 0.37 $U$ brings 0.84 of it. A little because of which elements pass: those that rounding
-# moves, 8 % of all, are as much of $U$ (in the measure of what arrives) and bring 0.90; as much at random brings 0.84.
-# The rest, to 0.97: it moves them by a whole gap, further than $U$ does.
+# proportional to the scale: 0.37 $U$ brings 0.84 of it, $\frac12 U$ 0.92. A little because of which elements pass: the
+# 8 % that get another code are 0.37 of $U$, too (in the measure of what arrives), and bring 0.90; as much at random
+# brings 0.84. And these elements move by a whole gap: moved so, they bring 0.96; the whole of NF4$(Q + U)$, 0.97.
 #
 # **LoftQ** (Lesson 7, section 6) starts the adapter as a correction of $Q$. On $W$ there is nothing to correct.
 #

@@ -13,6 +13,7 @@ from experiments import forgetting, items, practice, real_llm
 
 import minipeft as mp
 from minipeft.claims import data, protocol
+from minipeft.claims.league import MAIN, league
 from minipeft.claims.register import ROWS
 from minipeft.claims.statistics import crossed
 from minipeft.experiments import seeds, shipped
@@ -223,6 +224,17 @@ def test_the_shipped_rows_are_those_that_the_searches_need(name, searches):
     for row in own:
         others = [other for other in rows if protocol.trial_of(other) != protocol.trial_of(row)]
         assert protocol.trial_of(row) in protocol.wanted(protocol.finder(others), searches), "nobody needs it"
+
+
+def test_general_text_read_again_by_block_is_what_the_rows_of_the_trials_say_by_kind():
+    store = RESULTS / "15_forgetting.jsonl"
+    find = protocol.finder(practice.known([*league(MAIN).searches, *forgetting.SEARCHES], store))
+    read = forgetting.blocks(store)
+    assert len(read) > 90
+    for trial, nats in read.items():
+        kinds = nats.reshape(-1, protocol.BLOCKS).mean(axis=1) / (protocol.LENGTH - 1)
+        assert kinds == pytest.approx([*find(trial)["general"].values()], abs=1e-4)
+    assert {protocol.Trial(**vars(one)) for one in forgetting.read_again(find)} == read.keys(), "all are there, and no other"
 
 
 def test_the_shipped_rows_of_the_way_back_lie_between_the_base_and_the_leagues():

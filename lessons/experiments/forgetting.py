@@ -20,6 +20,7 @@ from minipeft.backend import to_numpy
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import Pair
 from minipeft.claims.forgetting import REPLAY
+from minipeft.claims.league import EQUAL, MAIN, league
 from minipeft.claims.protocol import BLOCKS, ITEMS, LENGTH, SEEDS, Choice, Gentle, Trial
 from minipeft.claims.statistics import crossed
 from minipeft.evaluation import evaluate
@@ -44,6 +45,33 @@ SEARCHES: list[Choice] = [NONE, *(way for pair in PAIRS + OTHERS for way in (pai
 
 
 @dataclass(frozen=True)
+class Read(Trial):
+    """A trial whose model reads the general text again, block by block: its own row has the mean of each kind of text alone."""
+
+
+def read_again(find: protocol.Find) -> list[Read]:
+    """What the lesson reports of general text: the tuned methods and remedies, their controls, and the gentlest settings."""
+    tuned = [protocol.search(task, method, 500) for task in ("rewrite", "source") for method in ("full", "lora", "qlora", "bottleneck")]
+    gentle = [way for pair in EQUAL if pair.a == "lora" for way in (pair.one, pair.other)]
+    trials = [protocol.chosen(find, choice)[0] for choice in (*tuned, *gentle, *SEARCHES)]
+    trials += [replace(NONE.start, rate=NONE.start.rate / 2), replace(NONE.start, rate=NONE.start.rate / 2, batch_size=8)]
+    return [Read(**vars(replace(trial, seed=seed, split="test"))) for seed in SEEDS for trial in dict.fromkeys(trials)]
+
+
+def read(trial: Read) -> Row:
+    """The loss on each block of general text, in nats."""
+    model, tokenizer = far(trial), base()[1]
+    text = [block for blocks in data.general(BLOCKS, LENGTH).values() for block in blocks]
+    return rounded({"general": example_losses(model, text, 32, tokenizer.pad_token_id)[0].tolist()})
+
+
+def blocks(store: str | os.PathLike) -> dict[Trial, np.ndarray]:
+    """The nats of each block of general text, of all trials that `read_again` names."""
+    rows = [row for row in read_rows(store) if row["run"] == "Read" and row.get("version") == protocol.version()]
+    return {protocol.trial_of(row): np.array(row["general"]) for row in rows}
+
+
+@dataclass(frozen=True)
 class Way:
     """A share of the way from the base to the tuned model of a seed."""
 
@@ -60,10 +88,10 @@ WAYS = [Way(0.0, SEEDS[0]), *(Way(share, seed) for seed in SEEDS for share in (0
 
 
 def of_items(rows: list[Row], base_row: Row) -> dict[str, np.ndarray]:
-    """The change of the share of general items right, of each kind of text, which take turns: {kind: [seeds]}."""
+    """The change of which general items are right, of each kind of text, which take turns: {kind: [seeds, items]}."""
     right, before = (np.array([row["cloze"] for row in some], float) for some in (rows, [base_row]))
     kinds = base_row["general"]
-    return {kind: (right[:, i :: len(kinds)] - before[:, i :: len(kinds)]).mean(axis=1) for i, kind in enumerate(kinds)}
+    return {kind: right[:, i :: len(kinds)] - before[:, i :: len(kinds)] for i, kind in enumerate(kinds)}
 
 
 def replayed(find: protocol.Find) -> dict[str, Estimate]:
@@ -191,6 +219,8 @@ def divergence(store: str | os.PathLike) -> dict[tuple[str, bool], tuple[np.ndar
 def compute(store: str | os.PathLike) -> None:
     """All rows that are missing, computed in this process and added to the store."""
     practice.compute(SEARCHES, store)
+    find = protocol.finder(practice.known([*league(MAIN).searches, *SEARCHES], store))
+    sweep(read, read_again(find), store)
     sweep(run, WAYS, store)
     sweep(answered, FRESH, store)
     sweep(diverged, DRAWN, store)
@@ -209,13 +239,6 @@ def walked(store: str | os.PathLike, key: str) -> dict[float, np.ndarray]:
     found = {Way(row["share"], row["seed"]): row[key] for row in rows}
     at = {share: [found[way] for way in WAYS if way.share == share] for share in sorted({way.share for way in WAYS})}
     return {share: np.array(losses * (len(SEEDS) // len(losses))) for share, losses in at.items()}
-
-
-def by_kind(walk: dict[float, np.ndarray]) -> dict[str, dict[float, np.ndarray]]:
-    """What is forgotten of each kind of text at each share of the way: [seeds], in nats per token; of the walk by "general"."""
-    names = [*data.general(BLOCKS, LENGTH)]
-    lost = {share: (at - walk[0.0]).reshape(len(SEEDS), len(names), BLOCKS).mean(axis=2) / (LENGTH - 1) for share, at in walk.items()}
-    return {name: {share: at[:, i] for share, at in lost.items()} for i, name in enumerate(names)}
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

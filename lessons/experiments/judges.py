@@ -32,12 +32,15 @@ class Run:
     flip: float = 0.0
     seed: int = 0
     learning_rate: float = 2e-3
+    batch_size: int = 8  # rankings
 
 
-UNTRAINED, FEWEST, FEW, CLEAN, NOISY = (0, 0.0), (100, 0.0), (500, 0.0), (2000, 0.0), (2000, 0.25)
-MANY_NOISY, BY_1_2F, BY_VARIANCE = (6000, 0.25), (1500, 0.0), (730, 0.0)  # and as many clean ones as it is worth by two rules
-KINDS = UNTRAINED, FEWEST, FEW, BY_VARIANCE, BY_1_2F, CLEAN, NOISY, MANY_NOISY
-RUNS = [Run(n, flip, seed) for seed in range(5) for n, flip in KINDS]
+Kind = tuple[int, float, int]  # rankings, the share turned round, and rankings of a batch
+UNTRAINED, FEWEST, FEW, CLEAN, NOISY = (0, 0.0, 8), (100, 0.0, 8), (500, 0.0, 8), (2000, 0.0, 8), (2000, 0.25, 8)
+MANY_NOISY, BY_1_2F, BY_VARIANCE = (6000, 0.25, 8), (1500, 0.0, 8), (730, 0.0, 8)  # and as many clean ones as it is worth by two rules
+NOISY_STEPS, VARIANCE_STEPS = (6000, 0.25, 32), (730, 0.0, 4)  # in 188 steps, as many as BY_1_2F, and in 183
+KINDS = UNTRAINED, FEWEST, FEW, BY_VARIANCE, BY_1_2F, CLEAN, NOISY, MANY_NOISY, NOISY_STEPS, VARIANCE_STEPS
+RUNS = [Run(n, flip, seed, batch_size=batch_size) for seed in range(5) for n, flip, batch_size in KINDS]
 
 
 def in_order(rewards: np.ndarray, gold: np.ndarray, gap: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +104,7 @@ def measured(model: rlhf.RewardModel, rewards: np.ndarray, run: Run, prompts: li
         "calibration": [[round(float(v), 4) for v in row] for row in zip(*rlhf.calibration_curve(chosen, rejected))],
         "right": right.tolist(), "pairs": pairs.tolist(),
     }  # fmt: skip
-    if (run.rankings, run.flip) not in (UNTRAINED, CLEAN):
+    if (run.rankings, run.flip, run.batch_size) not in (UNTRAINED, CLEAN):
         return row
     real, nonsense = (model.score_texts(texts) for texts in real_and_nonsense(tuple(prompts[run.seed]), run.seed))
     bar = float(np.quantile(real, 0.9))
@@ -112,9 +115,10 @@ def measured(model: rlhf.RewardModel, rewards: np.ndarray, run: Run, prompts: li
     }  # fmt: skip
 
 
-def by_kind(rows: list[Row]) -> dict[tuple[int, float], list[Row]]:
+def by_kind(rows: list[Row]) -> dict[Kind, list[Row]]:
     """{one of KINDS: its rows, by seed}; all must be there."""
-    kinds = {kind: sorted((r for r in rows if (r["rankings"], r["flip"]) == kind), key=lambda r: r["seed"]) for kind in KINDS}
+    of = {kind: [r for r in rows if (r["rankings"], r["flip"], r["batch_size"]) == kind] for kind in KINDS}
+    kinds = {kind: sorted(those, key=lambda row: row["seed"]) for kind, those in of.items()}
     seeds = {run.seed for run in RUNS}
     assert all([row["seed"] for row in of] == sorted(seeds) for of in kinds.values()), "a row of each kind and seed, see --full"
     return kinds
@@ -142,11 +146,11 @@ def by_tenths(of: list[Row]) -> tuple[list[float], dict[int, Any], Any]:
     return [np.average(bins[7][:, k], weights=bins[7][:, 2]) for k in (0, 1)], off, overall
 
 
-def labels_picture(kinds: dict[tuple[int, float], list[Row]]) -> Any:
+def labels_picture(kinds: dict[Kind, list[Row]]) -> Any:
     """Accuracy over rankings, by the share of labels that are turned round, a dot a seed."""
     figure, axis = one_plot()
     for flip, color in ((0.0, "C0"), (0.25, "C3")):
-        found = {n: [row["accuracy"] for row in kinds[n, turned]] for n, turned in KINDS if n and turned == flip}
+        found = {n: [row["accuracy"] for row in kinds[n, turned, b]] for n, turned, b in KINDS if n and (turned, b) == (flip, 8)}
         means = [np.mean(values) for values in found.values()]
         axis.plot([*found], means, "o-", color=color, label=f"labels turned round: {flip:.0%}")
         for n, values in found.items():

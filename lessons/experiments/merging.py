@@ -149,13 +149,17 @@ def plus(base: Any, update: Deltas, t: float = 1.0) -> Any:
 
 def as_much(Q: Any, update: Deltas, seed: int) -> dict[str, Deltas]:
     """An equal part of an update U, in three ways: "passed" is those elements that have another code in NF4(Q + U), "scaled" all of
-    them times one number, "random" as many as make up for it, at random. Equal is <part, U> / <U, U>."""
-    was = {path: to_numpy(Q.get_submodule(path).weight.data) for path in update}
-    passed = {path: u * (codes(was[path] + u) != codes(was[path])) for path, u in update.items()}
+    them times one number, "random" as many as make up for it, at random. Equal is <part, U> / <U, U>. And "jumped", those that
+    have another code by as much as NF4(Q + U) moves them."""
+    rounded = four_bits(plus(Q, update))
+    was, is_ = ({path: to_numpy(model.get_submodule(path).weight.data) for path in update} for model in (Q, rounded))
+    changed = {path: codes(was[path] + u) != codes(was[path]) for path, u in update.items()}
+    passed = {path: u * changed[path] for path, u in update.items()}
     share = sum(float((passed[path] * u).sum()) for path, u in update.items()) / sum(float((u**2).sum()) for u in update.values())
     rng = np.random.default_rng(seed)
     return {
         "passed": passed,
+        "jumped": {path: (is_[path] - was[path]) * changed[path] for path in update},
         "scaled": {path: np.float32(share) * u for path, u in update.items()},
         "random": {path: u * (rng.random(u.shape) < share) for path, u in update.items()},
     }
