@@ -184,6 +184,19 @@ def measure(run: Run) -> Row:
     return {**row, "samples": samples(rolls), "drawn": drawn, "cpu_seconds": round(seconds, 1)}
 
 
+@dataclass(frozen=True)
+class Half(Run):
+    """A run once more. (RL on another processor soon draws other words, so its row may be of other answers.)"""
+
+
+def measure_half(run: Half) -> Row:
+    """The gold of each answer, and of its first half of LENGTH tokens alone: longer answers have more room for kind words."""
+    policy = learn(Run(**vars(run)))[0]
+    row, rolls = judged(policy, None, unseen()[:HELD_OUT], run.seed)
+    half = rlhf.vader([show(answer[: LENGTH // 2]) for roll in rolls for answer in roll.responses()])
+    return {"gold": row["gold"], "gold_of_half": half.astype(float).round(3).tolist(), "ended": row["ended"]}
+
+
 TRIED = {  # learning rates, until both neighbors of the best are there
     method: [Run.learning_rate * 2.0**k for k in range(-1, most + 1)]
     for method, most in {"PPO": 2, "RLOO": 2, "GRPO": 1, "DPO": 4}.items()
@@ -194,6 +207,7 @@ RUNS = [
     *(Run(method, TUNING, learning_rate=rate) for method in METHODS for rate in TRIED[method]),
     *(Run(method, seed, learning_rate=rate) for seed in SEEDS for method, rate in CHOSEN.items()), *OTHER,
 ]  # fmt: skip
+HALVES = [Half(method, seed, learning_rate=rate) for seed in SEEDS for method, rate in CHOSEN.items()]
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
@@ -214,10 +228,17 @@ def show_searches(rows: list[Row]) -> None:
 def reports(rows: list[Row], method: str, rate: float | None = None) -> dict[str, np.ndarray]:
     """{"gold", "reward", "kl": [seeds, prompts]; "distinct_2", "ended", "drawn", "cpu_seconds": [seeds]} of a method under SEEDS, at
     the rate chosen for it or another."""
-    those = [row for row in rows if row["method"] == method and row["learning_rate"] == (rate or CHOSEN[method]) and row["seed"] != TUNING]
+    those = [row for row in rows if row["run"] == "Run" and row["method"] == method and row["learning_rate"] == (rate or CHOSEN[method]) and row["seed"] != TUNING]
     those.sort(key=lambda row: row["seed"])
     assert [row["seed"] for row in those] == [*SEEDS], f"{method}: a row of each seed, see --full"
     return {key: np.array([row[key] for row in those], float) for key in (*MEASURED, "distinct_2", "ended", "drawn", "cpu_seconds")}
+
+
+def halves(rows: list[Row]) -> dict[str, tuple[Estimate, Estimate]]:
+    """{method: its gold above the base's, in the first half of answers and in all of them}, of the runs of HALVES."""
+    of = {(row["method"], row["seed"]): row for row in rows if row["run"] == "Half"}
+    golds = {name: [np.array([of[name, seed][key] for seed in SEEDS]) for key in ("gold_of_half", "gold")] for name in CHOSEN}
+    return {name: tuple(crossed(a - b) for a, b in zip(golds[name], golds["base"])) for name in METHODS}
 
 
 def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, str], dict[str, Estimate]]:
@@ -230,13 +251,16 @@ def show_comparison(rows: list[Row], seed_of_samples: int) -> dict[tuple[str, st
         gold, *shares, drawn, seconds = (found[key].mean() for key in ("gold", "distinct_2", "ended", "drawn", "cpu_seconds"))
         print(f"{name:20s}   {gold:+.2f}   {shares[0]:10.2f}  {shares[1]:5.2f}  {drawn:13.0f}  {seconds:7.0f}")
     print("ended, by seed: " + "; ".join(f"{name} " + " ".join(f"{share:.2f}" for share in found["ended"]) for name, found in of.items()))
+    for name, (half, whole) in halves(rows).items():
+        print(f"run again, {name} less base, gold of the first {LENGTH // 2} tokens {shown(half)}, of all {shown(whole)}")
+        assert half.low > 0
     print("\n* where an interval excludes 0")
     pairs = [*((name, "base") for name in METHODS), *((name, "PPO") for name in [*of][2:])]
     beside = {(one, other): less(of[one], of[other]) for one, other in pairs}
     for (one, other), found in beside.items():
         print(f"{one} less {other}:".ljust(28), said(found))
     for row in rows:
-        if row["seed"] == seed_of_samples and row["learning_rate"] == CHOSEN[row["method"]]:
+        if row["run"] == "Run" and row["seed"] == seed_of_samples and row["learning_rate"] == CHOSEN[row["method"]]:
             print(f"{row['method']}, seed {seed_of_samples}, gold {np.mean(row['gold']):.2f}", *row["samples"], sep="\n    ")
     return beside
 
