@@ -10,8 +10,8 @@
 #
 # You need Lessons 9 and 10 and the extra `rlhf` (`pip install 'minipeft[rlhf]'`). Reading takes about 25 minutes (200
 # words or 25 lines of code a minute, up to the quiz). Run it with `python lessons/11_reward_hacking.py` (about a minute
-# and a half on two cores), or open it as a notebook. With `--full` it first computes those of the fifteen runs that are
-# missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about eight minutes).
+# and a half on two cores), or open it as a notebook. With `--full` it first computes those of the 43 runs that are
+# missing in `lessons/results/11_reward_hacking.jsonl` (all of them: about twenty minutes).
 #
 # Environment: `MINIPEFT_REDUCED=1` runs fewer updates; `MINIPEFT_LESSONS_OUT` is where the pictures go
 # (`lessons/out`).
@@ -201,32 +201,36 @@ RUNS = [Run(beta, seed=seed) for seed in range(3) for beta in BETAS]
 RUNS += [Run(0.05, missing_eos_score=-1.0, seed=seed) for seed in range(3)]
 WEAK = 300  # rankings: what a judge is worth that has seen less
 RUNS += [Run(0.0, seed=seed, rankings=WEAK) for seed in range(3)]
+# and more, for the means of section 5
+RUNS += [Run(beta, end, seed) for seed in range(3, 10) for beta, end in ((0.0, None), (0.05, None), (0.2, None), (0.05, -1.0))]
 if "--full" in sys.argv:
     sweep(optimize, RUNS, RESULTS)
-rows = read_rows(RESULTS)
-for r in rows:  # see section 3
+every = read_rows(RESULTS)
+for r in every:  # see section 3
     r["history"]["second"] = np.multiply(r["history"]["gold"], r["history"]["distinct_2"])
+rows = [r for r in every if r["seed"] < 3]  # one by one; the others are for means
 
 
-def found(beta, missing_eos_score=None, rankings=Run(0).rankings):
-    """The runs of all seeds with these settings: {name: [seeds, updates]}."""
+def found(beta, missing_eos_score=None, rankings=Run(0).rankings, seeds=3):
+    """The runs of the first seeds with these settings: {name: [seeds, updates]}."""
     wanted = (beta, missing_eos_score, rankings)
-    same = [r for r in rows if (r["beta"], r["missing_eos_score"], r["rankings"]) == wanted]
+    same = [r for r in every if (r["beta"], r["missing_eos_score"], r["rankings"]) == wanted and r["seed"] < seeds]
     return {name: np.array([r["history"][name] for r in same]) for name in same[0]["history"]}
 
 
-assert len(rows) == len(RUNS) and {r["seed"] for r in rows} == {0, 1, 2}, "three seeds of each: see --full"
-accuracies = {n: [Estimate(*r["accuracy"]) for r in rows if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
+assert len(every) == len(RUNS) and {r["seed"] for r in every} == {*range(10)}, "three seeds of each, and more: see --full"
+accuracies = {n: [Estimate(*r["accuracy"]) for r in every if (r["rankings"], r["beta"]) == (n, 0)] for n in (WEAK, Run(0).rankings)}
 for rankings, each in accuracies.items():
     told = ", ".join(f"{a.value:.1%} [{a.low:.1%}, {a.high:.1%}]" for a in each)
     print(f"judges from {rankings} rankings agree with the gold in {told} of held-out pairs")
-assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and all(a.low > 0.5 for a in accuracies[Run(0).rankings])
+assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and [a.low > 0.5 for a in accuracies[1000]] == [True] * 7 + [False] * 2 + [True]
 assert [more.low > less.high for less, more in zip(*accuracies.values())] == [False, True, True], "more rankings help two of three"
 
 # %% [markdown]
-# No judge from 300 rankings is clearly better than a coin. Each from 1,000 is, and two are clearly better than all from
-# 300. Now one run, live, without a price, under seed 2: proxy and gold rise together. *Distinct-2* is the share of
-# bigrams in a batch that are different, *reference loss* the mean of $-\log \pi_{\text{ref}}$ over the policy's tokens.
+# No judge from 300 rankings is clearly better than a coin. Eight of ten from 1,000 are. Two of the first three are
+# clearly better than all from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together.
+# *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log
+# \pi_{\text{ref}}$ over the policy's tokens.
 #
 # **Predict:** what does the policy write at the end? (Another machine draws other words; our claims are of recorded
 # runs.)
@@ -470,17 +474,15 @@ for (name, end), beta in zip([*repairs.items()][1:], (0.0, 0.0, 0.05)):
     there = at_kl(found(beta), end["kl"])["second"]
     print(f"{name}: second gold where beta = {beta} first has as much KL:", there.round(2), "and at the end", end["second"].round(2))
     assert ((there - end["second"] > CLEAR["second"]) if end is penalized else abs(there - end["second"]) < CLEAR["second"])[able].all()
-pairs = {"0.05 less 0": (cheap, free_end), "0.2 less 0.05": (high, cheap), "penalty less none": (penalized, cheap)}
-for name in ("second", "proxy", "kl", "distinct_2"):  # three seeds leave most mean differences open
+ten = {beta: ends(found(beta, seeds=10))[1] for beta in BETAS} | {"penalty": ends(found(0.05, -1.0, seeds=10))[1]}
+pairs = {"0.05 less 0": (ten[0.05], ten[0.0]), "0.2 less 0.05": (ten[0.2], ten[0.05]), "penalty less none": (ten["penalty"], ten[0.05])}
+for name in ("second", "proxy", "kl", "distinct_2"):  # means of ten seeds
     lower = {what: interval(end[name] - other[name]) for what, (end, other) in pairs.items()}
     print(f"{name}: " + ", ".join(f"{what} {value:+.2f} ± {half:.2f}" for what, (value, half) in lower.items()))
-    assert [abs(value) > half for value, half in lower.values()] == [name in ("proxy", "distinct_2"), False, False], name
-for name in ("proxy", "kl"):
-    assert (np.diff([last[beta][name] for beta in BETAS], axis=0) < 0).all(), f"the higher the price, the less {name}"
-assert all((end["distinct_2"] > free_end["distinct_2"] + CLEAR["distinct_2"]).all() for end in (cheap, high)), "each keeps bigrams distinct"
+    clear = {"second": [False, True, True], "distinct_2": [True, True, False]}.get(name, [True] * 3)
+    assert [abs(value) > half for value, half in lower.values()] == clear, name
 assert (cheap["second"] > free_end["second"]).all() and (high["second"] < cheap["second"]).all()
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
-assert sum(cheap["second"] - high["second"] > CLEAR["second"]) == 1, "and a high one below it, clearly in one seed"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
 assert (penalized["proxy"] < cheap["proxy"]).all() and (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all()
 assert [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
@@ -489,23 +491,23 @@ assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
 
 # %% [markdown]
-# The small one, in each seed. Would a reader see its lead? Not in the one answer of each printed for seed 2, as we read
-# them: *great(er)* repeats at 0 and 0.05, not at 0.2 or with the penalty. Over three seeds, one with a poor judge, no
-# mean difference of the second gold is clear. What follows is of these runs; others may differ.
+# The small one, in each of the three seeds; in the mean of ten its lead over none is not clear (0.09 ± 0.11). Would a
+# reader see it? Not in the one answer of each printed for seed 2, as we read them: *great(er)* repeats at 0 and 0.05,
+# not at 0.2 or with the penalty. Below, ± is of means of ten seeds; the rest is of three, one with a poor judge.
 #
-# - A **price of KL**, small or high, lowers proxy and KL and keeps more of the bigrams distinct, in every seed. (In
-#   the mean only proxy and bigrams are clear, for the small price against none.) With both good judges the small price
-#   ends higher in the second gold than none, beyond the batches' noise. But an early stop does about as well: where the
-#   run without a price first has as much KL (known only afterwards), its second gold is 0.49 and 0.46, that of the
-#   small price 0.47 and 0.50. And under one of these judges the small price's second gold turns, too, barely: from 0.59
-#   to 0.47. The high price ends below the small one in every seed, clearly in one. But at the high price the objective
-#   itself, proxy less $\beta$ KL, ends below its start in two seeds of three (on the chain, which also charges for a
-#   missing end, in all ten): PPO did not maximize it. On the chain PPO ends clearly above the SFT model with either
-#   price, without not; with the small one clearly above none, by 0.16.
-# - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. With both good judges it costs
-#   clearly in the second gold. In every seed it also ends with less of the proxy, and at a KL of 5 to 9 nats in place
-#   of 12 to 37 (neither mean difference is clear). The shorter way is not all: where the small price alone first has as
-#   much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15; why was not examined.
+# - A **price of KL** lowers proxy (the small beside none by 0.97 ± 0.48, the high beside the small by 1.36 ± 0.75) and
+#   KL, and keeps more of the bigrams distinct. The high price ends below the small one in the second gold (0.09 ±
+#   0.06). With both good judges the small price ends higher in it than none, beyond the batches' noise. But an early
+#   stop does about as well: where the run without a price first has as much KL (known only afterwards), its second gold
+#   is 0.49 and 0.46, that of the small price 0.47 and 0.50. And under one of these judges the small price's second gold
+#   barely turns: from 0.59 to 0.47. At the high price the objective itself, proxy less $\beta$ KL, ends below its
+#   start in two seeds of three (on the chain, which also charges for a missing end, in all ten): PPO did not maximize
+#   it. On the chain PPO ends clearly above the SFT model with either price, without not; with the small one clearly
+#   above none, by 0.16.
+# - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. It costs 0.18 ± 0.07 of the second
+#   gold and 1.9 ± 1.2 of the proxy, and ends at a KL of 5 to 9 nats in place of 12 to 37. That is not all:
+#   where the small price alone first has as much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15;
+#   why was not examined.
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price brings
 #   no more gold, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
@@ -523,7 +525,7 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #
 # If one judge can be fooled, why not two? Train a second one, on as many other rankings, and show it what the policy
 # wrote for the first. First ask what the second is worth: if it guesses, that it sees no gain says nothing about the
-# first. (One run, one pair of judges: an example.)
+# first. (One pair of judges: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
@@ -601,9 +603,9 @@ if not REDUCED:
 #
 # <details><summary>Answer</summary>
 #
-# The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct, in every seed of
-# three (clear means: proxy and bigrams, small price against none). In the second gold, which repetition does not
-# please, the small price ends above none with both good judges. But an early stop does about as well: where the run
+# The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct. In the second gold,
+# which repetition does not please, the small price ends above none with both good judges (in the mean of ten not
+# clearly), and the high one below the small. But an early stop does about as well: where the run
 # without a price first has as much KL, its second gold is about the same. A price does not make the judge any wiser.
 #
 # </details>
