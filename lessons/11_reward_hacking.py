@@ -505,7 +505,7 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #   it. On the chain PPO ends clearly above the SFT model with either price, without not; with the small one clearly
 #   above none, by 0.16.
 # - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. It costs 0.18 ± 0.07 of the second
-#   gold and 1.9 ± 1.2 of the proxy, and ends at a KL of 5 to 9 nats in place of 12 to 37. That is not all:
+#   gold and 1.9 ± 1.2 of the proxy, and ends at a KL of 5 to 9 nats in place of 12 to 37. Less KL is not all:
 #   where the small price alone first has as much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15;
 #   why was not examined.
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price brings
