@@ -229,8 +229,8 @@ assert [more.low > less.high for less, more in zip(*accuracies.values())] == [Fa
 # %% [markdown]
 # No judge from 300 rankings is clearly better than a coin. Eight of ten from 1,000 are. Two of the first three are
 # clearly better than all from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together.
-# *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of $-\log
-# \pi_{\text{ref}}$ over the policy's tokens.
+# *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of
+# $-\log \pi_{\text{ref}}$ over the policy's tokens.
 #
 # **Predict:** what does the policy write at the end? (Another machine draws other words; our claims are of recorded
 # runs.)
@@ -552,12 +552,11 @@ if not REDUCED:
 
 # %% [markdown]
 # In our run the second, which orders 63 % [58 %, 68 %] of held-out pairs rightly, sees three quarters. The gold rose,
-# too, to 0.93. (Seed 0's judge, also from 1,000, sees a fifth.) An **ensemble** hopes that judges differ
-# where they guess. Coste et al. 2023 (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or
-# their mean less a multiple of their *variance*. Either, they report, practically ends overoptimization by the best of
-# $n$, and by PPO together with a small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and
-# the correlation $\rho$, that of their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no
-# disagreement shows it.
+# too, to 0.93. Another judge may see less. An **ensemble** hopes that judges differ where they guess. Coste et al. 2023
+# (arXiv:2310.02743) optimize the worst case, the *minimum* of several judges, or their mean less a multiple of their
+# *variance*. Either, they report, practically ends overoptimization by the best of $n$, and by PPO together with a
+# small price of KL. But if the errors of $k$ judges have the variance $\sigma^2$ and the correlation $\rho$, that of
+# their mean is $\sigma^2 (\rho + (1 - \rho)/k)$: what they share stays, and no disagreement shows it.
 
 # %% [markdown]
 # ## Quiz
