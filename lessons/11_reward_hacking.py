@@ -224,13 +224,12 @@ for rankings, each in accuracies.items():
     told = ", ".join(f"{a.value:.1%} [{a.low:.1%}, {a.high:.1%}]" for a in each)
     print(f"judges from {rankings} rankings agree with the gold in {told} of held-out pairs")
 assert all(a.low < 0.5 < a.high for a in accuracies[WEAK]) and [a.low > 0.5 for a in accuracies[1000]] == [True] * 7 + [False] * 2 + [True]
-assert [more.low > less.high for less, more in zip(*accuracies.values())] == [False, True, True], "more rankings help two of three"
+assert sum(more.low > max(less.high for less in accuracies[WEAK]) for more in accuracies[1000]) == 6, "more rankings help"
 
 # %% [markdown]
-# No judge from 300 rankings is clearly better than a coin. Eight of ten from 1,000 are. Two of the first three are
-# clearly better than all from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together.
-# *Distinct-2* is the share of bigrams in a batch that are different, *reference loss* the mean of
-# $-\log \pi_{\text{ref}}$ over the policy's tokens.
+# No judge from 300 rankings is clearly better than a coin. Eight of ten from 1,000 are. Six are clearly better than all
+# from 300. Now one run, live, without a price, under seed 2: proxy and gold rise together. *Distinct-2* is the share of
+# bigrams in a batch that are different, *reference loss* the mean of $-\log \pi_{\text{ref}}$ over the policy's tokens.
 #
 # **Predict:** what does the policy write at the end? (Another machine draws other words; our claims are of recorded
 # runs.)
@@ -484,8 +483,7 @@ for name in ("second", "proxy", "kl", "distinct_2"):  # means of ten seeds
 assert (cheap["second"] > free_end["second"]).all() and (high["second"] < cheap["second"]).all()
 assert (cheap["second"] - free_end["second"] > CLEAR["second"])[able].all(), "a small price ends higher, clearly with a good judge"
 assert (cheap["second"] - penalized["second"] > CLEAR["second"])[able].all(), "the penalty costs"
-assert (penalized["proxy"] < cheap["proxy"]).all() and (penalized["ended"] > 0.9).all() and (cheap["ended"] < 0.05).all()
-assert [round(x) for end in (penalized, cheap) for x in (min(end["kl"]), max(end["kl"]))] == [5, 9, 12, 37], "and holds it back"
+assert [round(100 * x) for k in ("penalty", 0.05) for x in (min(ten[k]["ended"]), max(ten[k]["ended"]))] == [89, 100, 2, 96]
 assert min(on_chain[0.05].low, on_chain[0.2].low, over_none.low) > 0 > on_chain[0.0].low, "a price ends higher"
 assert (np.diff(paid[0.05]) > 0).all() and (np.diff(paid[0.2]) < 0).sum() == 2
 assert (np.diff(chained) < 0).all(), "the high price's own objective"
@@ -493,7 +491,8 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 # %% [markdown]
 # The small one, in each of the three seeds; in the mean of ten its lead over none is not clear (0.09 ± 0.11). Would a
 # reader see it? Not in the one answer of each printed for seed 2, as we read them: *great(er)* repeats at 0 and 0.05,
-# not at 0.2 or with the penalty. Below, ± is of means of ten seeds; the rest is of three, one with a poor judge.
+# not at 0.2 or with the penalty. ± (95 %), bigrams and the chain are of ten seeds, the rest of three, one with a poor
+# judge.
 #
 # - A **price of KL** lowers proxy (the small beside none by 0.97 ± 0.48, the high beside the small by 1.36 ± 0.75) and
 #   KL, and keeps more of the bigrams distinct. The high price ends below the small one in the second gold (0.09 ±
@@ -504,10 +503,9 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #   start in two seeds of three (on the chain, which also charges for a missing end, in all ten): PPO did not maximize
 #   it. On the chain PPO ends clearly above the SFT model with either price, without not; with the small one clearly
 #   above none, by 0.16.
-# - The **penalty** made more than 90% of the answers end, in place of fewer than 5%. It costs 0.18 ± 0.07 of the second
-#   gold and 1.9 ± 1.2 of the proxy, and ends at a KL of 5 to 9 nats in place of 12 to 37. Less KL is not all:
-#   where the small price alone first has as much KL, its second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15;
-#   why was not examined.
+# - The **penalty** made 89 to 100 % of the answers end, in place of 2 to 96 % (ten seeds). It costs 0.18 ± 0.07 of the
+#   second gold, 1.9 ± 1.2 of the proxy and 12 ± 7 nats of KL. Less KL is not all: where the small price first has as
+#   much, the good judges' second gold is 0.33 and 0.31, with the penalty 0.20 and 0.15; why was not examined.
 # - An **early stop** ends the run at a given KL (`stop_kl`). Gao et al. find, too, that at the same KL a price brings
 #   no more gold, though more proxy.
 # - **Length** pleases judges of helpfulness: Singhal et al. 2023 (arXiv:2310.03716) find in three settings that the
@@ -525,7 +523,7 @@ assert (np.diff(chained) < 0).all(), "the high price's own objective"
 #
 # If one judge can be fooled, why not two? Train a second one, on as many other rankings, and show it what the policy
 # wrote for the first. First ask what the second is worth: if it guesses, that it sees no gain says nothing about the
-# first. (One pair of judges: an example.)
+# first. (One policy: an example.)
 #
 # **Predict:** how much of the first judge's gain does the second see?
 
@@ -603,9 +601,9 @@ if not REDUCED:
 # <details><summary>Answer</summary>
 #
 # The higher the price, the less proxy and KL, and with a price more of the bigrams stay distinct. In the second gold,
-# which repetition does not please, the small price ends above none with both good judges (in the mean of ten not
-# clearly), and the high one below the small. But an early stop does about as well: where the run
-# without a price first has as much KL, its second gold is about the same. A price does not make the judge any wiser.
+# which repetition does not please, with two good judges the small price ends above none; in the mean of ten that is not
+# clear, but the high one is below. But an early stop does about as well: where the run without a price first has as
+# much KL, its second gold is about the same. A price does not make the judge any wiser.
 #
 # </details>
 
