@@ -28,20 +28,7 @@ import numpy as np
 sys.path.append("lessons")  # where experiments/ is, for a notebook that runs in the folder above
 
 from experiments import judges, sweep
-from experiments.judges import (
-    BY_1_2F,
-    BY_VARIANCE,
-    CLEAN,
-    FEW,
-    FEWEST,
-    MANY_NOISY,
-    NOISY,
-    NOISY_STEPS,
-    VARIANCE_STEPS,
-    Run,
-    accuracy,
-    labels_of,
-)
+from experiments.judges import BY_1_2F, BY_VARIANCE, CLEAN, FEW, FEWEST, MANY_NOISY, NOISY, Run, accuracy, labels_of
 
 import minipeft as mp
 from minipeft import diagrams, rlhf
@@ -309,7 +296,7 @@ print("\nrankings  turned round  batches of   pairs in the right order (5 seeds,
 for kind in kinds:
     print("{:8,}  {:12.0%}  {:10}   ".format(*kind) + shown(crossed(*hits[kind]), 3))
 beside = [(FEW, FEWEST), (CLEAN, FEW), (CLEAN, NOISY), (NOISY, FEW), (MANY_NOISY, BY_1_2F), (MANY_NOISY, BY_VARIANCE)]
-beside += [(NOISY_STEPS, BY_1_2F), (NOISY_STEPS, VARIANCE_STEPS)]
+beside += [(judges.NOISY_STEPS, BY_1_2F), (judges.NOISY_STEPS, judges.VARIANCE_STEPS)]
 gain = {(one, other): crossed(hits[one][0] - hits[other][0], hits[CLEAN][1]) for one, other in beside}
 for pair, difference in gain.items():
     print("{} less {}: ".format(*pair) + shown(difference, 3))
@@ -317,7 +304,7 @@ assert crossed(*hits[FEWEST]).low < 0.5 < crossed(*hits[FEW]).low and gain[FEW, 
 assert gain[CLEAN, FEW].low > 0.1 and gain[CLEAN, NOISY].low > 0.1, "more rankings, a better judge; labels turned round cost accuracy"
 assert all(gain[rule].low < 0 < gain[rule].high for rule in ((NOISY, FEW), (MANY_NOISY, BY_1_2F))), "as a quarter as many"
 assert gain[MANY_NOISY, BY_VARIANCE].low > 0.08, "but clearly more than by the variance of a label"
-assert all(found.low < 0 < found.high for (one, _), found in gain.items() if one == NOISY_STEPS), "in as many steps, open"
+assert all(found.low < 0 < found.high for (one, _), found in gain.items() if one == judges.NOISY_STEPS), "in as many steps, open"
 right = 1 / (1 + np.exp(-abs(held_gold[:, i] - held_gold[:, j]) / 0.1))  # our rater, pair by pair; 0.5 where the gold is tied
 varies = [1 - ((2 * p - 1) ** 2).mean() for p in (right, 0.25 + 0.5 * right)]  # the variance of a label, 1 or -1
 print(f"with a quarter turned round the label of a given pair varies {varies[1] / varies[0]:.2f} times as much")
@@ -332,8 +319,8 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # With a quarter turned round 2,000 lose 0.15, and are not told from 500. Another rule takes as noise only the variance
 # of a given pair's label, which grows 2.05 times: $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part: are
 # they worth 1,500 or 730? They are not told from 1,500 (+0.03 [-0.04, 0.09]), and order clearly more than 730 (+0.12
-# [0.09, 0.14]), in more steps than either. In 188 (batches of 32; the 730: 183, of 4), they are told from neither
-# (-0.04 [-0.11, 0.03] and +0.02 [-0.07, 0.12]): open. Intervals are over seeds and prompts.
+# [0.09, 0.14]), but take more steps than either. In 188 steps, as 1,500 take, they are told from neither (-0.04 [-0.11,
+# 0.03], +0.02 [-0.07, 0.12]): open. (The 730 took 183.) Intervals are over seeds and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's training labelers agreed in 73 % (section 3.4).
 # Let each be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 -

@@ -509,9 +509,9 @@ assert np.allclose(in_loss["k1"], 0) and np.allclose(in_loss["k3"], forward)
 # reverse KL without bias, but its gradient in the loss is that of the *forward* KL. All this holds for fresh answers;
 # after the first step the answers are those of $\pi_{\text{old}}$, and GRPO's $k_3$ has no ratio that corrects for it.
 #
-# How do they compare, and with DPO (Lesson 20)? A search under seed 0 chose each one's learning
-# rate: of factors of 2, the one with the most gold in answers to 512 prompts. Then: five other seeds, each with its own
-# judge, and 512 other prompts.
+# How do they compare, and with DPO (Lesson 20)? A search under seed 0 chose each one's learning rate: of factors of 2,
+# the one with the most gold in answers to 512 prompts. Then: five other seeds, each with its own judge, and 512 other
+# prompts.
 
 # %%
 beside = policies.show_comparison(rows, seed_of_samples=2)
@@ -531,9 +531,9 @@ assert clear == {"RLOO": set(), "GRPO": {"reward", "gold", "kl"}, "DPO": {"rewar
 #
 # The rates are rough: under the seed that chose them PPO's gold was 0.16, under the five others 0.64. $\beta = 0.05$
 # was not tuned. An update's 32 answers are to 32 prompts in PPO, to 8 in RLOO and GRPO. DPO draws none, but learns from
-# the ranked ones, and its rate alone varies. By seed 3 to 51 % of PPO's answers end, some 40 % of the base's, hardly
-# any of DPO's. Longer ones have room for kind words. But in runs made again the first ten tokens gain, too: 0.11
-# (GRPO) to 0.48.
+# the ranked ones, and its rate alone varies. By seed 3 to 51 % of PPO's answers end, 40 % of the base's, hardly any of
+# DPO's. Longer ones have more room for kind words. But in runs made again the first ten tokens gain, too: 0.11 (GRPO)
+# to 0.48.
 #
 # Why do the answers not improve with the gold? Kind words satisfy it. The seed shown is that of RLOO's most gold, 0.89:
 # *good enough to do good enough*.

@@ -65,7 +65,7 @@ AT_ONE_SETTING = Searches.of(
         for method in ("bottleneck", "pfeiffer", "parallel", "bottleneck-gelu", "bottleneck-silu")
     ],
 )
-# searches that begin elsewhere: what is best there, too, does not hang on where the others began (Lesson 16)
+# begun elsewhere: does which method is ahead depend on where its search began? (Lesson 16)
 SECOND_START = {m: search("rewrite", m, 500, rate=1.5e-3, batch_size=1) for m in ("lora", "dora", "adalora")}
 FROM_SECOND_START = Searches.of("league", SECOND_START.values())
 UNTRAINED = Searches.of("league", [untrained(task, n) for task in KEYS for n in (0, *SHOTS)])  # the base, asked

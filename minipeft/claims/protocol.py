@@ -17,8 +17,8 @@ Two tasks: "rewrite", verses of the King James Bible into Basic English, judged 
 has the highest log-probability. Everything is shipped, so that each row can be computed again anywhere.
 
 Limit: a search stops where no neighbor is better; a setting farther off may be. (On 500 examples of "rewrite" LoRA would be
-better by 0.015 nats, [0.010, 0.019] on test, at half its rate in batches of 1. From there its search goes on to a fourth,
-by validation, which is better on test by 0.007; DoRA and AdaLoRA, searched from there, are as far ahead as before.)
+better by 0.015 nats, [0.010, 0.019] on test, at half its rate in batches of 1. From there its search goes on,
+by validation, to a quarter, where it is better by 0.007 on test. DoRA and AdaLoRA, searched from there, lead as before.)
 """
 
 from __future__ import annotations
