@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,14 @@ class Tokenizer:
         self._plain.no_padding()
         self._plain.no_truncation()
         self._plain.encode_special_tokens = True  # a special token's text in plain text is only text
-        self._control = _copy(self._plain)
-        self._control.encode_special_tokens = False
         self._read()
+
+    @cached_property
+    def _control(self) -> Any:
+        """The one that recognizes special tokens; most that are loaded never need it."""
+        control = _copy(self._plain)
+        control.encode_special_tokens = False
+        return control
 
     def _read(self) -> None:
         """Look up what the class keeps of the vocabulary and of the config."""
