@@ -95,7 +95,7 @@ def name_points(axes: Any, rows: Rows) -> None:
     for _ in range(2):  # the second time in a panel that is as narrow as the names in the margin make it
         for text in list(axes.texts):
             text.remove()
-        axes.figure.draw_without_rendering()
+        axes.figure.get_layout_engine().execute(axes.figure)
         (left, _), (right, _) = axes.bbox.get_points()
         places, (_, zero) = axes.transData.transform(points), axes.transData.transform((0, 0))
         marks = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in places]
