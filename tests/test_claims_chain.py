@@ -160,6 +160,7 @@ def test_the_rates_of_a_stage_are_held_against_the_one_that_it_has(small, stage,
     for name in ("prompts", "demonstrations", "ordered"):
         monkeypatch.setattr(chain_tuning, name, cache(getattr(chain_tuning, name).__wrapped__))
     monkeypatch.setattr(chain_tuning, "SELECTING", 24)
+    monkeypatch.setattr(chain, "UPDATES", 1)  # enough for each rate to lead elsewhere
     monkeypatch.setattr(chain_tuning, "LEAST", dict.fromkeys(chain_tuning.LEAST, 100.0))  # the search ends after three rates
     row = chain_tuning.run(stage)
     low, usual, high = row["tried"]
