@@ -81,9 +81,9 @@ def test_a_rule_states_itself_and_names_a_lesson_s_section(id):
 
 @pytest.mark.parametrize("id", IDS)
 def test_a_verdict_has_a_reason_an_effect_and_evidence(id):
-    if id in EXPERIMENTS and not has_rows(id):
-        pytest.skip("not tried yet")
     verdict = claims.judge(id)
+    if verdict.verdict == UNTRIED and id in EXPERIMENTS and not has_rows(id):
+        pytest.skip("not tried yet")
     assert verdict.verdict in register.VERDICTS and verdict.verdict != UNTRIED
     assert re.fullmatch(r"[A-Z0-9].*\.", verdict.because, re.S), verdict.because
     assert verdict.effect.name and np.isfinite(verdict.effect.value)

@@ -207,9 +207,10 @@ def _paths(arch: Architecture) -> dict[str, str]:
     paths: dict[str, str] = {}
     for name, kind, _ in _weights(arch):
         path = _path(name, kind)
-        for i, character in enumerate(path):
-            if character == ".":
-                paths.setdefault(path[:i], "")
+        if path.rpartition(".")[0] not in paths:
+            for i, character in enumerate(path):
+                if character == ".":
+                    paths.setdefault(path[:i], "")
         if kind != "bias":
             paths[path] = kind
     return paths
