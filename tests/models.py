@@ -2,10 +2,12 @@
 
 import tracemalloc
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
 
+from minipeft.experiments import shipped
 from minipeft.nn.transformer import Transformer, TransformerConfig
 
 DIALECTS = ["gpt2", "llama"]
@@ -41,6 +43,14 @@ def sgd_steps(model, loss, steps=5, lr=0.1):
         for p in model.parameters():
             if p.requires_grad:
                 p.data -= lr * p.grad
+
+
+@cache
+def unlearned():
+    """In the place of the shipped base where nothing depends on what it knows: (a smaller model, the shipped tokenizer)."""
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)
+    made = TransformerConfig.llama(vocab_size=2048, num_key_value_heads=1, initializer_range=0.2, **small)
+    return Transformer(made, seed=1), shipped.base()[1]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models import unlearned
 
 from minipeft.claims import adapters, components, units
 from minipeft.claims.components import Components
@@ -19,9 +20,10 @@ ITEMS = 200
 
 @pytest.fixture
 def short(monkeypatch):
-    """A search for a rate ends after three."""
-    monkeypatch.setattr(components, "LEAST", 100.0)
-    monkeypatch.setattr(units, "LEAST", 100.0)
+    """A search for a rate ends after three; the model is small."""
+    for module in (components, units):
+        monkeypatch.setattr(module, "LEAST", 100.0)
+        monkeypatch.setattr(module, "base", unlearned)
 
 
 def shares(share: float, seeds: int = 5) -> list[list[int]]:

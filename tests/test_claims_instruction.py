@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from models import unlearned
 
 import minipeft as mp
 from minipeft.claims import following, inputs, knowledge, teacher
@@ -23,9 +24,10 @@ ITEMS = 200
 
 @pytest.fixture
 def short(monkeypatch):
-    """A search for a rate ends after three."""
-    monkeypatch.setattr(following, "LEAST", 100.0)
-    monkeypatch.setattr(knowledge, "LEAST", 100.0)
+    """A search for a rate ends after three; the model is small."""
+    for module in (following, knowledge):
+        monkeypatch.setattr(module, "LEAST", 100.0)
+        monkeypatch.setattr(module, "base", unlearned)
 
 
 def shares(share: float, seeds: int = 5, items: int = ITEMS) -> list[list[int]]:
