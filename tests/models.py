@@ -48,9 +48,10 @@ def sgd_steps(model, loss, steps=5, lr=0.1):
 @cache
 def unlearned():
     """In the place of the shipped base where nothing depends on what it knows: (a smaller model, the shipped tokenizer)."""
+    tokenizer = shipped.base()[1]
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512)
-    made = TransformerConfig.llama(vocab_size=2048, num_key_value_heads=1, initializer_range=0.2, **small)
-    return Transformer(made, seed=1), shipped.base()[1]
+    small |= dict(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2)
+    return Transformer(TransformerConfig.llama(**small), seed=1), tokenizer
 
 
 @contextmanager
