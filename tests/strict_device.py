@@ -17,7 +17,7 @@ they wait; subnormal numbers are not flushed to zero; and sums are made in one o
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -36,19 +36,20 @@ UNARY = {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "inv
 
 def _host(x):
     """An argument as NumPy takes it: device arrays unwrapped, NumPy arrays refused, the rest as it is."""
+    if type(x) is ndarray:
+        return x._host
     if isinstance(x, np.ndarray):
         raise TypeError("Unsupported type numpy.ndarray: move it to the device first, with xp.asarray(array)")
-    if isinstance(x, (list, tuple)):
-        return type(x)([_host(item) for item in x])
-    return x._host if type(x) is ndarray else x
+    return type(x)([_host(item) for item in x]) if isinstance(x, (list, tuple)) else x
 
 
 def _device(x):
     """A result of NumPy's: arrays wrapped, and scalars as 0-dimensional arrays."""
-    if isinstance(x, (list, tuple)):
-        return type(x)(map(_device, x)) if type(x) in (list, tuple) else tuple(map(_device, x))
-    if not isinstance(x, (np.ndarray, np.generic)):
-        return x
+    if type(x) is not np.ndarray:
+        if isinstance(x, (list, tuple)):
+            return type(x)(map(_device, x)) if type(x) in (list, tuple) else tuple(map(_device, x))
+        if not isinstance(x, (np.ndarray, np.generic)):
+            return x
     array = object.__new__(ndarray)
     array._host = np.asarray(x)
     return array
@@ -63,9 +64,11 @@ def _wrapped(x):
 
     def function(*args, **kwargs):
         with np.errstate(all="ignore"):  # a device raises no floating-point warnings
-            value = x(*[_host(a) for a in args], **{k: _host(v) for k, v in kwargs.items()})
-        written = [a for a in (*args, *kwargs.values()) if type(a) is ndarray and a._host is value]  # an out=
-        return written[0] if written else _device(value)
+            value = x(*map(_host, args), **{k: _host(v) for k, v in kwargs.items()} if kwargs else kwargs)
+        for a in (*args, *kwargs.values()):
+            if type(a) is ndarray and a._host is value:  # an out=
+                return a
+        return _device(value)
 
     if isinstance(x, np.ufunc):
         function.at = _wrapped(x.at)
@@ -110,6 +113,7 @@ class ndarray:
         raise TypeError(f"numpy.{func.__name__} was given a device array; use the array's own library, xp_of(array)")
 
     dtype, strides = property(lambda self: self._host.dtype), property(lambda self: self._host.strides)
+    shape, ndim, size = (property(lambda self, name=name: getattr(self._host, name)) for name in ("shape", "ndim", "size"))
     get, item, tolist = (lambda self, name=name: getattr(self._host, name)() for name in ("copy", "item", "tolist"))
 
     def __getattr__(self, name: str):
@@ -186,4 +190,7 @@ random = SimpleNamespace(default_rng=_generator)
 def __getattr__(name: str):
     if name.startswith("_"):
         raise AttributeError(name)
-    return _wrapped(getattr(np, name))
+    return _of_numpy(name)
+
+
+_of_numpy = cache(lambda name: _wrapped(getattr(np, name)))
