@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from models import unlearned
 
 from minipeft.claims import data, protocol
 from minipeft.claims.comparison import CASES
@@ -322,7 +323,8 @@ def few(monkeypatch):
     monkeypatch.setattr(protocol, "general_cloze", lambda: items)
 
 
-def test_a_trial_trains_and_measures_item_by_item(few):
+def test_a_trial_trains_and_measures_item_by_item(few, monkeypatch):
+    monkeypatch.setattr(protocol, "base", unlearned)
     base = protocol.run(untrained("source"))
     trial = Trial("source", "lora", 8, 1e-2, 2, 4, 1, "test")
     row = protocol.run(trial)
@@ -332,11 +334,14 @@ def test_a_trial_trains_and_measures_item_by_item(few):
     assert row["general"].keys() == {"austen"}
     assert len(row["cloze"]) == 4
     assert "tokens" not in row
-    diverged = protocol.run(Trial("source", "full", 8, 1e6, 2, 4, 1))["loss"]
-    assert diverged is None or diverged > base["loss"]
     shots = protocol.run(untrained("source", 2))
     assert len(shots["nll"]) == 8
     assert shots["nll"] != base["nll"]
+
+
+def test_a_trial_that_diverges_is_worse_than_the_base(few):
+    diverged = protocol.run(Trial("source", "full", 8, 1e6, 2, 4, 1))["loss"]
+    assert diverged is None or diverged > protocol.run(untrained("source"))["loss"]
 
 
 def test_from_scratch_begins_without_the_base(few):

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -363,6 +364,7 @@ def test_the_base_is_well_above_chance_on_the_general_items(items, base):
 
 
 def test_a_model_that_has_learned_nothing_is_at_chance(items, base):
-    untrained = mp.Transformer(base[0].config, seed=3)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    untrained = mp.Transformer(replace(base[0].config, head_dim=16, **small), seed=3)
     found = evaluate(untrained, base[1], items[:200], batch_size=32)
     assert found.scores["acc"].low < 0.25 < found.scores["acc"].high

@@ -230,14 +230,14 @@ def test_the_reference_is_the_policy_in_its_own_precision(loss, at):
 def test_kto_takes_answers_one_by_one():
     both = pairs(40, 0)
     alone = [UnpairedExample(p.chosen, True) for p in both] + [UnpairedExample(p.rejected, False) for p in both]
-    from_pairs, from_answers = (trained("kto", data)[2].losses() for data in (both, alone))
-    assert from_pairs == from_answers, "a pair is two answers"
+    from_pairs, from_answers = (trained("kto", data)[2] for data in (both, alone))
+    assert from_pairs.losses() == from_answers.losses(), "a pair is two answers"
     liked = [UnpairedExample(p.chosen, True) for p in both]
     run, _, result = trained("kto", liked, liked, desirable_weight=0.5)
     assert result.losses()[0][1] == pytest.approx(0.25, abs=1e-4), "λ_D / 2 at the reference"
     assert "logps/rejected" not in result.history[0] and run.measure()["kl"] != 0
     numbers = [UnpairedExample(e.example, int(e.label)) for e in alone]
-    rejected = [trained("kto", data)[2].losses("logps/rejected") for data in (numbers, alone)]
+    rejected = [result.losses("logps/rejected") for result in (trained("kto", numbers)[2], from_answers)]
     assert rejected[0] == rejected[1], "1 and 0 are labels, too"
     for given in ({"chosen": 1, "rejected": 2}, both[0].chosen):
         with pytest.raises(ValueError, match=rf"training example 1 is a {type(given).__name__}, not a PreferencePair"):

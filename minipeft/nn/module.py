@@ -83,9 +83,11 @@ class Module:
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(path, module) of this module and everything below it, parents first."""
-        yield prefix, self
-        for name, child in self.children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+        ahead = [(prefix, self)]
+        while ahead:
+            path, module = ahead.pop()
+            yield path, module
+            ahead += [(f"{path}.{name}" if path else name, child) for name, child in module.children()][::-1]
 
     def all_named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(path, parameter) for every path, so a tied parameter appears once for each of its names."""
