@@ -7,7 +7,7 @@ from itertools import takewhile
 from unittest.mock import patch
 
 import minipeft as mp
-from minipeft.cli import main, report
+from minipeft.cli import compare, main, report
 from minipeft.experiments import shipped
 from minipeft.files import read_safetensors
 
@@ -29,8 +29,12 @@ def general_blocks(tokenizer, *size):
 
 
 def run(*argv) -> int:
-    """The status of a command, in this process; the answers that it shows are short."""
-    with patch.object(report, "ANSWER", 8), patch.object(shipped, "general_blocks", general_blocks):
+    """The status of a command, in this process; the answers that it shows are short, and so is what is timed."""
+    with (
+        patch.object(report, "ANSWER", 8),
+        patch.dict(compare.TOKENS, tokens=4, passes=1),
+        patch.object(shipped, "general_blocks", general_blocks),
+    ):
         return main([str(a) for a in argv])
 
 
