@@ -37,6 +37,7 @@ def test_added_tokens_are_one_token_each_and_survive_a_directory(tokenizer, tmp_
 
 def test_special_tokens_stay_apart_from_text(tokenizer, tmp_path):
     size = tokenizer.vocab_size
+    assert max(tokenizer.encode("a<sep>b", allow_special=True)) < size
     assert tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<sep>"]}) == 2
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", size)
     assert size + 1 not in tokenizer.encode("a<sep>b") and size + 1 in tokenizer.encode("a<sep>b", allow_special=True)
