@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 FULL, HEAD = 1e-3, 3e-3  # the usual rates of all weights, and of the head alone; of a method, see its configuration
@@ -62,7 +62,7 @@ class Method:
         words = self.label.format(**vars(self.config())).split()
         return " ".join(word for word in words if not word.endswith(("=None", "=0")))
 
-    @property
+    @cached_property
     def learning_rate(self) -> float:
         """The usual rate, on a model as wide as the shipped base; see `minipeft.train.rates`."""
         return {None: FULL, "head": HEAD}.get(self.kind) or self.config().usual_learning_rate
