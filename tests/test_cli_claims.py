@@ -34,6 +34,9 @@ def test_the_table_has_a_line_for_each_statement_and_counts_the_verdicts(capsys,
     assert [*body] == [*claims.statements()]
     assert "holds" in body["lora-6"] and "256 times" in body["lora-6"] and "d = k = 4096" in body["lora-6"]
     assert "not tried yet" in body["rlhf-9"]
+    below = {id: lines[lines.index(line) + 1].strip() for id, line in body.items()}
+    assert below["soft-7"].startswith(some["soft-7"].because[:60]), "on what condition it holds, and why another does not"
+    assert below["lora-4"].startswith(some["lora-4"].because[:60]) and below["lora-6"].startswith("12_counting.py")
     total, counts = lines[-2].split(" statements: ")
     counted = {name: int(n) for n, name in (part.split(" ", 1) for part in counts.split(", "))}
     assert sum(counted.values()) == int(total) == 86
@@ -65,13 +68,15 @@ def test_json_is_a_list_of_objects(capsys):
     assert any(n["value"] is None for n in traps["evidence"]), "not a number"
 
 
-def test_the_picture_of_what_has_intervals(capsys, tmp_path, rendered):
+def test_the_picture_has_the_intervals_or_where_there_are_none_all_numbers(capsys, tmp_path, rendered):
     path = tmp_path / "soft.png"
     status, out, _ = output(capsys, "claims", "soft-7", "--picture", path)
     assert (status, out) == (0, f"{path}: 4 numbers with their intervals\n")
     assert path.read_bytes().startswith(b"\x89PNG")
-    status, out, _ = output(capsys, "claims", "lora-6", "--picture", tmp_path / "none.png")
-    assert (status, out) == (0, "lora-6: nothing to draw, for no number of its evidence has an interval\n")
+    status, out, _ = output(capsys, "claims", "lora-6", "--picture", tmp_path / "counted.png")
+    assert (status, out) == (0, f"{tmp_path / 'counted.png'}: 3 numbers\n") and (tmp_path / "counted.png").exists()
+    assert output(capsys, "claims", "qlora-6", "--picture", tmp_path / "traps.png")[0] == 0, "one of its numbers is not finite"
+    assert output(capsys, "claims", "rlhf-9", "--picture", tmp_path / "none.png")[1] == "rlhf-9: nothing to draw, for there is no number\n"
     assert not (tmp_path / "none.png").exists()
 
 

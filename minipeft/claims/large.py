@@ -172,7 +172,7 @@ def told(id: str, rows: Sequence[Mapping[str, Any]] | None = None) -> str:
         return f"The best rate of full fine-tuning is {rates['full']:.1e}; times this, the others': {listed(others)}."
     lines = []
     for a, b, key in QUESTIONS[id]:
-        found, what = compared(rows, a, b, key), "loss on general text, each at its best rate, " * (key == "general")
+        found, what = compared(rows, a, b, key), f"loss on {4 * rows[0]['blocks']} blocks of general text, each at its best rate, " * (key == "general")
         said = f"{found.word} ({found.interval})" if found else "one diverged under some seed"
         lines.append(f"{a} beside {b}, {what}{n} examples of source: {said}")
     return "; ".join(lines) + "."

@@ -19,13 +19,14 @@ among 16 processes: some six hours, as SmolLM2-135M's rows in Lesson 13 wait for
 whole cell, with its tuning and five seeds, for one of the seeds, at the rate that was tuned. Left out are times, which no two
 machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
 
---league has the methods of the package but BitFit, as the base has no bias to train. With 50 and 5,000 examples it has six
-of them, and with 500 and 5,000 also a model from random weights.
+--league has the methods of the package but two: BitFit, as the base has no bias to train, and TrainableTokens, for new
+words, as the tasks bring none. With 50 and 5,000 examples it has six of them, and with 500 and 5,000 also a model from random
+weights.
 
 examples:
   minipeft claims                                  the table of all
   minipeft claims lora-6 lora-9                    two of them in full
-  minipeft claims lora-10 --picture merged.png     the evidence, with its intervals, as a picture
+  minipeft claims lora-10 --picture merged.png     the evidence as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
   minipeft claims --run all --executor 16          all rows, in 16 processes
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
@@ -52,6 +53,7 @@ from ..book.rows import OfLesson, of_lessons
 from ..claims import chain_tuning, large
 from ..claims.league import AT_ONE_SETTING, FROM_SECOND_START
 from ..claims.register import (
+    HOLDS,
     ROWS,
     VERDICTS,
     Experiment,
@@ -82,7 +84,7 @@ COLUMNS = 140  # of the table where standard output is no terminal
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with its intervals")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with the intervals that it has")
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or all rows")
     parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
     parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
@@ -160,7 +162,7 @@ def check(args: Arguments) -> None:
 
 
 def table(found: list[tuple[Statement, Rule | None, Verdict]]) -> None:
-    """All in two lines each, what was found and where it is from, and how many of each verdict."""
+    """All in two or three lines each, what was found, on what condition, and where it is from, and how many of each verdict."""
     headings = ("id", "verdict", "effect", "95 % interval", "seeds", "items", "statement")
     rows = [
         (s.id, v.verdict, figure(v.effect), interval(v.effect), text(v.seeds), text(v.items)) for s, _, v in found
@@ -178,11 +180,13 @@ def table(found: list[tuple[Statement, Rule | None, Verdict]]) -> None:
     for row, (statement, rule, verdict) in zip(rows, found):
         out.print(line(row, statement.statement))
         source = [rule and f"{rule.lesson}: {rule.section}", rule and rule.experiment and rule.experiment.path().name, verdict.base, verdict.task]
-        if where := textwrap.shorten("; ".join(filter(None, source)), columns - widths[0] - 2, placeholder=" ..."):
-            out.print(" " * (widths[0] + 2) + where, style="dim")
+        because = "" if verdict.verdict == HOLDS else verdict.because.replace("\n- ", " ")
+        for below in (because, "; ".join(filter(None, source))):
+            if below:
+                out.print(" " * (widths[0] + 2) + textwrap.shorten(below, columns - widths[0] - 2, placeholder=" ..."), style="dim")
     counts = Counter(verdict.verdict for *_, verdict in found)
     out.print(f"\n{len(found)} statements: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]))
-    out.print("Below each: the lesson, the stored rows, the base, the task. `minipeft claims ID` says why, and prints the evidence.")
+    out.print("Below each: where it holds, or why not; the lesson, the stored rows, the base, the task. `minipeft claims ID` prints all of it.")
 
 
 def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
@@ -200,8 +204,7 @@ def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
         lines["lesson"] = f"{rule.lesson}, {rule.section}"
         if rule.experiment:
             lines["rows"] = f"{rule.experiment.path().name}, {len(rule.experiment.rows())} rows"
-    if drawn(verdict):
-        lines["picture"] = f"minipeft claims {statement.id} --picture FILE.png draws the intervals"
+    lines["picture"] = f"minipeft claims {statement.id} --picture FILE.png draws the evidence" * bool(drawn(verdict))
     for name, line in lines.items():
         if line:
             out.print(filled(line, 100, f"{name:10}", 10 * " "))
@@ -246,39 +249,43 @@ def bounds(number: Number) -> list[float | None] | None:
 
 
 def drawn(verdict: Verdict) -> dict[str, list[Number]]:
-    """{unit: the numbers that have an interval}: the effect, if it has one, and then the evidence."""
+    """{unit: its numbers}: the effect and the evidence; where some have intervals, these alone."""
     found: dict[str, list[Number]] = {}
-    for number in dict.fromkeys(n for n in (verdict.effect, *verdict.evidence) if n and n.low is not None):
+    numbers = [*dict.fromkeys(n for n in (verdict.effect, *verdict.evidence) if n and finite(n.value) is not None)]
+    for number in [n for n in numbers if n.low is not None] or numbers:
         found.setdefault(number.unit, []).append(number)
     return found
 
 
 def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str) -> int:
-    """A forest plot: each number of `drawn` as a point and a line, the numbers of a unit together."""
+    """A forest plot: each number of `drawn` as a point and its interval as a line, the numbers of a unit together."""
     units = drawn(verdict)
     if not units:
-        print(f"{statement.id}: nothing to draw, for no number of its evidence has an interval")
+        print(f"{statement.id}: nothing to draw, for there is no number")
         return 0
     from ..train.metrics import panels, save_png
 
     sizes = [*map(len, units.values())]
     figure, panel = panels(len(sizes), 7, 0.5 + 0.7 * len(sizes) + 0.26 * sum(sizes), sizes)
     for axes, (unit, numbers) in zip(panel, units.items()):
-        for y, n in enumerate(numbers):
-            axes.plot([n.low, n.high], [y, y], color="tab:blue", linewidth=1.5)
+        intervals = [(n.value, n.value) if n.low is None else (n.low, n.high) for n in numbers]
+        least, most = min(low for low, _ in intervals), max(high for _, high in intervals)
+        for y, (n, ends) in enumerate(zip(numbers, intervals)):
+            axes.plot(ends, [y, y], color="tab:blue", linewidth=1.5)
             axes.plot(n.value, y, "s", color="tab:blue", markersize=5)
-        if unit in ("times", "rate", "numbers") and min(n.low for n in numbers) > 0:  # compared by their ratio
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:.3g}")
-        if unit not in ("rate", "numbers"):
+        counted = numbers[0].low is None
+        if least > 0 and (most > 100 * least if counted else unit in ("times", "rate", "numbers")):  # compared by their ratio
+            axes.set_xscale("log", base=10 if counted else 2)
+            axes.xaxis.set_major_formatter("{x:,.3g}")
+        if unit not in ("rate", "numbers") and not counted:
             axes.axvline(float(unit == "times"), color="grey", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(numbers)), [textwrap.fill(n.name, 60) for n in numbers], fontsize=8)
         axes.set_ylim(len(numbers) - 0.4, -0.6)
-        axes.set_xlabel(f"{unit or 'without a unit'}, with 95 % intervals")
+        axes.set_xlabel((unit or "without a unit") + ", with 95 % intervals" * (not counted))
     panel[0].set_title(textwrap.fill(f"{statement.id}: {verdict.verdict}", 60), fontsize=10)
     with locked(Path(path).parent, Path(path).name):
         save_png(figure, path)
-    print(f"{path}: {sum(sizes)} numbers with their intervals")
+    print(f"{path}: {sum(sizes)} number{'s' * (sum(sizes) > 1)}" + " with their intervals" * (not counted))
     return 0
 
 
