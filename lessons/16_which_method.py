@@ -282,11 +282,11 @@ assert [real["lora", "full", key].interval for key in ("nll", "general")] == ["-
 assert rate["lora"] == 16 * rate["full"] and max(x.high for x in pace.values()) < 1 and round(pace["lora"].value, 2) == 0.55
 
 # %% [markdown]
-# The task is `source` (320 examples, once through, tuned rates; in nats). On the base, too tuned for
-# this task, LoRA forgot less than full fine-tuning, by the loss on general text (Lesson 15; by items, each at its gentlest, undecided). Here,
-# each at its best rate (LoRA's is 16 times as high), it forgets 1.1 [0.5, 1.7] more, by that loss, and learns the task less well, by 0.030 [0.022, 0.039] (nothing gentler was tried). A step
-# of LoRA takes 0.55 of full fine-tuning's seconds; the other four take clearly less, too. A prompt and a prefix learn
-# clearly less than LoRA, by 0.15 each. QLoRA equals it; `lora-qv` is undecided.
+# The task is `source` (320 examples, once through, tuned rates; in nats). On the base LoRA, so tuned, forgot less text
+# than full fine-tuning (Lesson 15). Here (its best rate is 16 times as high) it forgets 1.1 [0.5, 1.7] nats more, and
+# learns the task less well, by 0.030 [0.022, 0.039] (nothing gentler was tried). A step of LoRA takes 0.55 of full
+# fine-tuning's seconds; the other four take clearly less, too. A prompt and a prefix learn clearly less than LoRA, by
+# 0.15 each. QLoRA equals it; `lora-qv` is undecided.
 #
 # In the verdicts below (Lesson 3, "The league", says how to read them) *as stated* is what the statement's rule asks:
 # of `full-5` that the interval lies above 0, of `soft-8` that it lies below 0, of `adapter-6` and `which-1` that it

@@ -106,7 +106,8 @@ EQUAL_STEPS = differing("batches of 64, 62 steps", {"batch_size": 64, "epochs": 
 @claim("best-5", lesson="14_best_practices.py", section="3 · The batch, whole or in parts", experiment=Searches.pairs("league", LARGE + EQUAL_STEPS))
 def large_batches(rows: Rows) -> Verdict:
     """Holds if batches of 64 are not worse (interval above -0.02) than batches of 4 and of 16, each with its own rate and epochs, and
-    not worse than batches of 8 for as many steps, in every case; holds if in some; does not hold here if in none."""
+    not worse than batches of 8 for as many steps, in every case; holds if in some; does not hold here if in none. (Not compared at
+    equal seconds: how long a step takes depends on the machine.)"""
     find = finder(rows)
     n, m = len(LARGE), len(EQUAL_STEPS)
     examples, steps = judged(find, LARGE, not_inferior, beside=m), judged(find, EQUAL_STEPS, not_inferior, beside=n)
