@@ -10,7 +10,7 @@ import numpy as np
 from minipeft.accounting import Loop, architecture, count_parameters, pytorch_ledger, step_flops
 from minipeft.claims.comparison import CASES, KEYS, Case, compare
 from minipeft.claims.inputs import SIZES
-from minipeft.claims.league import MIDDLE, SECOND_START, league
+from minipeft.claims.league import FROM_SECOND_START, MIDDLE, SECOND_START, league
 from minipeft.claims.protocol import finder, report, search
 from minipeft.claims.register import plain
 from minipeft.peft.methods import METHODS
@@ -60,16 +60,19 @@ def by_gain(learned, task):
     return sorted(few, key=lambda m: abs(many[m].value - few[m].value))
 
 
+ELSEWHERE = ("adalora", "lora"), ("dora", "lora"), ("lora", "full"), ("qlora", "full")  # searched from another start, too
+
+
 def adalora(comparisons):
     """AdaLoRA beside LoRA, and DoRA beside it, each at the level at which `comparisons` intervals hold together; AdaLoRA beside
-    LoRA of rank 32, at 95 %. On `rewrite` with 500 examples; printed."""
-    find = finder(league(("lora", "lora-r32", "adalora", "dora"), MIDDLE).rows())
+    LoRA of rank 32, and ELSEWHERE, at 95 %. On `rewrite` with 500 examples; printed."""
+    find = finder([*league(("lora", "lora-r32", "adalora", "dora"), MIDDLE).rows(), *FROM_SECOND_START.rows()])
     of = {m: report(find, search("rewrite", m, 500), "nll") for m in ("lora", "lora-r32", "adalora", "dora")}
     ada, dora = (compare(of[m], of["lora"], "nll", level=1 - 0.05 / comparisons) for m in ("adalora", "dora"))
     higher = compare(of["adalora"], of["lora-r32"], "nll")
     again = {m: report(find, start, "nll") for m, start in SECOND_START.items()}
-    again = {m: compare(again[m], again["lora"], "nll") for m in ("adalora", "dora")}
-    print("beside LoRA, all three searched from another start:", *(f"{m} {found.interval}" for m, found in again.items()))
+    again = {(m, rival): compare(again[m], again[rival], "nll") for m, rival in ELSEWHERE}
+    print("searched from another start:", ", ".join(f"{m} beside {rival} {found.interval}" for (m, rival), found in again.items()))
     assert all(found.clearly_better for found in again.values())
     print(f"rewrite, where all intervals are to hold together: adalora {ada.interval}, dora {dora.interval}")
     print(f"rewrite, adalora beside LoRA of rank 32: {higher.interval}")

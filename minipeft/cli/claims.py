@@ -20,8 +20,7 @@ whole cell, with its tuning and five seeds, for one of the seeds, at the rate th
 machines share, and what takes longer: trials that see more than 8,000 examples, SmolLM2-135M, and the chain's own tuning.
 
 --league has the methods of the package but two: BitFit, as the base has no bias to train, and TrainableTokens, for new
-words, as the tasks bring none. With 50 and 5,000 examples it has six of them, and with 500 and 5,000 also a model from random
-weights.
+words, as the tasks bring none. With 50 and 5,000 examples it has six of them. Beside them is a model from random weights.
 
 examples:
   minipeft claims                                  the table of all
