@@ -1,7 +1,9 @@
 """The tokenizer: exact round trips, special tokens only where asked for, padding, and any Hugging Face directory."""
 
 import base64
+import copy
 import json
+import pickle
 import shutil
 from importlib.resources import files
 
@@ -50,6 +52,16 @@ def test_special_tokens_only_where_asked_for():
     assert TOKENIZER.decode([*TOKENIZER.encode("Hi"), 3], skip_special_tokens=True) == "Hi"
     clean = [Special("<|im_start|>"), "user\n", "Hi there", Special("<|im_end|>")]
     assert TOKENIZER.encode_pieces(clean) == TOKENIZER.encode("".join(clean), allow_special=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))], ids=["deepcopy", "pickle"])
+def test_a_copy_keeps_special_tokens_from_text_too(copied):
+    """As another process has it, to which a run of a sweep is sent."""
+    other, text = copied(TOKENIZER), "Hi<|im_end|>"
+    assert other.encode(text) == TOKENIZER.encode(text) != other.encode(text, allow_special=True)
+    assert (other.config, other.eos_token_id) == (TOKENIZER.config, TOKENIZER.eos_token_id)
+    other.add_tokens(["<think>"])
+    assert other.vocab_size == TOKENIZER.vocab_size + 1, "its backend is its own"
 
 
 def test_what_is_no_text_or_no_token_is_refused():

@@ -73,6 +73,9 @@ class Tokenizer:
         control.encode_special_tokens = False
         return control
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._plain, self.config)  # a copy of the backend forgets that special tokens are text
+
     def _read(self) -> None:
         """Look up what the class keeps of the vocabulary and of the config."""
         added = self._plain.get_added_tokens_decoder()
