@@ -98,8 +98,10 @@ class Combination:
             return t * (self.generator.random(t.shape, np.float32) < self.density) / np.float32(self.density)
         if rule not in ("ties", "magnitude_prune"):
             return t
-        kept = np.zeros(t.size, bool)
-        kept[np.argsort(-np.abs(t).reshape(-1), kind="stable")[: int(self.density * t.size)]] = True
+        size, n = np.abs(t).reshape(-1), int(self.density * t.size)
+        least = np.partition(size, t.size - n)[t.size - n] if n else np.inf
+        kept = size > least
+        kept[np.flatnonzero(size == least)[: n - kept.sum()]] = True  # of equal ones the first
         return t * kept.reshape(t.shape)
 
 
