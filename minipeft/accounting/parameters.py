@@ -207,7 +207,7 @@ def _paths(arch: Architecture) -> dict[str, str]:
     paths: dict[str, str] = {}
     for name, kind, _ in _weights(arch):
         path = _path(name, kind)
-        if path.rpartition(".")[0] not in paths:
+        if path.rpartition(".")[0] not in paths:  # of what is known, so is all that holds it
             for i, character in enumerate(path):
                 if character == ".":
                     paths.setdefault(path[:i], "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from ..text.corpora import austen
 
@@ -11,6 +12,7 @@ _SENTENCE = re.compile(
 )
 
 
+@cache
 def sentence_openings(split: str, words: int = 5) -> list[str]:
     """The first `words` words of every plain sentence of Jane Austen's novels, each opening once, in the novels' order.
 
