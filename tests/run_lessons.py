@@ -1,7 +1,7 @@
 """Runs lessons as scripts, each in a process of its own that begins with what they all load: `LessonRunner`.
 
-A lesson in a new process loads NumPy, Matplotlib, the corpora and the base, encodes held-out text, and reads the league's
-rows, before it does what no other does. Here one process does that, and is forked for each lesson.
+A lesson in a new process loads NumPy, Matplotlib, the corpora and the base, encodes text, and reads the league's rows,
+before it does what no other does. Here one process does that, and is forked for each lesson.
 """
 
 from __future__ import annotations
@@ -40,11 +40,16 @@ def load() -> None:
     """What lessons have in common, kept by the modules that load it."""
     import matplotlib.pyplot  # noqa: F401
 
+    from minipeft.claims import data, standings
     from minipeft.claims.league import MAIN, league
     from minipeft.experiments import shipped
+    from minipeft.rlhf.openings import sentence_openings
 
     shipped.rewriting(1, seed=0)
+    sentence_openings("train", 4)
     league(MAIN).rows()
+    for task in data.TASKS:
+        standings.tokens(task)  # of training examples, whose records are kept too
 
 
 def script(path: str, folder: str, environment: dict[str, str], log: str) -> int:
