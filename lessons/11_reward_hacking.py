@@ -47,8 +47,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 8 rankings and 2 updates of 8 short answers in sections 2 and 6, "
-          "too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: a quarter of the draws in section 1, and judges from 8 rankings and 2 updates of 8 short answers in "
+          "sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence
@@ -68,6 +68,7 @@ diagrams.watched().savefig(OUT / "11_reward_hacking_watched.png")
 # over prompts.
 
 # %%
+@cache
 def openings(split):
     """Prompts: the first four words of sentences of Jane Austen's."""
     return [ids for ids in map(tokenizer.encode, rlhf.sentence_openings(split, 4)) if len(ids) <= 8]
@@ -125,7 +126,7 @@ def reward_model(rankings, seed):
 
 # %%
 rng = np.random.default_rng(0)
-true, brought = rng.normal(size=2**21), {}
+true, brought = rng.normal(size=2**19 if REDUCED else 2**21), {}
 for tail, off in (("normal", rng.normal(size=true.size)), ("heavy", rng.standard_t(3, size=true.size) / math.sqrt(3))):
     for n in (1, 4, 16, 256, 4096):
         guess = (true + off).reshape(-1, n)

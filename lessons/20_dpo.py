@@ -451,8 +451,9 @@ assert on["DPO"]["ended"].max() < 0.03 < 0.3 < on["base"]["ended"].min(), "fewer
 # **Predict:** which one has more gold there?
 
 # %%
-chain = {m: items(those_of(CHAIN.rows(), stage)) for m, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DPO", "dpo"))}
-moved = {m: items(those_of(CHAIN.rows(), stage), "kl").mean() for m, stage in (("PPO", "ppo"), ("DPO", "dpo"))}
+recorded = CHAIN.rows()
+chain = {m: items(those_of(recorded, stage)) for m, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DPO", "dpo"))}
+moved = {m: items(those_of(recorded, stage), "kl").mean() for m, stage in (("PPO", "ppo"), ("DPO", "dpo"))}
 print("\non the chain, 10 seeds, 512 held-out prompts: gold of " + ", ".join(f"{m} {x.mean():.2f}" for m, x in chain.items()))
 for one, other in (("PPO", "SFT"), ("DPO", "SFT"), ("DPO", "PPO")):
     print(f"{one} less {other}: {shown(crossed(chain[one] - chain[other]))}")
