@@ -40,7 +40,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path.cwd()
 OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 if REDUCED:
-    print("REDUCED SETTING: 3 steps of training for 20, 8 held-out verses for 64, and 4 rows for 16 in section 6:\n"
+    print("REDUCED SETTING: 3 steps of 2 verses for 20 of 12, 8 held-out verses for 64, and 4 rows for 16 in section 6:\n"
           "losses, and the memory of a step, say nothing.\n")
 
 # %% [markdown]
@@ -166,7 +166,7 @@ for step in (1, 2):
 # **Predict:** with $\alpha = 2r$, how many times larger is $\Delta L$ at $r = 64$ than at $r = 8$?
 
 # %%
-STEPS, SIZE = (3, 4) if REDUCED else (20, 12)
+STEPS, SIZE = (3, 2) if REDUCED else (20, 12)
 first_batch = mp.train.collate(data.drawn("rewrite", SIZE, seed=0), tokenizer.pad_token_id).arguments
 
 

@@ -249,7 +249,7 @@ for llm, width, vectors in ((model.config, 128, 13), ("llama-7b", 4096, 65), ("l
 # embedding; and AdamW moves each element by about the learning rate a step, whatever its size (Lesson 0, section 6).
 
 # %%
-STEPS, BATCH, SEEDS = (3, 4, 1) if REDUCED else (20, 12, 5)
+STEPS, BATCH, SEEDS = (3, 2, 1) if REDUCED else (20, 12, 5)
 E = model.backbone.embedding.weight.numpy()
 size = np.sqrt((E**2).mean())
 longest, length = np.linalg.norm(E, axis=1).max(), np.sqrt(E.shape[1])

@@ -369,7 +369,7 @@ def pairs(split, n):
 
 
 train_examples, test_examples = pairs("train", 320), pairs("validation", 8 if REDUCED else 192)
-STEPS, BATCH = (3, 4) if REDUCED else (20, 16)
+STEPS, BATCH = (3, 2) if REDUCED else (20, 16)
 
 
 def evaluate(model):

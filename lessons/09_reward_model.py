@@ -44,7 +44,7 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "09_reward_model.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 8 and 16 rankings for 100 and 300, "
+    print("REDUCED SETTING: judges from 4 and 8 rankings for 100 and 300, "
           "too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
@@ -126,7 +126,7 @@ def labelled(split, n, seed):
     return prompts, answers, gold
 
 
-LARGEST = 16 if REDUCED else 300
+LARGEST = 8 if REDUCED else 300
 prompts, answers, gold = labelled("train", LARGEST, 0)
 order = rlhf.rank(gold, np.random.default_rng(0), temperature=0.1)
 print(f"\n{len(prompts)} prompts; one of them, ranked by the rater:")
@@ -266,12 +266,12 @@ def measure(run):
     return judges.measured(*train(run, max(2000, run.rankings)), run, held_prompts, held_answers, held_gold)
 
 
-held_prompts, held_answers, held_gold = labelled("validation", 16 if REDUCED else 512, 0)  # the same for all judges
+held_prompts, held_answers, held_gold = labelled("validation", 8 if REDUCED else 512, 0)  # the same for all judges
 if "--full" in sys.argv:
     sweep(measure, judges.RUNS, RESULTS)
 kinds = judges.by_kind(read_rows(RESULTS))  # {(rankings, share turned round, batch size): rows, by seed}
 
-live = [Run(8), Run(16)] if REDUCED else [Run(100), Run(300)]
+live = [Run(4), Run(8)] if REDUCED else [Run(100), Run(300)]
 print("\n rankings   pairs in which the better answer is preferred (a coin: 0.5)")
 for run in live:
     _, rewards = train(run, LARGEST)

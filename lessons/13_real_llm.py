@@ -252,14 +252,14 @@ def plain_share(texts):
     return known / words
 
 
-novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), 32 if REDUCED else LENGTH)[: 1 if REDUCED else 4]
+novel = chunk_text(encode_documents([austen("validation")[0].text], tokenizer), 16 if REDUCED else LENGTH)[: 1 if REDUCED else 4]
 novel = [(block, block) for block in novel]  # every token is learned
 
 
 def answers(model, prompts, n, **how):
     """Answers to all prompts at once, greedy if `how` does not say otherwise."""
     ids, mask = tokenizer.pad(prompts, side="left")
-    out = generate(model, ids, mask, 4 if REDUCED else n, **how)
+    out = generate(model, ids, mask, 2 if REDUCED else n, **how)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in out[:, ids.shape[1] :]]
 
 
@@ -446,7 +446,7 @@ for record, text in zip(verses("test", 4), runs[0]["read"]):
 # %%
 questions = real_llm.QUESTIONS[: 2 if REDUCED else 24]
 asked = [tokenizer.encode_pieces(chat_prompt([Message("user", q)], tokenizer)) for q in questions]
-own = real_llm.drawn(model, tokenizer, asked, 4 if REDUCED else 40)  # drawn, and not greedy: examples whose labels are the answer
+own = real_llm.drawn(model, tokenizer, asked, 2 if REDUCED else 40)  # drawn, and not greedy: examples whose labels are the answer
 ended = sum(example.labels[-1] == tokenizer.eos_token_id for example in own)
 
 rng = np.random.default_rng(0)

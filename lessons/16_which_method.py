@@ -103,7 +103,7 @@ print(f"the base has {N:,} parameters")
 # fine-tuning's, to a half, or to the whole?
 
 # %%
-STEPS, SIZE, TESTED, TIMED = (2, 4, (8, 2), {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, (), {})
+STEPS, SIZE, TESTED, TIMED = (2, 2, (4, 2), {"tokens": 8, "passes": 1}) if REDUCED else (8, 16, (), {})
 IDS = np.array([tokenizer.encode("And the king said to his servants,")])
 
 

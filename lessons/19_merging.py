@@ -41,8 +41,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "19_merging.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: the adapters that are trained now take 2 steps for 40, so the distances of sections 4 and 6 and the shares")
-    print("of section 8 are not those of the text. The rows, and what is said of them, are those of the full lesson.\n")
+    print("REDUCED SETTING: the adapters that are trained now take 2 steps of 2 records for 40 of 8, so the distances of sections 4")
+    print("and 6 and the shares of section 8 are not those of the text. The rows, and what is said of them, are the full lesson's.\n")
 
 if "--full" in sys.argv:
     sweep(merging.run, merging.RUNS, RESULTS)
@@ -182,7 +182,7 @@ assert all(x in (0, 2 * t) for x, t in zip(one, tau[0])), "the library draws one
 # on all linear layers, 40 steps of 8 records.
 
 # %%
-settings = Merge(steps=2, validation=4, test=8) if REDUCED else Merge()
+settings = Merge(steps=2, batch_size=2, validation=4, test=8) if REDUCED else Merge()
 model = merging.adapters(settings)
 updates = {name: merging.deltas(model, name) for name in (*TASKS, "same")}
 
