@@ -12,11 +12,15 @@ _SENTENCE = re.compile(
 )
 
 
-@cache
 def sentence_openings(split: str, words: int = 5) -> list[str]:
     """The first `words` words of every plain sentence of Jane Austen's novels, each opening once, in the novels' order.
 
     Plain: 40 to 200 characters without quotation marks or parentheses. The splits are those of the corpora.
     """
+    return [*_openings(split, words)]
+
+
+@cache
+def _openings(split: str, words: int) -> tuple[str, ...]:
     sentences = (sentence.split() for chapter in austen(split) for sentence in _SENTENCE.findall(chapter.text))
-    return list(dict.fromkeys(" ".join(sentence[:words]) for sentence in sentences if len(sentence) > words))
+    return tuple(dict.fromkeys(" ".join(sentence[:words]) for sentence in sentences if len(sentence) > words))
