@@ -491,7 +491,7 @@ adapted.unmerge_adapter()
 assert np.array_equal(adapted(ids).numpy(), want)
 print(f"merged and subtracted again: {np.mean(subtracted != W):.0%} of the weights differ, by up to {np.abs(subtracted - W).max():.0e}")
 assert 0 < np.mean(subtracted != W) < 0.5 and np.abs(subtracted - W).max() < 1e-6
-assert {where(rows.rows()) for rows in (DECODING, MIXED, SWAP)} == {"AMD EPYC, cpu family 25, model 1, 1 thread, 2026-11-27"}
+assert {where(rows.rows()) for rows in (DECODING, MIXED, SWAP)} == {"AMD EPYC, cpu family 25, model 17, 1 thread, 2026-12-03"}
 
 # %% [markdown]
 # Most, not all: the sum is rounded, so the difference can miss $W$. The library keeps $W$ instead: `merge_adapter`
@@ -499,12 +499,13 @@ assert {where(rows.rows()) for rows in (DECODING, MIXED, SWAP)} == {"AMD EPYC, c
 # that need different adapters (section 9), and a $W$ in few bits, as the sum is rounded to as few (Lesson 7, section
 # 7). In bfloat16 a change of less than 1/512 of a weight is lost (Lesson 17, section 3).
 #
-# The verdicts' times are of 2026-11-27, on one thread of an AMD EPYC.
+# The verdicts' times are of 2026-12-03, on one thread of an AMD EPYC.
 
 # %% [markdown]
-# > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.98 to
-# > 1.05 (the rule allows 1.10), and is clearly slower at none of the widths and batch sizes; unmerged it takes 1.27
-# > times (width 512, batch 1) to 1.81 times (width 128, batch 1). (8 seeds)
+# > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.99 to
+# > 1.03 (the rule allows 1.10), and is clearly slower than the base and its copy (of 0.96 to 1.06 times) at none of the
+# > widths and batch sizes; unmerged it takes 1.19 times (width 512, batch 1) to 1.82 times (width 128, batch 1). (8
+# > seeds)
 
 # %% [markdown]
 # ## 9 · One base, many tasks
@@ -560,7 +561,7 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 
 # %% [markdown]
 # An adapter has 8 % of the model's numbers, so 100 tasks take $1 + 100 \cdot 0.08 = 9$ models in place of 100
-# (`peft-1`). In `lora-11` a mixed batch is faster than turns on average, if not in each repeat; and it is slower than
+# (`peft-1`). In `lora-11` a mixed batch is faster than turns, and slower than
 # one adapter for all rows, as the detours of each adapter are separate operations. (`adapter-5` swaps adapters of
 # Lesson 5; `soft-6` has those and Lesson 6's prompts among its methods.)
 
@@ -570,11 +571,11 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 # > times).
 #
 # > `lora-11` many adapters can share one base, at once: **holds**. It is so, and saves time, in generation and
-# > training: a batch of 8 rows with 4 adapters takes 0.76 (generation) and 0.95 (training) times the time of the four
-# > in turn, two rows each (in the worst repeat 1.01), and 2.60 and 1.86 times a batch of one adapter; base and adapters
-# > take 0.33 times the bytes of four models; rows differ from those alone by at most 1e-06. (10 seeds)
+# > training: a batch of 8 rows with 4 adapters takes 0.81 (generation) and 0.95 (training) times the time of the four
+# > in turn, two rows each (in the worst repeat 0.98), and 2.32 and 1.62 times a batch of one adapter; base and adapters
+# > take 0.33 times the bytes of four models; rows differ from those alone by at most 0e+00. (10 seeds)
 #
-# > `adapter-5` easy to swap for different tasks: **holds**. A swap takes 132 microseconds, 0.03 of a generated token,
+# > `adapter-5` easy to swap for different tasks: **holds**. A swap takes 112 microseconds, 0.05 of a generated token,
 # > and the outputs are those of the adapter alone (to 0e+00); from the disk it takes 4 ms; an adapter has 3.5% of the
 # > model's bytes. (6 seeds)
 #

@@ -338,7 +338,7 @@ with mp.no_grad():
 for name, ratio in slower.items():
     print(f"{name:15} {ratio:.2f} times the base's time for a token")
 recorded = {name: slowdown(DECODING.rows(), name)["width 128, batch 1"] for name in ("unmerged", "adapters")}  # LoRA, Houlsby
-assert recorded["unmerged"].low > recorded["adapters"].high and where(DECODING.rows()).endswith("1 thread, 2026-11-27")
+assert recorded["unmerged"].low > recorded["adapters"].high and where(DECODING.rows()).endswith("1 thread, 2026-12-03")
 
 # %%
 figure, axes = plt.subplots(figsize=(5.5, 3), layout="constrained")
@@ -351,8 +351,8 @@ axes.set(xlabel="time for a token, in units of the base's", title="Latency")
 figure.savefig(OUT / "05_adapters_latency.png", dpi=120)
 
 # %% [markdown]
-# LoRA. Recorded on 2026-11-27, on one thread of an AMD EPYC, unmerged it takes 1.81 times the base's time (`lora-10`,
-# Lesson 4), Houlsby 1.39 times (`adapter-7`, below), both at width 128 with one sequence. Houlsby has two adapters a
+# LoRA. Recorded on 2026-12-03, on one thread of an AMD EPYC, unmerged it takes 1.82 times the base's time (`lora-10`,
+# Lesson 4), Houlsby 1.41 times (`adapter-7`, below), both at width 128 with one sequence. Houlsby has two adapters a
 # block, LoRA on all layers a product beside each of seven matrices. But LoRA can be merged. The parallel adapter's
 # products need not wait for the MLP's result. That saves no time where operations run one after the other: in NumPy
 # (compare `parallel` with `pfeiffer` above), and in PyTorch on a GPU, where all stand in one queue (a *stream*) unless
@@ -384,7 +384,7 @@ assert counts["houlsby"] == 129 or mp.backend.get_backend() is not np  # another
 # The merged model runs as many operations as the base, on equal shapes: what its time above differs by is noise.
 # Houlsby adapters add four (linear, ReLU or SiLU, linear, add) in each of twelve places, two a block; LoRA adds two in
 # each of 42 (the product with $B$, its scale and the sum are one). With Houlsby adapters that makes 129/81 = 1.59 times
-# as many as the base has, with LoRA 165/81 = 2.04, in a forward pass with its loss. The 1.39 of `adapter-7` is a ratio
+# as many as the base has, with LoRA 165/81 = 2.04, in a forward pass with its loss. The 1.41 of `adapter-7` is a ratio
 # of times, and of other operations: of one token behind a cache, with no loss ($f$ is SiLU).
 #
 # What is not merged can be exchanged. With one adapter for each of nine tasks, Houlsby et al. (Table 1) keep 1.3 times
@@ -398,8 +398,8 @@ print(f"one batch, a row with the adapter and one without: each differs from the
 assert off < 1e-3 < np.abs(one - other).max()
 
 # %% [markdown]
-# > `adapter-7` adds latency: **holds**. With m = 16, in models of 6 layers, decoding takes 1.39 times as long at width
-# > 128, batch 1 and 1.13 times at width 512, batch 1; clearly longer at all widths and batch sizes. (8 seeds)
+# > `adapter-7` adds latency: **holds**. With m = 16, in models of 6 layers, decoding takes 1.41 times as long at width
+# > 128, batch 1 and 1.10 times at width 512, batch 1; clearly longer at all widths and batch sizes. (8 seeds)
 
 # %% [markdown]
 # ## 6 · The league so far

@@ -318,7 +318,7 @@ assert frozen + 2 * (total - linear) + 16 * adapter > 48e9, "with what is not pa
 #
 # Dequantizing is work that a plain layer does not have, so a step of training takes longer. The more tokens it has, the
 # smaller this share should be: only the products' work grows with the tokens. (Both grow with the weights.) `qlora-4`,
-# below, times one number of tokens (one thread of an AMD EPYC, 2026-11-27). Writing one token at a time is bound by
+# below, times one number of tokens (one thread of an AMD EPYC, 2026-12-03). Writing one token at a time is bound by
 # reading the weights (Lesson 2, section 6), and four bits are a quarter of sixteen to read. For one row bitsandbytes
 # multiplies without storing $\hat W$; the notes of its release 0.40.0 expect 2.2 to 4 times the speed of 16 bits, for
 # matrices at least 4096 wide.
@@ -336,7 +336,7 @@ for rate in (1e-3, 3e-3):
     print(f"a step of {rate:g} changes {moved:.2%} of the codes")
     assert moved == 0 if rate == 1e-3 else 0 < moved < 0.01
 assert (np.abs(blocks).max(axis=1) * 0.0796 / 2 > 3e-3).mean() > 0.98, "of each block, half of the narrowest gap"
-assert where(STEP_TIMES.rows()) == "AMD EPYC, cpu family 25, model 1, 1 thread, 2026-11-27"
+assert where(STEP_TIMES.rows()) == "AMD EPYC, cpu family 25, model 17, 1 thread, 2026-12-03"
 
 # %% [markdown]
 # None, and less than one in a hundred by one of 0.003, the rate of the adapter below: except in blocks with the
@@ -488,8 +488,8 @@ assert told == {"rewrite": ("+=", {3e-3}), "source": ("?", {3e-3})}
 # > on a base with 42 layers in four bits, which keeps its bytes.
 #
 # > `qlora-4` training a little slower (dequantization): **holds if**. A step of 4 x 64 tokens takes 1.23 (width 128),
-# > 1.20 (width 256), 1.23 (width 512) and 1.29 (width 1024) times as long: clearly longer, and at most 1.25 times, our
-# > limit of a little, at width 128, width 256 and width 512. (6 seeds)
+# > 1.13 (width 256), 1.15 (width 512) and 1.25 (width 1024) times as long: clearly longer, and clearly at most 1.25
+# > times, our limit of a little, at width 256 and width 512. (6 seeds)
 #
 # > `qlora-5` negligible loss of quality: **holds if**. Of 6 comparisons 4 are as stated and 2 are not told:
 # >

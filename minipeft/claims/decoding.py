@@ -37,11 +37,13 @@ def decode(model: Any, batch: int) -> None:
 
 
 def times(width: int, batch: int, seed: int) -> dict[str, Any]:
-    """The row of a repeat: seconds of a prompt and TOKENS steps, of the base and of what is put on it."""
+    """The row of a repeat: seconds of a prompt and TOKENS steps, of the base, of a copy, and of what is put on the base.
+
+    The copy is the control: the same operations, on arrays elsewhere in memory."""
     base = random_model(width, seed=seed)
     lora = mp.get_peft_model(base, mp.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False), seed=seed)
     bottleneck = mp.get_peft_model(base, mp.BottleneckConfig(placement="houlsby", bottleneck_size=16), seed=seed)
-    models = {"base": base, "unmerged": lora, "merged": lora.merge_and_unload(), "adapters": bottleneck}
+    models = {"base": base, "copy": base.copy(), "unmerged": lora, "merged": lora.merge_and_unload(), "adapters": bottleneck}
     return in_turns({name: lambda model=model: decode(model, batch) for name, model in models.items()}) | machine()
 
 
@@ -53,13 +55,13 @@ DECODING = Experiment(
 )
 
 
-def slowdown(rows: list[dict[str, Any]], what: str) -> dict[str, Number]:
-    """Time over the base's, with its interval over repeats, by width and batch size."""
+def slowdown(rows: list[dict[str, Any]], what: str, beside: str = "base") -> dict[str, Number]:
+    """Time over that of the base, or of its copy, with the interval over repeats, by width and batch size."""
     found = {}
     for width, batch in sorted({(row["width"], row["batch"]) for row in rows}):
-        ratios = [row[what] / row["base"] for row in rows if (row["width"], row["batch"]) == (width, batch)]
+        ratios = [row[what] / row[beside] for row in rows if (row["width"], row["batch"]) == (width, batch)]
         case = f"width {width}, batch {batch}"
-        found[case] = measured(f"{what}, {case}: time over the base's", ratios, "times")
+        found[case] = measured(f"{what}, {case}: time over the {beside}'s", ratios, "times")
     return found
 
 
