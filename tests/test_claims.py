@@ -455,7 +455,7 @@ def test_rows_of_times_have_what_their_rules_read(once):
     from minipeft.claims import adapters, decoding, lora, qlora
 
     keys = {"processor", "threads", "date"}
-    assert decoding.times(128, 1, 0).keys() == keys | {"base", "unmerged", "merged", "adapters"}
+    assert decoding.times(128, 1, 0).keys() == keys | {"base", "copy", "unmerged", "merged", "adapters"}
     assert qlora.step_times(128, 0, layers=1, rows=1, length=4).keys() == keys | {"lora", "qlora"}
     swapped = adapters.swap(0)
     assert swapped["difference"] == 0 and 0 < swapped["adapter_bytes"] < swapped["model_bytes"]
