@@ -503,9 +503,9 @@ assert {where(rows.rows()) for rows in (DECODING, MIXED, SWAP)} == {"AMD EPYC, c
 
 # %% [markdown]
 # > `lora-10` no extra latency after merging: **holds**. The merged model takes 1.01 times the base's time, from 0.99 to
-# > 1.03 (the rule allows 1.10), and is clearly slower than the base and its copy (of 0.96 to 1.06 times) at none of the
-# > widths and batch sizes; unmerged it takes 1.19 times (width 512, batch 1) to 1.82 times (width 128, batch 1). (8
-# > seeds)
+# > 1.03 (the rule allows 1.10), and is clearly slower than both the base and a copy of it (itself 0.96 to 1.06 times
+# > the base's) at none of the widths and batch sizes; unmerged it takes 1.19 times (width 512, batch 1) to 1.82 times
+# > (width 128, batch 1). (8 seeds)
 
 # %% [markdown]
 # ## 9 · One base, many tasks
@@ -562,7 +562,7 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 # %% [markdown]
 # An adapter has 8 % of the model's numbers, so 100 tasks take $1 + 100 \cdot 0.08 = 9$ models in place of 100
 # (`peft-1`). In `lora-11` a mixed batch is faster than turns, and slower than
-# one adapter for all rows, as the detours of each adapter are separate operations. (`adapter-5` swaps adapters of
+# one adapter for all rows, as each adapter's detours are separate operations. (`adapter-5` swaps adapters of
 # Lesson 5; `soft-6` has those and Lesson 6's prompts among its methods.)
 
 # %% [markdown]

@@ -54,7 +54,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "08_instruction_tuning.jsonl"
 if REDUCED:
     print("REDUCED SETTING: 16 records packed for 32, 2 steps of 4 for 60 of 24, and 1 test record a task for 86, answered in 4 "
-          "tokens: no number of sections 4 and 6 says anything. The rows are the full lesson's.\n")
+          "tokens: no number of sections 3, 4 and 6 says anything. The rows are the full lesson's.\n")
 base, tokenizer = mp.load_base()
 
 # %% [markdown]

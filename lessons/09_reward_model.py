@@ -44,8 +44,8 @@ OUT = Path(os.environ.get("MINIPEFT_LESSONS_OUT", HERE / "out"))
 OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "09_reward_model.jsonl"
 if REDUCED:
-    print("REDUCED SETTING: judges from 4 and 8 rankings for 100 and 300, "
-          "too few to learn anything. The rows are those of the full lesson.\n")
+    print("REDUCED SETTING: judges from 4 and 8 rankings for 100 and 300, 8 held-out prompts for 512: "
+          "no share of what is computed now says anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))

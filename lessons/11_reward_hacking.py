@@ -48,7 +48,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 RESULTS = HERE / "results" / "11_reward_hacking.jsonl"
 if REDUCED:
     print("REDUCED SETTING: a quarter of the draws in section 1, and judges from 8 rankings and 2 updates of 8 short answers in "
-          "sections 2 and 6, too few to learn anything. The rows are those of the full lesson.\n")
+          "sections 2 and 6, on fewer prompts, too few to learn anything. The rows are those of the full lesson.\n")
 
 base, tokenizer = mp.load_base()
 STOPS = (tokenizer.eos_token_id, *(tokenizer.token_to_id(mark) for mark in ".!?"))  # an answer ends its sentence

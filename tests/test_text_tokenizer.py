@@ -60,6 +60,9 @@ def test_a_copy_keeps_special_tokens_from_text_too(copied):
     other, text = copied(TOKENIZER), "Hi<|im_end|>"
     assert other.encode(text) == TOKENIZER.encode(text) != other.encode(text, allow_special=True)
     assert (other.config, other.eos_token_id) == (TOKENIZER.config, TOKENIZER.eos_token_id)
+    TOKENIZER.chat_template, before = "{{ messages }}", TOKENIZER.chat_template
+    assert copied(TOKENIZER).chat_template == "{{ messages }}", "what was set stays"
+    TOKENIZER.chat_template = before
     other.add_tokens(["<think>"])
     assert other.vocab_size == TOKENIZER.vocab_size + 1, "its backend is its own"
 

@@ -25,7 +25,7 @@ words, as the tasks bring none. With 50 and 5,000 examples it has six of them. B
 examples:
   minipeft claims                                  the table of all
   minipeft claims lora-6 lora-9                    two of them in full
-  minipeft claims lora-10 --picture merged.png     the evidence as a picture
+  minipeft claims lora-10 --picture merged.png     its numbers with their intervals, as a picture
   minipeft claims --run soft-7 --store my-rows     its rows, computed again
   minipeft claims --run all --executor 16          all rows, in 16 processes
   minipeft claims --recompute 3 --seed 7           three of the shipped rows, computed again
@@ -83,7 +83,7 @@ COLUMNS = 140  # of the table where standard output is no terminal
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="statements, as lora-6 (default: a table of all)")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw the evidence of one statement, with the intervals that it has")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the numbers of one statement; where some have intervals, these")
     parser.add_argument("--run", dest="again", metavar="ID", help="compute the rows of one statement again, or all rows")
     parser.add_argument("--league", metavar="TASK", help="the methods side by side on a task, rewrite or source")
     parser.add_argument("--examples", type=int, metavar="N", help="of --league: how many to learn from (default: 500)")
@@ -161,7 +161,8 @@ def check(args: Arguments) -> None:
 
 
 def table(found: list[tuple[Statement, Rule | None, Verdict]]) -> None:
-    """All in two or three lines each, what was found, on what condition, and where it is from, and how many of each verdict."""
+    """All in two or three lines each, what was found, how the reason begins where a statement does not simply hold, and where it
+    is from; and how many of each verdict."""
     headings = ("id", "verdict", "effect", "95 % interval", "seeds", "items", "statement")
     rows = [
         (s.id, v.verdict, figure(v.effect), interval(v.effect), text(v.seeds), text(v.items)) for s, _, v in found
@@ -185,7 +186,7 @@ def table(found: list[tuple[Statement, Rule | None, Verdict]]) -> None:
                 out.print(" " * (widths[0] + 2) + textwrap.shorten(below, columns - widths[0] - 2, placeholder=" ..."), style="dim")
     counts = Counter(verdict.verdict for *_, verdict in found)
     out.print(f"\n{len(found)} statements: " + ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]))
-    out.print("Below each: where it holds, or why not; the lesson, the stored rows, the base, the task. `minipeft claims ID` prints all of it.")
+    out.print("Below each: how the reason begins, where it does not simply hold; lesson, rows, base, task. `minipeft claims ID` says all of it.")
 
 
 def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
@@ -203,7 +204,7 @@ def show(statement: Statement, rule: Rule | None, verdict: Verdict) -> None:
         lines["lesson"] = f"{rule.lesson}, {rule.section}"
         if rule.experiment:
             lines["rows"] = f"{rule.experiment.path().name}, {len(rule.experiment.rows())} rows"
-    lines["picture"] = f"minipeft claims {statement.id} --picture FILE.png draws the evidence" * bool(drawn(verdict))
+    lines["picture"] = f"minipeft claims {statement.id} --picture FILE.png draws the numbers, where some have intervals these" * bool(drawn(verdict))
     for name, line in lines.items():
         if line:
             out.print(filled(line, 100, f"{name:10}", 10 * " "))
@@ -275,7 +276,8 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
         counted = numbers[0].low is None
         if least > 0 and (most > 100 * least if counted else unit in ("times", "rate", "numbers")):  # compared by their ratio
             axes.set_xscale("log", base=10 if counted else 2)
-            axes.xaxis.set_major_formatter("{x:,.3g}")
+            if not counted:
+                axes.xaxis.set_major_formatter("{x:.3g}")
         if unit not in ("rate", "numbers") and not counted:
             axes.axvline(float(unit == "times"), color="grey", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(numbers)), [textwrap.fill(n.name, 60) for n in numbers], fontsize=8)

@@ -74,7 +74,8 @@ class Tokenizer:
         return control
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._plain, self.config)  # a copy of the backend forgets that special tokens are text
+        kept = {name: value for name, value in vars(self).items() if name not in ("_plain", "_control")}
+        return type(self), (self._plain, self.config), kept  # for a copy of the backend forgets that special tokens are text
 
     def _read(self) -> None:
         """Look up what the class keeps of the vocabulary and of the config."""
