@@ -263,7 +263,7 @@ assert dora.clearly_better and not ada.clearly_better and rank_32.clearly_better
 # None. On `rewrite` AdaLoRA, which begins with rank 12 and takes ranks away where they help least, to 8 on average, is
 # better by 0.026 [0.015, 0.037], and DoRA (Lesson 18) by 0.010 [0.007, 0.012]; on `source` no method is. But of these
 # 46 intervals about two may err: where all are to hold together, DoRA's alone stays above 0. (Is it AdaLoRA's higher
-# rank at the start? LoRA of rank 32 loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) Searched from
+# rank at the start? Rank 32 loses to it by 0.011 [0.003, 0.019]; rank 12 was not run.) Searched from
 # half of LoRA's or of full's rate, batches of 1, AdaLoRA and DoRA lead LoRA by 0.028 and 0.012, LoRA full by 0.038.
 # On `source` (IA)$^3$, with 3,072 numbers, finds 90.9 % of the books, LoRA 95.5 %; it loses 36 points of the general
 # items, LoRA 7.
