@@ -287,7 +287,7 @@ def picture(statement: Statement, rule: Rule | None, verdict: Verdict, path: str
     with locked(Path(path).parent, Path(path).name):
         save_png(figure, path)
     print(f"{path}: {sum(sizes)} number{'s' * (sum(sizes) > 1)}" + " with their intervals" * (not counted))
-    if lost := [n.name for n in (verdict.effect, *verdict.evidence) if finite(n.value) is None]:
+    if lost := [n.name for n in (verdict.effect, *verdict.evidence) if n and finite(n.value) is None]:
         print(f"not drawn, for they are not finite: {', '.join(lost)}")
     return 0
 
