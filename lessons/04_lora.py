@@ -561,9 +561,9 @@ assert 9_000 < whole / adapter < 10_000  # "roughly 10,000x", "from 350GB to 35M
 
 # %% [markdown]
 # An adapter has 8 % of the model's numbers, so 100 tasks take $1 + 100 \cdot 0.08 = 9$ models in place of 100
-# (`peft-1`). In `lora-11` a mixed batch is faster than turns, and slower than
-# one adapter for all rows, as each adapter's detours are separate operations. (`adapter-5` swaps adapters of
-# Lesson 5; `soft-6` has those and Lesson 6's prompts among its methods.)
+# (`peft-1`). In `lora-11` a mixed batch is faster than turns, and slower than one adapter for all rows, as each
+# adapter's detours are separate operations. (`adapter-5` swaps adapters of Lesson 5; `soft-6` has those and Lesson 6's
+# prompts among its methods.)
 
 # %% [markdown]
 # > `peft-1` storage: one base and a small file per task: **holds if**. There are 2 tasks or more: the base itself is

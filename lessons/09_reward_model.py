@@ -319,8 +319,8 @@ judges.labels_picture(kinds).savefig(OUT / "09_reward_model.png", dpi=120)
 # With a quarter turned round 2,000 lose 0.15, and are not told from 500. Another rule takes as noise only the variance
 # of a given pair's label, which grows 2.05 times: $2000\,(1 - 2f)^2 / 2.05$, about 240. With 6,000 the two part: are
 # they worth 1,500 or 730? They are not told from 1,500 (+0.03 [-0.04, 0.09]), and order clearly more than 730 (+0.12
-# [0.09, 0.14]), but take more steps than either. In 188 steps, as 1,500 take, they are told from neither (-0.04 [-0.11,
-# 0.03], +0.02 [-0.07, 0.12]): open. (The 730 took 183.) Intervals are over seeds and prompts.
+# [0.09, 0.14]), but take more steps than either. In 188 steps, as 1,500 take, neither difference is clear (-0.04
+# [-0.11, 0.03], +0.02 [-0.07, 0.12]): open. (The 730 took 183.) Intervals are over seeds and prompts.
 #
 # **What disagreement leaves possible.** InstructGPT's training labelers agreed in 73 % (section 3.4).
 # Let each be right with probability $p$, independently. Two agree where both are right or both are wrong, $p^2 + (1 -
